@@ -1,0 +1,478 @@
+// Attention of R query rows over keys and values fused from several layers, without a fused key or value ever existing:
+//
+//   s = sum_j (q (.) a_j) . K_j          the weights of the keys go into q before the loop over tokens
+//   o = sum_j b_j (.) (softmax(s) V_j)   the weights of the values go into the output after it
+//
+// A task is one (sequence, split of kSplitTokens tokens, KV head, group of up to kMaxTaskRows rows). It walks the split in blocks of
+// kBlock tokens that stay in L1 between the two products, reads each key and value once for all its rows (memory is what decode
+// waits for), and keeps an online softmax per row in the log2 domain. Splits are fixed, and a second pass merges them in their
+// order: bits depend neither on threads nor on the rest of the batch.
+//
+// Two ways to multiply: any level widens to fp32 and uses fma; AVX-512-BF16 multiplies bf16 pairs with dpbf16, q (.) a_j and the
+// probabilities rounded to bf16.
+
+#include "kernels/attn_decode.h"
+
+#include "kernels/cpu_simd.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace fusedkv {
+namespace FUSEDKV_LEVEL {
+
+namespace {
+
+constexpr int kBlock = 32;
+constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+constexpr int64_t kMaxHeadDim = 256;
+inline float minus_infinity() { return -__builtin_inff(); }
+
+alignas(64) const char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
+
+// Where a task stands: its sequence, KV head, first row and tokens.
+struct Task {
+  int64_t b, g, row_begin, rows, split, splits;
+  TokenRange tokens;
+};
+
+Task find_task(const AttnDecodeParams& p, int64_t index) {
+  Task task;
+  int64_t low = 0, high = p.B;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (p.task_offsets[middle] <= index ? low : high) = middle;
+  }
+  task.b = low;
+  int64_t rest = index - p.task_offsets[low];
+  task.g = rest % p.G;
+  rest /= p.G;
+  const int64_t group = rest % num_row_groups(p);
+  task.row_begin = group * kMaxTaskRows;
+  task.rows = num_rows(p) - task.row_begin < kMaxTaskRows ? num_rows(p) - task.row_begin : kMaxTaskRows;
+  task.split = rest / num_row_groups(p);
+  const int64_t len = p.seq_lens[low];
+  const TokenRange all = visible_tokens(p, len);
+  task.splits = num_splits(p, len);
+  task.tokens.begin = all.begin + task.split * kSplitTokens;
+  task.tokens.end = task.tokens.begin + kSplitTokens < all.end ? task.tokens.begin + kSplitTokens : all.end;
+  return task;
+}
+
+// Query row -> (s, h). Rows of one query token are neighbours.
+struct Row {
+  int64_t s, h;
+};
+
+inline Row row_of(const AttnDecodeParams& p, int64_t g, int64_t row) {
+  const int64_t group = p.H / p.G;
+  return {row / group, g * group + row % group};
+}
+
+// The tokens that query token s of a sequence of length len sees.
+TokenRange tokens_of_row(const AttnDecodeParams& p, int64_t len, int64_t s) {
+  const int64_t pos = len - p.S + s;
+  if (pos < 0) return {0, 0};
+  const int64_t begin = p.window_left >= 0 && pos > p.window_left ? pos - p.window_left : 0;
+  const int64_t end = p.window_right >= 0 && pos + p.window_right + 1 < len ? pos + p.window_right + 1 : len;
+  return {begin, end};
+}
+
+template <typename T>
+const T* token_row(const AttnDecodeParams& p, const CacheTensor& cache, int64_t b, int64_t g, int64_t t) {
+  const T* base = (const T*)cache.data + g * cache.stride_g;
+  if (!p.block_table) return base + b * cache.stride_b + t * cache.stride_t;
+  const int64_t page = p.block_table[b * p.block_table_stride + t / p.page_size];
+  return base + page * cache.stride_b + (t % p.page_size) * cache.stride_t;
+}
+
+// ---- the two products, fp32 -----------------------------------------------------------------------------------------
+
+// Operands of the fp32 way: q as float, probabilities as float, output channels in their order.
+template <typename T>
+struct Fp32Products {
+  using Element = T;
+  using Query = float;
+  static constexpr int kPad = kLanes;  // head dims of the scratch are rounded up to this
+
+  static void store_query(Query* q, const float* x, int64_t n) {
+    for (int64_t d = 0; d < n; ++d) q[d] = x[d];
+  }
+
+  // s[r][i] = sum_j q_j[r] . k_j[i] for RT rows and kBlock tokens.
+  template <int RT>
+  static void scores(float* s, const Query* q, int64_t q_source, int64_t Dp, const T* const (*k)[kBlock], int m, int64_t D) {
+    for (int first = 0; first < kBlock; first += kLanes) {
+      Vec sums[RT][kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        Vec acc[RT];
+        for (int r = 0; r < RT; ++r) acc[r] = zero();
+        for (int j = 0; j < m; ++j) {
+          const T* key = k[j][first + i];
+          const Query* qj = q + j * q_source;
+          int64_t d = 0;
+          for (; d + kLanes <= D; d += kLanes) {
+            const Vec x = load(key + d);
+            for (int r = 0; r < RT; ++r) acc[r] = fma(load(qj + r * Dp + d), x, acc[r]);
+          }
+          if (d < D) {
+            const Vec x = load(key + d, int(D - d));
+            for (int r = 0; r < RT; ++r) acc[r] = fma(load(qj + r * Dp + d), x, acc[r]);
+          }
+        }
+        for (int r = 0; r < RT; ++r) sums[r][i] = acc[r];
+      }
+      for (int r = 0; r < RT; ++r) store(s + r * kBlock + first, reduce_add_each(sums[r]));
+    }
+  }
+
+  // o[r] += sum_i p[r][i] v[i] for RT rows.
+  template <int RT>
+  static void values(float* o, int64_t Dp, const float* p, const T* const* v, int64_t D) {
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const int n = int(D - d < kLanes ? D - d : kLanes);
+      Vec acc[RT];
+      for (int r = 0; r < RT; ++r) acc[r] = load(o + r * Dp + d);
+      for (int i = 0; i < kBlock; ++i) {
+        const Vec x = n == kLanes ? load(v[i] + d) : load(v[i] + d, n);
+        for (int r = 0; r < RT; ++r) acc[r] = fma(set1(p[r * kBlock + i]), x, acc[r]);
+      }
+      for (int r = 0; r < RT; ++r) store(o + r * Dp + d, acc[r]);
+    }
+  }
+
+  static float output(const float* o, int64_t d) { return o[d]; }
+};
+
+// ---- the two products, bf16 pairs -----------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+
+struct Bf16Products {
+  using Element = bf16;
+  using Query = bf16;
+  static constexpr int kPad = 32;
+
+  static void store_query(Query* q, const float* x, int64_t n) {
+    for (int64_t d = 0; d < n; ++d) narrow(x[d], q + d);
+  }
+
+  static __m512bh pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh pairs(const bf16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1u, p); }
+
+  template <int RT>
+  static void scores(float* s, const Query* q, int64_t q_source, int64_t Dp, const bf16* const (*k)[kBlock], int m, int64_t D) {
+    for (int first = 0; first < kBlock; first += kLanes) {
+      Vec sums[RT][kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        __m512 acc[RT];
+        for (int r = 0; r < RT; ++r) acc[r] = _mm512_setzero_ps();
+        for (int j = 0; j < m; ++j) {
+          const bf16* key = k[j][first + i];
+          const Query* qj = q + j * q_source;
+          int64_t d = 0;
+          for (; d + 32 <= D; d += 32) {
+            const __m512bh x = pairs(key + d);
+            for (int r = 0; r < RT; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], pairs(qj + r * Dp + d), x);
+          }
+          if (d < D) {
+            const __m512bh x = pairs(key + d, D - d);
+            for (int r = 0; r < RT; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], pairs(qj + r * Dp + d), x);
+          }
+        }
+        for (int r = 0; r < RT; ++r) sums[r][i] = {acc[r]};
+      }
+      for (int r = 0; r < RT; ++r) store(s + r * kBlock + first, reduce_add_each(sums[r]));
+    }
+  }
+
+  // dpbf16 adds products of neighbours, here of two tokens: unpacklo/hi pair the channels of tokens i and i + 1. They leave the 32
+  // channels of a step in the order that output() undoes.
+  template <int RT>
+  static void values(float* o, int64_t Dp, const float* p, const bf16* const* v, int64_t D) {
+    uint32_t pair[RT][kBlock / 2];
+    for (int r = 0; r < RT; ++r) {
+      bf16 rounded[kBlock];
+      for (int i = 0; i < kBlock; i += kLanes) store(rounded + i, load(p + r * kBlock + i));
+      __builtin_memcpy(pair[r], rounded, sizeof(rounded));
+    }
+    for (int64_t d = 0; d < D; d += 32) {
+      const bool whole = D - d >= 32;
+      __m512 low[RT], high[RT];
+      for (int r = 0; r < RT; ++r) {
+        low[r] = _mm512_loadu_ps(o + r * Dp + d);
+        high[r] = _mm512_loadu_ps(o + r * Dp + d + 16);
+      }
+      for (int i = 0; i < kBlock; i += 2) {
+        const __m512i x = (__m512i)(whole ? pairs(v[i] + d) : pairs(v[i] + d, D - d));
+        const __m512i y = (__m512i)(whole ? pairs(v[i + 1] + d) : pairs(v[i + 1] + d, D - d));
+        const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y), xy_high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+        for (int r = 0; r < RT; ++r) {
+          const __m512bh pp = (__m512bh)_mm512_set1_epi32(int(pair[r][i / 2]));
+          low[r] = _mm512_dpbf16_ps(low[r], pp, xy_low);
+          high[r] = _mm512_dpbf16_ps(high[r], pp, xy_high);
+        }
+      }
+      for (int r = 0; r < RT; ++r) {
+        _mm512_storeu_ps(o + r * Dp + d, low[r]);
+        _mm512_storeu_ps(o + r * Dp + d + 16, high[r]);
+      }
+    }
+  }
+
+  // Channel 8 k + i of a step of 32 stands at lane 4 k + i of `low` (i < 4) or 4 k + i - 4 of `high`.
+  static float output(const float* o, int64_t d) {
+    const int64_t c = d % 32, i = c % 8;
+    return o[d - c + (c / 8) * 4 + i % 4 + (i < 4 ? 0 : 16)];
+  }
+};
+
+#endif
+
+// ---- one task -------------------------------------------------------------------------------------------------------
+
+// Scratch of one thread: fits L2 for the few sources and rows of decode.
+template <typename P>
+struct Scratch {
+  typename P::Query* q;  // (num_keys, rows, Dp) q (.) a_j
+  float* o;              // (num_values, rows, Dvp) softmax(s) V_j, not normalised
+  float* s;              // (rows, kBlock) scores, then probabilities
+  float* max;            // (rows) running maximum, log2 domain
+  float* sum;            // (rows) running sum of exp2
+  int64_t Dp, Dvp, rows;
+};
+
+template <typename P>
+void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w) {
+  using T = typename P::Element;
+  float folded[kMaxHeadDim + 32];
+  for (int j = 0; j < p.num_keys; ++j) {
+    for (int64_t r = 0; r < w.rows; ++r) {
+      for (int64_t d = 0; d < w.Dp; ++d) folded[d] = 0.f;
+      if (r < task.rows) {
+        const Row row = row_of(p, task.g, task.row_begin + r);
+        const T* q = (const T*)p.q + task.b * p.q_stride_b + row.s * p.q_stride_s + row.h * p.q_stride_h;
+        const float* a = p.key_weights ? p.key_weights + (j * p.G + task.g) * p.D : nullptr;
+        for (int64_t d = 0; d < p.D; ++d) folded[d] = a ? widen(q[d]) * a[d] : widen(q[d]);
+      }
+      P::store_query(w.q + (j * w.rows + r) * w.Dp, folded, w.Dp);
+    }
+  }
+}
+
+// Scores of one row become probabilities relative to the running maximum; o is rescaled when the maximum grows.
+template <typename P>
+void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, TokenRange seen, int64_t block, float scale) {
+  float* s = w.s + r * kBlock;
+  for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), set1(scale)));
+  if (seen.begin > block || seen.end < block + kBlock)
+    for (int i = 0; i < kBlock; ++i)
+      if (block + i < seen.begin || block + i >= seen.end) s[i] = minus_infinity();
+
+  Vec block_max = load(s);
+  for (int i = kLanes; i < kBlock; i += kLanes) block_max = max(load(s + i), block_max);
+  const float highest = reduce_max(block_max);
+  const float old_max = w.max[r];
+  const float new_max = highest > old_max ? highest : old_max;
+  const float base = new_max == minus_infinity() ? 0.f : new_max;  // nothing seen yet: exp2(-inf - 0) = 0
+
+  Vec block_sum = zero();
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const Vec e = exp2(sub(load(s + i), set1(base)));
+    store(s + i, e);
+    block_sum = add(block_sum, e);
+  }
+  if (new_max > old_max) {
+    const float shrink = old_max == minus_infinity() ? 0.f : reduce_max(exp2(set1(old_max - new_max)));
+    w.sum[r] *= shrink;
+    for (int j = 0; j < p.num_values; ++j) {
+      float* o = w.o + (j * w.rows + r) * w.Dvp;
+      for (int64_t d = 0; d < w.Dvp; d += kLanes) store(o + d, mul(load(o + d), set1(shrink)));
+    }
+  }
+  w.sum[r] += reduce_add(block_sum);
+  w.max[r] = new_max;
+}
+
+template <typename P, int RT>
+void block_scores(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, const typename P::Element* const (*k)[kBlock]) {
+  P::template scores<RT>(w.s + r * kBlock, w.q + r * w.Dp, w.rows * w.Dp, w.Dp, k, p.num_keys, p.D);
+}
+
+template <typename P, int RT>
+void block_values(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, const typename P::Element* const (*v)[kBlock]) {
+  for (int j = 0; j < p.num_values; ++j)
+    P::template values<RT>(w.o + (j * w.rows + r) * w.Dvp, w.Dvp, w.s + r * kBlock, v[j], p.Dv);
+}
+
+// Rows go through the products in tiles of 8, 4, 2 or 1: as many as share a loaded key or value in registers.
+template <typename Fn>
+void for_row_tiles(int64_t rows, const Fn& fn) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) fn(r, TypeTag<char[8]>{});
+  if (r + 4 <= rows) fn(r, TypeTag<char[4]>{}), r += 4;
+  if (r + 2 <= rows) fn(r, TypeTag<char[2]>{}), r += 2;
+  if (r + 1 <= rows) fn(r, TypeTag<char[1]>{}), r += 1;
+}
+
+template <typename P>
+void run_blocks(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w) {
+  using T = typename P::Element;
+  const int64_t len = p.seq_lens[task.b];
+  const T* k[kMaxSources][kBlock];
+  const T* v[kMaxSources][kBlock];
+  for (int64_t block = task.tokens.begin; block < task.tokens.end; block += kBlock) {
+    for (int i = 0; i < kBlock; ++i) {
+      // Tokens past the end read zeros: their probability is 0, and 0 times whatever the cache holds there might be NaN.
+      const int64_t t = block + i;
+      const bool valid = t < task.tokens.end;
+      for (int j = 0; j < p.num_keys; ++j)
+        k[j][i] = valid ? token_row<T>(p, p.keys[j], task.b, task.g, t) : (const T*)kZeroRow;
+      for (int j = 0; j < p.num_values; ++j)
+        v[j][i] = valid ? token_row<T>(p, p.values[j], task.b, task.g, t) : (const T*)kZeroRow;
+    }
+    // Values are needed only after the softmax: ask for them now.
+    for (int j = 0; j < p.num_values; ++j)
+      for (int i = 0; i < kBlock; ++i)
+        for (int64_t d = 0; d < p.Dv; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(v[j][i] + d, 0, 2);
+
+    for_row_tiles(w.rows, [&](int64_t r, auto tile) { block_scores<P, sizeof(typename decltype(tile)::type)>(p, w, r, k); });
+    for (int64_t r = 0; r < task.rows; ++r) {
+      TokenRange seen = tokens_of_row(p, len, row_of(p, task.g, task.row_begin + r).s);
+      if (seen.end > task.tokens.end) seen.end = task.tokens.end;
+      softmax_row(p, w, r, seen, block, p.scale * kLog2e);
+    }
+    for_row_tiles(w.rows, [&](int64_t r, auto tile) { block_values<P, sizeof(typename decltype(tile)::type)>(p, w, r, v); });
+  }
+}
+
+// out[d] = sum_j b_j[d] o_j[d] / sum, to the partials or, when the sequence has one split, to the output itself.
+template <typename P>
+void finish_task(const AttnDecodeParams& p, int64_t index, const Task& task, const Scratch<P>& w) {
+  using T = typename P::Element;
+  float out[kMaxHeadDim];
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const bool empty = w.max[r] == minus_infinity() && w.sum[r] == 0.f;
+    const float inverse = empty ? 0.f : 1.f / w.sum[r];
+    for (int64_t d = 0; d < p.Dv; ++d) {
+      float x = 0.f;
+      for (int j = 0; j < p.num_values; ++j) {
+        const float b = p.value_weights ? p.value_weights[(j * p.G + task.g) * p.Dv + d] : 1.f;
+        x += b * (P::output(w.o + (j * w.rows + r) * w.Dvp, d) * inverse);
+      }
+      out[d] = empty ? 0.f : x;
+    }
+    const float lse = empty ? minus_infinity() : w.max[r] + __builtin_log2f(w.sum[r]);
+    if (task.splits == 1) {
+      const Row row = row_of(p, task.g, task.row_begin + r);
+      T* target = (T*)p.out + ((task.b * p.S + row.s) * p.H + row.h) * p.Dv;
+      for (int64_t d = 0; d < p.Dv; ++d) narrow(out[d], target + d);
+      p.lse[(task.b * p.H + row.h) * p.S + row.s] = lse * kLn2;
+    } else {
+      const int64_t slot = index * task_rows(p) + r;
+      __builtin_memcpy(p.partial_out + slot * p.Dv, out, size_t(p.Dv) * sizeof(float));
+      p.partial_lse[slot] = lse;
+    }
+  }
+}
+
+template <typename P>
+void decode(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+  const int64_t pad = P::kPad, rows = task_rows(p);
+  const int64_t Dp = (p.D + pad - 1) / pad * pad, Dvp = (p.Dv + pad - 1) / pad * pad;
+  const int64_t q_size = p.num_keys * rows * Dp, o_size = p.num_values * rows * Dvp, s_size = rows * kBlock;
+  auto* memory = (char*)__builtin_malloc(size_t(q_size + o_size + s_size + 2 * rows) * sizeof(float) + 64);
+  Scratch<P> w;
+  w.o = (float*)(((uintptr_t)memory + 63) / 64 * 64);
+  w.s = w.o + o_size;
+  w.max = w.s + s_size;
+  w.sum = w.max + rows;
+  w.q = (typename P::Query*)(w.sum + rows);
+  w.Dp = Dp;
+  w.Dvp = Dvp;
+  for (int64_t index = begin; index < end; ++index) {
+    const Task task = find_task(p, index);
+    w.rows = task.rows;
+    fold_key_weights<P>(p, task, w);
+    for (int64_t i = 0; i < p.num_values * w.rows * Dvp; ++i) w.o[i] = 0.f;
+    for (int64_t r = 0; r < w.rows; ++r) w.max[r] = minus_infinity(), w.sum[r] = 0.f;
+    run_blocks<P>(p, task, w);
+    finish_task<P>(p, index, task, w);
+  }
+  __builtin_free(memory);
+}
+
+// ---- merge ----------------------------------------------------------------------------------------------------------
+
+// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order; a sequence without tokens gives 0 and -inf.
+template <typename T>
+void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t group, int64_t r, int64_t splits) {
+  const Row row = row_of(p, g, group * kMaxTaskRows + r);
+  const auto slot = [&](int64_t split) {
+    return (p.task_offsets[b] + (split * num_row_groups(p) + group) * p.G + g) * task_rows(p) + r;
+  };
+  float highest = minus_infinity();
+  for (int64_t k = 0; k < splits; ++k) {
+    const float lse = p.partial_lse[slot(k)];
+    highest = lse > highest ? lse : highest;
+  }
+  const float base = highest == minus_infinity() ? 0.f : highest;
+  float out[kMaxHeadDim] = {}, sum = 0.f;
+  for (int64_t k = 0; k < splits; ++k) {
+    const float weight = __builtin_exp2f(p.partial_lse[slot(k)] - base);
+    if (weight == 0.f) continue;
+    sum += weight;
+    const float* partial = p.partial_out + slot(k) * p.Dv;
+    for (int64_t d = 0; d < p.Dv; ++d) out[d] += weight * partial[d];
+  }
+  T* target = (T*)p.out + ((b * p.S + row.s) * p.H + row.h) * p.Dv;
+  for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
+  p.lse[(b * p.H + row.h) * p.S + row.s] = sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
+}
+
+template <typename T>
+void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t g = index % p.G, group = index / p.G % num_row_groups(p), b = index / p.G / num_row_groups(p);
+    const int64_t splits = num_splits(p, p.seq_lens[b]);
+    if (splits == 1) continue;  // its tasks have written the output
+    const int64_t rest = num_rows(p) - group * kMaxTaskRows;
+    for (int64_t r = 0; r < (rest < kMaxTaskRows ? rest : kMaxTaskRows); ++r) merge_row<T>(p, b, g, group, r, splits);
+  }
+}
+
+}  // namespace
+
+void attn_decode(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::f32:
+      return decode<Fp32Products<float>>(p, begin, end);
+    case DType::f16:
+      return decode<Fp32Products<f16>>(p, begin, end);
+    case DType::bf16:
+#if defined(__AVX512BF16__)
+      return decode<Bf16Products>(p, begin, end);
+#else
+      return decode<Fp32Products<bf16>>(p, begin, end);
+#endif
+    case DType::f64:
+      return;  // the API takes no float64 caches
+  }
+}
+
+void attn_decode_merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::f32:
+      return merge<float>(p, begin, end);
+    case DType::f16:
+      return merge<f16>(p, begin, end);
+    case DType::bf16:
+      return merge<bf16>(p, begin, end);
+    case DType::f64:
+      return;
+  }
+}
+
+}  // namespace FUSEDKV_LEVEL
+}  // namespace fusedkv

@@ -1,0 +1,132 @@
+"""Argument checks that belong to Python: types, devices, dtypes, broadcastable weights.
+
+Sizes, strides and the values inside lengths and block tables are checked by the native ops, which see them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Tensor | Sequence[Tensor]
+
+ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+MAX_SOURCES = 32
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor (call .to_dense())")
+    return x
+
+
+def as_tensors(name: str, tensors: object) -> list[Tensor]:
+    """A lone tensor or a sequence of 1 to 32 tensors, as a list."""
+    if isinstance(tensors, Tensor):
+        return [check_tensor(name, tensors)]
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name} is {type(tensors).__name__}; expected a tensor or a list of tensors")
+    if not 1 <= len(tensors) <= MAX_SOURCES:
+        raise ValueError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_SOURCES}")
+    return [check_tensor(f"{name}[{j}]", x) for j, x in enumerate(tensors)]
+
+
+def check_same_device(tensors: dict[str, Tensor | None]) -> None:
+    present = {name: x for name, x in tensors.items() if x is not None}
+    (first_name, first), *rest = present.items()
+    for name, x in rest:
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device} and {first_name} on {first.device}; expected one device")
+
+
+def named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """{"keys[0]": ..., "keys[1]": ...} for messages about one of several tensors."""
+    return {f"{name}[{j}]": x for j, x in enumerate(tensors)}
+
+
+def check_sources(name: str, sources: Sequence[Tensor], like_name: str, like: Tensor) -> None:
+    """All of one shape (4 dims), all of the dtype of ``like``."""
+    for j, x in enumerate(sources):
+        if x.dim() != 4 or x.shape != sources[0].shape:
+            raise ValueError(
+                f"{name}[{j}] has shape {tuple(x.shape)}; expected 4 dims (B, T, G, D), all sources alike"
+            )
+        if x.dtype != like.dtype:
+            raise TypeError(f"{name}[{j}] is {x.dtype} and {like_name} is {like.dtype}; expected one dtype")
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} has head dim {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+
+
+def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """q (B, S, H, D), keys (B, T, G, D), values (B, T, G, Dv), one floating dtype."""
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected 4 dims (B, S, H, D)")
+    if q.dtype not in (*ATTENTION_DTYPES, torch.float64):
+        raise TypeError(f"q is {q.dtype}; expected float32, bfloat16, float16 or float64")
+    check_sources("keys", keys, "q", q)
+    check_sources("values", values, "q", q)
+    (batch, _, heads, head_dim), key_shape, value_shape = q.shape, keys[0].shape, values[0].shape
+    check_head_dim("q", head_dim)
+    check_head_dim("values[0]", value_shape[3])
+    if key_shape[0] != batch or key_shape[3] != head_dim:
+        raise ValueError(
+            f"keys[0] has shape {tuple(key_shape)}; expected (B, T, G, D) with B = {batch} and D = {head_dim} of q"
+        )
+    if value_shape[:3] != key_shape[:3]:
+        raise ValueError(
+            f"values[0] has shape {tuple(value_shape)}; expected (B, T, G) = {tuple(key_shape[:3])} as keys[0] has"
+        )
+    if heads < 1 or key_shape[2] < 1 or heads % key_shape[2]:
+        raise ValueError(f"q has {heads} heads and keys[0] has {key_shape[2]}; expected a multiple")
+
+
+def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: int, like: Tensor) -> Tensor:
+    """Weights broadcast to contiguous (m, G, D) in the dtype that sums run in: float32, or float64 for float64 sources."""
+    weights = check_tensor(name, weights)
+    if not weights.is_floating_point():
+        raise TypeError(f"{name} is {weights.dtype}; expected a floating dtype")
+    shape = (m, heads, head_dim)
+    if weights.dim() > 3 or any(
+        size != 1 and size != full for size, full in zip(reversed(weights.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)")
+    sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return weights.to(sum_dtype).expand(shape).contiguous()
+
+
+def check_window(causal: bool, window_size: object) -> tuple[int, int]:
+    """(left, right) with the causal bound in it; -1 is unbounded."""
+    if (
+        not isinstance(window_size, (tuple, list))
+        or len(window_size) != 2
+        or any(isinstance(size, bool) or not isinstance(size, int) for size in window_size)
+    ):
+        raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size is {window_size!r}; expected sizes >= 0, or -1 for unbounded")
+    return left, 0 if causal else right
+
+
+def check_scale(softmax_scale: object, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale is {type(softmax_scale).__name__}; expected a float or None")
+    return float(softmax_scale)
+
+
+def check_no_grad(op: str, tensors: dict[str, Tensor | None], instead: str) -> None:
+    """Ops without a backward would drop gradients silently: refuse."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{name} requires grad, and {op} is not differentiable; {instead}")

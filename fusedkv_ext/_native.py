@@ -1,0 +1,72 @@
+"""Loads the native modules: ``_C`` (schemas and CPU ops) always, ``_C_cuda`` where torch has CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+
+_BUILD_HINT = "build it with `pip install --no-build-isolation .` in the environment that has torch"
+
+try:
+    from fusedkv_ext import _C
+except ImportError as error:
+    found = importlib.util.find_spec("fusedkv_ext._C") is not None
+    reason = (
+        f"does not load with torch {torch.__version__} ({error}): it was built for another Python or torch"
+        if found
+        else "is missing"
+    )
+    raise ImportError(f"fusedkv_ext's native module _C {reason}; {_BUILD_HINT}.") from None
+
+_cuda_error: str | None = None
+if torch.version.cuda is None:
+    _cuda_error = f"torch {torch.__version__} has no CUDA"
+else:
+    _spec = importlib.util.find_spec("fusedkv_ext")
+    _library = os.path.join(os.path.dirname(_spec.origin), "_C_cuda.so") if _spec and _spec.origin else ""
+    if not os.path.exists(_library):
+        _cuda_error = f"this build has no CUDA ops (no nvcc, or FUSEDKV_CUDA=0); {_BUILD_HINT}"
+    else:
+        try:
+            torch.ops.load_library(_library)
+        except OSError as error:
+            _cuda_error = f"_C_cuda.so does not load with torch {torch.__version__} ({error}); {_BUILD_HINT}"
+
+_wanted_level = os.environ.get("FUSEDKV_CPU_LEVEL")
+if _wanted_level and _wanted_level not in _C.cpu_levels():
+    warnings.warn(
+        f"FUSEDKV_CPU_LEVEL={_wanted_level} is not one of this CPU's levels {_C.cpu_levels()}; "
+        f"using {_C.cpu_level()}",
+        stacklevel=2,
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What is loaded: torch at build time, CUDA architectures compiled, CPU SIMD levels, why CUDA ops are absent."""
+    return {
+        **_C.build_info(),
+        "cpu_level": _C.cpu_level(),
+        "cpu_levels": _C.cpu_levels(),
+        "cuda_ops": _cuda_error is None,
+        "cuda_error": _cuda_error,
+    }
+
+
+def cpu_levels() -> list[str]:
+    """SIMD levels of this build that this CPU runs, best first; the last one is ``"portable"``."""
+    return _C.cpu_levels()
+
+
+def cpu_level() -> str:
+    """The SIMD level that the CPU kernels use."""
+    return _C.cpu_level()
+
+
+def set_cpu_level(level: str) -> None:
+    """Use ``level`` from now on (for tests and measurements). Raises ``ValueError`` if this CPU does not run it."""
+    if not _C.set_cpu_level(level):
+        raise ValueError(f"level is {level!r}; expected one of {_C.cpu_levels()}")
