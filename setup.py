@@ -1,7 +1,8 @@
 """Entry of pip: configures and builds CMakeLists.txt with Ninja. Downloads nothing.
 
-Build with ``pip install --no-build-isolation .`` (or ``-e .``), so that the torch of this environment is the one compiled against.
-``FUSEDKV_CUDA=0`` leaves the CUDA kernels out; ``TORCH_CUDA_ARCH_LIST`` chooses their architectures; ``MAX_JOBS`` limits the compilers.
+Build with ``pip install --no-build-isolation .`` (or ``-e .``), so that the torch of this environment is the
+one compiled against. ``FUSEDKV_CUDA=0`` leaves the CUDA kernels out; ``TORCH_CUDA_ARCH_LIST`` chooses their
+architectures; ``MAX_JOBS`` limits the compilers.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ def find_tool(name: str) -> str:
     beside_python = Path(sysconfig.get_path("scripts")) / name
     found = str(beside_python) if beside_python.exists() else shutil.which(name)
     if found is None:
-        sys.exit(f"fusedkv_ext needs {name} to build: pip install cmake ninja pybind11 torch, then "
-                 "pip install --no-build-isolation .")
+        sys.exit(
+            f"fusedkv_ext needs {name} to build: pip install cmake ninja pybind11 torch, then "
+            "pip install --no-build-isolation ."
+        )
     return found
 
 
@@ -40,15 +43,29 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build_dir = ROOT / "build" / f"cmake-{tag}"
-        target = ROOT / "fusedkv_ext" if self.editable_mode else Path(self.build_lib).resolve() / "fusedkv_ext"
+        target = (
+            ROOT / "fusedkv_ext" if self.editable_mode else Path(self.build_lib).resolve() / "fusedkv_ext"
+        )
         cmake = find_tool("cmake")
         cuda = "OFF" if os.environ.get("FUSEDKV_CUDA") == "0" else "ON"
-        configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
-                     f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
-                     f"-DFUSEDKV_CUDA={cuda}"]
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build_dir),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFUSEDKV_CUDA={cuda}",
+        ]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        for command in (configure, [cmake, "--build", str(build_dir), *jobs],
-                        [cmake, "--install", str(build_dir), "--prefix", str(target)]):
+        for command in (
+            configure,
+            [cmake, "--build", str(build_dir), *jobs],
+            [cmake, "--install", str(build_dir), "--prefix", str(target)],
+        ):
             if subprocess.run(command).returncode:
                 sys.exit(f"fusedkv_ext: native build failed: {' '.join(command)}")
 

@@ -1,4 +1,5 @@
-// The pybind11 module fusedkv_ext._C. Importing it registers the ops (api/); what it exports is about the build itself.
+// The pybind11 module fusedkv_ext._C. Importing it registers the ops (api/); what it exports is about the
+// build itself.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this module was built with.");
   m.def("cpu_levels", &cpu_levels, "SIMD levels of this build that this CPU runs, best first.");
   m.def("cpu_level", [] { return std::string(fusedkv::cpu_kernels().level); }, "The SIMD level in use.");
-  m.def("set_cpu_level", [](const std::string& level) { return fusedkv::set_cpu_level(level.c_str()); },
-        "Use this SIMD level from now on; False if it is not one of cpu_levels().");
+  m.def(
+      "set_cpu_level", [](const std::string& level) { return fusedkv::set_cpu_level(level.c_str()); },
+      "Use this SIMD level from now on; False if it is not one of cpu_levels().");
 }

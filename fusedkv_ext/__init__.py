@@ -1,9 +1,15 @@
 """fusedkv_ext: cross-layer KV caches for PyTorch.
 
-A table (:class:`CachePlan`) says where each layer's keys and values come from; one family of kernels executes any such table.
+A table (:class:`CachePlan`) says where each layer's keys and values come from; one family of kernels executes
+any such table.
 """
 
 from fusedkv_ext import autograd as _autograd  # noqa: F401  (registers the derivative of fuse_kv)
+from fusedkv_ext.attention import FusedKVAttention
+from fusedkv_ext.cache import KV, KVCache
+from fusedkv_ext.checkpoint import load_pretrained, save_pretrained
+from fusedkv_ext.decoder import Decoder, DecoderConfig
+from fusedkv_ext.fusion import FusionWeights, param_groups
 from fusedkv_ext.ops import (
     append_kvcache,
     debug_checks,
@@ -11,13 +17,30 @@ from fusedkv_ext.ops import (
     fused_kv_attn_func,
     fused_kv_attn_with_kvcache,
 )
+from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
+from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KV",
+    "CachePlan",
+    "Decoder",
+    "DecoderConfig",
+    "FusedKVAttention",
+    "Fusion",
+    "FusionWeights",
+    "KVCache",
+    "LayerPlan",
+    "RotaryEmbedding",
+    "Segment",
     "append_kvcache",
+    "apply_rotary",
     "debug_checks",
     "fuse_kv",
     "fused_kv_attn_func",
     "fused_kv_attn_with_kvcache",
+    "load_pretrained",
+    "param_groups",
+    "save_pretrained",
 ]

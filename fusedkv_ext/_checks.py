@@ -1,6 +1,7 @@
 """Argument checks that belong to Python: types, devices, dtypes, broadcastable weights.
 
-Sizes, strides and the values inside lengths and block tables are checked by the native ops, which see them first.
+Sizes, strides and the values inside lengths and block tables are checked by the native ops, which see them
+first.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ Tensors = Tensor | Sequence[Tensor]
 ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_SOURCES = 32
+MAX_WINDOW = 2**31  # lengths are int32
 
 
 def check_tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor (call .to_dense())")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "is a nested tensor" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(f"{name} {kind}; expected a dense tensor (call .to_dense() or .to_padded_tensor())")
     return x
+
+
+def check_flag(name: str, flag: object) -> bool:
+    """A tensor as a flag would mean a synchronisation, or an error from deep inside torch."""
+    if not isinstance(flag, (bool, int, torch.SymBool)):
+        raise TypeError(f"{name} is {type(flag).__name__}; expected a bool")
+    return bool(flag)
 
 
 def as_tensors(name: str, tensors: object) -> list[Tensor]:
@@ -41,7 +51,9 @@ def check_same_device(tensors: dict[str, Tensor | None]) -> None:
     (first_name, first), *rest = present.items()
     for name, x in rest:
         if x.device != first.device:
-            raise ValueError(f"{name} is on {x.device} and {first_name} on {first.device}; expected one device")
+            raise ValueError(
+                f"{name} is on {x.device} and {first_name} on {first.device}; expected one device"
+            )
 
 
 def named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -78,32 +90,36 @@ def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor])
     check_head_dim("values[0]", value_shape[3])
     if key_shape[0] != batch or key_shape[3] != head_dim:
         raise ValueError(
-            f"keys[0] has shape {tuple(key_shape)}; expected (B, T, G, D) with B = {batch} and D = {head_dim} of q"
+            f"keys[0] has shape {tuple(key_shape)}; expected (B, T, G, D) with B = {batch}, D = {head_dim}"
         )
     if value_shape[:3] != key_shape[:3]:
         raise ValueError(
-            f"values[0] has shape {tuple(value_shape)}; expected (B, T, G) = {tuple(key_shape[:3])} as keys[0] has"
+            f"values[0] has shape {tuple(value_shape)}; expected keys[0]'s (B, T, G) = {tuple(key_shape[:3])}"
         )
     if heads < 1 or key_shape[2] < 1 or heads % key_shape[2]:
         raise ValueError(f"q has {heads} heads and keys[0] has {key_shape[2]}; expected a multiple")
 
 
 def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: int, like: Tensor) -> Tensor:
-    """Weights broadcast to contiguous (m, G, D) in the dtype that sums run in: float32, or float64 for float64 sources."""
+    """Weights broadcast to contiguous (m, G, D), in the dtype of sums: float64 for float64, else float32."""
     weights = check_tensor(name, weights)
     if not weights.is_floating_point():
         raise TypeError(f"{name} is {weights.dtype}; expected a floating dtype")
     shape = (m, heads, head_dim)
     if weights.dim() > 3 or any(
-        size != 1 and size != full for size, full in zip(reversed(weights.shape), reversed(shape), strict=False)
+        size != 1 and size != full
+        for size, full in zip(reversed(weights.shape), reversed(shape), strict=False)
     ):
-        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)")
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)"
+        )
     sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return weights.to(sum_dtype).expand(shape).contiguous()
 
 
-def check_window(causal: bool, window_size: object) -> tuple[int, int]:
+def check_window(causal: object, window_size: object) -> tuple[int, int]:
     """(left, right) with the causal bound in it; -1 is unbounded."""
+    causal = check_flag("causal", causal)
     if (
         not isinstance(window_size, (tuple, list))
         or len(window_size) != 2
@@ -113,6 +129,8 @@ def check_window(causal: bool, window_size: object) -> tuple[int, int]:
     left, right = window_size
     if left < -1 or right < -1:
         raise ValueError(f"window_size is {window_size!r}; expected sizes >= 0, or -1 for unbounded")
+    # A window past every length is unbounded; kernels may then add positions to the rest without overflow.
+    left, right = (-1 if size >= MAX_WINDOW else size for size in (left, right))
     return left, 0 if causal else right
 
 

@@ -46,7 +46,8 @@ if _wanted_level and _wanted_level not in _C.cpu_levels():
 
 
 def build_info() -> dict[str, Any]:
-    """What is loaded: torch at build time, CUDA architectures compiled, CPU SIMD levels, why CUDA ops are absent."""
+    """What is loaded: torch at build time, CUDA architectures compiled, CPU SIMD levels, why CUDA ops are
+    absent."""
     return {
         **_C.build_info(),
         "cpu_level": _C.cpu_level(),
@@ -67,6 +68,6 @@ def cpu_level() -> str:
 
 
 def set_cpu_level(level: str) -> None:
-    """Use ``level`` from now on (for tests and measurements). Raises ``ValueError`` if this CPU does not run it."""
+    """Use ``level`` from now on (for tests). Raises ``ValueError`` if this CPU does not run it."""
     if not _C.set_cpu_level(level):
         raise ValueError(f"level is {level!r}; expected one of {_C.cpu_levels()}")

@@ -1,6 +1,6 @@
 """Attention of many query rows: one fused K and V, then the best dense attention there is, torch's SDPA.
 
-What SDPA does not say by itself is said here: bottom-right alignment, windows, rows that see nothing, the lse.
+What SDPA does not say by itself is said here: bottom-right alignment, windows, blind rows, the lse.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A window of W tokens makes all but (C + W) keys of a chunk of C query rows invisible: they are not multiplied.
+# With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied.
 _WINDOW_CHUNK = 512
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> Tensor:
     """q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) -> (B, S, H, Dv). Differentiable.
 
-    Query row i stands at position p = i + T - S and sees keys p - left .. p + right; -1 is unbounded. Rows that see
-    nothing give zeros.
+    Query row i stands at position p = i + T - S and sees keys p - left .. p + right; -1 is unbounded. Rows
+    that see nothing give zeros.
     """
     S, T = q.shape[1], k.shape[1]
     # Only a prefix of the rows can be blind: p + right < 0.
     blind = min(max(S - T - right, 0), S) if right >= 0 else (S if T == 0 else 0)
     chunk = S - blind if left < 0 else max(_WINDOW_CHUNK, left)
     chunks = [
-        _sdpa(q[:, i : min(i + chunk, S)], k, v, scale, i + T - S, left, right) for i in range(blind, S, max(chunk, 1))
+        _sdpa(q[:, i : min(i + chunk, S)], k, v, scale, i + T - S, left, right)
+        for i in range(blind, S, max(chunk, 1))
     ]
     if blind:
         chunks.insert(0, q.new_zeros(q.shape[0], blind, q.shape[2], v.shape[3]))
@@ -57,7 +58,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, position: int, left: in
 
 def visible(rows: int, tokens: int, position: int, left: int, right: int, device: torch.device) -> Tensor:
     """Boolean (rows, tokens): the keys that each row sees, row 0 standing at ``position``."""
-    offset = torch.arange(tokens, device=device)[None, :] - torch.arange(position, position + rows, device=device)[:, None]
+    offset = (
+        torch.arange(tokens, device=device)[None, :]
+        - torch.arange(position, position + rows, device=device)[:, None]
+    )
     mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
     if left >= 0:
         mask = mask & (offset >= -left)

@@ -1,8 +1,8 @@
 """The four operations of fusedkv_ext, their fakes and the rule that picks a kernel.
 
-Words and shapes: B batch, S query length, T key/value length, H query heads, G key/value heads (H a multiple of G), D head
-dim (a multiple of 8 up to 256), m sources (1 to 32), P pages. Layout as in flash-attn: q (B, S, H, D), k and v (B, T, G, D);
-the last dim is contiguous, other strides are free.
+Words and shapes: B batch, S query length, T key/value length, H query heads, G key/value heads (H a multiple
+of G), D head dim (a multiple of 8 up to 256), m sources (1 to 32), P pages. Layout as in flash-attn: q (B, S,
+H, D), k and v (B, T, G, D); the last dim is contiguous, other strides are free.
 
 The maths: FusedKV, arXiv 2512.03870, K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j.
 """
@@ -24,9 +24,9 @@ __all__ = ["append_kvcache", "debug_checks", "fuse_kv", "fused_kv_attn_func", "f
 
 _ops = torch.ops.fusedkv
 
-# Up to this many query rows per KV head (S * H / G), attention reads the sources where they lie, weights folded into q and
-# the output; with more rows, fusing once and then a dense attention is cheaper.
-DECODE_MAX_ROWS = 64
+# Up to this many query rows per KV head (S * H / G), attention reads the sources where they lie, weights
+# folded into q and the output; with more rows, fusing once and then a dense attention is cheaper.
+DECODE_MAX_ROWS = 32
 
 _NATIVE_ERROR = re.compile(r"fusedkv (ValueError|TypeError): (.*)")
 _debug_checks = False
@@ -35,14 +35,15 @@ _debug_checks = False
 def debug_checks(enabled: bool) -> None:
     """Checks lengths and block tables inside CUDA tensors too, at the price of a synchronisation per call.
 
-    On the CPU they are always checked. Without this, a CUDA sequence with a length or a page out of range gives NaN.
+    On the CPU they are always checked. Without this, a CUDA sequence with a length or a page out of range
+    gives NaN.
     """
     global _debug_checks
     _debug_checks = bool(enabled)
 
 
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
-    """out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]    (FusedKV, arXiv 2512.03870, eq. for K_i, V_i).
+    """out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]    (FusedKV, arXiv 2512.03870).
 
     Args:
         sources: m tensors (B, T, G, D) of one shape and dtype: float32, bfloat16, float16 or float64.
@@ -80,7 +81,8 @@ def fused_kv_attn_func(
 
     Args:
         q: (B, S, H, D) float32, bfloat16, float16 or float64.
-        keys: m_k tensors (B, T, G, D), or one; values: m_v tensors (B, T, G, Dv), or one. Their counts may differ.
+        keys: m_k tensors (B, T, G, D), or one; values: m_v tensors (B, T, G, Dv), or one. Their counts may
+            differ.
         key_weights, value_weights: broadcastable to (m_k, G, D) and (m_v, G, Dv); None: all ones.
         softmax_scale: default 1 / sqrt(D).
         causal: query row i (position i + T - S: aligned bottom-right) sees no later key.
@@ -88,10 +90,11 @@ def fused_kv_attn_func(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, without a gradient. A row
-        that sees no key gives zeros and -inf.
+        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, without a
+        gradient. A row that sees no key gives zeros and -inf.
 
-    Differentiable in q, keys, values and both weights. Under autocast q, keys and values are cast to its dtype.
+    Differentiable in q, keys, values and both weights. Under autocast q, keys and values are cast to its
+    dtype.
     Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
     """
     q = _checks.check_tensor("q", q)
@@ -100,6 +103,7 @@ def fused_kv_attn_func(
     _checks.check_attention(q, keys, values)
     left, right = _checks.check_window(causal, window_size)
     scale = _checks.check_scale(softmax_scale, q.shape[3])
+    return_lse = _checks.check_flag("return_lse", return_lse)
     key_weights, value_weights = _attention_weights(keys, values, key_weights, value_weights)
     tensors = {**_checks.named("keys", keys), **_checks.named("values", values)}
     tensors.update(key_weights=key_weights, value_weights=value_weights)
@@ -107,12 +111,24 @@ def fused_kv_attn_func(
 
     B, S, H, _ = q.shape
     T, G = keys[0].shape[1:3]
-    differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors.values()))
+    differentiates = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, *tensors.values())
+    )
     few_rows = S * (H // G) <= DECODE_MAX_ROWS and (S <= T or right == 0)
     if few_rows and not differentiates and q.dtype != torch.float64 and _reads_sources(q.device):
         seqlens = torch.full((B,), T, dtype=torch.int32, device=q.device)
         out, lse = _call(
-            _ops.attn_with_kvcache.default, q, keys, values, key_weights, value_weights, seqlens, None, scale, left, right
+            _ops.attn_with_kvcache.default,
+            q,
+            keys,
+            values,
+            key_weights,
+            value_weights,
+            seqlens,
+            None,
+            scale,
+            left,
+            right,
         )
         return (out, lse) if return_lse else out
     k, v = _fuse(keys, key_weights), _fuse(values, value_weights)
@@ -137,20 +153,23 @@ def fused_kv_attn_with_kvcache(
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
     Args:
-        q: (B, S, H, D) float32, bfloat16 or float16: the LAST S tokens of each sequence. Rows of a sequence shorter than S
-            (left padding) give zeros and lse = -inf.
-        key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table; value_caches: m_v with Dv.
+        q: (B, S, H, D) float32, bfloat16 or float16: the LAST S tokens of each sequence. Rows of a sequence
+            shorter than S (left padding) give zeros and lse = -inf.
+        key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table; value_caches:
+            m_v with Dv.
         key_weights, value_weights: as in :func:`fused_kv_attn_func`.
         cache_seqlens: (B,) int32, valid tokens of each sequence, those S included.
-        block_table: (B, max_pages) int32, the page of each page_size tokens. Entries past the length are not looked at.
+        block_table: (B, max_pages) int32, the page of each page_size tokens. Entries past the length are not
+            looked at.
         softmax_scale, causal, window_size, return_lse: as in :func:`fused_kv_attn_func`.
 
     Returns:
-        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives zeros and -inf.
+        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives
+        zeros and -inf.
 
     Two runs give the same bits, whatever the number of threads and the rest of the batch.
-    Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError (shapes, devices,
-    strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
+    Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
+    (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
     q = _checks.check_tensor("q", q)
     key_caches = _checks.as_tensors("key_caches", key_caches)
@@ -161,16 +180,37 @@ def fused_kv_attn_with_kvcache(
     _check_rank4("key_caches[0]", key_caches[0])
     _check_rank4("value_caches[0]", value_caches[0])
     scale = _checks.check_scale(softmax_scale, q.shape[3])
+    return_lse = _checks.check_flag("return_lse", return_lse)
     key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)
-    tensors = {"q": q, **_checks.named("key_caches", key_caches), **_checks.named("value_caches", value_caches)}
+    tensors = {
+        "q": q,
+        **_checks.named("key_caches", key_caches),
+        **_checks.named("value_caches", value_caches),
+    }
     tensors.update(key_weights=key_weights, value_weights=value_weights)
     _check_table(tensors, cache_seqlens, block_table, key_caches[0])
     _checks.check_no_grad(
         "fused_kv_attn_with_kvcache", tensors, "use fused_kv_attn_func to train, torch.no_grad() to decode"
     )
-    return_values = (q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table, scale, left, right)
+    return_values = (
+        q,
+        key_caches,
+        value_caches,
+        key_weights,
+        value_weights,
+        cache_seqlens,
+        block_table,
+        scale,
+        left,
+        right,
+    )
     rows = q.shape[1] * (q.shape[2] // max(key_caches[0].shape[2], 1))
-    if rows > DECODE_MAX_ROWS and not return_lse and not torch.compiler.is_compiling() and q.device.type == "cpu":
+    if (
+        rows > DECODE_MAX_ROWS
+        and not return_lse
+        and not torch.compiler.is_compiling()
+        and q.device.type == "cpu"
+    ):
         return _prefill_with_kvcache(*return_values)
     out, lse = _call(_ops.attn_with_kvcache.default, *return_values)
     return (out, lse) if return_lse else out
@@ -188,22 +228,26 @@ def append_kvcache(
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
 ) -> None:
-    """Writes S new tokens at positions cache_seqlens - S .. cache_seqlens - 1, in place, rotating keys on the way.
+    """Writes S new tokens at positions cache_seqlens - S .. cache_seqlens - 1, in place, rotating keys on the
+    way.
 
     Args:
         key, value: (B, S, G, D) and (B, S, Gv, Dv). Tokens at negative positions (left padding) are skipped.
         key_cache, value_cache: (B, capacity, G, D), or (P, page_size, G, D) with a block_table; key's dtype.
         cache_seqlens: (B,) int32, lengths after the append. block_table: (B, max_pages) int32.
-        rotary_cos, rotary_sin: (max_len, rotary_dim / 2), row p rotates the token at position p (RoPE, arXiv 2104.09864);
-            rotary_dim <= D, further channels are copied. None: keys are written as they are.
+        rotary_cos, rotary_sin: (max_len, rotary_dim / 2), row p rotates the token at position p (RoPE, arXiv
+            2104.09864); rotary_dim <= D, further channels are copied. None: keys are written as they are.
         rotary_interleaved: rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
 
-    Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError (shapes, devices,
-    strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
+    Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
+    (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
     tensors = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
     for name, x in tensors.items():
         _checks.check_tensor(name, x)
+    for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if x.is_neg():
+            raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
     _check_rank4("key_cache", key_cache)
     for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         if x is not None and not _checks.check_tensor(name, x).is_floating_point():
@@ -215,11 +259,21 @@ def append_kvcache(
         rotary_cos, rotary_sin = rotary_cos.float().contiguous(), rotary_sin.float().contiguous()
     _call(
         _ops.append_kvcache.default,
-        *(key, value, key_cache, value_cache, cache_seqlens, block_table, rotary_cos, rotary_sin, bool(rotary_interleaved)),
+        *(
+            key,
+            value,
+            key_cache,
+            value_cache,
+            cache_seqlens,
+            block_table,
+            rotary_cos,
+            rotary_sin,
+            _checks.check_flag("rotary_interleaved", rotary_interleaved),
+        ),
     )
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------------
 
 
 def _call(op: Callable[..., Any], *args: Any) -> Any:
@@ -237,7 +291,7 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def _autocast(tensors: Sequence[Tensor], like: Tensor | None = None) -> list[Tensor]:
-    """Under autocast, float tensors in its dtype (or in the dtype of ``like``, a cache, which is not copied)."""
+    """Under autocast, float tensors in its dtype (or in that of ``like``, a cache, which is not copied)."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return list(tensors)
@@ -249,7 +303,9 @@ def _attention_weights(
     keys: Sequence[Tensor], values: Sequence[Tensor], key_weights: Tensor | None, value_weights: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     if key_weights is not None:
-        key_weights = _checks.canonical_weights("key_weights", key_weights, len(keys), *keys[0].shape[2:], keys[0])
+        key_weights = _checks.canonical_weights(
+            "key_weights", key_weights, len(keys), *keys[0].shape[2:], keys[0]
+        )
     if value_weights is not None:
         value_weights = _checks.canonical_weights(
             "value_weights", value_weights, len(values), *values[0].shape[2:], values[0]
@@ -270,8 +326,10 @@ def _check_rank4(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dims")
 
 
-def _check_table(tensors: dict[str, Tensor | None], cache_seqlens: Any, block_table: Any, cache: Tensor) -> None:
-    """Types and devices of lengths and block table; their values on request for CUDA (the CPU op always checks them)."""
+def _check_table(
+    tensors: dict[str, Tensor | None], cache_seqlens: Any, block_table: Any, cache: Tensor
+) -> None:
+    """Types and devices of lengths and block table; values on request for CUDA (the CPU op always checks)."""
     _checks.check_tensor("cache_seqlens", cache_seqlens)
     if block_table is not None:
         _checks.check_tensor("block_table", block_table)
@@ -285,7 +343,9 @@ def _check_table(tensors: dict[str, Tensor | None], cache_seqlens: Any, block_ta
         pages = [] if block_table is None else block_table[b, : -(-length // cache.shape[1])].tolist()
         for i, page in enumerate(pages):
             if not 0 <= page < cache.shape[0]:
-                raise ValueError(f"block_table[{b}, {i}] = {page}; expected a page from 0 to {cache.shape[0] - 1}")
+                raise ValueError(
+                    f"block_table[{b}, {i}] = {page}; expected a page from 0 to {cache.shape[0] - 1}"
+                )
 
 
 def _reads_sources(device: torch.device) -> bool:
@@ -305,11 +365,23 @@ def _prefill_with_kvcache(
     left: int,
     right: int,
 ) -> Tensor:
-    """Many rows: fuse the valid tokens once, then dense attention; one call for equal lengths, else one a sequence."""
+    """Many rows: fuse the valid tokens once, then dense attention; one call for equal lengths, else one a
+    sequence."""
     # The native op's checks, on no query rows: same messages, no work.
     _call(
         _ops.attn_with_kvcache.default,
-        *(q[:, :0], key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table, scale, left, right),
+        *(
+            q[:, :0],
+            key_caches,
+            value_caches,
+            key_weights,
+            value_weights,
+            cache_seqlens,
+            block_table,
+            scale,
+            left,
+            right,
+        ),
     )
     B, S = q.shape[:2]
     lengths = cache_seqlens.tolist()
@@ -335,7 +407,7 @@ def _prefill_with_kvcache(
     return out
 
 
-# ---- fakes --------------------------------------------------------------------------------------------------------------
+# ---- fakes ---------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fusedkv::fuse_kv")

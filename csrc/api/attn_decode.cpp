@@ -26,8 +26,9 @@ void set_caches(const std::vector<Tensor>& caches, const char* name, const Tenso
   }
 }
 
-AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                             const std::optional<Tensor>& key_weights, const std::optional<Tensor>& value_weights) {
+AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys,
+                             const std::vector<Tensor>& values, const std::optional<Tensor>& key_weights,
+                             const std::optional<Tensor>& value_weights) {
   check_device(q, "q", false);
   check_rank4(q, "q", "(B, S, H, D)");
   AttnDecodeParams p{};
@@ -44,13 +45,14 @@ AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys, c
   p.num_keys = int(keys.size());
   p.num_values = int(values.size());
   check_head_dim(p.D, "q");
-  check_value(keys[0].size(3) == p.D, "key_caches[0] has shape ", Shape{keys[0]}, "; expected head dim ", p.D, " as q has");
+  check_value(keys[0].size(3) == p.D, "key_caches[0] has shape ", Shape{keys[0]}, "; expected head dim ", p.D,
+              " as q has");
   check_head_dim(p.Dv, "value_caches[0]");
   check_value(p.G >= 1 && p.H >= 1 && p.H % p.G == 0, "q has ", p.H, " heads and key_caches[0] has ", p.G,
               "; expected a multiple");
   for (int64_t i = 0; i < 3; ++i)
-    check_value(values[0].size(i) == keys[0].size(i), "value_caches[0] has shape ", Shape{values[0]}, "; expected ",
-                Shape{keys[0]}, " up to the head dim, as key_caches[0] has");
+    check_value(values[0].size(i) == keys[0].size(i), "value_caches[0] has shape ", Shape{values[0]},
+                "; expected ", Shape{keys[0]}, " up to the head dim, as key_caches[0] has");
   if (key_weights) {
     check_weights(*key_weights, "key_weights", p.num_keys, p.G, p.D, false, false);
     p.key_weights = static_cast<const float*>(key_weights->const_data_ptr());
@@ -66,12 +68,15 @@ AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys, c
   return p;
 }
 
-std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
-                                             std::optional<Tensor> key_weights, std::optional<Tensor> value_weights,
-                                             Tensor cache_seqlens, std::optional<Tensor> block_table, double softmax_scale,
+std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
+                                             std::vector<Tensor> value_caches,
+                                             std::optional<Tensor> key_weights,
+                                             std::optional<Tensor> value_weights, Tensor cache_seqlens,
+                                             std::optional<Tensor> block_table, double softmax_scale,
                                              int64_t window_left, int64_t window_right) {
   AttnDecodeParams p = attn_params(q, key_caches, value_caches, key_weights, value_weights);
-  const CacheLayout layout = cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
+  const CacheLayout layout =
+      cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
   p.seq_lens = layout.seq_lens;
   p.block_table = layout.block_table;
   p.block_table_stride = layout.block_table_stride;
@@ -102,7 +107,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   p.partial_lse = p.partial_out + partials * p.Dv;
 
   const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernels.attn_decode(p, begin, end); });
+  torch::stable::parallel_for(0, tasks, 1,
+                              [&](int64_t begin, int64_t end) { kernels.attn_decode(p, begin, end); });
   torch::stable::parallel_for(0, p.B * num_row_groups(p) * p.G, 8,
                               [&](int64_t begin, int64_t end) { kernels.attn_decode_merge(p, begin, end); });
   return {out, lse};
@@ -110,6 +116,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedkv, CPU, m) { m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedkv, CPU, m) {
+  m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache));
+}
 
 }  // namespace fusedkv::api

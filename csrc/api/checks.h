@@ -1,6 +1,7 @@
 // Argument checks of the ops: every message names the argument, what came and what was expected.
 //
-// The stable ABI carries only std::runtime_error; its text starts with the Python type that ops.py raises instead.
+// The stable ABI carries only std::runtime_error; its text starts with the Python type that ops.py raises
+// instead.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -49,7 +50,9 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << ")";
 }
 
-inline std::string name_of(const char* name, size_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+inline std::string name_of(const char* name, size_t index) {
+  return std::string(name) + "[" + std::to_string(index) + "]";
+}
 
 inline DType dtype_of(const Tensor& x, const std::string& name) {
   switch (x.scalar_type()) {
@@ -62,19 +65,24 @@ inline DType dtype_of(const Tensor& x, const std::string& name) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      fail("TypeError", name, " has an unsupported dtype; expected float32, bfloat16 or float16 (float64 in fuse_kv)");
+      fail("TypeError", name,
+           " has an unsupported dtype; expected float32, bfloat16 or float16 (float64 in fuse_kv)");
   }
 }
 
 inline void check_device(const Tensor& x, const std::string& name, bool cuda) {
-  check_value(cuda ? x.is_cuda() : x.is_cpu(), name, " is on another device; move all arguments to ", cuda ? "one GPU" : "the CPU");
+  check_value(cuda ? x.is_cuda() : x.is_cpu(), name, " is on another device; move all arguments to ",
+              cuda ? "one GPU" : "the CPU");
 }
 
-inline void check_same_dtype(const Tensor& x, const std::string& name, const Tensor& like, const char* like_name) {
-  check_type(x.scalar_type() == like.scalar_type(), name, " and ", like_name, " have different dtypes; convert one with .to()");
+inline void check_same_dtype(const Tensor& x, const std::string& name, const Tensor& like,
+                             const char* like_name) {
+  check_type(x.scalar_type() == like.scalar_type(), name, " and ", like_name,
+             " have different dtypes; convert one with .to()");
 }
 
-// A tensor of vectors: 4 dims, the last one contiguous. (A dim of size 1 or an empty tensor may have any stride.)
+// A tensor of vectors: 4 dims, the last one contiguous. (A dim of size 1 or an empty tensor may have any
+// stride.)
 inline void check_rank4(const Tensor& x, const std::string& name, const char* expected) {
   check_value(x.dim() == 4, name, " has shape ", Shape{x}, "; expected 4 dims ", expected);
   check_value(x.size(3) <= 1 || x.numel() == 0 || x.stride(3) == 1, name, " has stride ", x.stride(3),
@@ -86,30 +94,35 @@ inline void check_head_dim(int64_t head_dim, const std::string& name) {
               "; expected a multiple of 8 from 8 to 256");
 }
 
-inline void check_same_shape(const Tensor& x, const std::string& name, const Tensor& like, const std::string& like_name) {
+inline void check_same_shape(const Tensor& x, const std::string& name, const Tensor& like,
+                             const std::string& like_name) {
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
   check_value(same, name, " has shape ", Shape{x}, "; expected ", Shape{like}, " like ", like_name);
 }
 
 inline void check_count(size_t count, const char* name) {
-  check_value(count >= 1 && count <= kMaxSources, name, " holds ", count, " tensors; expected 1 to ", kMaxSources);
+  check_value(count >= 1 && count <= kMaxSources, name, " holds ", count, " tensors; expected 1 to ",
+              kMaxSources);
 }
 
 // Weights are handed over in one form: (m, G, D), contiguous, in the dtype that sums run in.
-inline void check_weights(const Tensor& w, const char* name, int64_t m, int64_t G, int64_t D, bool f64, bool cuda) {
+inline void check_weights(const Tensor& w, const char* name, int64_t m, int64_t G, int64_t D, bool f64,
+                          bool cuda) {
   check_device(w, name, cuda);
-  check_type(w.scalar_type() == (f64 ? ScalarType::Double : ScalarType::Float), name, " has another dtype than ",
-             f64 ? "float64" : "float32");
-  check_value(w.dim() == 3 && w.size(0) == m && w.size(1) == G && w.size(2) == D, name, " has shape ", Shape{w},
-              "; expected (", m, ", ", G, ", ", D, ")");
+  check_type(w.scalar_type() == (f64 ? ScalarType::Double : ScalarType::Float), name,
+             " has another dtype than ", f64 ? "float64" : "float32");
+  check_value(w.dim() == 3 && w.size(0) == m && w.size(1) == G && w.size(2) == D, name, " has shape ",
+              Shape{w}, "; expected (", m, ", ", G, ", ", D, ")");
   check_value(w.is_contiguous(), name, " is not contiguous");
 }
 
 inline void check_int32(const Tensor& x, const char* name, int64_t dims, bool cuda) {
   check_device(x, name, cuda);
-  check_type(x.scalar_type() == ScalarType::Int, name, " has another dtype than int32; convert it with .to(torch.int32)");
-  check_value(x.dim() == dims, name, " has shape ", Shape{x}, "; expected ", dims, dims == 1 ? " dim (B,)" : " dims (B, max_pages)");
+  check_type(x.scalar_type() == ScalarType::Int, name,
+             " has another dtype than int32; convert it with .to(torch.int32)");
+  check_value(x.dim() == dims, name, " has shape ", Shape{x}, "; expected ", dims,
+              dims == 1 ? " dim (B,)" : " dims (B, max_pages)");
   check_value(x.numel() <= 1 || x.size(dims - 1) <= 1 || x.stride(dims - 1) == 1, name,
               " is not contiguous in its last dim (call .contiguous())");
 }

@@ -31,8 +31,8 @@ Tensor fuse_kv(std::vector<Tensor> sources, Tensor weights) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> fuse_kv_backward(Tensor grad, std::vector<Tensor> sources, Tensor weights, bool needs_sources,
-                                            bool needs_weights) {
+std::tuple<Tensor, Tensor> fuse_kv_backward(Tensor grad, std::vector<Tensor> sources, Tensor weights,
+                                            bool needs_sources, bool needs_weights) {
   FuseKVParams p = fuse_kv_params(sources, weights, /*cuda=*/false);
   check_device(grad, "grad", false);
   check_same_shape(grad, "grad", sources[0], "sources[0]");
@@ -48,11 +48,13 @@ std::tuple<Tensor, Tensor> fuse_kv_backward(Tensor grad, std::vector<Tensor> sou
   p.grad_weights = needs_weights ? grad_weights.mutable_data_ptr() : nullptr;
   p.partial_weights = needs_weights ? partial.mutable_data_ptr() : nullptr;
   const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { kernels.fuse_kv_backward(p, begin, end); });
+  torch::stable::parallel_for(0, chunks, 1,
+                              [&](int64_t begin, int64_t end) { kernels.fuse_kv_backward(p, begin, end); });
   if (needs_weights) {
     const int64_t blocks = p.m * p.G * p.D / 8;
-    torch::stable::parallel_for(0, blocks, kGrainBytes / (32 * (chunks + 1)) + 1,
-                                [&](int64_t begin, int64_t end) { kernels.fuse_kv_reduce_weights(p, begin, end); });
+    torch::stable::parallel_for(
+        0, blocks, kGrainBytes / (32 * (chunks + 1)) + 1,
+        [&](int64_t begin, int64_t end) { kernels.fuse_kv_reduce_weights(p, begin, end); });
   }
   return {grad_sources, grad_weights};
 }

@@ -32,7 +32,8 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls fn(TypeTag<T>{}) with the C++ type of `dtype`: the one place where a run-time dtype becomes a template argument.
+// Calls fn(TypeTag<T>{}) with the C++ type of `dtype`: the one place where a run-time dtype becomes a
+// template argument.
 template <typename Fn>
 static inline void dispatch_dtype(DType dtype, const Fn& fn) {
   switch (dtype) {

@@ -1,4 +1,5 @@
-// cache[pos] = new[s] with pos = len - S + s; a key's rotated pair (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin) in fp32.
+// cache[pos] = new[s] with pos = len - S + s; a key's rotated pair (x0, x1) becomes (x0 cos - x1 sin, x1 cos
+// + x0 sin) in fp32.
 
 #include "kernels/append_kvcache.h"
 
@@ -10,7 +11,8 @@ namespace FUSEDKV_LEVEL {
 namespace {
 
 template <typename T>
-void rotate_into(T* out, const T* x, const float* cos, const float* sin, int64_t rotary_dim, bool interleaved) {
+void rotate_into(T* out, const T* x, const float* cos, const float* sin, int64_t rotary_dim,
+                 bool interleaved) {
   const int64_t half = rotary_dim / 2;
   for (int64_t j = 0; j < half; ++j) {
     const int64_t i0 = interleaved ? 2 * j : j, i1 = interleaved ? 2 * j + 1 : j + half;
@@ -38,7 +40,8 @@ void append(const AppendKVCacheParams& p, int64_t begin, int64_t end) {
     for (int64_t g = 0; g < p.key.G; ++g) {
       const T* x = source(p.key, g);
       T* out = target(p.key, g);
-      if (rotated) rotate_into(out, x, p.cos + pos * rotated / 2, p.sin + pos * rotated / 2, rotated, p.interleaved);
+      if (rotated)
+        rotate_into(out, x, p.cos + pos * rotated / 2, p.sin + pos * rotated / 2, rotated, p.interleaved);
       __builtin_memcpy(out + rotated, x + rotated, size_t(p.key.D - rotated) * sizeof(T));
     }
     for (int64_t g = 0; g < p.value.G; ++g)

@@ -1,4 +1,5 @@
-// Attention of a few query rows over cached keys and values that are fused from several layers, split over the sequence.
+// Attention of a few query rows over cached keys and values that are fused from several layers, split over
+// the sequence.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,16 @@
 
 namespace fusedkv {
 
-// Tokens per split. Fixed: a sequence gets the same splits, hence the same bits, in any batch and with any number of threads.
+// Tokens per split. Fixed: a sequence gets the same splits, hence the same bits, in any batch and with any
+// number of threads.
 constexpr int64_t kSplitTokens = 512;
 
-// Query rows (s, head of the group) that one task keeps at most; more rows mean more tasks that read the same keys and values.
+// Query rows (s, head of the group) that one task keeps at most; more rows mean more tasks that read the same
+// keys and values.
 constexpr int64_t kMaxTaskRows = 32;
 
-// One cache: contiguous (B, capacity, G, D) or paged (P, page_size, G, D). Strides in elements, last dim contiguous.
+// One cache: contiguous (B, capacity, G, D) or paged (P, page_size, G, D). Strides in elements, last dim
+// contiguous.
 struct CacheTensor {
   const void* data;
   int64_t stride_b;  // of a sequence, or of a page
@@ -23,30 +27,33 @@ struct CacheTensor {
 };
 
 struct AttnDecodeParams {
-  DType dtype;                        // of q, the caches and out: f32, bf16 or f16
-  int64_t B, S, H, G, D, Dv;          // H a multiple of G; D and Dv multiples of 8
-  const void* q;                      // (B, S, H, D)
+  DType dtype;                // of q, the caches and out: f32, bf16 or f16
+  int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8
+  const void* q;              // (B, S, H, D)
   int64_t q_stride_b, q_stride_s, q_stride_h;
-  int num_keys, num_values;           // sources of keys and of values, 1 .. kMaxSources
-  CacheTensor keys[kMaxSources];      // head dim D
-  CacheTensor values[kMaxSources];    // head dim Dv
-  const float* key_weights;           // (num_keys, G, D) or nullptr: all ones
-  const float* value_weights;         // (num_values, G, Dv) or nullptr: all ones
-  const int32_t* seq_lens;            // (B,) valid tokens of each sequence, the S new ones included
-  const int32_t* block_table;         // (B, max_pages) page of each page_size tokens, or nullptr: contiguous caches
+  int num_keys, num_values;         // sources of keys and of values, 1 .. kMaxSources
+  CacheTensor keys[kMaxSources];    // head dim D
+  CacheTensor values[kMaxSources];  // head dim Dv
+  const float* key_weights;         // (num_keys, G, D) or nullptr: all ones
+  const float* value_weights;       // (num_values, G, Dv) or nullptr: all ones
+  const int32_t* seq_lens;          // (B,) valid tokens of each sequence, the S new ones included
+  const int32_t* block_table;  // (B, max_pages) page of each page_size tokens, or nullptr: contiguous caches
   int64_t block_table_stride;
   int64_t page_size;
-  float scale;                        // softmax scale, natural-log domain
-  int64_t window_left, window_right;  // keys t with pos - left <= t <= pos + right are seen; negative: unbounded
+  float scale;  // softmax scale, natural-log domain
+  int64_t window_left,
+      window_right;  // keys t with pos - left <= t <= pos + right are seen; negative: unbounded
 
-  const int64_t* task_offsets;        // (B + 1,) first (split, row group, head) task of each sequence
-  float* partial_out;                 // (tasks, task_rows, Dv) normalised output of each task of a sequence with several splits
-  float* partial_lse;                 // (tasks, task_rows) its log2-sum-exp2
-  void* out;                          // (B, S, H, Dv) contiguous
-  float* lse;                         // (B, H, S) natural log
+  const int64_t* task_offsets;  // (B + 1,) first (split, row group, head) task of each sequence
+  float*
+      partial_out;  // (tasks, task_rows, Dv) normalised output of each task of a sequence with several splits
+  float* partial_lse;  // (tasks, task_rows) its log2-sum-exp2
+  void* out;           // (B, S, H, Dv) contiguous
+  float* lse;          // (B, H, S) natural log
 };
 
-// The keys [begin, end) that any query row of a sequence of length `len` sees; the splits cover them from `begin` on.
+// The keys [begin, end) that any query row of a sequence of length `len` sees; the splits cover them from
+// `begin` on.
 struct TokenRange {
   int64_t begin, end;
 };
@@ -66,7 +73,9 @@ static inline int64_t num_splits(const AttnDecodeParams& p, int64_t len) {
 }
 
 // Query rows of one KV head, and how they are cut into tasks.
-static inline int64_t num_rows(const AttnDecodeParams& p) { return p.S * (p.H / p.G); }
+static inline int64_t num_rows(const AttnDecodeParams& p) {
+  return p.S * (p.H / p.G);
+}
 
 static inline int64_t task_rows(const AttnDecodeParams& p) {
   return num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows;

@@ -1,15 +1,17 @@
-// Attention of R query rows over keys and values fused from several layers, without a fused key or value ever existing:
+// Attention of R query rows over keys and values fused from several layers, without a fused key or value ever
+// existing:
 //
 //   s = sum_j (q (.) a_j) . K_j          the weights of the keys go into q before the loop over tokens
 //   o = sum_j b_j (.) (softmax(s) V_j)   the weights of the values go into the output after it
 //
-// A task is one (sequence, split of kSplitTokens tokens, KV head, group of up to kMaxTaskRows rows). It walks the split in blocks of
-// kBlock tokens that stay in L1 between the two products, reads each key and value once for all its rows (memory is what decode
-// waits for), and keeps an online softmax per row in the log2 domain. Splits are fixed, and a second pass merges them in their
-// order: bits depend neither on threads nor on the rest of the batch.
+// A task is one (sequence, split of kSplitTokens tokens, KV head, group of up to kMaxTaskRows rows). It walks
+// the split in blocks of kBlock tokens that stay in L1 between the two products, reads each key and value
+// once for all its rows (memory is what decode waits for), and keeps an online softmax per row in the log2
+// domain. Splits are fixed, and a second pass merges them in their order: bits depend neither on threads nor
+// on the rest of the batch.
 //
-// Two ways to multiply: any level widens to fp32 and uses fma; AVX-512-BF16 multiplies bf16 pairs with dpbf16, q (.) a_j and the
-// probabilities rounded to bf16.
+// Two ways to multiply: any level widens to fp32 and uses fma; AVX-512-BF16 multiplies bf16 pairs with
+// dpbf16, q (.) a_j and the probabilities rounded to bf16.
 
 #include "kernels/attn_decode.h"
 
@@ -27,7 +29,9 @@ namespace {
 constexpr int kBlock = 32;
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 constexpr int64_t kMaxHeadDim = 256;
-inline float minus_infinity() { return -__builtin_inff(); }
+inline float minus_infinity() {
+  return -__builtin_inff();
+}
 
 alignas(64) const char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
@@ -87,7 +91,8 @@ const T* token_row(const AttnDecodeParams& p, const CacheTensor& cache, int64_t 
   return base + page * cache.stride_b + (t % p.page_size) * cache.stride_t;
 }
 
-// ---- the two products, fp32 -----------------------------------------------------------------------------------------
+// ---- the two products, fp32
+// -----------------------------------------------------------------------------------------
 
 // Operands of the fp32 way: q as float, probabilities as float, output channels in their order.
 template <typename T>
@@ -102,7 +107,8 @@ struct Fp32Products {
 
   // s[r][i] = sum_j q_j[r] . k_j[i] for RT rows and kBlock tokens.
   template <int RT>
-  static void scores(float* s, const Query* q, int64_t q_source, int64_t Dp, const T* const (*k)[kBlock], int m, int64_t D) {
+  static void scores(float* s, const Query* q, int64_t q_source, int64_t Dp, const T* const (*k)[kBlock],
+                     int m, int64_t D) {
     for (int first = 0; first < kBlock; first += kLanes) {
       Vec sums[RT][kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -145,7 +151,8 @@ struct Fp32Products {
   static float output(const float* o, int64_t d) { return o[d]; }
 };
 
-// ---- the two products, bf16 pairs -----------------------------------------------------------------------------------
+// ---- the two products, bf16 pairs
+// -----------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 
@@ -159,10 +166,13 @@ struct Bf16Products {
   }
 
   static __m512bh pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static __m512bh pairs(const bf16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1u, p); }
+  static __m512bh pairs(const bf16* p, int64_t n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1u, p);
+  }
 
   template <int RT>
-  static void scores(float* s, const Query* q, int64_t q_source, int64_t Dp, const bf16* const (*k)[kBlock], int m, int64_t D) {
+  static void scores(float* s, const Query* q, int64_t q_source, int64_t Dp, const bf16* const (*k)[kBlock],
+                     int m, int64_t D) {
     for (int first = 0; first < kBlock; first += kLanes) {
       Vec sums[RT][kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -187,8 +197,8 @@ struct Bf16Products {
     }
   }
 
-  // dpbf16 adds products of neighbours, here of two tokens: unpacklo/hi pair the channels of tokens i and i + 1. They leave the 32
-  // channels of a step in the order that output() undoes.
+  // dpbf16 adds products of neighbours, here of two tokens: unpacklo/hi pair the channels of tokens i and i
+  // + 1. They leave the 32 channels of a step in the order that output() undoes.
   template <int RT>
   static void values(float* o, int64_t Dp, const float* p, const bf16* const* v, int64_t D) {
     uint32_t pair[RT][kBlock / 2];
@@ -207,7 +217,8 @@ struct Bf16Products {
       for (int i = 0; i < kBlock; i += 2) {
         const __m512i x = (__m512i)(whole ? pairs(v[i] + d) : pairs(v[i] + d, D - d));
         const __m512i y = (__m512i)(whole ? pairs(v[i + 1] + d) : pairs(v[i + 1] + d, D - d));
-        const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y), xy_high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+        const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y),
+                       xy_high = (__m512bh)_mm512_unpackhi_epi16(x, y);
         for (int r = 0; r < RT; ++r) {
           const __m512bh pp = (__m512bh)_mm512_set1_epi32(int(pair[r][i / 2]));
           low[r] = _mm512_dpbf16_ps(low[r], pp, xy_low);
@@ -230,7 +241,8 @@ struct Bf16Products {
 
 #endif
 
-// ---- one task -------------------------------------------------------------------------------------------------------
+// ---- one task
+// -------------------------------------------------------------------------------------------------------
 
 // Scratch of one thread: fits L2 for the few sources and rows of decode.
 template <typename P>
@@ -261,9 +273,11 @@ void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch
   }
 }
 
-// Scores of one row become probabilities relative to the running maximum; o is rescaled when the maximum grows.
+// Scores of one row become probabilities relative to the running maximum; o is rescaled when the maximum
+// grows.
 template <typename P>
-void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, TokenRange seen, int64_t block, float scale) {
+void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, TokenRange seen, int64_t block,
+                 float scale) {
   float* s = w.s + r * kBlock;
   for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), set1(scale)));
   if (seen.begin > block || seen.end < block + kBlock)
@@ -296,12 +310,14 @@ void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, Toke
 }
 
 template <typename P, int RT>
-void block_scores(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, const typename P::Element* const (*k)[kBlock]) {
+void block_scores(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r,
+                  const typename P::Element* const (*k)[kBlock]) {
   P::template scores<RT>(w.s + r * kBlock, w.q + r * w.Dp, w.rows * w.Dp, w.Dp, k, p.num_keys, p.D);
 }
 
 template <typename P, int RT>
-void block_values(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, const typename P::Element* const (*v)[kBlock]) {
+void block_values(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r,
+                  const typename P::Element* const (*v)[kBlock]) {
   for (int j = 0; j < p.num_values; ++j)
     P::template values<RT>(w.o + (j * w.rows + r) * w.Dvp, w.Dvp, w.s + r * kBlock, v[j], p.Dv);
 }
@@ -316,38 +332,58 @@ void for_row_tiles(int64_t rows, const Fn& fn) {
   if (r + 1 <= rows) fn(r, TypeTag<char[1]>{}), r += 1;
 }
 
+// Where the rows of a block start, per source. Tokens past the end read zeros: their probability is 0, and 0
+// times whatever the cache holds there might be NaN.
+template <typename T>
+void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task, int64_t block,
+                const T* (*rows)[kBlock]) {
+  for (int i = 0; i < kBlock; ++i) {
+    const bool valid = block + i < task.tokens.end;
+    for (int j = 0; j < m; ++j)
+      rows[j][i] = valid ? token_row<T>(p, caches[j], task.b, task.g, block + i) : (const T*)kZeroRow;
+  }
+}
+
+// A head's rows of neighbouring tokens lie G * D elements apart, which no hardware prefetcher follows: ask a
+// block ahead.
+template <typename T>
+void prefetch_rows(const T* const (*rows)[kBlock], int m, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  for (int j = 0; j < m; ++j)
+    for (int i = 0; i < kBlock; ++i)
+      for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(rows[j][i] + d, 0, 2);
+}
+
 template <typename P>
 void run_blocks(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w) {
   using T = typename P::Element;
   const int64_t len = p.seq_lens[task.b];
-  const T* k[kMaxSources][kBlock];
-  const T* v[kMaxSources][kBlock];
-  for (int64_t block = task.tokens.begin; block < task.tokens.end; block += kBlock) {
-    for (int i = 0; i < kBlock; ++i) {
-      // Tokens past the end read zeros: their probability is 0, and 0 times whatever the cache holds there might be NaN.
-      const int64_t t = block + i;
-      const bool valid = t < task.tokens.end;
-      for (int j = 0; j < p.num_keys; ++j)
-        k[j][i] = valid ? token_row<T>(p, p.keys[j], task.b, task.g, t) : (const T*)kZeroRow;
-      for (int j = 0; j < p.num_values; ++j)
-        v[j][i] = valid ? token_row<T>(p, p.values[j], task.b, task.g, t) : (const T*)kZeroRow;
-    }
-    // Values are needed only after the softmax: ask for them now.
-    for (int j = 0; j < p.num_values; ++j)
-      for (int i = 0; i < kBlock; ++i)
-        for (int64_t d = 0; d < p.Dv; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(v[j][i] + d, 0, 2);
-
-    for_row_tiles(w.rows, [&](int64_t r, auto tile) { block_scores<P, sizeof(typename decltype(tile)::type)>(p, w, r, k); });
+  const T* k[2][kMaxSources][kBlock];
+  const T* v[2][kMaxSources][kBlock];
+  block_rows(p, p.keys, p.num_keys, task, task.tokens.begin, k[0]);
+  block_rows(p, p.values, p.num_values, task, task.tokens.begin, v[0]);
+  int now = 0;
+  for (int64_t block = task.tokens.begin; block < task.tokens.end; block += kBlock, now ^= 1) {
+    block_rows(p, p.keys, p.num_keys, task, block + kBlock, k[now ^ 1]);
+    block_rows(p, p.values, p.num_values, task, block + kBlock, v[now ^ 1]);
+    prefetch_rows(k[now ^ 1], p.num_keys, p.D);
+    for_row_tiles(w.rows, [&](int64_t r, auto tile) {
+      block_scores<P, sizeof(typename decltype(tile)::type)>(p, w, r, k[now]);
+    });
+    prefetch_rows(v[now ^ 1], p.num_values, p.Dv);
     for (int64_t r = 0; r < task.rows; ++r) {
       TokenRange seen = tokens_of_row(p, len, row_of(p, task.g, task.row_begin + r).s);
       if (seen.end > task.tokens.end) seen.end = task.tokens.end;
       softmax_row(p, w, r, seen, block, p.scale * kLog2e);
     }
-    for_row_tiles(w.rows, [&](int64_t r, auto tile) { block_values<P, sizeof(typename decltype(tile)::type)>(p, w, r, v); });
+    for_row_tiles(w.rows, [&](int64_t r, auto tile) {
+      block_values<P, sizeof(typename decltype(tile)::type)>(p, w, r, v[now]);
+    });
   }
 }
 
-// out[d] = sum_j b_j[d] o_j[d] / sum, to the partials or, when the sequence has one split, to the output itself.
+// out[d] = sum_j b_j[d] o_j[d] / sum, to the partials or, when the sequence has one split, to the output
+// itself.
 template <typename P>
 void finish_task(const AttnDecodeParams& p, int64_t index, const Task& task, const Scratch<P>& w) {
   using T = typename P::Element;
@@ -403,9 +439,11 @@ void decode(const AttnDecodeParams& p, int64_t begin, int64_t end) {
   __builtin_free(memory);
 }
 
-// ---- merge ----------------------------------------------------------------------------------------------------------
+// ---- merge
+// ----------------------------------------------------------------------------------------------------------
 
-// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order; a sequence without tokens gives 0 and -inf.
+// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order; a sequence without tokens gives 0 and
+// -inf.
 template <typename T>
 void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t group, int64_t r, int64_t splits) {
   const Row row = row_of(p, g, group * kMaxTaskRows + r);
@@ -428,17 +466,20 @@ void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t group, i
   }
   T* target = (T*)p.out + ((b * p.S + row.s) * p.H + row.h) * p.Dv;
   for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
-  p.lse[(b * p.H + row.h) * p.S + row.s] = sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
+  p.lse[(b * p.H + row.h) * p.S + row.s] =
+      sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
 }
 
 template <typename T>
 void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t g = index % p.G, group = index / p.G % num_row_groups(p), b = index / p.G / num_row_groups(p);
+    const int64_t g = index % p.G, group = index / p.G % num_row_groups(p),
+                  b = index / p.G / num_row_groups(p);
     const int64_t splits = num_splits(p, p.seq_lens[b]);
     if (splits == 1) continue;  // its tasks have written the output
     const int64_t rest = num_rows(p) - group * kMaxTaskRows;
-    for (int64_t r = 0; r < (rest < kMaxTaskRows ? rest : kMaxTaskRows); ++r) merge_row<T>(p, b, g, group, r, splits);
+    for (int64_t r = 0; r < (rest < kMaxTaskRows ? rest : kMaxTaskRows); ++r)
+      merge_row<T>(p, b, g, group, r, splits);
   }
 }
 

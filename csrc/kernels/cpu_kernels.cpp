@@ -33,9 +33,11 @@ struct Levels {
 #if defined(FUSEDKV_X86_LEVELS)
     // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq");
     if (has_avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16::kernels;
     if (has_avx512) tables[count++] = &avx512::kernels;
     if (has_avx2) tables[count++] = &avx2::kernels;
@@ -66,7 +68,9 @@ std::atomic<const CpuKernels*>& current() {
 
 }  // namespace
 
-const CpuKernels& cpu_kernels() { return *current().load(std::memory_order_relaxed); }
+const CpuKernels& cpu_kernels() {
+  return *current().load(std::memory_order_relaxed);
+}
 
 int cpu_levels(const CpuKernels* const** tables) {
   *tables = levels().tables;

@@ -10,9 +10,10 @@ namespace fusedkv {
 // Every function works on [begin, end) of its parallel dimension, so that the caller owns the threads.
 struct CpuKernels {
   const char* level;
-  void (*fuse_kv_forward)(const FuseKVParams&, int64_t begin, int64_t end);        // tokens of B * T
-  void (*fuse_kv_backward)(const FuseKVParams&, int64_t begin, int64_t end);       // chunks of kFuseChunkTokens
-  void (*fuse_kv_reduce_weights)(const FuseKVParams&, int64_t begin, int64_t end); // blocks of 8 channels of m * G * D
+  void (*fuse_kv_forward)(const FuseKVParams&, int64_t begin, int64_t end);   // tokens of B * T
+  void (*fuse_kv_backward)(const FuseKVParams&, int64_t begin, int64_t end);  // chunks of kFuseChunkTokens
+  void (*fuse_kv_reduce_weights)(const FuseKVParams&, int64_t begin,
+                                 int64_t end);  // blocks of 8 channels of m * G * D
   void (*attn_decode)(const AttnDecodeParams&, int64_t begin, int64_t end);        // tasks
   void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);  // (b, row group, g)
   void (*append_kvcache)(const AppendKVCacheParams&, int64_t begin, int64_t end);  // tokens of B * S

@@ -20,8 +20,13 @@ void append_kvcache(const AppendKVCacheParams&, int64_t, int64_t);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
-    FUSEDKV_STRINGIFY(FUSEDKV_LEVEL), fuse_kv_forward, fuse_kv_backward, fuse_kv_reduce_weights, attn_decode,
-    attn_decode_merge,                append_kvcache,
+    FUSEDKV_STRINGIFY(FUSEDKV_LEVEL),
+    fuse_kv_forward,
+    fuse_kv_backward,
+    fuse_kv_reduce_weights,
+    attn_decode,
+    attn_decode_merge,
+    append_kvcache,
 };
 
 }  // namespace FUSEDKV_LEVEL

@@ -1,9 +1,9 @@
 // out[b,t,g,d] = sum_j w[j,g,d] * x_j[b,t,g,d]
 //
-// Memory-bound: (m + 1) elements move per output element and m multiply-adds are done, so the shape of the kernel is about loads in
-// flight. A thread owns one 16-byte piece of the channels (g, d .. d + kVec - 1) and walks over tokens: its weights stay in registers,
-// a warp reads 512 contiguous bytes of a token, and kUnroll tokens times m sources are loaded before the first one is used.
-// fp32 sums (fp64 for fp64), one rounding.
+// Memory-bound: (m + 1) elements move per output element and m multiply-adds are done, so the shape of the
+// kernel is about loads in flight. A thread owns one 16-byte piece of the channels (g, d .. d + kVec - 1) and
+// walks over tokens: its weights stay in registers, a warp reads 512 contiguous bytes of a token, and kUnroll
+// tokens times m sources are loaded before the first one is used. fp32 sums (fp64 for fp64), one rounding.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kPiecesPerBlock* kTokensPerBlock)
 
   const int64_t tokens = p.B * p.T;
   const int64_t stride = int64_t(gridDim.x) * kTokensPerBlock;
-  for (int64_t first = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.y; first < tokens; first += stride * kUnroll) {
+  for (int64_t first = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.y; first < tokens;
+       first += stride * kUnroll) {
     Acc sum[kUnroll][kVec] = {};
     if constexpr (kSources > 0) {
       Piece<T> x[kUnroll][kHeld];
@@ -137,7 +138,8 @@ cudaError_t launch(const FuseKVParams& p, cudaStream_t stream) {
   if (tokens == 0 || pieces == 0) return cudaSuccess;
   int device = 0, processors = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
   // Enough blocks for 8 per SM over both grid dims, no more than there are tokens.
   const int64_t columns = (pieces + kPiecesPerBlock - 1) / kPiecesPerBlock;
   const int64_t needed = (tokens + kTokensPerBlock * kUnroll - 1) / (kTokensPerBlock * kUnroll);

@@ -1,4 +1,5 @@
-// out = sum_j w_j (.) x_j over m source layers, broadcast over tokens, and its gradients. Parameters and launchers.
+// out = sum_j w_j (.) x_j over m source layers, broadcast over tokens, and its gradients. Parameters and
+// launchers.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +22,21 @@ struct TokenTensor {
 };
 
 struct FuseKVParams {
-  DType dtype;                          // of the sources, the output and the gradients
-  int64_t B, T, G, D;                   // D a multiple of 8
-  int m;                                // 1 .. kMaxSources
-  TokenTensor sources[kMaxSources];     // m x (B, T, G, D)
-  const void* weights;                  // (m, G, D) contiguous; float64 for f64 sources, else float32
-  void* out;                            // (B, T, G, D) contiguous; forward only
+  DType dtype;                       // of the sources, the output and the gradients
+  int64_t B, T, G, D;                // D a multiple of 8
+  int m;                             // 1 .. kMaxSources
+  TokenTensor sources[kMaxSources];  // m x (B, T, G, D)
+  const void* weights;               // (m, G, D) contiguous; float64 for f64 sources, else float32
+  void* out;                         // (B, T, G, D) contiguous; forward only
 
-  const void* grad_out;                 // (B, T, G, D) contiguous; backward only
-  void* grad_sources;                   // (m, B, T, G, D) contiguous, may be nullptr
-  void* partial_weights;                // (chunks, m, G, D), chunks = ceil(B * T / kFuseChunkTokens), may be nullptr
-  void* grad_weights;                   // (m, G, D); partial_weights summed pairwise
+  const void* grad_out;   // (B, T, G, D) contiguous; backward only
+  void* grad_sources;     // (m, B, T, G, D) contiguous, may be nullptr
+  void* partial_weights;  // (chunks, m, G, D), chunks = ceil(B * T / kFuseChunkTokens), may be nullptr
+  void* grad_weights;     // (m, G, D); partial_weights summed pairwise
 };
 
-// Data pointers and strides must keep 16-byte alignment. `stream` is a cudaStream_t; returns a cudaError_t (0 = success).
+// Data pointers and strides must keep 16-byte alignment. `stream` is a cudaStream_t; returns a cudaError_t (0
+// = success).
 int fuse_kv_forward_cuda(const FuseKVParams& params, void* stream);
 
 }  // namespace fusedkv

@@ -1,9 +1,10 @@
 // Forward    out[b,t,g,d] = sum_j w[j,g,d] * x_j[b,t,g,d]
 // Backward   dx_j = w_j (.) dout          dw_j[g,d] = sum_{b,t} dout[b,t,g,d] * x_j[b,t,g,d]
 //
-// Memory-bound: each element is read once and written once. A token's G * D weights stay in L1 from one token to the next. Sums run
-// in fp32 (fp64 for fp64) and are rounded once. Weight gradients are summed per chunk of kFuseChunkTokens tokens, then pairwise over
-// the chunks: the order is fixed by the shape alone, so the bits do not depend on the number of threads.
+// Memory-bound: each element is read once and written once. A token's G * D weights stay in L1 from one token
+// to the next. Sums run in fp32 (fp64 for fp64) and are rounded once. Weight gradients are summed per chunk
+// of kFuseChunkTokens tokens, then pairwise over the chunks: the order is fixed by the shape alone, so the
+// bits do not depend on the number of threads.
 
 #include "kernels/cpu_simd.h"
 #include "kernels/fuse_kv.h"
@@ -15,10 +16,18 @@ namespace FUSEDKV_LEVEL {
 struct Scalar64 {
   double v;
 };
-static inline Scalar64 fma(Scalar64 a, Scalar64 b, Scalar64 c) { return {a.v * b.v + c.v}; }
-static inline Scalar64 mul(Scalar64 a, Scalar64 b) { return {a.v * b.v}; }
-static inline Scalar64 load(const double* p, int) { return {*p}; }
-static inline void store(double* p, Scalar64 x, int) { *p = x.v; }
+static inline Scalar64 fma(Scalar64 a, Scalar64 b, Scalar64 c) {
+  return {a.v * b.v + c.v};
+}
+static inline Scalar64 mul(Scalar64 a, Scalar64 b) {
+  return {a.v * b.v};
+}
+static inline Scalar64 load(const double* p, int) {
+  return {*p};
+}
+static inline void store(double* p, Scalar64 x, int) {
+  *p = x.v;
+}
 
 namespace {
 
@@ -85,7 +94,8 @@ void backward(const FuseKVParams& p, int64_t begin, int64_t end) {
             const int n = int(p.D - d < C::lanes ? p.D - d : C::lanes);
             const auto go = load(dout + d, n);
             if (dx) store(dx + d, mul(load(w + d, n), go), n);
-            if (partial) store(partial + channel + d, fma(load(x + d, n), go, load(partial + channel + d, n)), n);
+            if (partial)
+              store(partial + channel + d, fma(load(x + d, n), go, load(partial + channel + d, n)), n);
           }
         }
       }

@@ -1,0 +1,309 @@
+"""Attention of one layer of a cache plan: FusedKV (arXiv 2512.03870) and every other row of the plan's table.
+
+A layer projects and stores the KV heads that the plan gives it, reads the others from its source layers, and
+mixes with its fusion weights: before it stores where it names itself among the sources, when it reads where
+it does not. Keys are stored after RoPE. Keys and values travel as arguments and return values, so the module
+works inside anybody's block, under activation checkpointing and under FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedkv_ext import ops
+from fusedkv_ext.cache import KV, KVCache
+from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
+
+__all__ = ["FusedKVAttention", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in the dtype of the input (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under autocast: bf16 rows and an fp32 weight, which would lose its last bits in bf16.
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class _Heads(NamedTuple):
+    """Some of the stored heads of one layer."""
+
+    layer: int
+    index: int  # of the layer among (*source_layers, this layer)
+    heads: slice | None  # None: all that the layer stores
+
+    def of(self, stored: Tensor) -> Tensor:
+        return stored if self.heads is None else stored[:, :, self.heads]
+
+
+class _Sum(NamedTuple):
+    """sum_j weight_j (.) tensor_j over the heads of one resolved segment."""
+
+    tensors: tuple[_Heads, ...]
+    segment: int | None  # whose fusion weights; None: all ones
+
+
+class _Side(NamedTuple):
+    """Keys or values of one layer in whole heads, resolved once: a step then only picks tensors."""
+
+    num_stored: int
+    mixes: tuple[_Sum, ...]  # the heads to store, segment after segment; empty: as they are projected
+    reads: tuple[_Sum, ...]  # what attention reads, one entry per resolved segment
+
+    @classmethod
+    def resolve(cls, plan: CachePlan, layer: int, num_kv_heads: int, side: Literal["key", "value"]) -> _Side:
+        order = (*plan.source_layers(layer), layer)
+        stored_heads = plan.stored_key_heads if side == "key" else plan.stored_value_heads
+        stored = {j: stored_heads(j, num_kv_heads) for j in order}
+
+        def heads(j: int, start: int, stop: int) -> _Heads:
+            first, count = stored[j].index(start), stop - start
+            return _Heads(j, order.index(j), None if count == len(stored[j]) else slice(first, first + count))
+
+        mixes, reads = [], []
+        for index, resolved in enumerate(plan.segments(layer, num_kv_heads)):
+            segment = resolved.key if side == "key" else resolved.value
+            tensors = tuple(heads(j, resolved.start, resolved.stop) for j in segment.sources)
+            terms = _Sum(tensors, None if segment.fusion is None else index)
+            if layer in segment.sources:
+                mixes.append(terms)
+                terms = _Sum((heads(layer, resolved.start, resolved.stop),), None)
+            reads.append(terms)
+        as_projected = all(len(mix.tensors) == 1 and mix.segment is None for mix in mixes)
+        return cls(len(stored[layer]), () if as_projected else tuple(mixes), tuple(reads))
+
+
+class FusedKVAttention(nn.Module):
+    """Causal self-attention of layer ``layer`` (from 0) of ``plan``; it projects only what the layer stores.
+
+    Parameters, named as in HF's Qwen3: ``q_proj``, ``o_proj``; ``k_proj``, ``v_proj`` where the plan stores
+    (for the stored heads only); ``q_norm``, and ``k_norm`` where keys are stored, if ``qk_norm``;
+    ``kv_fusion`` (``FusionWeights``, fp32) where the plan has fusion weights.
+
+    Args:
+        qk_norm: RMSNorm over the head dim of queries and keys, before RoPE.
+        bias: of the q, k and v projections.
+        rope: makes the positions when ``forward`` gets no ``position_embeddings``, and says how channels pair
+            up. None: half-split pairs, and without ``position_embeddings`` no positions at all.
+        sliding_window: a token sees that many tokens, itself included (as in HF). None: all before it.
+
+    Raises ValueError if heads do not divide, shares of heads are not whole, or ``sliding_window`` is below 1.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        layer: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool = False,
+        rms_norm_eps: float = 1e-6,
+        bias: bool = False,
+        rope: RotaryEmbedding | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        heads, kv_heads = num_attention_heads, num_key_value_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}"
+            )
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
+        self.plan, self.layer, self.head_dim = plan, layer, head_dim
+        self.source_layers = plan.source_layers(layer)
+        self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        self._keys = _Side.resolve(plan, layer, kv_heads, "key")
+        self._values = _Side.resolve(plan, layer, kv_heads, "value")
+        # The query heads of each resolved segment; None: all of them in one call.
+        segments, group = plan.segments(layer, kv_heads), heads // kv_heads
+        bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
+        self._q_heads: tuple[slice | None, ...] = (None,) if len(bounds) == 1 else tuple(bounds)
+
+        def projection(num_heads: int) -> nn.Linear | None:
+            return nn.Linear(hidden_size, num_heads * head_dim, bias=bias) if num_heads else None
+
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = projection(self._keys.num_stored)
+        self.v_proj = projection(self._values.num_stored)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
+        self.q_norm = RMSNorm(head_dim, rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, rms_norm_eps) if qk_norm and self.k_proj is not None else None
+        self.rope = rope
+        self.interleaved = rope is not None and rope.interleaved
+        self.kv_fusion: FusionWeights | None = None
+        if plan.layers[layer].has_fusion:
+            rotary_dim = None if rope is None else rope.rotary_dim
+            self.kv_fusion = FusionWeights(plan, layer, kv_heads, head_dim, self.interleaved, rotary_dim)
+
+    @property
+    def mixes_before_storing(self) -> bool:
+        """Whether this layer needs its sources' new tokens even when a cache holds them already."""
+        return bool(self._keys.mixes or self._values.mixes)
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Sequence[KV] = (),
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
+    ) -> tuple[Tensor, KV]:
+        """Attends from the S rows of x, which are the last S tokens of each sequence.
+
+        Args:
+            x: (B, S, hidden).
+            sources: KV of the layers ``source_layers``, in that order, T tokens each: what they returned.
+                With a cache only a layer with ``mixes_before_storing`` needs them (of the S new tokens);
+                others read the cache.
+            position_embeddings: cos and sin, (S, rotary_dim / 2) or (B, S, rotary_dim / 2).
+            cache: ``cache.advance(S)`` must have made room; this layer's keys and values are appended. Not
+                differentiable.
+            last: compute the output of the last ``last`` rows only (keys and values are made for all S).
+
+        Returns:
+            out (B, S or last, hidden), and the KV that this layer stores of its S tokens.
+
+        Raises ValueError for wrong shapes, missing sources or a cache of another plan.
+        """
+        self._check(x, sources, cache, last)
+        if position_embeddings is None and self.rope is not None:
+            position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache))
+        kv = self._project(x, sources, position_embeddings)
+        if last is not None and last < x.shape[1]:
+            x = x[:, -last:]
+            if position_embeddings is not None:
+                cos, sin = position_embeddings
+                position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
+        q = self._rotated(self.q_proj(x), self.q_norm, position_embeddings)
+        if cache is not None:
+            cache.append(self.layer, kv.key, kv.value)
+        out = self._attend(q, kv, sources, cache)
+        return self.o_proj(out.flatten(2)), kv
+
+    def _check(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, last: int | None) -> None:
+        hidden, plan = self.q_proj.in_features, self.plan
+        if x.dim() != 3 or x.shape[-1] != hidden:
+            raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
+        if last is not None and last < 1:
+            raise ValueError(f"last must be at least 1 or None, got {last}")
+        if cache is not None and cache.plan is not plan and cache.plan != plan:
+            raise ValueError(
+                f"cache is for another plan, {cache.plan.name!r}; this layer is of {plan.name!r}"
+            )
+        if len(sources) != len(self.source_layers) and (cache is None or self.mixes_before_storing):
+            raise ValueError(
+                f"sources must be the KV of layers {self.source_layers}, in that order, for layer "
+                f"{self.layer} of plan {plan.name!r}; got {len(sources)}"
+            )
+
+    def _positions(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None) -> Tensor:
+        """Positions of the rows of x: (S,), or (B, S) where the sequences of a cache differ in length."""
+        steps = x.shape[1]
+        if cache is not None:
+            return cache.positions(steps)
+        tokens = steps
+        if self.k_proj is None and self.v_proj is None:
+            tokens = next(tensor for tensor in sources[0] if tensor is not None).shape[1]
+        return torch.arange(tokens - steps, tokens, device=x.device)
+
+    def _project(
+        self, x: Tensor, sources: Sequence[KV], position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> KV:
+        """What this layer stores of the tokens x: projected, normalised, rotated, mixed."""
+        key = value = None
+        if self.k_proj is not None:
+            key = self._rotated(self.k_proj(x), self.k_norm, position_embeddings)
+            if self._keys.mixes:
+                available = (*(source.key for source in sources), key)
+                key = _mixed(available, self._keys.mixes, [self._key_weights(m) for m in self._keys.mixes])
+        if self.v_proj is not None:
+            value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+            if self._values.mixes:
+                available = (*(source.value for source in sources), value)
+                mixes = self._values.mixes
+                value = _mixed(available, mixes, [self._value_weights(mix) for mix in mixes])
+        return KV(key, value)
+
+    def _rotated(
+        self, x: Tensor, norm: RMSNorm | None, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """(B, S, heads * D) -> (B, S, heads, D), normalised and rotated."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            x = norm(x)
+        if position_embeddings is None:
+            return x
+        return apply_rotary(x, *position_embeddings, self.interleaved)
+
+    def _attend(self, q: Tensor, kv: KV, sources: Sequence[KV], cache: KVCache | None) -> Tensor:
+        """One call per resolved segment, on its heads: (B, S, H, D)."""
+        outs = []
+        for q_heads, keys, values in zip(self._q_heads, self._keys.reads, self._values.reads, strict=True):
+            part = q if q_heads is None else q[:, :, q_heads]
+            weights = self._key_weights(keys), self._value_weights(values)
+            if cache is None:
+                available = (*sources, kv)
+                out = ops.fused_kv_attn_func(
+                    part,
+                    [heads.of(available[heads.index].key) for heads in keys.tensors],
+                    [heads.of(available[heads.index].value) for heads in values.tensors],
+                    *weights,
+                    causal=True,
+                    window_size=self.window_size,
+                )
+            else:
+                out = ops.fused_kv_attn_with_kvcache(
+                    part,
+                    [heads.of(cache.keys(heads.layer)) for heads in keys.tensors],
+                    [heads.of(cache.values(heads.layer)) for heads in values.tensors],
+                    *weights,
+                    cache_seqlens=cache.seq_lens,
+                    block_table=cache.block_table,
+                    causal=True,
+                    window_size=self.window_size,
+                )
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _key_weights(self, terms: _Sum) -> Tensor | None:
+        return None if terms.segment is None else self.kv_fusion.key_weights(terms.segment)
+
+    def _value_weights(self, terms: _Sum) -> Tensor | None:
+        return None if terms.segment is None else self.kv_fusion.value_weights(terms.segment)
+
+
+def _mixed(available: Sequence[Tensor], mixes: Sequence[_Sum], weights: Sequence[Tensor | None]) -> Tensor:
+    """The heads that a layer stores, each segment summed over its sources. ``available``: sources, own."""
+    parts = []
+    for mix, weight in zip(mixes, weights, strict=True):
+        tensors = [heads.of(available[heads.index]) for heads in mix.tensors]
+        if len(tensors) == 1 and weight is None:
+            parts.append(tensors[0])
+        else:
+            parts.append(ops.fuse_kv(tensors, tensors[0].new_ones(1, 1, 1) if weight is None else weight))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

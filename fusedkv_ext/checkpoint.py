@@ -1,0 +1,148 @@
+"""Saving and loading a decoder: a folder with ``config.json`` and ``model.safetensors``.
+
+The weights file carries the config as well, so that it is complete by itself and its replacement is the one
+moment
+at which a new checkpoint takes the place of an old one: whenever the process is killed, the folder loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.decoder import Decoder, DecoderConfig
+
+__all__ = ["load_pretrained", "save_pretrained"]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
+    """Writes ``model`` into ``folder``, which is made if it is not there; a checkpoint in it is replaced.
+
+    Atomic: until the new one is complete on disk the old one loads. A tied head is not stored twice.
+    Raises ImportError without the safetensors package, OSError if the folder cannot be written.
+    """
+    safetensors = _safetensors()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(model.config.to_dict(), indent=2)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _stored_tensors(model).items()}
+
+    new_config, new_weights = (folder / f".{name}.tmp" for name in (CONFIG, WEIGHTS))
+    try:
+        new_config.write_text(config + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, new_weights, metadata={"format": "pt", "config": config})
+        for path in (new_config, new_weights):
+            _sync(path)
+        # While the files change places there is no config.json, and loading takes the one inside the weights.
+        (folder / CONFIG).unlink(missing_ok=True)
+        os.replace(new_weights, folder / WEIGHTS)
+        os.replace(new_config, folder / CONFIG)
+        _sync(folder)
+    finally:
+        for path in (new_config, new_weights):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Decoder:
+    """The decoder that ``save_pretrained`` wrote into ``folder``.
+
+    dtype: None keeps the stored ones; otherwise all but the fusion weights, which stay fp32. device: default
+    CPU.
+
+    Raises ImportError without the safetensors package, FileNotFoundError where there is no checkpoint, and
+    ValueError
+    for a config or a weights file that cannot be: truncated, from a newer version, tensors missing,
+    unexpected or of a wrong shape.
+    """
+    safetensors = _safetensors()
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: there is no {WEIGHTS}")
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
+            config = _read_config(folder, file.metadata() or {})
+            with torch.device("meta"):
+                model = Decoder(config)
+            expected = _stored_tensors(model)
+            _check_tensors(file, expected, folder / WEIGHTS)
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is truncated or no safetensors file: {error}") from error
+    if config.tie_word_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model if dtype is None else model.to(dtype)
+
+
+def _stored_tensors(model: Decoder) -> dict[str, Tensor]:
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors[HEAD]
+    return tensors
+
+
+def _read_config(folder: Path, metadata: dict[str, str]) -> DecoderConfig:
+    path = folder / CONFIG
+    text = path.read_text(encoding="utf-8") if path.is_file() else metadata.get("config")
+    if text is None:
+        raise FileNotFoundError(f"no checkpoint in {folder}: there is no {CONFIG}")
+    try:
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}, not an object")
+        return DecoderConfig.from_dict(data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_tensors(file: Any, expected: dict[str, Tensor], path: Path) -> None:
+    found = set(file.keys())
+    for what, names in (("misses", expected.keys() - found), ("has unexpected", found - expected.keys())):
+        if names:
+            raise ValueError(f"{path} {what} {_listed(sorted(names))}; it does not belong to its config")
+    for name, tensor in expected.items():
+        shape = tuple(file.get_slice(name).get_shape())
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{path}: {name} has shape {shape}, the config wants {tuple(tensor.shape)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and needs no such sync
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "saving and loading checkpoints needs the safetensors package: pip install fusedkv_ext[io]"
+        ) from error
+    return safetensors

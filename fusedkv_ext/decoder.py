@@ -1,0 +1,421 @@
+"""A compact Qwen3-style decoder on top of any cache plan: RMSNorm, RoPE, QK-norm, SwiGLU.
+
+Parameters carry the names of HF's Qwen3, so that checkpoints travel. Two things differ from a plain decoder:
+layers hand keys and values to later layers as return values, and a prompt does not run through all of it.
+Layers that store nothing see only the positions whose logits are wanted, and the last layer that stores makes
+keys and values for all positions but attends only from those (YOCO's early exit, arXiv 2405.05254).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedkv_ext.attention import FusedKVAttention, RMSNorm
+from fusedkv_ext.cache import KV, KVCache
+from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.generation import Sampling, generate
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.rope import RotaryEmbedding
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
+
+CONFIG_FORMAT = 1
+LAYER_TYPES = ("full_attention", "sliding_attention")
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder; field names and meanings as in HF's Qwen3Config, plus ``plan``.
+
+    head_dim: default hidden_size / num_attention_heads. plan: a CachePlan, or the name of one, made for
+    num_hidden_layers. sliding_window: tokens that a sliding layer sees, itself included. layer_types: one of
+    "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
+    full. rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
+    standard deviation of initial matrices. attention_bias: of the q, k and v projections.
+
+    Raises ValueError naming the field that cannot be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    plan: CachePlan | str = "fusedkv"
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_interleaved: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    qk_norm: bool = True
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"head_dim must be given: hidden_size={self.hidden_size} is no multiple of "
+                    f"num_attention_heads={self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if isinstance(self.plan, str):
+            object.__setattr__(self, "plan", CachePlan.named(self.plan, self.num_hidden_layers))
+        if not isinstance(self.plan, CachePlan):
+            raise ValueError(f"plan must be a CachePlan or the name of one, got {type(self.plan).__name__}")
+        if self.plan.num_layers != self.num_hidden_layers:
+            raise ValueError(
+                f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
+            )
+        self._check_layer_types()
+
+    def _check_layer_types(self) -> None:
+        if self.layer_types is None:
+            kind = LAYER_TYPES[self.sliding_window is not None]
+            object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
+        object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):
+            raise ValueError(
+                f"layer_types must name {' or '.join(LAYER_TYPES)} for each of {self.num_hidden_layers} "
+                f"layers, got {self.layer_types}"
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("sliding_window must be given when layer_types has sliding_attention")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON; with the version of this format."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            "model_type": "fusedkv_decoder",
+            "format": CONFIG_FORMAT,
+            **data,
+            "plan": self.plan.to_dict(),
+            "layer_types": list(self.layer_types),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DecoderConfig:
+        """The inverse of ``to_dict``. Raises ValueError for a newer format, missing and unknown fields."""
+        data = dict(data)
+        version = data.pop("format", None)
+        if data.pop("model_type", "fusedkv_decoder") != "fusedkv_decoder" or not isinstance(version, int):
+            raise ValueError(
+                "this is not the config of a fusedkv_ext decoder: it needs model_type and format"
+            )
+        if version > CONFIG_FORMAT:
+            raise ValueError(
+                f"config has format {version}, newer than format {CONFIG_FORMAT} that this version of "
+                "fusedkv_ext reads; upgrade fusedkv_ext"
+            )
+        unknown = sorted(data.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
+        if isinstance(data.get("plan"), Mapping):
+            data["plan"] = CachePlan.from_dict(data["plan"])
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"config is incomplete: {error}") from error
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
+        super().__init__()
+        sliding = config.layer_types[layer] == "sliding_attention"
+        self.self_attn = FusedKVAttention(
+            config.plan,
+            layer,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            qk_norm=config.qk_norm,
+            rms_norm_eps=config.rms_norm_eps,
+            bias=config.attention_bias,
+            rope=rope,
+            sliding_window=config.sliding_window if sliding else None,
+        )
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Sequence[KV] = (),
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
+    ) -> tuple[Tensor, KV]:
+        out, kv = self.self_attn(
+            self.input_layernorm(x), sources, position_embeddings=position_embeddings, cache=cache, last=last
+        )
+        x = out + (x if last is None else x[:, -last:])
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class DecoderModel(nn.Module):
+    """Embeddings, layers and the final norm: token ids (B, S) -> hidden states (B, S or keep, hidden)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        plan = config.plan
+        self.rope = RotaryEmbedding(
+            config.head_dim, config.rope_theta, config.rope_scaling, interleaved=config.rope_interleaved
+        )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.exit_layer = plan.prefill_layers - 1
+        # Whose KV each layer takes as arguments: without a cache; with one, where only mixing layers need
+        # any.
+        self._sources = [layer.self_attn.source_layers for layer in self.layers]
+        self._cached_sources = [
+            sources if layer.self_attn.mixes_before_storing else ()
+            for sources, layer in zip(self._sources, self.layers, strict=True)
+        ]
+
+    def forward(self, ids: Tensor, *, cache: KVCache | None = None, keep: int = 0) -> Tensor:
+        steps = ids.shape[1]
+        positions = torch.arange(steps, device=ids.device) if cache is None else cache.positions(steps)
+        cos, sin = self.rope.cos_sin(positions)
+        wanted = self._sources if cache is None else self._cached_sources
+        read_later = {j for sources in wanted for j in sources}
+        x = self.embed_tokens(ids)
+        kvs: list[KV | None] = []
+        for i, layer in enumerate(self.layers):
+            last = keep if i == self.exit_layer and 0 < keep < steps else None
+            sources = tuple(kvs[j] for j in wanted[i])
+            x, kv = layer(x, sources, position_embeddings=(cos, sin), cache=cache, last=last)
+            if last is not None:
+                cos, sin = cos[..., -last:, :], sin[..., -last:, :]
+            kvs.append(kv if i in read_later else None)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """A causal language model whose cache follows ``config.plan``.
+
+    State-dict names are those of HF's Qwen3ForCausalLM, plus ``self_attn.kv_fusion.*`` and minus projections
+    of what the plan does not store.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+        self.tie_weights()
+
+    @property
+    def plan(self) -> CachePlan:
+        return self.config.plan
+
+    def tie_weights(self) -> None:
+        """Makes the head and the embeddings one parameter again, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Matrices from N(0, initializer_range), biases zero, norms one, fusion weights as the plan says."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, FusionWeights):
+                module.reset_parameters(generator)
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the next tokens, and with ``labels`` the loss.
+
+        Args:
+            ids: (B, S) integers; with a cache the next S tokens of each sequence.
+            labels: (B, S), usually ids themselves: position t is judged by labels[t + 1], -100 is left out.
+                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model). Not
+                together with ``logits_to_keep``.
+            cache: from ``make_cache``; it is advanced and filled. Not differentiable: call under
+                ``torch.no_grad`` or ``torch.inference_mode``.
+            logits_to_keep: logits of the last that many positions only, 0 for all. Layers that only read then
+                run for these positions alone, which changes nothing but rounding.
+            lengths: with a cache whose sequences are empty, the number of tokens of each row, the rest on its
+                left being padding; the longest must be S. None: S each.
+
+        Returns:
+            logits (B, S or logits_to_keep, vocab), or (logits, loss).
+
+        Raises ValueError for shapes, dtypes or combinations other than these, for positions beyond
+        max_position_embeddings, and CacheFullError.
+        """
+        self._check(ids, labels, cache, logits_to_keep, lengths)
+        if cache is not None:
+            cache.advance(ids.shape[1] if lengths is None else lengths)
+        hidden = self.model(ids, cache=cache, keep=logits_to_keep)
+        logits = self.lm_head(hidden)
+        if labels is None:
+            return logits
+        judged = logits[:, :-1].flatten(0, 1)
+        judged = judged.to(torch.promote_types(judged.dtype, torch.float32))
+        return logits, F.cross_entropy(judged, labels[:, 1:].flatten())
+
+    def make_cache(
+        self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None
+    ) -> KVCache:
+        """An empty KVCache for this model: its device, and its dtype or, within autocast, that one."""
+        config, weight = self.config, self.model.embed_tokens.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        return KVCache(
+            config.plan,
+            batch_size,
+            max_len,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
+            device=weight.device,
+            page_size=page_size,
+            num_pages=num_pages,
+        )
+
+    def generate(
+        self,
+        ids: Tensor | Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: int | Sequence[int] | None = None,
+        stream: Callable[[Tensor], None] | None = None,
+        use_cache: bool = True,
+        attention_mask: Tensor | None = None,
+        page_size: int | None = None,
+        pad_token_id: int = 0,
+    ) -> Tensor:
+        """Continues each prompt.
+
+        Args:
+            ids: (B, S), or a list of 1-D prompts of any lengths. No prompt may be empty.
+            temperature, top_k, top_p: see ``Sampling``; temperature 0 is greedy.
+            seed: of the sampling; None draws from torch's global generator.
+            stop: token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
+                ends when all are finished.
+            stream: called after each step with its tokens, (B,).
+            use_cache: False runs every sequence alone and from its start for each token: slow, and the
+                definition of the right result.
+            attention_mask: (B, S), 0 marks padding in ``ids``, wherever it stands; it is moved to the left.
+            page_size: use a paged cache with pages of that many tokens.
+
+        Returns:
+            (B, S + new) int64: the prompts padded on the left to S (the longest prompt's length, or the width
+            of ``ids``), then at most ``max_new_tokens`` new tokens. An empty batch returns as it came.
+
+        Raises ValueError for arguments that cannot be, naming them.
+        """
+        return generate(
+            self,
+            ids,
+            max_new_tokens,
+            vocab_size=self.config.vocab_size,
+            max_len=self.config.max_position_embeddings,
+            device=self.model.embed_tokens.weight.device,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            stop=stop,
+            stream=stream,
+            use_cache=use_cache,
+            attention_mask=attention_mask,
+            page_size=page_size,
+            pad_token_id=pad_token_id,
+        )
+
+    def _check(
+        self,
+        ids: Tensor,
+        labels: Tensor | None,
+        cache: KVCache | None,
+        logits_to_keep: int,
+        lengths: Sequence[int] | None,
+    ) -> None:
+        if ids.dim() != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+            raise ValueError(f"ids must be (B, S) integers with S > 0, got {ids.dtype} {tuple(ids.shape)}")
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0 (all), got {logits_to_keep}")
+        if labels is not None:
+            if labels.shape != ids.shape or ids.shape[1] < 2:
+                raise ValueError(
+                    "labels must have the shape of ids and at least two positions, got "
+                    f"{tuple(labels.shape)} for ids {tuple(ids.shape)}"
+                )
+            if logits_to_keep:
+                raise ValueError("labels need all logits; leave logits_to_keep at 0")
+        if cache is None:
+            if lengths is not None:
+                raise ValueError("lengths needs a cache: without one all rows have S tokens")
+            tokens = ids.shape[1]
+        else:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "cache is not differentiable; call under torch.no_grad() or inference_mode()"
+                )
+            if cache.batch_size != ids.shape[0]:
+                raise ValueError(f"ids has {ids.shape[0]} rows, cache is for {cache.batch_size} sequences")
+            if lengths is not None and max(lengths) != ids.shape[1]:
+                raise ValueError(f"lengths: the longest must be S={ids.shape[1]}, got {list(lengths)}")
+            tokens = max(cache.lengths) + ids.shape[1]
+        if tokens > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"the sequence has {tokens} tokens, more than max_position_embeddings={limit}")

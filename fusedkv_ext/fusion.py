@@ -1,0 +1,202 @@
+"""The learnable part of a cache plan: fusion weights, and how optimizers should treat them.
+
+    K_i = sum_j a_ij (.) K_j        V_i = sum_j b_ij (.) V_j        (FusedKV, arXiv:2512.03870)
+
+Keys are fused after RoPE, so a_ij must be equal on the two channels of each RoPE pair; the parameters hold
+one number per pair and are expanded here. Parameters stay fp32 whatever the model's dtype: their updates
+are smaller than the resolution of bf16 around 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedkv_ext.plan import CachePlan, Fusion, Segment
+
+
+class _Fused(NamedTuple):
+    """One segment that has weights: what they look like, whose KV heads, and the names of the parameters."""
+
+    fusion: Fusion
+    start: int
+    stop: int
+    names: tuple[str, ...]
+
+
+class FusionWeights(nn.Module):
+    """Fusion weights of one layer of a plan.
+
+    One fp32 nn.Parameter per side and source, named ``key_0``, ``key_1``, ``value_0``, ... in the order of
+    the segment's sources, or ``key_s1_0`` (second key segment, first source) where a side has several fused
+    segments. Shapes, with g the segment's KV heads, C = D - rotary_dim/2 where pairs are tied and else D:
+
+        channel (g, C)    shared_channel (1, C)    head (g, 1)    scalar (1, 1)
+
+    plan, layer: whose weights these are. num_kv_heads, head_dim: G, D. interleaved, rotary_dim: the
+    convention and the number of rotated channels of RoPE (rope.py), which say what a pair is; rotary_dim
+    defaults to D. Channels beyond rotary_dim have no pair and weights of their own.
+
+    Raises ValueError for a head share that is not a whole number of heads and for an impossible rotary_dim.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        layer: int,
+        num_kv_heads: int,
+        head_dim: int,
+        interleaved: bool = False,
+        rotary_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if not 0 <= rotary_dim <= head_dim or rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be even and in 0..head_dim={head_dim}, got {rotary_dim}")
+        self.layer, self.head_dim, self.rotary_dim = layer, head_dim, rotary_dim
+        self.interleaved = interleaved
+        self._segments = plan.segments(layer, num_kv_heads)
+        self._keys = self._register("key", num_kv_heads, plan.layers[layer].keys)
+        self._values = self._register("value", num_kv_heads, plan.layers[layer].values)
+        self._expanded: dict[tuple[str, int], tuple[tuple, Tensor]] = {}
+        self.reset_parameters()
+
+    def _register(self, side: str, num_kv_heads: int, segments: tuple[Segment, ...]) -> dict[Segment, _Fused]:
+        several = sum(segment.fusion is not None for segment in segments) > 1
+        registered = {}
+        for s, segment in enumerate(segments):
+            if segment.fusion is None:
+                continue
+            start, stop = (int(bound * num_kv_heads) for bound in segment.heads)
+            prefix = f"{side}_s{s}" if several else side
+            names = tuple(f"{prefix}_{j}" for j in range(len(segment.sources)))
+            for name in names:
+                weight = torch.empty(self._parameter_shape(segment.fusion, stop - start), dtype=torch.float32)
+                self.register_parameter(name, nn.Parameter(weight, segment.fusion.learnable))
+            registered[segment] = _Fused(segment.fusion, start, stop, names)
+        return registered
+
+    def _parameter_shape(self, fusion: Fusion, heads: int) -> tuple[int, int]:
+        rows = heads if fusion.granularity in ("channel", "head") else 1
+        if fusion.granularity not in ("channel", "shared_channel"):
+            return rows, 1
+        return rows, self.head_dim - (self.rotary_dim // 2 if fusion.tied else 0)
+
+    def key_weights(self, segment_index: int = 0) -> Tensor | None:
+        """Weights on the keys of ``plan.segments(layer, G)[segment_index]``: fp32 (m, g, D), or None: ones.
+
+        g counts the heads of that resolved segment, m its key sources in the segment's order. With gradients
+        off the expanded tensor is kept until a parameter changes, so that decoding does not rebuild it for
+        every token; do not write to it. (Writing through ``parameter.data`` goes unseen by PyTorch's version
+        counters: call ``clear_cache()`` after it.)
+        """
+        return self._weights("key", segment_index, self._keys.get(self._segments[segment_index].key))
+
+    def value_weights(self, segment_index: int = 0) -> Tensor | None:
+        """Weights on the values of ``plan.segments(layer, G)[segment_index]``, as ``key_weights``."""
+        return self._weights("value", segment_index, self._values.get(self._segments[segment_index].value))
+
+    def _weights(self, side: str, segment_index: int, fused: _Fused | None) -> Tensor | None:
+        if fused is None:
+            return None
+        parameters = [self.get_parameter(name) for name in fused.names]
+        state = None if torch.is_grad_enabled() else _state(parameters)
+        kept = self._expanded.get((side, segment_index))
+        if state is not None and kept is not None and kept[0] == state:
+            return kept[1]
+        start, stop, *_ = self._segments[segment_index]
+        expanded = torch.stack([self._expand(parameter, fused) for parameter in parameters])
+        if (start, stop) != (fused.start, fused.stop):  # the other side splits this segment
+            expanded = expanded[:, start - fused.start : stop - fused.start]
+        if fused.fusion.multiplier != 1:
+            expanded = expanded * fused.fusion.multiplier
+        if state is not None:
+            self._expanded[side, segment_index] = (state, expanded)
+        return expanded
+
+    def _expand(self, parameter: Tensor, fused: _Fused) -> Tensor:
+        """(g | 1, C | 1) -> (g, D)."""
+        weight = parameter
+        if fused.fusion.tied and fused.fusion.granularity in ("channel", "shared_channel"):
+            pairs, free = weight[:, : self.rotary_dim // 2], weight[:, self.rotary_dim // 2 :]
+            if self.interleaved:
+                weight = torch.cat((pairs.repeat_interleave(2, dim=-1), free), dim=-1)
+            else:
+                weight = torch.cat((pairs, pairs, free), dim=-1)
+        return weight.expand(fused.stop - fused.start, self.head_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Sets the initial values of the plan; ``generator`` draws those of N(0, 1)."""
+        for fused in (*self._keys.values(), *self._values.values()):
+            init, multiplier = fused.fusion.init, fused.fusion.multiplier
+            for j, name in enumerate(fused.names):
+                if isinstance(init, str):
+                    self.get_parameter(name).normal_(0.0, 1 / multiplier, generator=generator)
+                else:
+                    self.get_parameter(name).fill_(init[j] / multiplier)
+
+    def clear_cache(self) -> None:
+        """Forgets the expanded weights that were kept."""
+        self._expanded.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
+        """Moves like any module but never below fp32, whatever ``.bfloat16()`` or ``.to(dtype)`` ask."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(moved.device, torch.float32)
+            return moved
+
+        self.clear_cache()
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        shapes = (f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
+        return f"layer {self.layer}: " + ", ".join(shapes)
+
+
+def _state(parameters: list[nn.Parameter]) -> tuple | None:
+    """What changes whenever a parameter does: identity, storage, version.
+
+    None where that cannot be known (inference tensors, tensor subclasses such as DTensor) or need not be (a
+    compiled graph contains the expansion).
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
+        return None
+    return tuple((id(p), p.data_ptr(), p._version) for p in parameters)
+
+
+def param_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: weight decay on matrices only.
+
+    Excluded from decay: fusion weights (they are matrices by shape, but decay would pull every fused key
+    and value towards zero), norms and biases (fewer than two dimensions), and embeddings, also where the
+    output head shares them. Parameters that need no gradient are left out. Groups have ``params``,
+    ``weight_decay``, ``name`` ("decay", "no_decay") and, when given, ``lr``; empty groups are dropped.
+    Their order is that of ``model.named_parameters()``, so that an optimizer state fits the same model
+    again.
+    """
+    exempt = {id(p) for p in _exempt(model)}
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"params": [], "weight_decay": weight_decay, "name": "decay"},
+        "no_decay": {"params": [], "weight_decay": 0.0, "name": "no_decay"},
+    }
+    for _, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() >= 2 and id(parameter) not in exempt
+            groups["decay" if decays else "no_decay"]["params"].append(parameter)
+    extra = {} if lr is None else {"lr": lr}
+    return [{**group, **extra} for group in groups.values() if group["params"]]
+
+
+def _exempt(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, (FusionWeights, nn.Embedding)):
+            yield from module.parameters(recurse=False)

@@ -1,0 +1,30 @@
+"""The cache plan: a table that says, layer by layer, where keys and values come from.
+
+Cross-layer cache methods differ only in this table. Each layer has *segments* of its KV heads, for keys and
+for values separately, and each segment names its source layers. Two rules give the table its meaning:
+
+* A layer *stores* the heads of the segments that name the layer itself. With other sources beside it, it
+  mixes before it stores (ResFormer, YOCO++), and everybody who reads it later reads the mix.
+* Heads of segments that name only other layers are not stored: the layer mixes what others stored when it
+  reads (FusedKV).
+
+Layers count from 0 here; the papers count from 1. Papers: FusedKV arXiv:2512.03870, YOCO arXiv:2405.05254,
+CLA arXiv:2405.12981. docs/methods.md writes further methods down as segments; methods.py has those with a
+name.
+"""
+
+from fusedkv_ext.plan.cache_plan import CachePlan
+from fusedkv_ext.plan.methods import METHODS, Method, method
+from fusedkv_ext.plan.pieces import GRANULARITIES, Fusion, LayerPlan, ResolvedSegment, Segment
+
+__all__ = [
+    "GRANULARITIES",
+    "METHODS",
+    "CachePlan",
+    "Fusion",
+    "LayerPlan",
+    "Method",
+    "ResolvedSegment",
+    "Segment",
+    "method",
+]

@@ -1,0 +1,250 @@
+"""Oracle of the four operations: the formulas in plain torch, written to be read, not to be fast.
+
+Every function has the name and the signature of the operation that it describes, plus ``dtype``: the dtype
+in which everything is computed and returned (default: the dtype of the inputs). ``dtype=torch.float64``
+gives the values that a kernel is judged by; the default gives the error that the same maths has in the
+working dtype.
+
+Words: B batch, S query length, T key/value length, H query heads, G key/value heads, D head dim, m number
+of sources. Imports torch only, calls no kernel of this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["append_kvcache", "fuse_kv", "fused_kv_attn_func", "fused_kv_attn_with_kvcache"]
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def fuse_kv(sources: Tensors, weights: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]    (FusedKV, arXiv 2512.03870).
+
+    sources: m tensors (B, T, G, D), or one; weights: broadcastable to (m, G, D). Returns (B, T, G, D).
+    Differentiable.
+    """
+    sources = _as_list(sources)
+    dtype = dtype or sources[0].dtype
+    heads, dim = sources[0].shape[-2:]
+    weights = weights.to(dtype).broadcast_to(len(sources), heads, dim)
+    out = torch.zeros(sources[0].shape, dtype=dtype, device=sources[0].device)
+    for source, weight in zip(sources, weights, strict=True):
+        out = out + weight * source.to(dtype)
+    return out
+
+
+def fused_kv_attn_func(
+    q: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    return_lse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over fused keys K = sum_j a_j (.) K_j and fused values V = sum_j b_j (.) V_j.
+
+    out = softmax(scale q K^T + mask) V, lse = log sum exp(scale q K^T + mask), query head h reading
+    key/value head h // (H / G). Query row i stands at position p = i + T - S; it sees key j when p - left
+    <= j <= p + right (-1: no bound; causal: right = 0). A row that sees nothing gives zeros and lse = -inf.
+
+    q: (B, S, H, D); keys: m_k tensors (B, T, G, D); values: m_v tensors (B, T, G, Dv); weights
+    broadcastable to (m_k, G, D) and (m_v, G, Dv), None: all ones. Returns (B, S, H, Dv) and, with
+    ``return_lse``, (B, H, S), both in ``dtype``. Differentiable in q, keys, values and both weights.
+    """
+    keys, values = _as_list(keys), _as_list(values)
+    outs, lses = [], []
+    for b in range(q.shape[0]):
+        out, lse = _attend(
+            q[b],
+            _fused([key[b] for key in keys], key_weights, dtype or q.dtype),
+            _fused([value[b] for value in values], value_weights, dtype or q.dtype),
+            softmax_scale,
+            causal,
+            window_size,
+        )
+        outs.append(out)
+        lses.append(lse)
+    return _stacked(q, values, outs, lses, return_lse, dtype or q.dtype)
+
+
+def fused_kv_attn_with_kvcache(
+    q: Tensor,
+    key_caches: Tensors,
+    value_caches: Tensors,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    return_lse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the last S tokens of each sequence over its cache; ``fused_kv_attn_func`` row by row.
+
+    Sequence b has n = cache_seqlens[b] valid tokens; query row i stands at position p = i + n - S. Rows
+    with p < 0 are padding of a sequence shorter than S: zeros and lse = -inf, like a sequence of length 0.
+
+    q: (B, S, H, D); caches: m tensors (B, T, G, D), or pages (P, page_size, G, D) with block_table (B,
+    max_pages): token t of sequence b lies in page block_table[b, t // page_size], slot t % page_size. Slots
+    and table entries beyond n are never looked at. Returns (B, S, H, Dv) and, with ``return_lse``, (B, H,
+    S).
+    """
+    key_caches, value_caches = _as_list(key_caches), _as_list(value_caches)
+    outs, lses = [], []
+    for b, length in enumerate(cache_seqlens.tolist()):
+        pages = None if block_table is None else block_table[b]
+        out, lse = _attend(
+            q[b],
+            _fused([_tokens(cache, b, length, pages) for cache in key_caches], key_weights, dtype or q.dtype),
+            _fused(
+                [_tokens(cache, b, length, pages) for cache in value_caches], value_weights, dtype or q.dtype
+            ),
+            softmax_scale,
+            causal,
+            window_size,
+        )
+        padding = max(q.shape[1] - length, 0)
+        out[:padding] = 0
+        lse[:, :padding] = -math.inf
+        outs.append(out)
+        lses.append(lse)
+    return _stacked(q, value_caches, outs, lses, return_lse, dtype or q.dtype)
+
+
+def append_kvcache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place; p <
+    0 is skipped.
+
+    With rotary_cos and rotary_sin (max_len, r/2), r <= D, row p of the tables rotates the first r channels
+    of the key: (x, y) -> (x cos - y sin, x sin + y cos), where channel j pairs with j + r/2, or 2j with 2j
+    + 1 if interleaved. The caches are as in ``fused_kv_attn_with_kvcache``.
+    """
+    dtype = dtype or key.dtype
+    steps = key.shape[1]
+    for b, length in enumerate(cache_seqlens.tolist()):
+        for i in range(max(steps - length, 0), steps):
+            position = length - steps + i
+            new_key = key[b, i].to(dtype)
+            if rotary_cos is not None and rotary_sin is not None:
+                cos, sin = rotary_cos[position].to(dtype), rotary_sin[position].to(dtype)
+                new_key = _rotated(new_key, cos, sin, rotary_interleaved)
+            for cache, new in ((key_cache, new_key), (value_cache, value[b, i])):
+                if block_table is None:
+                    cache[b, position] = new.to(cache.dtype)
+                else:
+                    page_size = cache.shape[1]
+                    page = int(block_table[b, position // page_size])
+                    cache[page, position % page_size] = new.to(cache.dtype)
+
+
+def _as_list(tensors: Tensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _fused(sources: list[Tensor], weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The explicit K or V of one sequence, (T, G, D)."""
+    if weights is None:
+        weights = torch.ones(1, 1, 1, dtype=dtype, device=sources[0].device)
+    return fuse_kv(sources, weights, dtype=dtype)
+
+
+def _tokens(cache: Tensor, b: int, length: int, pages: Tensor | None) -> Tensor:
+    """The valid tokens of sequence b in order, (length, G, D)."""
+    if pages is None:
+        return cache[b, :length]
+    page_size = cache.shape[1]
+    used = pages[: -(-length // page_size)].long()
+    return cache[used].flatten(0, 1)[:length]
+
+
+def _visible(
+    rows: int, tokens: int, causal: bool, window_size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Boolean (S, T): which key each query row sees; both ends aligned at the bottom right."""
+    # No sequence is longer than int32: a wider window is no bound, and positions plus windows stay within
+    # int64.
+    left, right = (min(size, 2**31) for size in window_size)
+    if causal:
+        right = 0
+    position = torch.arange(rows, device=device)[:, None] + (tokens - rows)
+    key = torch.arange(tokens, device=device)[None, :]
+    visible = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    if left >= 0:
+        visible = visible & (key >= position - left)
+    if right >= 0:
+        visible = visible & (key <= position + right)
+    return visible
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """One sequence: q (S, H, D), k (T, G, D), v (T, G, Dv) -> out (S, H, Dv), lse (H, S)."""
+    rows, heads, dim = q.shape
+    tokens, groups = k.shape[:2]
+    scale = 1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale)
+    q = q.to(k.dtype).transpose(0, 1)
+    k = k.repeat_interleave(heads // groups, dim=1).transpose(0, 1)
+    v = v.repeat_interleave(heads // groups, dim=1).transpose(0, 1)
+    if tokens == 0:
+        # Both results keep their place in the graph: an empty sum of everything is zero.
+        nothing = (q * 0).sum(-1, keepdim=True) + v.sum(1, keepdim=True)
+        return nothing.transpose(0, 1), nothing.new_full((heads, rows), -math.inf)
+    visible = _visible(rows, tokens, causal, window_size, q.device)
+    blind = ~visible.any(-1)
+    scores = scale * (q @ k.transpose(1, 2))
+    # A blind row is given finite scores first and its zeros afterwards, which keeps NaN out of its gradient.
+    scores = scores.masked_fill(~visible, -math.inf).masked_fill(blind[:, None], 0.0)
+    out = (torch.softmax(scores, dim=-1) @ v).masked_fill(blind[:, None], 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(blind, -math.inf)
+    return out.transpose(0, 1), lse
+
+
+def _stacked(
+    q: Tensor,
+    values: list[Tensor],
+    outs: list[Tensor],
+    lses: list[Tensor],
+    return_lse: bool,
+    dtype: torch.dtype,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _, rows, heads, _ = q.shape
+    out = torch.stack(outs) if outs else q.new_zeros((0, rows, heads, values[0].shape[-1]), dtype=dtype)
+    lse = torch.stack(lses) if lses else q.new_zeros((0, heads, rows), dtype=dtype)
+    return (out, lse) if return_lse else out
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates the first r channels of one token's key (G, D) by the r/2 angles whose cos and sin are
+    given."""
+    r = 2 * cos.shape[-1]
+    out = x.clone()
+    first, second = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
+    out[:, first] = x[:, first] * cos - x[:, second] * sin
+    out[:, second] = x[:, first] * sin + x[:, second] * cos
+    return out
