@@ -6,12 +6,13 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Tensors = Tensor | Sequence[Tensor]
+Arguments = Mapping[str, Tensor | Sequence[Tensor] | None]  # by their names
 
 ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -19,12 +20,14 @@ MAX_SOURCES = 32
 MAX_WINDOW = 2**31  # lengths are int32
 
 
-def check_tensor(name: str, x: object) -> Tensor:
+def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{_label(name, index)} is {type(x).__name__}; expected a torch.Tensor")
     if x.layout is not torch.strided or x.is_nested:
         kind = "is a nested tensor" if x.is_nested else f"has layout {x.layout}"
-        raise TypeError(f"{name} {kind}; expected a dense tensor (call .to_dense() or .to_padded_tensor())")
+        raise TypeError(
+            f"{_label(name, index)} {kind}; expected a dense tensor (call .to_dense() or .to_padded_tensor())"
+        )
     return x
 
 
@@ -43,22 +46,32 @@ def as_tensors(name: str, tensors: object) -> list[Tensor]:
         raise TypeError(f"{name} is {type(tensors).__name__}; expected a tensor or a list of tensors")
     if not 1 <= len(tensors) <= MAX_SOURCES:
         raise ValueError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_SOURCES}")
-    return [check_tensor(f"{name}[{j}]", x) for j, x in enumerate(tensors)]
+    return [check_tensor(name, x, j) for j, x in enumerate(tensors)]
 
 
-def check_same_device(tensors: dict[str, Tensor | None]) -> None:
-    present = {name: x for name, x in tensors.items() if x is not None}
-    (first_name, first), *rest = present.items()
-    for name, x in rest:
-        if x.device != first.device:
+def _each(arguments: Arguments) -> Iterator[tuple[str, int | None, Tensor]]:
+    """All tensors with the name of their argument and, in a list, their index there."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, None, value
+        elif value is not None:
+            for j, x in enumerate(value):
+                yield name, j, x
+
+
+def _label(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]"
+
+
+def check_same_device(arguments: Arguments) -> None:
+    first = first_label = None
+    for name, j, x in _each(arguments):
+        if first is None:
+            first, first_label = x.device, _label(name, j)
+        elif x.device != first:
             raise ValueError(
-                f"{name} is on {x.device} and {first_name} on {first.device}; expected one device"
+                f"{_label(name, j)} is on {x.device} and {first_label} on {first}; expected one device"
             )
-
-
-def named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """{"keys[0]": ..., "keys[1]": ...} for messages about one of several tensors."""
-    return {f"{name}[{j}]": x for j, x in enumerate(tensors)}
 
 
 def check_sources(name: str, sources: Sequence[Tensor], like_name: str, like: Tensor) -> None:
@@ -106,6 +119,9 @@ def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: 
     if not weights.is_floating_point():
         raise TypeError(f"{name} is {weights.dtype}; expected a floating dtype")
     shape = (m, heads, head_dim)
+    sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if weights.shape == shape and weights.dtype == sum_dtype and weights.is_contiguous():
+        return weights
     if weights.dim() > 3 or any(
         size != 1 and size != full
         for size, full in zip(reversed(weights.shape), reversed(shape), strict=False)
@@ -113,7 +129,6 @@ def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: 
         raise ValueError(
             f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)"
         )
-    sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return weights.to(sum_dtype).expand(shape).contiguous()
 
 
@@ -142,9 +157,11 @@ def check_scale(softmax_scale: object, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def check_no_grad(op: str, tensors: dict[str, Tensor | None], instead: str) -> None:
+def check_no_grad(op: str, arguments: Arguments, instead: str) -> None:
     """Ops without a backward would drop gradients silently: refuse."""
     if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and x.requires_grad:
-                raise ValueError(f"{name} requires grad, and {op} is not differentiable; {instead}")
+        for name, j, x in _each(arguments):
+            if x.requires_grad:
+                raise ValueError(
+                    f"{_label(name, j)} requires grad, and {op} is not differentiable; {instead}"
+                )

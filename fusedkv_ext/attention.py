@@ -102,7 +102,7 @@ class FusedKVAttention(nn.Module):
 
     Args:
         qk_norm: RMSNorm over the head dim of queries and keys, before RoPE.
-        bias: of the q, k and v projections.
+        bias: of the q, k, v and o projections.
         rope: makes the positions when ``forward`` gets no ``position_embeddings``, and says how channels pair
             up. None: half-split pairs, and without ``position_embeddings`` no positions at all.
         sliding_window: a token sees that many tokens, itself included (as in HF). None: all before it.
@@ -149,7 +149,7 @@ class FusedKVAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
         self.k_proj = projection(self._keys.num_stored)
         self.v_proj = projection(self._values.num_stored)
-        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=bias)
         self.q_norm = RMSNorm(head_dim, rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, rms_norm_eps) if qk_norm and self.k_proj is not None else None
         self.rope = rope

@@ -1,8 +1,7 @@
 """Saving and loading a decoder: a folder with ``config.json`` and ``model.safetensors``.
 
-The weights file carries the config as well, so that it is complete by itself and its replacement is the one
-moment
-at which a new checkpoint takes the place of an old one: whenever the process is killed, the folder loads.
+The weights file carries the config as well, so it is complete by itself, and its replacement is the moment at
+which a new checkpoint takes the place of an old one: whenever the process is killed, the folder loads.
 """
 
 from __future__ import annotations
@@ -45,8 +44,11 @@ def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
         for path in (new_config, new_weights):
             _sync(path)
         # While the files change places there is no config.json, and loading takes the one inside the weights.
+        # Each sync keeps a power cut from making the steps in another order.
         (folder / CONFIG).unlink(missing_ok=True)
+        _sync(folder)
         os.replace(new_weights, folder / WEIGHTS)
+        _sync(folder)
         os.replace(new_config, folder / CONFIG)
         _sync(folder)
     finally:
@@ -62,13 +64,12 @@ def load_pretrained(
 ) -> Decoder:
     """The decoder that ``save_pretrained`` wrote into ``folder``.
 
-    dtype: None keeps the stored ones; otherwise all but the fusion weights, which stay fp32. device: default
-    CPU.
+    dtype: None keeps the stored ones; otherwise that of all but the fusion weights, which stay fp32. device:
+    default CPU.
 
     Raises ImportError without the safetensors package, FileNotFoundError where there is no checkpoint, and
-    ValueError
-    for a config or a weights file that cannot be: truncated, from a newer version, tensors missing,
-    unexpected or of a wrong shape.
+    ValueError for a config or a weights file that cannot be: truncated, from a newer version, tensors
+    missing, unexpected or of a wrong shape.
     """
     safetensors = _safetensors()
     folder = Path(folder)

@@ -47,7 +47,7 @@ class DecoderConfig:
     num_hidden_layers. sliding_window: tokens that a sliding layer sees, itself included. layer_types: one of
     "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
     full. rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
-    standard deviation of initial matrices. attention_bias: of the q, k and v projections.
+    standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
 
     Raises ValueError naming the field that cannot be.
     """
@@ -73,6 +73,12 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        for name in POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if name == "head_dim" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -80,10 +86,6 @@ class DecoderConfig:
                     f"num_attention_heads={self.num_attention_heads}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in POSITIVE_FIELDS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
         if isinstance(self.plan, str):
             object.__setattr__(self, "plan", CachePlan.named(self.plan, self.num_hidden_layers))
         if not isinstance(self.plan, CachePlan):
@@ -208,8 +210,7 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.exit_layer = plan.prefill_layers - 1
-        # Whose KV each layer takes as arguments: without a cache; with one, where only mixing layers need
-        # any.
+        # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
         self._cached_sources = [
             sources if layer.self_attn.mixes_before_storing else ()

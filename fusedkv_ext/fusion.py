@@ -102,7 +102,7 @@ class FusionWeights(nn.Module):
     def _weights(self, side: str, segment_index: int, fused: _Fused | None) -> Tensor | None:
         if fused is None:
             return None
-        parameters = [self.get_parameter(name) for name in fused.names]
+        parameters = [self._parameters[name] for name in fused.names]
         state = None if torch.is_grad_enabled() else _state(parameters)
         kept = self._expanded.get((side, segment_index))
         if state is not None and kept is not None and kept[0] == state:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import _checks, _native  # noqa: F401  (_native registers torch.ops.fusedkv)
-from fusedkv_ext._checks import Tensors
+from fusedkv_ext._checks import Arguments, Tensors
 from fusedkv_ext.dense import dense_attention, dense_lse
 
 __all__ = ["append_kvcache", "debug_checks", "fuse_kv", "fused_kv_attn_func", "fused_kv_attn_with_kvcache"]
@@ -61,7 +61,7 @@ def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     if sources[0].dtype not in (*_checks.ATTENTION_DTYPES, torch.float64):
         raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
     weights = _checks.canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
-    _checks.check_same_device({**_checks.named("sources", sources), "weights": weights})
+    _checks.check_same_device({"sources": sources, "weights": weights})
     return _call(_ops.fuse_kv.default, sources, weights)
 
 
@@ -105,14 +105,14 @@ def fused_kv_attn_func(
     scale = _checks.check_scale(softmax_scale, q.shape[3])
     return_lse = _checks.check_flag("return_lse", return_lse)
     key_weights, value_weights = _attention_weights(keys, values, key_weights, value_weights)
-    tensors = {**_checks.named("keys", keys), **_checks.named("values", values)}
-    tensors.update(key_weights=key_weights, value_weights=value_weights)
-    _checks.check_same_device({"q": q, **tensors})
+    _checks.check_same_device(
+        {"q": q, "keys": keys, "values": values, "key_weights": key_weights, "value_weights": value_weights}
+    )
 
     B, S, H, _ = q.shape
     T, G = keys[0].shape[1:3]
     differentiates = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, *tensors.values())
+        x is not None and x.requires_grad for x in (q, *keys, *values, key_weights, value_weights)
     )
     few_rows = S * (H // G) <= DECODE_MAX_ROWS and (S <= T or right == 0)
     if few_rows and not differentiates and q.dtype != torch.float64 and _reads_sources(q.device):
@@ -184,26 +184,16 @@ def fused_kv_attn_with_kvcache(
     key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)
     tensors = {
         "q": q,
-        **_checks.named("key_caches", key_caches),
-        **_checks.named("value_caches", value_caches),
+        "key_caches": key_caches,
+        "value_caches": value_caches,
+        "key_weights": key_weights,
+        "value_weights": value_weights,
     }
-    tensors.update(key_weights=key_weights, value_weights=value_weights)
     _check_table(tensors, cache_seqlens, block_table, key_caches[0])
     _checks.check_no_grad(
         "fused_kv_attn_with_kvcache", tensors, "use fused_kv_attn_func to train, torch.no_grad() to decode"
     )
-    return_values = (
-        q,
-        key_caches,
-        value_caches,
-        key_weights,
-        value_weights,
-        cache_seqlens,
-        block_table,
-        scale,
-        left,
-        right,
-    )
+    arguments = (*tensors.values(), cache_seqlens, block_table, scale, left, right)
     rows = q.shape[1] * (q.shape[2] // max(key_caches[0].shape[2], 1))
     if (
         rows > DECODE_MAX_ROWS
@@ -211,8 +201,8 @@ def fused_kv_attn_with_kvcache(
         and not torch.compiler.is_compiling()
         and q.device.type == "cpu"
     ):
-        return _prefill_with_kvcache(*return_values)
-    out, lse = _call(_ops.attn_with_kvcache.default, *return_values)
+        return _prefill_with_kvcache(*arguments)
+    out, lse = _call(_ops.attn_with_kvcache.default, *arguments)
     return (out, lse) if return_lse else out
 
 
@@ -246,7 +236,7 @@ def append_kvcache(
     for name, x in tensors.items():
         _checks.check_tensor(name, x)
     for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if x.is_neg():
+        if not torch.compiler.is_compiling() and x.is_neg():
             raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
     _check_rank4("key_cache", key_cache)
     for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
@@ -257,20 +247,9 @@ def append_kvcache(
     _checks.check_no_grad("append_kvcache", tensors, "append under torch.no_grad()")
     if rotary_cos is not None and rotary_sin is not None:
         rotary_cos, rotary_sin = rotary_cos.float().contiguous(), rotary_sin.float().contiguous()
-    _call(
-        _ops.append_kvcache.default,
-        *(
-            key,
-            value,
-            key_cache,
-            value_cache,
-            cache_seqlens,
-            block_table,
-            rotary_cos,
-            rotary_sin,
-            _checks.check_flag("rotary_interleaved", rotary_interleaved),
-        ),
-    )
+    interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
+    new = (key, value, key_cache, value_cache)
+    _call(_ops.append_kvcache.default, *new, cache_seqlens, block_table, rotary_cos, rotary_sin, interleaved)
 
 
 # ---- helpers -------------------------------------------------------------------------------------------
@@ -326,9 +305,7 @@ def _check_rank4(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dims")
 
 
-def _check_table(
-    tensors: dict[str, Tensor | None], cache_seqlens: Any, block_table: Any, cache: Tensor
-) -> None:
+def _check_table(tensors: Arguments, cache_seqlens: Any, block_table: Any, cache: Tensor) -> None:
     """Types and devices of lengths and block table; values on request for CUDA (the CPU op always checks)."""
     _checks.check_tensor("cache_seqlens", cache_seqlens)
     if block_table is not None:

@@ -35,7 +35,7 @@ def with_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Runs the test once per kind of device; CUDA is skipped where it cannot run."""
     if request.param == "cuda" and not torch.cuda.is_available():

@@ -11,7 +11,7 @@ from cases import Case, cache_inputs, named
 from compare import assert_matches_oracle, assert_near, assert_same_bits
 from torch import Tensor
 
-from fusedkv_ext import fused_kv_attn_func, fused_kv_attn_with_kvcache, reference
+from fusedkv_ext import append_kvcache, fused_kv_attn_func, fused_kv_attn_with_kvcache, reference
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -167,6 +167,37 @@ def test_paged_equals_contiguous(page_size: int, device: torch.device) -> None:
         cache_seqlens=state["cache_seqlens"].to(device), block_table=table.to(device),
     )  # fmt: skip
     assert_near(got, expected)
+
+
+def test_sequences_may_share_pages(device: torch.device) -> None:
+    """A common prefix is stored once: several rows of the block table name its pages."""
+    q = torch.randn(3, 2, 4, 64, device=device)
+    keys, values = ([torch.randn(6, 4, 2, 64, device=device) for _ in range(2)] for _ in range(2))
+    table = torch.tensor([[5, 0, 1], [5, 0, 2], [5, 5, 3]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([11, 12, 9], dtype=torch.int32, device=device)
+    op, oracle = fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache
+    assert_matches_oracle(op, oracle, q, keys, values, cache_seqlens=lengths, block_table=table)
+
+
+def test_caches_may_have_more_than_2_to_31_elements() -> None:
+    """Offsets need 64 bits. The cache is address space; only the pages that are touched take memory."""
+    page_size, dim = 16, 64
+    pages = 2**31 // (page_size * dim) + 2
+    try:
+        cache = torch.empty(pages, page_size, 1, dim, dtype=BF16)
+    except RuntimeError:
+        pytest.skip("the system does not lend 4 GiB of address space")
+    used = torch.randn(2, page_size, 1, dim).to(BF16)
+    cache[0], cache[-1] = used[0], used[1]
+    table = torch.tensor([[0, pages - 1]], dtype=torch.int32)
+    key, q = torch.randn(1, 1, 1, dim).to(BF16), torch.randn(1, 1, 4, dim).to(BF16)
+    lengths = torch.tensor([20], dtype=torch.int32)
+    append_kvcache(key, key, cache, cache, cache_seqlens=lengths, block_table=table)
+    used[1, 3] = key[0, 0]
+    assert torch.equal(cache[-1], used[1])
+    got = fused_kv_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, block_table=table)
+    small = torch.tensor([[0, 1]], dtype=torch.int32)
+    assert_same_bits(got, fused_kv_attn_with_kvcache(q, used, used, cache_seqlens=lengths, block_table=small))
 
 
 def test_one_hot_value_weight_over_a_single_token_returns_that_value_exactly(device: torch.device) -> None:

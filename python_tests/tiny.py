@@ -1,0 +1,98 @@
+"""Plans and tiny models that the tests of the modules share."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from fusedkv_ext.decoder import Decoder, DecoderConfig
+from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
+
+LAYERS = 4
+NAMED = CachePlan.names()
+FIRST, SECOND = (Fraction(0), Fraction(1, 2)), (Fraction(1, 2), Fraction(1))
+
+
+def _own(i: int) -> LayerPlan:
+    return LayerPlan(Segment((i,)), Segment((i,)))
+
+
+def _skipv1() -> CachePlan:
+    """SkipV1Former: the second half of the value heads of later layers are those of layer 0."""
+    halves = [(Segment((i,), FIRST), Segment((0,), SECOND)) for i in range(1, LAYERS)]
+    later = [LayerPlan(Segment((i,)), values) for i, values in enumerate(halves, start=1)]
+    return CachePlan("skipv1", (_own(0), *later))
+
+
+def _resformer() -> CachePlan:
+    """Value residual: a layer mixes its values with those of layer 0 before it stores them."""
+    mix = Fusion("scalar", (0.3, 0.7))
+    later = [LayerPlan(Segment((i,)), Segment((0, i), fusion=mix)) for i in range(1, LAYERS)]
+    return CachePlan("resformer", (_own(0), *later))
+
+
+def _yoco_pp() -> CachePlan:
+    """YOCO++: layer 1 stores a mix with layer 0, and the layers above read that mix."""
+    mix = Fusion("scalar", (0.5, 1.0), multiplier=2.0)
+    mixing = LayerPlan(Segment((0, 1), fusion=mix), Segment((0, 1), fusion=mix))
+    reading = LayerPlan(Segment((1,)), Segment((1,)))
+    return CachePlan("yoco++", (_own(0), mixing, reading, reading))
+
+
+def _svformer() -> CachePlan:
+    """All keys, and the values of layer 0 only: layers that store one side."""
+    later = [LayerPlan(Segment((i,)), Segment((0,))) for i in range(1, LAYERS)]
+    return CachePlan("svformer", (_own(0), *later))
+
+
+def _patchwork() -> CachePlan:
+    """Everything at once: sides cut differently, one half mixed before storing, sums without weights."""
+    per_head, per_channel = Fusion("head", "normal"), Fusion("channel", "normal")
+    mixing = LayerPlan(
+        (Segment((0, 1), FIRST, per_channel), Segment((1,), SECOND)),
+        Segment((0, 1), fusion=per_head),
+    )
+    reading = LayerPlan(
+        Segment((0, 1), fusion=per_channel),
+        (Segment((0, 1), FIRST), Segment((1,), SECOND, Fusion("shared_channel", "normal"))),
+    )
+    storing_half = LayerPlan((Segment((3,), FIRST), Segment((0,), SECOND)), Segment((1,)))
+    return CachePlan("patchwork", (_own(0), mixing, reading, storing_half))
+
+
+PLANS: dict[str, CachePlan] = {name: CachePlan.named(name, LAYERS) for name in NAMED}
+PLANS |= {plan.name: plan for plan in (_skipv1(), _resformer(), _yoco_pp(), _svformer(), _patchwork())}
+
+
+def randomise_fusion(module: nn.Module) -> None:
+    """Moves fusion weights off their initial values: a source with weight 0 or 1 could hide a mistake."""
+    for part in module.modules():
+        if isinstance(part, FusionWeights):
+            for parameter in part.parameters():
+                torch.nn.init.uniform_(parameter, 0.2, 0.8)
+
+
+def tiny_config(plan: CachePlan | str, **changes: object) -> DecoderConfig:
+    sizes = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        plan=PLANS.get(plan, plan) if isinstance(plan, str) else plan,
+        max_position_embeddings=64,
+        initializer_range=0.25,
+    )
+    return DecoderConfig(**(sizes | changes))
+
+
+def tiny_decoder(plan: CachePlan | str, **changes: object) -> Decoder:
+    """A decoder whose logits are far from uniform and whose fusion weights are all at work."""
+    model = Decoder(tiny_config(plan, **changes))
+    randomise_fusion(model)
+    return model
