@@ -1,0 +1,106 @@
+# Each target does everything it needs on a fresh machine: a virtual environment with pinned packages, the native build,
+# then the work itself. Stamp files under $(VENV) make second runs incremental.
+#
+#   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
+#   ARGS="--quick"      arguments passed on by `make demo`, `make test` and `make bench`
+#   FUSEDKV_CUDA=0      build without CUDA                            TORCH_CUDA_ARCH_LIST="9.0a"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+FUSEDKV_CUDA ?= 1
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(abspath $(VENV))/bin
+# -qq leaves pip's errors and drops its chatter.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+DEPS := $(VENV)/.deps-stamp
+NATIVE := $(VENV)/.native-stamp
+CUDA_OBJECTS := build/cuda-objects
+
+NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+# CMake and Ninja come from the environment, whatever the machine has; build requirements must be there, torch first of all.
+export PATH := $(BIN):$(PATH)
+export FUSEDKV_CUDA
+
+.PHONY: help build demo test bench lint format cuda-objects abi sdist wheel clean distclean
+
+help:
+	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
+	@echo "make test          the test suite (ARGS='-k decode -x')"
+	@echo "make bench         time the CPU ops against this machine's measured read bandwidth and torch"
+	@echo "make lint          ruff on Python, clang-format on csrc"
+	@echo "make format        apply what lint asks for"
+	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a (needs nvcc, no GPU)"
+	@echo "make abi           check that the built libraries use LibTorch's stable ABI only"
+	@echo "make build         environment and native build, nothing more"
+	@echo "make sdist wheel   packages in dist/"
+	@echo "make clean         remove builds; make distclean removes the environment too"
+
+$(DEPS): constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' here; name an interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+	    echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu the package python3-venv has it" >&2; exit 1; }
+	@echo "installing the pinned packages of constraints.txt into $(VENV) (once; torch is the large one)"
+	@$(PIP) install -r constraints.txt
+	@touch $@
+
+$(NATIVE): $(DEPS) $(NATIVE_SOURCES)
+	@echo "building the native module (incremental after the first time)"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(NATIVE)
+
+demo: $(NATIVE)
+	@$(BIN)/fusedkv demo $(ARGS)
+
+test: $(NATIVE)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(NATIVE)
+	@$(BIN)/python benchmarks/quick.py $(ARGS)
+
+lint: $(DEPS)
+	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo "lint: clean"
+
+format: $(DEPS)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/clang-format -i $(CPP_FILES)
+
+# A build folder of its own, so that the two architectures do not depend on what the module was configured for.
+cuda-objects: $(DEPS)
+	@if [ "$(FUSEDKV_CUDA)" = 0 ]; then echo "cuda-objects: skipped, FUSEDKV_CUDA=0 turns CUDA off"; \
+	elif ! command -v "$${CUDACXX:-nvcc}" >/dev/null; then echo "cuda-objects: skipped, no nvcc on this machine"; \
+	else \
+	    TORCH_CUDA_ARCH_LIST="8.0;9.0a" $(BIN)/cmake -S . -B $(CUDA_OBJECTS) -G Ninja --log-level=WARNING \
+	        -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=ON && \
+	    $(BIN)/cmake --build $(CUDA_OBJECTS) --target cuda-objects && \
+	    echo "cuda-objects: every .cu compiled for sm_80 and sm_90a"; \
+	fi
+
+abi: $(NATIVE)
+	@scripts/abi_check.sh $(BIN)
+
+sdist: $(DEPS)
+	@$(BIN)/python -c 'from setuptools import build_meta; print("dist/" + build_meta.build_sdist("dist"))' | tail -n 1
+
+wheel: $(DEPS)
+	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:
+	@rm -rf build dist *.egg-info fusedkv_ext/*.so $(NATIVE) .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf "$(VENV)"
