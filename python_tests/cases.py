@@ -47,6 +47,16 @@ class Case:
         return self.D if self.Dv is None else self.Dv
 
     @property
+    def terms(self) -> float:
+        """By how much errors grow with the scores: see ``compare.assert_close``.
+
+        Scores spread like magnitude * sqrt(m_k), and exp makes the rounding of a score s an error of s
+        roundings. In 16 bits most of that is in torch's error already, which the criterion allows for.
+        """
+        spread = self.magnitude * math.sqrt(self.m_k)
+        return spread if self.dtype in (torch.bfloat16, torch.float16) else spread**2
+
+    @property
     def options(self) -> dict[str, object]:
         """The keyword arguments that both attention functions share."""
         return {

@@ -73,7 +73,12 @@ def test_decode_matches_oracle_for_every_head_dim(level: str, dtype: torch.dtype
         case = Case("dims", S=1, T=45, H=6, G=2, D=dim, m_k=2, m_v=3, dtype=dtype, lengths=(45, 33))
         args, state = cache_inputs(case, CPU)
         assert_matches_oracle(
-            fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache, *args, **state, **case.options
+            fused_kv_attn_with_kvcache,
+            reference.fused_kv_attn_with_kvcache,
+            *args,
+            **state,
+            **case.options,
+            terms=case.terms,
         )
 
 
@@ -101,7 +106,12 @@ def test_decode_matches_oracle(level: str, case: Case, dtype: torch.dtype) -> No
     typed = Case(**{**vars(case), "dtype": dtype})
     args, state = cache_inputs(typed, CPU)
     assert_matches_oracle(
-        fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache, *args, **state, **typed.options
+        fused_kv_attn_with_kvcache,
+        reference.fused_kv_attn_with_kvcache,
+        *args,
+        **state,
+        **typed.options,
+        terms=typed.terms,
     )
 
 

@@ -1,0 +1,396 @@
+"""Bad calls give a ValueError or a TypeError that names the argument; no call crashes or is silently
+wrong."""
+
+from __future__ import annotations
+
+import faulthandler
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from cases import Case, cache_inputs, dense_inputs
+from torch import Tensor
+
+import fusedkv_ext
+
+CPU = torch.device("cpu")
+CASE = Case("base", B=2, S=2, T=12, H=4, G=2, D=16, m_k=2, m_v=3, lengths=(12, 7))
+FUSE, DENSE, CACHED, APPEND = fuzz.OPS
+
+Arguments = dict[str, object]
+
+
+def base_arguments(op: str, paged: bool = False) -> Arguments:
+    """Keyword arguments of a call that works."""
+    q, keys, values, a, b = dense_inputs(CASE, CPU)
+    if op == FUSE:
+        return {"sources": keys, "weights": a}
+    if op == DENSE:
+        return {"q": q, "keys": keys, "values": values, "key_weights": a, "value_weights": b}
+    (q, keys, values, a, b), state = cache_inputs(
+        Case(**{**vars(CASE), "page_size": 4 if paged else None}), CPU
+    )
+    if op == CACHED:
+        caches = {"key_caches": keys, "value_caches": values}
+        return {"q": q, **caches, "key_weights": a, "value_weights": b, **state}
+    angles = torch.randn(12, 8)
+    new = {"key": torch.randn(2, 2, 2, 16), "value": torch.randn(2, 2, 2, 16)}
+    rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    return {**new, "key_cache": keys[0], "value_cache": values[0], **state, **rotary}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A change that spoils a good call, and the error that must come of it."""
+
+    name: str
+    op: str
+    change: Arguments | Callable[[Arguments], Arguments]
+    error: type[Exception]
+    match: str
+    paged: bool = False
+
+    def arguments(self) -> Arguments:
+        base = base_arguments(self.op, self.paged)
+        change = self.change(base) if callable(self.change) else self.change
+        return {**base, **change}
+
+
+def spoilt(op: str, *rows: tuple) -> list[Bad]:
+    """Rows of name, change, error, pattern at the start of the message and, if the cache is paged, True."""
+    return [Bad(row[0], op, *row[1:]) for row in rows]
+
+
+def first(name: str, change: Callable[[Tensor], object]) -> Callable[[Arguments], Arguments]:
+    """Changes the first tensor of a list argument."""
+    return lambda arguments: {name: [change(arguments[name][0]), *arguments[name][1:]]}
+
+
+def one(name: str, change: Callable[[Tensor], object]) -> Callable[[Arguments], Arguments]:
+    """Changes a tensor argument."""
+    return lambda arguments: {name: change(arguments[name])}
+
+
+def every(name: str, change: Callable[[Tensor], object]) -> Callable[[Arguments], Arguments]:
+    """Changes all tensors of a list argument."""
+    return lambda arguments: {name: [change(x) for x in arguments[name]]}
+
+
+def with_head_dim(dim: int, *names: str) -> Callable[[Arguments], Arguments]:
+    """Gives all tensors of these arguments another last dim, and weights that fit."""
+
+    def resize(x: Tensor) -> Tensor:
+        return torch.randn(*x.shape[:-1], dim)
+
+    def change(arguments: Arguments) -> Arguments:
+        new: Arguments = {}
+        for name in names:
+            value = arguments[name]
+            new[name] = [resize(x) for x in value] if isinstance(value, list) else resize(value)
+        return new
+
+    return change
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def pages(*values: int) -> Tensor:
+    return ints(*values).view(2, 3)
+
+
+def tables(rows: int, columns: int) -> Arguments:
+    return {"rotary_cos": torch.ones(rows, columns), "rotary_sin": torch.ones(rows, columns)}
+
+
+def gapped(x: Tensor) -> Tensor:
+    """The same values with a gap between channels."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+NO_SLOTS = {name: [torch.zeros(7, 0, 2, 16)] * m for name, m in (("key_caches", 2), ("value_caches", 3))}
+
+BAD_FUSE = spoilt(
+    FUSE,
+    ("no_sources", {"sources": []}, ValueError, r"sources holds 0 tensors"),
+    ("thirty_three_sources", {"sources": [torch.randn(1, 1, 1, 8)] * 33}, ValueError, r"sources holds 33"),
+    ("source_none", first("sources", lambda x: None), TypeError, r"sources\[0\] is NoneType"),
+    ("source_list", first("sources", Tensor.tolist), TypeError, r"sources\[0\] is list"),
+    ("sources_string", {"sources": "layers"}, TypeError, r"sources is str"),
+    ("sources_none", {"sources": None}, TypeError, r"sources is NoneType"),
+    ("source_of_3_dims", every("sources", lambda x: x[0]), ValueError, r"sources\[0\] .*4 dims"),
+    ("source_shapes_differ", first("sources", lambda x: x[:, :5]), ValueError, r"sources\[1\] has shape"),
+    ("source_dtypes_differ", first("sources", Tensor.half), TypeError, r"sources\[1\] is torch.float32"),
+    ("source_int", every("sources", Tensor.int), TypeError, r"sources\[0\] is torch.int32"),
+    ("source_complex", every("sources", lambda x: x + 0j), TypeError, r"sources\[0\] is torch.complex64"),
+    ("source_on_meta", first("sources", lambda x: x.to("meta")), ValueError, r"sources\[1\] is on cpu"),
+    ("source_sparse", first("sources", Tensor.to_sparse), TypeError, r"sources\[0\] has layout torch.sparse"),
+    ("source_last_dim_strided", first("sources", gapped), ValueError, r"sources\[0\] has stride 2"),
+    ("head_dim_12", with_head_dim(12, "sources"), ValueError, r"sources\[0\] has head dim 12"),
+    ("head_dim_264", with_head_dim(264, "sources"), ValueError, r"sources\[0\] has head dim 264"),
+    ("head_dim_0", with_head_dim(0, "sources"), ValueError, r"sources\[0\] has head dim 0"),
+    ("weights_none", {"weights": None}, TypeError, r"weights is NoneType"),
+    ("weights_float", {"weights": 1.0}, TypeError, r"weights is float"),
+    ("weights_int", one("weights", Tensor.int), TypeError, r"weights is torch.int32"),
+    ("weights_too_few", {"weights": torch.ones(3, 2, 16)}, ValueError, r"weights has shape \(3, 2, 16\)"),
+    ("weights_wrong_heads", {"weights": torch.ones(2, 3, 16)}, ValueError, r"weights .*\(2, 2, 16\)"),
+    ("weights_wrong_channels", {"weights": torch.ones(2, 2, 8)}, ValueError, r"weights .*\(m, G, D\)"),
+    ("weights_of_4_dims", {"weights": torch.ones(1, 2, 2, 16)}, ValueError, r"weights has shape"),
+    ("weights_on_meta", one("weights", lambda x: x.to("meta")), ValueError, r"weights is on meta"),
+    ("weights_sparse", one("weights", Tensor.to_sparse), TypeError, r"weights has layout"),
+)
+
+BAD_DENSE = spoilt(
+    DENSE,
+    ("q_none", {"q": None}, TypeError, r"q is NoneType"),
+    ("q_of_3_dims", one("q", lambda x: x[0]), ValueError, r"q has shape \(2, 4, 16\); expected 4 dims"),
+    ("q_int", one("q", Tensor.int), TypeError, r"q is torch.int32"),
+    ("q_other_dtype", one("q", Tensor.half), TypeError, r"keys\[0\] is torch.float32 and q is torch.float16"),
+    ("q_on_meta", one("q", lambda x: x.to("meta")), ValueError, r"keys\[0\] is on cpu and q on meta"),
+    ("q_sparse", one("q", Tensor.to_sparse), TypeError, r"q has layout"),
+    ("q_other_batch", one("q", lambda x: x[:1]), ValueError, r"keys\[0\] .*B = 1"),
+    ("q_other_head_dim", with_head_dim(24, "q"), ValueError, r"keys\[0\] .*D = 24"),
+    ("q_heads_no_multiple", one("q", lambda x: x[:, :, :3]), ValueError, r"q has 3 heads .*multiple"),
+    ("q_no_heads", one("q", lambda x: x[:, :, :0]), ValueError, r"q has 0 heads"),
+    ("q_last_dim_strided", one("q", gapped), ValueError, r"q has stride 2"),
+    ("keys_empty", {"keys": []}, ValueError, r"keys holds 0 tensors"),
+    ("keys_none", {"keys": None}, TypeError, r"keys is NoneType"),
+    ("key_shapes_differ", first("keys", lambda x: x[:, :5]), ValueError, r"keys\[1\] has shape"),
+    ("key_dtype", first("keys", Tensor.bfloat16), TypeError, r"keys\[0\] is torch.bfloat16"),
+    ("values_shorter_than_keys", every("values", lambda x: x[:, :5]), ValueError, r"values\[0\] has shape"),
+    ("values_other_heads", every("values", lambda x: x[:, :, :1]), ValueError, r"values\[0\] has shape"),
+    ("values_head_dim_20", with_head_dim(20, "values"), ValueError, r"values\[0\] has head dim 20"),
+    ("value_sparse", first("values", Tensor.to_sparse), TypeError, r"values\[0\] has layout"),
+    ("keys_34", {"keys": [torch.randn(2, 12, 2, 16)] * 34}, ValueError, r"keys holds 34"),
+    ("key_weights_count", {"key_weights": torch.ones(3, 2, 16)}, ValueError, r"key_weights has shape"),
+    ("value_weights_count", {"value_weights": torch.ones(2, 2, 16)}, ValueError, r"value_weights has"),
+    ("key_weights_list", {"key_weights": [1.0, 1.0]}, TypeError, r"key_weights is list"),
+    ("value_weights_bool", one("value_weights", Tensor.bool), TypeError, r"value_weights is torch.bool"),
+    ("scale_string", {"softmax_scale": "1"}, TypeError, r"softmax_scale is str"),
+    ("scale_tensor", {"softmax_scale": torch.tensor(1.0)}, TypeError, r"softmax_scale is Tensor"),
+    ("window_int", {"window_size": 4}, TypeError, r"window_size is 4"),
+    ("window_of_one", {"window_size": (4,)}, TypeError, r"window_size is \(4,\)"),
+    ("window_of_floats", {"window_size": (4.0, 1.0)}, TypeError, r"window_size is \(4.0, 1.0\)"),
+    ("window_below_minus_one", {"window_size": (-2, 0)}, ValueError, r"window_size is \(-2, 0\)"),
+    ("causal_tensor", {"causal": torch.ones(2)}, TypeError, r"causal is Tensor"),
+    ("causal_string", {"causal": "yes"}, TypeError, r"causal is str"),
+    ("return_lse_tensor", {"return_lse": torch.ones(2)}, TypeError, r"return_lse is Tensor"),
+)
+
+BAD_CACHED = spoilt(
+    CACHED,
+    ("q_none", {"q": None}, TypeError, r"q is NoneType"),
+    ("q_of_5_dims", one("q", lambda x: x[None]), ValueError, r"q has shape"),
+    ("q_float64", one("q", Tensor.double), TypeError, r"q"),
+    ("q_other_dtype", one("q", Tensor.bfloat16), TypeError, r"key_caches\[0\] and q have different dtypes"),
+    ("q_other_batch", one("q", lambda x: x[:1]), ValueError, r"cache_seqlens|key_caches\[0\]"),
+    ("q_heads_no_multiple", one("q", lambda x: x[:, :, :3]), ValueError, r"q has 3 heads"),
+    ("q_other_head_dim", with_head_dim(24, "q"), ValueError, r"key_caches\[0\] .*head dim 24"),
+    ("q_last_dim_strided", one("q", gapped), ValueError, r"q has stride 2"),
+    ("q_on_meta", one("q", lambda x: x.to("meta")), ValueError, r"key_caches\[0\] is on cpu and q on meta"),
+    ("head_dim_12", with_head_dim(12, "q", "key_caches"), ValueError, r"head dim 12|key_weights"),
+    ("head_dim_264", with_head_dim(264, "q", "key_caches"), ValueError, r"head dim 264|key_weights"),
+    ("caches_empty", {"key_caches": []}, ValueError, r"key_caches holds 0"),
+    ("caches_33", {"value_caches": [torch.zeros(2, 12, 2, 16)] * 33}, ValueError, r"value_caches holds 33"),
+    ("cache_sparse", first("key_caches", Tensor.to_sparse), TypeError, r"key_caches\[0\] has layout"),
+    ("cache_shapes_differ", first("key_caches", lambda x: x[:, :8]), ValueError, r"key_caches\[1\] has"),
+    ("value_cache_shorter", every("value_caches", lambda x: x[:, :8]), ValueError, r"value_caches\[0\] has"),
+    ("value_cache_dtype", first("value_caches", Tensor.half), TypeError, r"value_caches\[0\] and q"),
+    ("cache_last_dim_strided", first("value_caches", gapped), ValueError, r"value_caches\[0\] has stride 2"),
+    ("key_weights_shape", {"key_weights": torch.ones(2, 4, 16)}, ValueError, r"key_weights has shape"),
+    ("value_weights_int", one("value_weights", Tensor.long), TypeError, r"value_weights is torch.int64"),
+    ("lengths_list", {"cache_seqlens": [12, 7]}, TypeError, r"cache_seqlens is list"),
+    ("lengths_int", {"cache_seqlens": 12}, TypeError, r"cache_seqlens is int"),
+    ("lengths_int64", one("cache_seqlens", Tensor.long), TypeError, r"cache_seqlens .*int32"),
+    ("lengths_float", one("cache_seqlens", Tensor.float), TypeError, r"cache_seqlens .*int32"),
+    ("lengths_of_2_dims", one("cache_seqlens", lambda x: x[None]), ValueError, r"cache_seqlens has shape"),
+    ("lengths_of_another_batch", {"cache_seqlens": ints(12, 7, 3)}, ValueError, r"cache_seqlens has 3"),
+    ("length_beyond_cache", {"cache_seqlens": ints(12, 13)}, ValueError, r"cache_seqlens\[1\] = 13"),
+    ("length_negative", {"cache_seqlens": ints(-1, 7)}, ValueError, r"cache_seqlens\[0\] = -1"),
+    ("length_int32_max", {"cache_seqlens": ints(2**31 - 1, 7)}, ValueError, r"cache_seqlens\[0\]"),
+    ("length_beyond_pages", {"cache_seqlens": ints(12, 13)}, ValueError, r"cache_seqlens\[1\] = 13", True),
+    ("table_list", {"block_table": [[0, 1, 2], [3, 4, 0]]}, TypeError, r"block_table is list", True),
+    ("table_int64", one("block_table", Tensor.long), TypeError, r"block_table .*int32", True),
+    ("table_of_1_dim", one("block_table", lambda x: x[0]), ValueError, r"block_table has shape", True),
+    ("table_of_another_batch", one("block_table", lambda x: x[:1]), ValueError, r"block_table has 1", True),
+    ("table_on_meta", one("block_table", lambda x: x.to("meta")), ValueError, r"block_table is on", True),
+    (
+        "page_too_large",
+        {"block_table": pages(0, 1, 7, 2, 3, 4)},
+        ValueError,
+        r"block_table\[0, 2\] = 7",
+        True,
+    ),
+    (
+        "page_negative",
+        {"block_table": pages(0, 1, 2, 3, -1, 4)},
+        ValueError,
+        r"block_table\[1, 1\] = -1",
+        True,
+    ),
+    ("page_unused_entry", {"cache_seqlens": ints(12, 9)}, ValueError, r"block_table\[1, 2\] = 2147", True),
+    ("page_size_0", NO_SLOTS, ValueError, r"key_caches\[0\]", True),
+    ("scale_list", {"softmax_scale": [1.0]}, TypeError, r"softmax_scale is list"),
+    ("window_none", {"window_size": None}, TypeError, r"window_size is None"),
+    ("window_of_bools", {"window_size": (True, False)}, TypeError, r"window_size"),
+)
+
+BAD_APPEND = spoilt(
+    APPEND,
+    ("key_none", {"key": None}, TypeError, r"key is NoneType"),
+    ("value_list", one("value", Tensor.tolist), TypeError, r"value is list"),
+    ("key_of_3_dims", one("key", lambda x: x[0]), ValueError, r"key has shape"),
+    ("key_cache_of_3_dims", one("key_cache", lambda x: x[0]), ValueError, r"key_cache has shape"),
+    ("key_int", one("key", Tensor.int), TypeError, r"key"),
+    ("key_cache_other_dtype", one("key_cache", Tensor.half), TypeError, r"key_cache and key have different"),
+    ("value_other_dtype", one("value", Tensor.half), TypeError, r"value and key have different dtypes"),
+    ("value_other_length", one("value", lambda x: x[:, :1]), ValueError, r"value has shape"),
+    ("key_other_heads", one("key", lambda x: x[:, :, :1]), ValueError, r"key has shape .*key_cache"),
+    ("key_other_head_dim", with_head_dim(24, "key"), ValueError, r"key has shape .*key_cache"),
+    ("head_dim_12", with_head_dim(12, "key", "key_cache"), ValueError, r"key has head dim 12"),
+    ("unequal_capacity", one("value_cache", lambda x: x[:, :8]), ValueError, r"value_cache has shape"),
+    ("cache_other_batch", one("key_cache", lambda x: x[:1]), ValueError, r"(key|value)_cache has shape"),
+    ("key_sparse", one("key", Tensor.to_sparse), TypeError, r"key has layout"),
+    ("key_cache_on_meta", one("key_cache", lambda x: x.to("meta")), ValueError, r"key_cache is on meta"),
+    ("key_last_dim_strided", one("key", gapped), ValueError, r"key has stride 2"),
+    ("cache_last_dim_strided", one("value_cache", gapped), ValueError, r"value_cache has stride 2"),
+    ("lengths_int64", one("cache_seqlens", Tensor.long), TypeError, r"cache_seqlens .*int32"),
+    ("length_beyond_cache", {"cache_seqlens": ints(12, 13)}, ValueError, r"cache_seqlens\[1\] = 13"),
+    ("length_negative", {"cache_seqlens": ints(-3, 7)}, ValueError, r"cache_seqlens\[0\] = -3"),
+    ("lengths_of_another_batch", {"cache_seqlens": ints(12)}, ValueError, r"cache_seqlens has 1"),
+    (
+        "page_too_large",
+        {"block_table": pages(0, 1, 7, 2, 3, 4)},
+        ValueError,
+        r"block_table\[0, 2\] = 7",
+        True,
+    ),
+    (
+        "page_negative",
+        {"block_table": pages(0, 1, 2, 3, -1, 4)},
+        ValueError,
+        r"block_table\[1, 1\] = -1",
+        True,
+    ),
+    ("sin_missing", {"rotary_sin": None}, ValueError, r"rotary_cos and rotary_sin"),
+    ("cos_missing", {"rotary_cos": None}, ValueError, r"rotary_cos and rotary_sin"),
+    ("cos_int", one("rotary_cos", Tensor.int), TypeError, r"rotary_cos is torch.int32"),
+    ("cos_string", {"rotary_cos": "cos"}, TypeError, r"rotary_cos is str"),
+    ("cos_of_1_dim", one("rotary_cos", lambda x: x[0]), ValueError, r"rotary_cos has shape"),
+    ("sin_of_another_shape", one("rotary_sin", lambda x: x[:, :4]), ValueError, r"rotary_sin has shape"),
+    ("tables_too_short", tables(11, 8), ValueError, r"rotary_cos has 11 rows"),
+    ("tables_too_wide", tables(12, 9), ValueError, r"rotary_cos has shape"),
+    ("interleaved_tensor", {"rotary_interleaved": torch.ones(2)}, TypeError, r"rotary_interleaved is Tensor"),
+)
+
+BAD_CALLS = [*BAD_FUSE, *BAD_DENSE, *BAD_CACHED, *BAD_APPEND]
+
+
+@pytest.mark.parametrize("op", fuzz.OPS)
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_the_calls_that_are_spoilt_are_good_ones(op: str, paged: bool) -> None:
+    getattr(fusedkv_ext, op)(**base_arguments(op, paged))
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS, ids=lambda bad: f"{bad.op}-{bad.name}")
+def test_error_names_the_argument(bad: Bad) -> None:
+    arguments = bad.arguments()
+    with pytest.raises(bad.error, match=f"^{bad.match}") as caught:
+        getattr(fusedkv_ext, bad.op)(**arguments)
+    assert type(caught.value) is bad.error
+    assert "expected" in str(caught.value) or "grad" in str(caught.value) or ";" in str(caught.value)
+
+
+@pytest.mark.parametrize("op", fuzz.OPS)
+def test_empty_batch_and_no_tokens_are_no_errors(op: str) -> None:
+    empty = Case(**{**vars(CASE), "B": 0, "lengths": ()})
+    q, keys, values, a, b = dense_inputs(empty, CPU)
+    lengths = ints()
+    if op == FUSE:
+        assert fusedkv_ext.fuse_kv(keys, a).shape == (0, 12, 2, 16)
+        assert fusedkv_ext.fuse_kv([x.new_zeros(2, 0, 2, 16) for x in keys], a).shape == (2, 0, 2, 16)
+    elif op == DENSE:
+        assert fusedkv_ext.fused_kv_attn_func(q, keys, values, a, b).shape == (0, 2, 4, 16)
+        none = [q.new_zeros(2, 0, 2, 16)]
+        out, lse = fusedkv_ext.fused_kv_attn_func(q.new_ones(2, 3, 4, 16), none, none, return_lse=True)
+        assert not out.any() and bool((lse == -torch.inf).all())
+    elif op == CACHED:
+        out = fusedkv_ext.fused_kv_attn_with_kvcache(q, keys, values, a, b, cache_seqlens=lengths)
+        assert out.shape == (0, 2, 4, 16)
+        full = base_arguments(op)
+        assert fusedkv_ext.fused_kv_attn_with_kvcache(**{**full, "q": full["q"][:, :0]}).shape == (
+            2,
+            0,
+            4,
+            16,
+        )
+    else:
+        new = torch.randn(0, 2, 2, 16)
+        fusedkv_ext.append_kvcache(new, new, keys[0], values[0], cache_seqlens=lengths)
+        full = base_arguments(op)
+        before = full["key_cache"].clone()
+        fusedkv_ext.append_kvcache(**{**full, "key": full["key"][:, :0], "value": full["value"][:, :0]})
+        assert torch.equal(full["key_cache"].nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("op", fuzz.OPS[:3])
+def test_non_finite_weights_propagate_and_stay_in_their_head(op: str, value: float) -> None:
+    arguments = base_arguments(op)
+    name = "weights" if op == FUSE else "value_weights"
+    weights = arguments[name].clone()
+    weights[0, 1, 3] = value
+    out = getattr(fusedkv_ext, op)(**{**arguments, name: weights})
+    heads = slice(1, 2) if op == FUSE else slice(2, 4)
+    assert not torch.isfinite(out[:, :, heads, 3]).any()
+    out[:, :, heads, 3] = 0
+    assert bool(torch.isfinite(out).all())
+
+
+@pytest.fixture
+def stopwatch() -> Iterator[None]:
+    """A call that hangs ends the run with the place where it hangs."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch", range(3))
+@pytest.mark.parametrize("op", fuzz.OPS)
+def test_random_calls_agree_with_the_oracle_or_are_refused(
+    op: str, batch: int, stopwatch: None, with_threads: Callable[[int], None]
+) -> None:
+    with_threads(1)
+    agreed = refused = 0
+    failures = []
+    for seed in range(200 * batch, 200 * (batch + 1)):
+        call = fuzz.random_call(op, seed)
+        try:
+            agreed, refused = (agreed + 1, refused) if fuzz.check(call) else (agreed, refused + 1)
+        except Exception as error:
+            failures.append(f"seed {seed}: {type(error).__name__}: {error}\n  {call}")
+    assert not failures, "\n".join(failures[:5])
+    # Both kinds must occur, or the changes are too tame or too wild to find anything.
+    assert agreed >= 20 and refused >= 20
+
+
+def test_native_operations_survive_any_arguments(tmp_path: Path) -> None:
+    """In a process of its own, because a crash would take the test run with it."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import fuzz; fuzz.main(600)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    last = tmp_path / "last_call.txt"
+    called = last.read_text() if last.exists() else "nothing was called"
+    assert done.returncode == 0, f"{called}\n{done.stderr[-3000:]}"
