@@ -1,0 +1,95 @@
+"""fusedkv plan: show which layer takes its keys and values from where, and what its cache costs.
+
+Without a name, lists the known plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fusedkv_ext.train.config import ConfigError, literal
+
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="name of the plan; none: list them")
+    parser.add_argument("--layers", type=int, metavar="N", help="number of layers")
+    parser.add_argument(
+        "--kv-heads", type=int, metavar="G", help="key/value heads of a layer, for the bytes per token"
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=128, metavar="D", help="channels of a head (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the cache (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the plan"
+    )
+
+
+def _options(entries: list[str]) -> dict[str, Any]:
+    options = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--option takes KEY=VALUE, got {entry!r}")
+        options[key] = literal(value)
+    return options
+
+
+def _list(as_json: bool) -> int:
+    from fusedkv_ext.plan import METHODS
+
+    if as_json:
+        print(json.dumps({name: {"equation": m.equation, "paper": m.paper} for name, m in METHODS.items()}))
+        return 0
+    width = max(map(len, METHODS))
+    for name, method in METHODS.items():
+        print(f"{name:<{width}}  {method.equation}  ({method.paper})")
+    print(
+        "\nfusedkv plan NAME --layers N shows one. "
+        "Layers count from 1 in these formulas, from 0 in tables and code."
+    )
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.name is None:
+        return _list(args.json)
+    if args.layers is None:
+        raise ConfigError("--layers N is needed with the name of a plan")
+    import torch
+
+    from fusedkv_ext.plan import CachePlan
+
+    try:
+        plan = CachePlan.named(args.name, args.layers, **_options(args.option))
+        vanilla = CachePlan.named("vanilla", args.layers)
+        sizes = None
+        if args.kv_heads is not None:
+            shape = (args.kv_heads, args.head_dim, getattr(torch, args.dtype))
+            sizes = (plan.bytes_per_token(*shape), vanilla.bytes_per_token(*shape))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if args.json:
+        result: dict[str, Any] = {
+            "plan": plan.to_dict(),
+            "storage_layers": list(plan.storage_layers),
+            "prefill_layers": plan.prefill_layers,
+            "cache_ratio": float(plan.cache_ratio),
+        }
+        if sizes:
+            result |= {"bytes_per_token": sizes[0], "vanilla_bytes_per_token": sizes[1]}
+        print(json.dumps(result))
+        return 0
+    print(plan)
+    if sizes:
+        print(
+            f"size: {sizes[0]:,} bytes per token with {args.kv_heads} KV heads of {args.head_dim} in "
+            f"{args.dtype}, {sizes[0] / sizes[1]:.3f} of vanilla's {sizes[1]:,}"
+        )
+    return 0

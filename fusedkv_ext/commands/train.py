@@ -1,0 +1,160 @@
+"""fusedkv train: train a decoder with any cache plan on text files or on this machine's Python sources.
+
+Every configuration key (`fusedkv train --keys` lists them) can be set in a TOML file (--config) or with
+--set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys, load_toml
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusedkv_ext.train.progress import Progress
+
+# Options that are short for a configuration key.
+_SHORTCUTS = {"plan": "model.plan", "steps": "run.steps", "seed": "run.seed", "tokenizer": "data.tokenizer"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("run"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
+    )
+    parser.add_argument(
+        "--valid-text", nargs="+", metavar="PATH", help="held-out text (default: some files of --text)"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--plan", metavar="NAME", help="cache plan, see `fusedkv plan` (default: fusedkv)")
+    parser.add_argument("--steps", metavar="N", help="optimizer steps of the whole run")
+    parser.add_argument("--seed", metavar="N", help="of the weights and of the order of the text")
+    parser.add_argument("--config", metavar="FILE", help="TOML with the sections model, data, optim, run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example optim.lr=1e-3"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one"
+    )
+    parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop when step N is done")
+    parser.add_argument(
+        "--keys", action="store_true", help="list all configuration keys with their defaults, and exit"
+    )
+
+
+def _changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
+    """What the command line changes in a configuration, in rising priority: file, --set, options."""
+    pairs = []
+    for entry in args.set:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE, got {entry!r}")
+        pairs.append((key.strip(), value.strip()))
+    pairs += [
+        (key, getattr(args, name)) for name, key in _SHORTCUTS.items() if getattr(args, name) is not None
+    ]
+    lists = [(f"data.{name}", getattr(args, name)) for name in ("text", "valid_text") if getattr(args, name)]
+    table = load_toml(args.config) if args.config else None
+
+    def change(config: TrainConfig) -> TrainConfig:
+        if table is not None:
+            config = config.merged(table)
+        return config.updated(pairs, as_text=True).updated(lists)
+
+    return change
+
+
+def _print_keys() -> int:
+    config = TrainConfig()
+    for key in known_keys():
+        section, name = key.split(".")
+        print(f"{key} = {json.dumps(getattr(getattr(config, section), name))}")
+    return 0
+
+
+@contextmanager
+def _stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once."""
+    caught: list[int] = []
+    announced = False
+
+    def handle(number: int, _frame: object) -> None:  # may come in the middle of a print: says nothing itself
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    def should_stop() -> bool:
+        nonlocal announced
+        if caught and not announced:
+            progress.line("interrupted: validating and saving a checkpoint; once more to stop at once")
+            announced = True
+        return bool(caught)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield should_stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _deterministic(device: torch.device) -> None:
+    """CUDA has faster kernels whose sums run in any order; resuming bit for bit needs the others."""
+    if device.type == "cuda":
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.keys:
+        return _print_keys()
+    if args.stop_after is not None and args.stop_after < 1:
+        raise ConfigError(f"--stop-after must be >= 1, got {args.stop_after}")
+    change = _changes(args)
+    from fusedkv_ext.train import checkpoints, loop
+    from fusedkv_ext.train.progress import make_progress
+
+    progress = make_progress(sys.stderr if args.json else sys.stdout)
+    try:
+        if args.resume and checkpoints.latest(args.out / "checkpoints") is not None:
+            this, warnings = loop.resume(args.out, change)
+            progress.line(f"resuming {args.out} at step {this.trainer.step}")
+            for warning in warnings:
+                progress.line(f"warning: {warning}")
+        else:
+            this = loop.start(change(TrainConfig()), args.out)
+        trainer = this.trainer
+        _deterministic(trainer.device)
+        progress.line(f"text: {trainer.data.info}")
+        progress.line(
+            f"model: {trainer.config.model.plan}, {trainer.num_parameters:,} parameters, {trainer.device}, "
+            f"{trainer.config.run.precision}, {trainer.tokens_per_step:,} tokens per step"
+        )
+        with _stop_signals(progress) as should_stop:
+            result = loop.run(this, progress, stop_after=args.stop_after, should_stop=should_stop)
+            interrupted = should_stop()
+    finally:
+        progress.close()
+    if args.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(
+            f"{'done' if result.finished else 'stopped'} at step {result.steps}: validation loss "
+            f"{result.valid_loss:.4f}, {result.valid_bits_per_byte:.3f} bits/byte; "
+            f"checkpoint {result.checkpoint}"
+        )
+    return 130 if interrupted and not result.finished else 0

@@ -1,0 +1,1 @@
+"""Training: text to tokens, the configuration, the trainer and its checkpoints."""

@@ -1,0 +1,208 @@
+"""The optimizer step, and the state that makes a run resumable bit for bit.
+
+Everything random is a pure function of the seed: the initial weights of (seed), a step's windows of (seed,
+step). The state of a run is therefore the weights, AdamW's moments and the number of steps done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedkv_ext.decoder import Decoder, DecoderConfig
+from fusedkv_ext.fusion import param_groups
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.train.config import ConfigError, ModelSection, OptimSection, TrainConfig
+from fusedkv_ext.train.data import TokenData, check_length, training_batch, validation_batches
+from fusedkv_ext.train.metrics import bits_per_byte
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the weights are those before the failing step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss in nats per token, norm of the gradient before clipping."""
+
+    step: int  # number of steps done, this one included
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+def learning_rate(step: int, optim: OptimSection, steps: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up to `lr`, then half a cosine down to `lr * final_lr`."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    share = min((step - optim.warmup_steps) / max(steps - 1 - optim.warmup_steps, 1), 1.0)
+    low = optim.lr * optim.final_lr
+    return low + (optim.lr - low) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA where torch has one. Raises ConfigError for a device that is
+    not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"run.device must be auto, cpu or cuda, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is cuda, but torch sees no CUDA device here")
+    return device
+
+
+def resolve_plan(section: ModelSection) -> CachePlan:
+    """The plan of a configuration: by name, or read from a JSON file."""
+    if section.plan.endswith(".json"):
+        if section.plan_options:
+            raise ConfigError("model.plan_options belong to a named plan; model.plan is a file")
+        try:
+            return CachePlan.from_json(Path(section.plan).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"model.plan: {section.plan} does not exist") from error
+    try:
+        return CachePlan.named(section.plan, section.num_hidden_layers, **section.plan_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.plan: {error}") from error
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
+    """A decoder with initial weights drawn from `run.seed`; torch's global generator is left as it was."""
+    section = config.model
+    width = section.intermediate_size or -(-section.hidden_size * 8 // 3 // 64) * 64
+    decoder_config = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=section.hidden_size,
+        intermediate_size=width,
+        num_hidden_layers=section.num_hidden_layers,
+        num_attention_heads=section.num_attention_heads,
+        num_key_value_heads=section.num_key_value_heads,
+        head_dim=section.head_dim,
+        plan=resolve_plan(section),
+        rope_theta=section.rope_theta,
+        rms_norm_eps=section.rms_norm_eps,
+        qk_norm=section.qk_norm,
+        attention_bias=section.attention_bias,
+        tie_word_embeddings=section.tie_word_embeddings,
+        max_position_embeddings=section.max_position_embeddings,
+        sliding_window=section.sliding_window,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return Decoder(decoder_config)
+
+
+class Trainer:
+    """Trains a module that maps `(ids, labels)` to `(logits, loss)`; labels are the ids, shifted inside the
+    module.
+
+    model: fp32 weights, moved to `device`. Raises ConfigError when the text is shorter than one window.
+    """
+
+    def __init__(self, model: nn.Module, data: TokenData, config: TrainConfig, device: torch.device) -> None:
+        check_length(data.train, config.data.seq_len, "training")
+        check_length(data.valid, config.data.seq_len, "validation")
+        self.model = model.to(device)
+        self.data, self.config, self.device = data, config, device
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            param_groups(self.model, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+        self.step = 0  # optimizer steps done
+        self.seconds = 0.0  # spent in them, over all starts
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.run.batch_size * self.config.data.seq_len
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def bits_per_byte(self, loss: float) -> float:
+        return bits_per_byte(loss, self.data.tokens_per_byte)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.run.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _parts(self) -> Iterator[Tensor]:
+        """The windows of the coming step, in `accumulate` parts: the same windows however many parts there
+        are.
+        """
+        run, data = self.config.run, self.config.data
+        batch = training_batch(self.data.train, run.seed, self.step, run.batch_size, data.seq_len)
+        for part in batch.chunk(run.accumulate):
+            yield part.to(self.device)
+
+    def train_step(self) -> StepResult:
+        """One optimizer step. Raises TrainingDiverged, before the weights change, when something is not
+        finite.
+        """
+        started = time.perf_counter()
+        run, optim = self.config.run, self.config.optim
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for ids in self._parts():
+            with self._autocast():
+                part_loss = self.model(ids, labels=ids)[1] / run.accumulate
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
+        rate = learning_rate(self.step, optim, run.steps)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingDiverged(
+                f"training diverged at step {self.step + 1}: loss {loss}, gradient norm {norm}, learning "
+                f"rate {rate:.3g}; this step changed nothing. Try a lower optim.lr, more "
+                f"optim.warmup_steps or a smaller optim.grad_clip"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        return StepResult(self.step, loss, norm, rate)
+
+    @torch.no_grad()
+    def evaluate(self, max_batches: int | None = None) -> float:
+        """Mean loss, in nats per token, over windows of the validation text that are the same every time."""
+        run, data = self.config.run, self.config.data
+        was_training = self.model.training
+        self.model.eval()
+        total = rows = 0.0
+        limit = max_batches or run.valid_batches
+        part = run.batch_size // run.accumulate
+        for ids in validation_batches(self.data.valid, part, data.seq_len, limit):
+            ids = ids.to(self.device)
+            with self._autocast():
+                loss = self.model(ids, labels=ids)[1]
+            total += loss.item() * len(ids)
+            rows += len(ids)
+        self.model.train(was_training)
+        return total / rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {"step": self.step, "seconds": self.seconds, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
