@@ -82,8 +82,10 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   p.block_table_stride = layout.block_table_stride;
   p.page_size = layout.page_size;
   p.scale = float(softmax_scale);
-  p.window_left = window_left;
-  p.window_right = window_right;
+  // Lengths are int32: a larger window is none, and positions plus it cannot overflow.
+  const auto window = [](int64_t size) { return size < INT32_MAX ? size : -1; };
+  p.window_left = window(window_left);
+  p.window_right = window(window_right);
 
   std::vector<int64_t> task_offsets(p.B + 1, 0);
   bool several_splits = false;
