@@ -178,10 +178,21 @@ void for_row_tiles(int64_t rows, const Fn& fn) {
 template <typename T>
 void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task, int64_t block,
                 const T* (*rows)[kBlock]) {
-  for (int i = 0; i < kBlock; ++i) {
-    const bool valid = block + i < task.tokens.end;
-    for (int j = 0; j < m; ++j)
-      rows[j][i] = valid ? token_row<T>(p, caches[j], task.b, task.g, block + i) : (const T*)kZeroRow;
+  for (int j = 0; j < m; ++j) {
+    const T* row = nullptr;
+    int64_t neighbours = 0;  // tokens that follow at a fixed distance: to the end of a page, or all
+    for (int i = 0; i < kBlock; ++i, row += caches[j].stride_t, --neighbours) {
+      const int64_t t = block + i;
+      if (t >= task.tokens.end) {
+        rows[j][i] = (const T*)kZeroRow;
+        continue;
+      }
+      if (neighbours == 0) {
+        row = token_row<T>(p, caches[j], task.b, task.g, t);
+        neighbours = p.block_table ? p.page_size - t % p.page_size : kBlock;
+      }
+      rows[j][i] = row;
+    }
   }
 }
 

@@ -25,6 +25,11 @@ namespace FUSEDKV_LEVEL {
 // Tokens that stay in L1 between the two products.
 constexpr int kBlock = 32;
 
+// Vectors of channels that p V sums side by side: a sum over tokens is one chain of additions, and with few
+// rows one chain would leave the multipliers waiting for it.
+template <int RT>
+constexpr int kChains = RT >= 4 ? 1 : 4 / RT;
+
 // ---- the two products, fp32 ---------------------------------------------------------------------
 
 // Operands of the fp32 way: q as float, probabilities as float, output channels in their order.
@@ -69,16 +74,27 @@ struct Fp32Products {
   // o[r] += sum_i p[r][i] v[i] for RT rows.
   template <int RT>
   static void values(float* o, int64_t Dp, const float* p, const T* const* v, int64_t D) {
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const int n = int(D - d < kLanes ? D - d : kLanes);
-      Vec acc[RT];
-      for (int r = 0; r < RT; ++r) acc[r] = load(o + r * Dp + d);
-      for (int i = 0; i < kBlock; ++i) {
-        const Vec x = n == kLanes ? load(v[i] + d) : load(v[i] + d, n);
-        for (int r = 0; r < RT; ++r) acc[r] = fma(set1(p[r * kBlock + i]), x, acc[r]);
+    constexpr int NC = kChains<RT>;
+    int64_t d = 0;
+    for (; d + NC * kLanes <= D; d += NC * kLanes) channels<RT, NC>(o + d, Dp, p, v, d, kLanes);
+    for (; d < D; d += kLanes) channels<RT, 1>(o + d, Dp, p, v, d, int(D - d < kLanes ? D - d : kLanes));
+  }
+
+  // NC vectors of channels from d on, the last one (then the only one) with n lanes.
+  template <int RT, int NC>
+  static void channels(float* o, int64_t Dp, const float* p, const T* const* v, int64_t d, int n) {
+    Vec acc[RT][NC];
+    for (int r = 0; r < RT; ++r)
+      for (int c = 0; c < NC; ++c) acc[r][c] = load(o + r * Dp + c * kLanes);
+    for (int i = 0; i < kBlock; ++i) {
+      for (int c = 0; c < NC; ++c) {
+        const T* from = v[i] + d + c * kLanes;
+        const Vec x = n == kLanes ? load(from) : load(from, n);
+        for (int r = 0; r < RT; ++r) acc[r][c] = fma(set1(p[r * kBlock + i]), x, acc[r][c]);
       }
-      for (int r = 0; r < RT; ++r) store(o + r * Dp + d, acc[r]);
     }
+    for (int r = 0; r < RT; ++r)
+      for (int c = 0; c < NC; ++c) store(o + r * Dp + c * kLanes, acc[r][c]);
   }
 
   static float output(const float* o, int64_t d) { return o[d]; }
@@ -139,27 +155,41 @@ struct Bf16Products {
       for (int i = 0; i < kBlock; i += kLanes) store(rounded + i, load(p + r * kBlock + i));
       __builtin_memcpy(pair[r], rounded, sizeof(rounded));
     }
-    for (int64_t d = 0; d < D; d += 32) {
-      const bool whole = D - d >= 32;
-      __m512 low[RT], high[RT];
-      for (int r = 0; r < RT; ++r) {
-        low[r] = _mm512_loadu_ps(o + r * Dp + d);
-        high[r] = _mm512_loadu_ps(o + r * Dp + d + 16);
+    constexpr int NC = kChains<RT>;
+    int64_t d = 0;
+    for (; d + NC * 32 <= D; d += NC * 32) channels<RT, NC>(o + d, Dp, pair, v, d, 32);
+    for (; d < D; d += 32) channels<RT, 1>(o + d, Dp, pair, v, d, D - d < 32 ? D - d : 32);
+  }
+
+  // NC steps of 32 channels from d on, the last one (then the only one) with n channels.
+  template <int RT, int NC>
+  static void channels(float* o, int64_t Dp, const uint32_t (*pair)[kBlock / 2], const bf16* const* v,
+                       int64_t d, int64_t n) {
+    __m512 low[RT][NC], high[RT][NC];
+    for (int r = 0; r < RT; ++r) {
+      for (int c = 0; c < NC; ++c) {
+        low[r][c] = _mm512_loadu_ps(o + r * Dp + c * 32);
+        high[r][c] = _mm512_loadu_ps(o + r * Dp + c * 32 + 16);
       }
-      for (int i = 0; i < kBlock; i += 2) {
-        const __m512i x = (__m512i)(whole ? pairs(v[i] + d) : pairs(v[i] + d, D - d));
-        const __m512i y = (__m512i)(whole ? pairs(v[i + 1] + d) : pairs(v[i + 1] + d, D - d));
-        const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y),
-                       xy_high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+    }
+    for (int i = 0; i < kBlock; i += 2) {
+      for (int c = 0; c < NC; ++c) {
+        const bf16 *even = v[i] + d + c * 32, *odd = v[i + 1] + d + c * 32;
+        const __m512i x = (__m512i)(n == 32 ? pairs(even) : pairs(even, n));
+        const __m512i y = (__m512i)(n == 32 ? pairs(odd) : pairs(odd, n));
+        const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y);
+        const __m512bh xy_high = (__m512bh)_mm512_unpackhi_epi16(x, y);
         for (int r = 0; r < RT; ++r) {
           const __m512bh pp = (__m512bh)_mm512_set1_epi32(int(pair[r][i / 2]));
-          low[r] = _mm512_dpbf16_ps(low[r], pp, xy_low);
-          high[r] = _mm512_dpbf16_ps(high[r], pp, xy_high);
+          low[r][c] = _mm512_dpbf16_ps(low[r][c], pp, xy_low);
+          high[r][c] = _mm512_dpbf16_ps(high[r][c], pp, xy_high);
         }
       }
-      for (int r = 0; r < RT; ++r) {
-        _mm512_storeu_ps(o + r * Dp + d, low[r]);
-        _mm512_storeu_ps(o + r * Dp + d + 16, high[r]);
+    }
+    for (int r = 0; r < RT; ++r) {
+      for (int c = 0; c < NC; ++c) {
+        _mm512_storeu_ps(o + r * Dp + c * 32, low[r][c]);
+        _mm512_storeu_ps(o + r * Dp + c * 32 + 16, high[r][c]);
       }
     }
   }
