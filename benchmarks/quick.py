@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -297,6 +298,18 @@ def machine(device: torch.device) -> dict[str, object]:
     return {**found, "cpu": processor, "threads": torch.get_num_threads(), "level": _native.cpu_level()}
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all processes but this one have used so far; 0 where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    # user, nice, system, (idle, iowait,) irq, softirq, steal; guest time is part of user.
+    total = sum(int(fields[i]) for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return total - own.user - own.system
+
+
 def print_row(row: Row) -> None:
     print(
         f"{row.op:28} {row.shape:28} {row.us:9.0f} {row.gb_per_s:7.1f} {row.roof_gb_per_s:7.1f} {row.roof:4} "
@@ -324,6 +337,7 @@ def main() -> None:
     titles = ("operation", "shape", "us", "GB/s", "roof", "of", "of roof", "x peer")
     print("{:28} {:28} {:>9} {:>7} {:>7} {:4} {:>7}  {:>7}".format(*titles))
     bench, rows = Bench(device), []
+    began, others_began = time.monotonic(), busy_seconds()
     for case in cases(device, dtype, args.tokens):
         rows.append(bench.row(case, dtype, args.rounds))
         print_row(rows[-1])
@@ -332,6 +346,11 @@ def main() -> None:
         "x_peer": statistics.geometric_mean(row.x_peer for row in rows),
     }
     print(f"geometric mean: {mean['percent_of_roof']:.0f}% of roof, {mean['x_peer']:.2f} x peer")
+    others = (busy_seconds() - others_began) / (time.monotonic() - began) / (os.cpu_count() or 1)
+    info["other_processes_percent"] = round(100 * others, 1)
+    print(
+        f"other processes used {others:.0%} of the CPUs meanwhile" + (": repeat it" if others > 0.05 else "")
+    )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         result = {"machine": info, "rounds": args.rounds, "rows": [asdict(r) for r in rows], "geomean": mean}

@@ -79,6 +79,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
         (["plot", "/nowhere/metrics.jsonl"], 1, "is not a file; expected the metrics.jsonl"),
         (["plot", "x.jsonl", "--out", "x.bmp"], 2, "--out must end in .png, .svg or .pdf"),
         (["demo", "--minutes", "0"], 2, "--minutes must be from 0.1"),
+        (["train", "--set", "run.device=tpu9"], 2, "device must be auto, cpu or cuda, got 'tpu9'"),
         (["generate"], 2, "the following arguments are required: checkpoint"),
         (["trane"], 2, "invalid choice"),
     ],
@@ -192,6 +193,13 @@ def test_info_verify_fails_when_an_operation_is_wrong(
     assert "append_kvcache" not in failed and f"{len(failed)} failed" in out
 
 
+def test_info_verify_sees_nan_in_any_output() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for got in ([bad, good], [good, bad]):
+        check = verify.Check("op", "float32", "cpu", verify._error(got, [good, good]), 1.0)
+        assert not check.passed and check.to_dict()["max_error"] is None
+
+
 # train, generate, plot
 
 
@@ -272,8 +280,10 @@ def test_divergence_exits_with_1_and_says_what_to_do(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["--set", "optim.lr=1e30", "--set", "optim.grad_clip=0", "--set", "optim.warmup_steps=0"]
+    settings += ["--set", "run.save_every=1"]
     assert main(train_arguments(text, tmp_path / "run", "--steps", "50", *settings)) == 1
-    assert "diverged at step" in said(capsys)[1]
+    _, err = said(capsys)
+    assert "diverged at step" in err and f"the last checkpoint is {tmp_path}/run/checkpoints/step-0" in err
 
 
 def test_keys_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

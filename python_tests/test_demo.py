@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from fusedkv_ext.train.progress import SilentProgress
 
 pytest.importorskip("matplotlib")
 
-from fusedkv_ext.demo import measure, plots, report
-from fusedkv_ext.demo import run as demo
-from fusedkv_ext.demo.settings import DemoSettings, quick
+from fusedkv_ext.demo import measure, plots, report, training
+from fusedkv_ext.demo.run import run_demo
+from fusedkv_ext.demo.settings import PLANS, DemoSettings, quick
+from fusedkv_ext.train.loop import load_data
+from fusedkv_ext.train.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +63,9 @@ class Images(html.parser.HTMLParser):
 
 def test_demo_measures_and_writes_everything(settings: DemoSettings, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = demo.run_demo(settings, out, SilentProgress())
+    result = run_demo(settings, out, SilentProgress())
     vanilla, lite, fused = result.models
-    assert (vanilla.name, lite.name, fused.name) == demo.PLANS
+    assert (vanilla.name, lite.name, fused.name) == PLANS
     assert vanilla.cache_bytes_per_token == 2 * 4 * 2 * 16 * 4  # K and V, layers, heads, channels, bytes
     assert lite.cache_bytes_per_token == fused.cache_bytes_per_token == vanilla.cache_bytes_per_token / 2
     assert result.sample_cache_bytes * 2 == result.sample_cache_bytes_first
@@ -88,14 +91,14 @@ def test_demo_measures_and_writes_everything(settings: DemoSettings, tmp_path: P
 
     from fusedkv_ext.checkpoint import load_pretrained
 
-    assert all(load_pretrained(out / name).plan.name == name for name in demo.PLANS)
+    assert all(load_pretrained(out / name).plan.name == name for name in PLANS)
 
 
 def test_models_see_equal_tokens_in_equal_order(
     settings: DemoSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = demo.load_data(settings.config, demo.ByteTokenizer())
-    trainers = demo.make_trainers(settings.config, data)
+    data = load_data(settings.config, ByteTokenizer())
+    trainers = training.make_trainers(settings.config, data)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         parts = trainer._parts
@@ -108,19 +111,28 @@ def test_models_see_equal_tokens_in_equal_order(
         monkeypatch.setattr(trainer, "_parts", recorded)
         for _ in range(3):
             trainer.train_step()
-    for name in demo.PLANS[1:]:
+    for name in PLANS[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen["vanilla"], seen[name], strict=True))
     assert not torch.equal(seen["vanilla"][0], seen["vanilla"][1])
 
 
 def test_out_of_time_all_models_stop_at_the_same_step(settings: DemoSettings, tmp_path: Path) -> None:
-    data = demo.load_data(settings.config, demo.ByteTokenizer())
-    trainers = demo.make_trainers(settings.config.updated([("run.steps", 1000)]), data)
+    data = load_data(settings.config, ByteTokenizer())
+    trainers = training.make_trainers(settings.config.updated([("run.steps", 1000)]), data)
     folders = {name: tmp_path / name for name in trainers}
-    done = demo.train(trainers, folders, SilentProgress(), deadline=demo.time.monotonic() + 0.3)
+    done = training.train(trainers, folders, SilentProgress(), deadline=time.monotonic() + 0.3)
     assert 0 < done.steps < 1000
     assert {trainer.step for trainer in trainers.values()} == {done.steps}
     assert all(seconds > 0 for seconds in done.step_seconds.values())
+
+
+def test_fastest_number_of_threads_is_chosen(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_data(settings.config, ByteTokenizer())
+    seconds = {1: 3.0, 2: 1.0, 4: 2.0}
+    monkeypatch.setattr(measure, "in_turns", lambda *_: {"step": seconds[torch.get_num_threads()]})
+    torch.set_num_threads(4)
+    assert training.choose_threads(settings.config, data) == 2
+    assert torch.get_num_threads() == 4
 
 
 def test_timing_is_a_median_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ formulas in the working dtype, plus a rounding; see `_allowed`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,7 +35,9 @@ class Check:
         return self.max_error <= self.allowed  # False for NaN
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        """Ready for JSON, which has no NaN: null instead."""
+        error = self.max_error if math.isfinite(self.max_error) else None
+        return {**asdict(self), "max_error": error, "passed": self.passed}
 
 
 class _Inputs:
@@ -135,7 +138,8 @@ _OPS: dict[str, Run] = {
 
 
 def _error(got: list[Tensor], exact: list[Tensor]) -> float:
-    return max(float((a.double() - b).abs().max()) for a, b in zip(got, exact, strict=True))
+    """Largest absolute difference; NaN when there is one anywhere."""
+    return float(torch.stack([(a.double() - b).abs().max() for a, b in zip(got, exact, strict=True)]).max())
 
 
 def _allowed(dtype: torch.dtype, naive: float, exact: list[Tensor]) -> float:

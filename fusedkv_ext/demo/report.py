@@ -133,8 +133,10 @@ _PAGE = string.Template("""<!doctype html>
 </head>
 <body>
 <h1>Attention from half a cache</h1>
-<p class="note">$settings</p>
+<p>Models of equal width, trained alike. Vanilla attention stores keys and values in every layer; the FusedKV
+models store them in the lower half of the layers only, and the upper half reads them from there.</p>
 $table
+<p class="note">$settings</p>
 <p class="note">In brackets: ratio to the first column. All of it was measured in this run, on this machine.
 One run of small models shows how the mechanism behaves, not how large models compare.</p>
 $sections

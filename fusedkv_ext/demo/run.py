@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +15,13 @@ from fusedkv_ext.checkpoint import save_pretrained
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.demo import measure, plots, report
 from fusedkv_ext.demo.settings import PLANS, PROMPT, DemoSettings
-from fusedkv_ext.train.config import TrainConfig
+from fusedkv_ext.demo.training import TrainingDone, calibrate, choose_threads, make_trainers, train
 from fusedkv_ext.train.data import TokenData
-from fusedkv_ext.train.loop import load_data, train_record, valid_record
-from fusedkv_ext.train.metrics import MetricsLog, read_metrics
+from fusedkv_ext.train.loop import load_data
+from fusedkv_ext.train.metrics import read_metrics
 from fusedkv_ext.train.progress import Progress
 from fusedkv_ext.train.tokenizer import ByteTokenizer
-from fusedkv_ext.train.trainer import Trainer, build_model, resolve_device
-
-
-def make_trainers(config: TrainConfig, data: TokenData) -> dict[str, Trainer]:
-    """One trainer per plan; equal seeds, so all see the same windows in the same order."""
-    device = resolve_device(config.run.device)
-    trainers = {}
-    for plan in PLANS:
-        own = config.updated([("model.plan", plan)])
-        trainers[plan] = Trainer(build_model(own, data.info.vocab_size), data, own, device)
-    return trainers
-
-
-def _calibrate(config: TrainConfig, data: TokenData) -> dict[str, float]:
-    """Median seconds of one training step of each plan, with models that are thrown away."""
-    trainers = make_trainers(config, data)
-    device = next(iter(trainers.values())).device
-    return measure.in_turns({name: t.train_step for name, t in trainers.items()}, 5, device, warm_up=2)
-
-
-@dataclass(frozen=True)
-class TrainingDone:
-    """Steps done by every model, and the median seconds of a step of each."""
-
-    steps: int
-    step_seconds: Mapping[str, float]
-
-
-def train(
-    trainers: Mapping[str, Trainer], folders: Mapping[str, Path], progress: Progress, deadline: float
-) -> TrainingDone:
-    """One step of each model in turn; ends before the planned number of steps when `deadline` passes."""
-    planned = next(iter(trainers.values())).config.run.steps
-    log_every, valid_every = max(1, planned // 200), max(1, planned // 8)
-    losses: dict[str, list[float]] = {name: [] for name in trainers}
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    done = 0
-    with ExitStack() as stack:
-        logs = {}
-        for name, folder in folders.items():
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
-            logs[name] = MetricsLog(folder / "metrics.jsonl")
-            stack.callback(logs[name].close)
-            progress.task(name, planned)
-        while done < planned and time.monotonic() < deadline:
-            done += 1
-            for name, trainer in trainers.items():
-                before = trainer.seconds
-                result, text = trainer.train_step(), ""
-                seconds[name].append(trainer.seconds - before)
-                losses[name].append(result.loss)
-                if done % log_every == 0:
-                    record = train_record(trainer, statistics.fmean(losses[name][-log_every:]), result)
-                    logs[name].write(record)
-                    median = 1e3 * statistics.median(seconds[name][-50:])
-                    text = f"{record['bits_per_byte']:.3f} bits/byte  {median:.0f} ms/step"
-                if done % valid_every == 0 or done == planned:
-                    logs[name].write(valid_record(trainer, trainer.evaluate(4)))
-                progress.advance(name, done, text)
-    return TrainingDone(done, {name: statistics.median(values) for name, values in seconds.items()})
+from fusedkv_ext.train.trainer import Trainer
 
 
 def _fused_sources(model: Decoder) -> list[plots.FusedSource]:
@@ -155,7 +94,7 @@ def _sample(models: Mapping[str, Decoder], settings: DemoSettings) -> dict[str, 
     first, last = models[PLANS[0]], models[PLANS[-1]]
     tokenizer = ByteTokenizer()
     ids = torch.tensor([tokenizer.encode(PROMPT)])
-    out = last.generate(ids, settings.sample_tokens, temperature=0.7, top_p=0.95, seed=0)
+    out = last.generate(ids, settings.sample_tokens, temperature=0.8, top_p=0.95, seed=0)
     new = [token for token in out[0, ids.shape[1] :].tolist() if token != tokenizer.separator]
     return {
         "sample_prompt": PROMPT,
@@ -217,7 +156,8 @@ def _draw(
         ),
         "fusion_weights": (
             "Learned fusion weights",
-            "How far each fusion weight of the FusedKV model moved from its start, per layer and channel.",
+            "How far each fusion weight of the FusedKV model moved from its start, per layer and channel. "
+            "Key weights repeat within a head: the two channels of a RoPE pair share one.",
             plots.fusion_weights(_fused_sources(models[PLANS[-1]])),
         ),
     }
@@ -232,23 +172,35 @@ def _draw(
 
 def run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.DemoResult:
     """Trains, measures, draws and writes everything into `out`."""
+    threads = torch.get_num_threads()
+    try:
+        return _run_demo(settings, out, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.DemoResult:
     plots.need_matplotlib()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     progress.line("reading the text (once; later runs find it encoded)")
     data = load_data(settings.config, ByteTokenizer())
     progress.line(f"text: {data.info}")
-    step_seconds = _calibrate(settings.config, data)
+    torch.set_num_threads(choose_threads(settings.config, data))
+    step_seconds = calibrate(settings.config, data)
     budget = settings.minutes * 60 * (1 - settings.reserve) - (time.monotonic() - started)
-    # 6 % for validation on the way.
-    planned = max(20, int(budget * 0.94 / sum(step_seconds.values())))
+    # The rest is for validation on the way and for a machine that gets a little slower.
+    planned = max(20, int(budget * 0.9 / sum(step_seconds.values())))
     shown = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in step_seconds.items())
-    progress.line(f"one training step: {shown}; {planned} steps each fit into {settings.minutes:g} minutes")
+    progress.line(
+        f"one training step: {shown}, threads: {torch.get_num_threads()}; {planned} steps each fit into "
+        f"{settings.minutes:g} minutes"
+    )
     warm_up = min(settings.config.optim.warmup_steps, planned // 5)
     config = settings.config.updated([("run.steps", planned), ("optim.warmup_steps", warm_up)])
     trainers = make_trainers(config, data)
     folders = {name: out / name for name in trainers}
-    done = train(trainers, folders, progress, deadline=time.monotonic() + 1.1 * budget)
+    done = train(trainers, folders, progress, deadline=time.monotonic() + budget)
     models = {name: trainer.model for name, trainer in trainers.items()}
     for name, model in models.items():
         save_pretrained(model, folders[name])

@@ -56,7 +56,7 @@ class DataSection:
 class OptimSection:
     """AdamW under a cosine with linear warm-up."""
 
-    lr: float = 2e-3
+    lr: float = 1e-3
     final_lr: float = 0.1  # last learning rate as a share of `lr`
     warmup_steps: int = 50
     weight_decay: float = 0.1

@@ -197,6 +197,10 @@ def run(
                 this.save()
         valid_loss = _validate(trainer, log, progress) if valid_loss is None else valid_loss
         saved = this.save()
+    except TrainingDiverged as error:
+        newest = checkpoints.latest(this.checkpoint_root)
+        where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        raise TrainingDiverged(f"{error}; {where}") from error
     finally:
         log.close()
     return RunResult(

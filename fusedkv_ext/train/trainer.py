@@ -57,9 +57,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"run.device must be auto, cpu or cuda, got {name!r}") from error
+        raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but torch sees no CUDA device here")
+        raise ConfigError("device is cuda, but torch sees no CUDA device here")
     return device
 
 
@@ -171,8 +171,8 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingDiverged(
                 f"training diverged at step {self.step + 1}: loss {loss}, gradient norm {norm}, learning "
-                f"rate {rate:.3g}; this step changed nothing. Try a lower optim.lr, more "
-                f"optim.warmup_steps or a smaller optim.grad_clip"
+                f"rate {rate:.3g}; the weights are those before this step. Try a lower "
+                f"optim.lr, more optim.warmup_steps or a smaller optim.grad_clip"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
