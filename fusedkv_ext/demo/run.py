@@ -190,7 +190,7 @@ def _run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.D
     step_seconds = calibrate(settings.config, data)
     budget = settings.minutes * 60 * (1 - settings.reserve) - (time.monotonic() - started)
     # The rest is for validation on the way and for a machine that gets a little slower.
-    planned = max(20, int(budget * 0.9 / sum(step_seconds.values())))
+    planned = max(20, int(budget * 0.85 / sum(step_seconds.values())))
     shown = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in step_seconds.items())
     progress.line(
         f"one training step: {shown}, threads: {torch.get_num_threads()}; {planned} steps each fit into "

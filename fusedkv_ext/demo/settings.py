@@ -35,7 +35,7 @@ def standard(minutes: float | None = None) -> DemoSettings:
         "optim.lr": 1e-3,
         "optim.warmup_steps": 60,
     }
-    return DemoSettings(TrainConfig().updated(values.items()), minutes or 7.0, reserve=0.12)
+    return DemoSettings(TrainConfig().updated(values.items()), minutes or 7.0, reserve=0.08)
 
 
 def quick(minutes: float | None = None) -> DemoSettings:

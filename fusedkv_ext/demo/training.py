@@ -87,7 +87,7 @@ def train(
                 result, text = trainer.train_step(), ""
                 seconds[name].append(trainer.seconds - before)
                 losses[name].append(result.loss)
-                if done % log_every == 0:
+                if done % log_every == 0 or done == planned:
                     record = train_record(trainer, statistics.fmean(losses[name][-log_every:]), result)
                     logs[name].write(record)
                     median = 1e3 * statistics.median(seconds[name][-50:])
