@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -289,8 +290,18 @@ def cases(device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[Cas
         yield append_case(dtype)
 
 
+def commit() -> str:
+    """Of the tree that this file is in; "unknown" where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def machine(device: torch.device) -> dict[str, object]:
-    found: dict[str, object] = {"torch": torch.__version__, "python": platform.python_version()}
+    found: dict[str, object] = {"commit": commit(), "torch": torch.__version__}
+    found["python"] = platform.python_version()
     if device.type == "cuda":
         return {**found, "gpu": torch.cuda.get_device_name(device)}
     names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
