@@ -20,3 +20,22 @@
 #else
 #include "kernels/simd/portable.h"
 #endif
+
+#if !defined(__AVX512F__)
+namespace fusedkv {
+namespace FUSEDKV_LEVEL {
+
+// D is a multiple of 8 and so are 8 lanes: a part load only happens with 16 lanes. These keep the kernels one
+// source.
+template <typename T>
+static inline Vec load(const T* p, int) {
+  return load(p);
+}
+template <typename T>
+static inline void store(T* p, Vec x, int) {
+  store(p, x);
+}
+
+}  // namespace FUSEDKV_LEVEL
+}  // namespace fusedkv
+#endif

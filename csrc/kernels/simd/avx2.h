@@ -101,16 +101,5 @@ static inline Vec exp2(Vec x) {
   return {_mm256_blendv_ps(r, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
 }
 
-// D is a multiple of 8 and so are 8 lanes: a part load only happens with 16 lanes. These keep the kernels one
-// source.
-template <typename T>
-static inline Vec load(const T* p, int) {
-  return load(p);
-}
-template <typename T>
-static inline void store(T* p, Vec x, int) {
-  store(p, x);
-}
-
 }  // namespace FUSEDKV_LEVEL
 }  // namespace fusedkv
