@@ -362,7 +362,7 @@ def stopwatch() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("batch", range(3))
+@pytest.mark.parametrize("batch", range(5))
 @pytest.mark.parametrize("op", fuzz.OPS)
 def test_random_calls_agree_with_the_oracle_or_are_refused(
     op: str, batch: int, stopwatch: None, with_threads: Callable[[int], None]
@@ -377,8 +377,9 @@ def test_random_calls_agree_with_the_oracle_or_are_refused(
         except Exception as error:
             failures.append(f"seed {seed}: {type(error).__name__}: {error}\n  {call}")
     assert not failures, "\n".join(failures[:5])
-    # Both kinds must occur, or the changes are too tame or too wild to find anything.
-    assert agreed >= 20 and refused >= 20
+    # Both kinds must occur, or the changes are too tame or too wild to find anything. Over four operations
+    # and five batches at least 2000 calls are bad.
+    assert agreed >= 20 and refused >= 100
 
 
 def test_native_operations_survive_any_arguments(tmp_path: Path) -> None:
