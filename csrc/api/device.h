@@ -1,0 +1,91 @@
+// What the registrations of the GPU ops share. They are compiled twice: for CUDA tensors, as the CUDA
+// implementation of torch.ops.fusedkv, and with FUSEDKV_SIMT for CPU tensors, as torch.ops.fusedkv_simt,
+// whose kernels the executor runs.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "api/checks.h"
+
+#if defined(FUSEDKV_SIMT)
+#include "simt/memory.h"
+#define FUSEDKV_DEVICE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fusedkv_simt, CPU, m)
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#define FUSEDKV_DEVICE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fusedkv, CUDA, m)
+#endif
+
+namespace fusedkv::api {
+
+#if defined(FUSEDKV_SIMT)
+
+constexpr bool kCuda = false;  // where these ops expect their tensors
+
+// The memory that the kernels of one op may touch: everything else is out of bounds.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor&) {}
+  ~DeviceScope() { simt::forget_buffers(); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+  void* stream() const { return nullptr; }
+
+  void uses(const Tensor& x, const char* name) const {
+    int64_t elements = 1;
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      if (x.size(i) == 0) return;
+      elements += (x.size(i) - 1) * x.stride(i);
+    }
+    simt::register_buffer(x.const_data_ptr(), size_t(elements) * size_t(x.element_size()), name);
+  }
+};
+
+inline void check_launch(int, const char*) {}
+
+#else
+
+constexpr bool kCuda = true;
+
+// Makes the tensor's GPU the current one for a while, and knows its current stream.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& x) : guard_(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+  }
+
+  void* stream() const { return stream_; }
+
+  void uses(const Tensor&, const char*) const {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+inline void check_launch(int error, const char* op) {
+  if (error) fail("RuntimeError", op, " could not be launched: ", cudaGetErrorString(cudaError_t(error)));
+}
+
+#endif
+
+inline void uses(const DeviceScope& scope, const std::vector<Tensor>& tensors, const char* name) {
+  for (const Tensor& x : tensors) scope.uses(x, name);
+}
+
+inline void uses(const DeviceScope& scope, const std::optional<Tensor>& tensor, const char* name) {
+  if (tensor) scope.uses(*tensor, name);
+}
+
+// All tensors of an op on the GPU of the first.
+inline void check_same_gpu(const Tensor& x, const std::string& name, const Tensor& first,
+                           const char* first_name) {
+  if (!kCuda) return;
+  check_value(x.get_device_index() == first.get_device_index(), name, " is on GPU ", x.get_device_index(),
+              "; expected GPU ", first.get_device_index(), " as ", first_name);
+}
+
+}  // namespace fusedkv::api

@@ -1,0 +1,36 @@
+// The schemas of all ops, the same for every backend. Shapes and dtypes: fusedkv_ext/ops.py, which is what
+// users call.
+#pragma once
+
+namespace fusedkv::api {
+
+template <typename Library>
+void define_ops(Library& m) {
+  m.def("fuse_kv(Tensor[] sources, Tensor weights) -> Tensor");
+  m.def(
+      "fuse_kv_pair(Tensor[] keys, Tensor key_weights, Tensor[] values, Tensor value_weights)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "fuse_kv_backward(Tensor grad, Tensor[] sources, Tensor weights, bool needs_sources, bool "
+      "needs_weights)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "fuse_kv_backward_accumulate(Tensor grad, Tensor[] sources, Tensor weights, Tensor(a!)[] grad_sources,"
+      " bool needs_weights) -> Tensor");
+  m.def(
+      "fuse_kvcache(Tensor[] caches, Tensor weights, Tensor cache_seqlens, Tensor? block_table, int tokens)"
+      " -> Tensor");
+  m.def(
+      "attn_with_kvcache(Tensor q, Tensor[] key_caches, Tensor[] value_caches, Tensor? key_weights,"
+      " Tensor? value_weights, Tensor cache_seqlens, Tensor? block_table, float softmax_scale,"
+      " int window_left, int window_right, Tensor? schedule, bool batch_invariant) -> (Tensor, Tensor)");
+  m.def(
+      "attn_schedule(Tensor cache_seqlens, int query_length, int num_heads, int num_kv_heads, int capacity,"
+      " int window_left, bool batch_invariant) -> Tensor");
+  m.def(
+      "append_kvcache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+      " Tensor cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin,"
+      " bool rotary_interleaved, Tensor? query) -> Tensor");
+}
+
+}  // namespace fusedkv::api

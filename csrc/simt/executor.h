@@ -1,0 +1,68 @@
+// Runs a CUDA kernel on the host: every thread a fiber, blocks one after another.
+//
+// Checks: a thread runs undisturbed up to its next synchronisation point (__syncthreads, warp collective,
+// wait for cp.async), where a seeded random choice says who goes on. Work that relies on an order which no
+// barrier gives shows as a wrong result under some seed. Threads that wait for one another for ever, at
+// different barriers, or for threads that have exited, are an error that says who waits where.
+//
+// Cannot find: races between blocks (they never overlap, so a kernel whose blocks wait for one another
+// hangs), what depends on memory ordering or on the interleaving of single instructions, timing, registers.
+// One launch at a time; the caller keeps other host threads away.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "simt/vector_types.h"
+
+// Of the thread that runs; the executor sets them.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace fusedkv::simt {
+
+constexpr int kWarpSize = 32;
+
+// A place in a kernel, for errors. As the default argument of a function: where that function was called.
+struct Site {
+  const char* file;
+  int line;
+
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+struct Settings {
+  uint64_t seed = 1;
+  int sm_count = 3;               // few, so that small tests give a block several pieces of work
+  int shared_per_block = 232448;  // bytes: 227 KiB as on sm_90
+};
+
+Settings& settings();
+
+// Runs `thread` once per thread of the grid. Throws std::runtime_error for the first thing that is wrong.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+// Ends the launch with an error about the thread that runs.
+[[noreturn]] void fail(Site site, const std::string& what);
+
+// Index of the running thread in its block.
+int thread_index();
+
+// __syncthreads.
+void block_barrier(Site site);
+
+// The scheduler may go on with another thread.
+void yield();
+
+// Called once all lanes of `mask` have arrived: lanes[i] is what lane i gave, and takes its result.
+using WarpFunction = void (*)(void* const* lanes, uint32_t mask);
+
+// Waits until all lanes of `mask` are at this place of the kernel with the same function, or, without a
+// function, at any place. `lane_data` lives on the caller's stack.
+void warp_collective(const char* name, WarpFunction compute, uint32_t mask, void* lane_data, Site site);
+
+}  // namespace fusedkv::simt
