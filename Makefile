@@ -4,6 +4,7 @@
 #   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
 #   ARGS="--quick"      arguments passed on by `make demo`, `make test` and `make bench`
 #   FUSEDKV_CUDA=0      build without CUDA                            TORCH_CUDA_ARCH_LIST="9.0a"
+#   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,10 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEPS := $(VENV)/.deps-stamp
 NATIVE := $(VENV)/.native-stamp
-CUDA_OBJECTS := build/cuda-objects
+CUDA_OBJECTS ?= build/cuda-objects
+CUDA_OBJECTS_ARCHS ?= 8.0;9.0a
+WHEEL_MAX_KB := 40000
+SIMT := build/simt/_C_simt.so
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -28,15 +32,16 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test bench lint format cuda-objects abi sdist wheel clean distclean
+.PHONY: help build demo test simt bench lint format cuda-objects abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
 	@echo "make test          the test suite (ARGS='-k decode -x')"
+	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
 	@echo "make bench         time the CPU ops against this machine's measured read bandwidth and torch"
 	@echo "make lint          ruff on Python, clang-format on csrc"
 	@echo "make format        apply what lint asks for"
-	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a (needs nvcc, no GPU)"
+	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
 	@echo "make abi           check that the built libraries use LibTorch's stable ABI only"
 	@echo "make build         environment and native build, nothing more"
 	@echo "make sdist wheel   packages in dist/"
@@ -62,8 +67,18 @@ build: $(NATIVE)
 demo: $(NATIVE)
 	@$(BIN)/fusedkv demo $(ARGS)
 
-test: $(NATIVE)
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: $(NATIVE) $(SIMT)
+	@FUSEDKV_REQUIRE_SIMT=1 $(BIN)/python -m pytest -q $(ARGS)
+
+simt: $(SIMT)
+
+# In a build folder of its own, as no package contains it.
+$(SIMT): $(DEPS) $(NATIVE_SOURCES)
+	@echo "building the CUDA kernels for the host executor, which runs them in tests"
+	@$(BIN)/cmake -S . -B $(@D) -G Ninja --log-level=WARNING -DPython_EXECUTABLE=$(BIN)/python \
+	    -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=OFF -DFUSEDKV_SIMT=ON
+	@$(BIN)/cmake --build $(@D) --target _C_simt
+	@touch $@
 
 bench: $(NATIVE)
 	@$(BIN)/python benchmarks/quick.py $(ARGS)
@@ -77,15 +92,19 @@ format: $(DEPS)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/clang-format -i $(CPP_FILES)
 
-# A build folder of its own, so that the two architectures do not depend on what the module was configured for.
+# A build folder of its own, so that the architectures do not depend on what the module was configured for. The launcher
+# keeps what ptxas says of each kernel. A library is linked too, where torch has no CUDA against a stand-in for it.
 cuda-objects: $(DEPS)
 	@if [ "$(FUSEDKV_CUDA)" = 0 ]; then echo "cuda-objects: skipped, FUSEDKV_CUDA=0 turns CUDA off"; \
 	elif ! command -v "$${CUDACXX:-nvcc}" >/dev/null; then echo "cuda-objects: skipped, no nvcc on this machine"; \
 	else \
-	    TORCH_CUDA_ARCH_LIST="8.0;9.0a" $(BIN)/cmake -S . -B $(CUDA_OBJECTS) -G Ninja --log-level=WARNING \
-	        -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=ON && \
+	    TORCH_CUDA_ARCH_LIST="$(CUDA_OBJECTS_ARCHS)" $(BIN)/cmake -S . -B $(CUDA_OBJECTS) -G Ninja --log-level=WARNING \
+	        -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=ON -DFUSEDKV_SIMT=OFF \
+	        "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(BIN)/python;$(CURDIR)/scripts/ptxas_report.py;compile" && \
 	    $(BIN)/cmake --build $(CUDA_OBJECTS) --target cuda-objects && \
-	    echo "cuda-objects: every .cu compiled for sm_80 and sm_90a"; \
+	    $(BIN)/python scripts/ptxas_report.py report $(CUDA_OBJECTS) && \
+	    $(BIN)/cmake --build $(CUDA_OBJECTS) --target _C_cuda && \
+	    echo "cuda-objects: every .cu compiled for $(CUDA_OBJECTS_ARCHS) in $$SECONDS s"; \
 	fi
 
 abi: $(NATIVE)
@@ -96,7 +115,9 @@ sdist: $(DEPS)
 
 wheel: $(DEPS)
 	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
-	@ls dist/*.whl
+	@wheel=$$(ls -t dist/*.whl | head -n 1); size=$$(stat -c %s "$$wheel"); \
+	    echo "$$wheel: $$((size / 1000)) kB, may be $(WHEEL_MAX_KB) kB"; \
+	    [ $$size -le $$(($(WHEEL_MAX_KB) * 1000)) ] || { echo "error: the wheel is too large" >&2; exit 1; }
 
 clean:
 	@rm -rf build dist *.egg-info fusedkv_ext/*.so $(NATIVE) .pytest_cache .ruff_cache

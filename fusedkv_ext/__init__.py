@@ -9,11 +9,14 @@ from fusedkv_ext.attention import FusedKVAttention
 from fusedkv_ext.cache import KV, KVCache
 from fusedkv_ext.checkpoint import load_pretrained, save_pretrained
 from fusedkv_ext.decoder import Decoder, DecoderConfig
+from fusedkv_ext.explain import Explanation, explain
 from fusedkv_ext.fusion import FusionWeights, param_groups
 from fusedkv_ext.ops import (
     append_kvcache,
     debug_checks,
+    decode_schedule,
     fuse_kv,
+    fuse_kv_backward,
     fused_kv_attn_func,
     fused_kv_attn_with_kvcache,
 )
@@ -27,6 +30,7 @@ __all__ = [
     "CachePlan",
     "Decoder",
     "DecoderConfig",
+    "Explanation",
     "FusedKVAttention",
     "Fusion",
     "FusionWeights",
@@ -37,7 +41,10 @@ __all__ = [
     "append_kvcache",
     "apply_rotary",
     "debug_checks",
+    "decode_schedule",
+    "explain",
     "fuse_kv",
+    "fuse_kv_backward",
     "fused_kv_attn_func",
     "fused_kv_attn_with_kvcache",
     "load_pretrained",

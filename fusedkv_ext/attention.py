@@ -106,6 +106,7 @@ class FusedKVAttention(nn.Module):
         rope: makes the positions when ``forward`` gets no ``position_embeddings``, and says how channels pair
             up. None: half-split pairs, and without ``position_embeddings`` no positions at all.
         sliding_window: a token sees that many tokens, itself included (as in HF). None: all before it.
+        recompute_fusion: see ``fused_kv_attn_func``.
 
     Raises ValueError if heads do not divide, shares of heads are not whole, or ``sliding_window`` is below 1.
     """
@@ -124,6 +125,7 @@ class FusedKVAttention(nn.Module):
         bias: bool = False,
         rope: RotaryEmbedding | None = None,
         sliding_window: int | None = None,
+        recompute_fusion: bool = False,
     ) -> None:
         super().__init__()
         heads, kv_heads = num_attention_heads, num_key_value_heads
@@ -135,6 +137,7 @@ class FusedKVAttention(nn.Module):
             raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
         self.plan, self.layer, self.head_dim = plan, layer, head_dim
         self.source_layers = plan.source_layers(layer)
+        self.recompute_fusion = recompute_fusion
         self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
         self._keys = _Side.resolve(plan, layer, kv_heads, "key")
         self._values = _Side.resolve(plan, layer, kv_heads, "value")
@@ -158,6 +161,11 @@ class FusedKVAttention(nn.Module):
         if plan.layers[layer].has_fusion:
             rotary_dim = None if rope is None else rope.rotary_dim
             self.kv_fusion = FusionWeights(plan, layer, kv_heads, head_dim, self.interleaved, rotary_dim)
+
+        # Keys are mixed after RoPE: layers that mix, and their sources, cannot leave rotating to the cache.
+        self.needs_positions = rope is not None and any(
+            layer in (i, *plan.source_layers(i)) and _mixes(plan, i, kv_heads) for i in range(plan.num_layers)
+        )
 
     @property
     def mixes_before_storing(self) -> bool:
@@ -186,13 +194,19 @@ class FusedKVAttention(nn.Module):
             last: compute the output of the last ``last`` rows only (keys and values are made for all S).
 
         Returns:
-            out (B, S or last, hidden), and the KV that this layer stores of its S tokens.
+            out (B, S or last, hidden), and the KV that this layer stores of its S tokens. With a cache and
+            without ``position_embeddings`` that is KV(None, None), unless a layer with
+            ``mixes_before_storing`` wants it: the cache has it.
 
         Raises ValueError for wrong shapes, missing sources or a cache of another plan.
         """
         self._check(x, sources, cache, last)
+        rotary = None
         if position_embeddings is None and self.rope is not None:
-            position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache))
+            if cache is None or self.needs_positions:
+                position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache))
+            else:
+                rotary = self.rope.tables(cache.max_len, x.device)
         kv = self._project(x, sources, position_embeddings)
         if last is not None and last < x.shape[1]:
             x = x[:, -last:]
@@ -200,8 +214,12 @@ class FusedKVAttention(nn.Module):
                 cos, sin = position_embeddings
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
         q = self._rotated(self.q_proj(x), self.q_norm, position_embeddings)
-        if cache is not None:
+        if cache is not None and rotary is None:
             cache.append(self.layer, kv.key, kv.value)
+        elif cache is not None:
+            options = {"rotary": rotary, "rotary_interleaved": self.interleaved}
+            q = cache.append(self.layer, kv.key, kv.value, query=q, **options)
+            kv = KV(None, None)
         out = self._attend(q, kv, sources, cache)
         return self.o_proj(out.flatten(2)), kv
 
@@ -275,17 +293,21 @@ class FusedKVAttention(nn.Module):
                     *weights,
                     causal=True,
                     window_size=self.window_size,
+                    recompute_fusion=self.recompute_fusion,
                 )
             else:
+                key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
+                kv_heads = key_caches[0].shape[2]
                 out = ops.fused_kv_attn_with_kvcache(
                     part,
-                    [heads.of(cache.keys(heads.layer)) for heads in keys.tensors],
+                    key_caches,
                     [heads.of(cache.values(heads.layer)) for heads in values.tensors],
                     *weights,
                     cache_seqlens=cache.seq_lens,
                     block_table=cache.block_table,
                     causal=True,
                     window_size=self.window_size,
+                    schedule=cache.schedule(*part.shape[1:3], kv_heads, self.window_size),
                 )
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
@@ -295,6 +317,10 @@ class FusedKVAttention(nn.Module):
 
     def _value_weights(self, terms: _Sum) -> Tensor | None:
         return None if terms.segment is None else self.kv_fusion.value_weights(terms.segment)
+
+
+def _mixes(plan: CachePlan, layer: int, num_kv_heads: int) -> bool:
+    return any(_Side.resolve(plan, layer, num_kv_heads, side).mixes for side in ("key", "value"))
 
 
 def _mixed(available: Sequence[Tensor], mixes: Sequence[_Sum], weights: Sequence[Tensor | None]) -> Tensor:

@@ -1,11 +1,12 @@
 """The derivative of fuse_kv: dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j.
 
-Saves the sources, which the model keeps alive anyway, and the weights; never a fused tensor.
+Saves the weights and, only where these need a gradient, the sources, which the model keeps alive anyway.
+Never a fused tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +14,56 @@ from torch import Tensor
 
 from fusedkv_ext import ops  # noqa: F401  (registers torch.ops.fusedkv)
 
-
-def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor], output: Tensor) -> None:
-    sources, weights = inputs
-    ctx.save_for_backward(weights, *sources)
+Gradients = tuple[list[Tensor | None], Tensor | None]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
-    weights, *sources = ctx.saved_tensors
-    needs_sources, needs_weights = any(x.requires_grad for x in sources), weights.requires_grad
-    grad_sources, grad_weights = torch.ops.fusedkv.fuse_kv_backward(
-        grad.contiguous(), sources, weights, needs_sources, needs_weights
-    )
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    """inputs: sources and weights of one sum, or of two."""
+    sides = [(inputs[i], inputs[i + 1]) for i in range(0, len(inputs), 2)]
+    kept = [sources if weights.requires_grad else [] for sources, weights in sides]
+    ctx.counts = [len(sources) for sources in kept]
+    ctx.save_for_backward(*(weights for _, weights in sides), *(x for sources in kept for x in sources))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    grad: Tensor | None,
+    sources: Sequence[Tensor],
+    weights: Tensor,
+    needs_sources: Sequence[bool],
+    needs_weights: bool,
+) -> Gradients:
+    m = len(needs_sources)
+    if grad is None or not (any(needs_sources) or needs_weights):
+        return [None] * m, None
+    grad = grad.contiguous()
+    # Only the weights' gradient is made of the sources: without it, any of their shape and dtype will do.
+    sources = sources if needs_weights else [grad] * m
+    grad_sources, grad_weights = op(grad, sources, weights, any(needs_sources), needs_weights)
     return (
-        list(grad_sources.unbind(0)) if needs_sources else [None] * len(sources),
+        list(grad_sources.unbind(0)) if any(needs_sources) else [None] * m,
         grad_weights if needs_weights else None,
     )
 
 
-torch.library.register_autograd("fusedkv::fuse_kv", _backward, setup_context=_setup_context)
+def register(namespace: str) -> None:
+    """Gives fuse_kv and fuse_kv_pair of a namespace, "fusedkv" or another with the same schemas, their
+    derivative."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        op = getattr(torch.ops, namespace).fuse_kv_backward.default
+        saved = list(ctx.saved_tensors)  # read once: activation checkpointing gives them out once
+        weights, saved = saved[: len(grads)], saved[len(grads) :]
+        results: list[Any] = []
+        for i, grad in enumerate(grads):
+            sources = [saved.pop(0) for _ in range(ctx.counts[i])]
+            needs = ctx.needs_input_grad[2 * i : 2 * i + 2]
+            results += _gradients(op, grad, sources, weights[i], *needs)
+        return tuple(results)
+
+    for name in ("fuse_kv", "fuse_kv_pair"):
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=_save)
+
+
+register("fusedkv")

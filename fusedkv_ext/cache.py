@@ -174,6 +174,7 @@ class KVCache:
         self._lengths = [0] * batch_size
         self._step = 0
         self._table: PageTable | None = None
+        self._schedules: dict[tuple[int, ...], Tensor] = {}
         # Made under inference mode these would be inference tensors, which nobody may change outside of it.
         with torch.inference_mode(False):
             slots: tuple[int, int] = (batch_size, max_len)
@@ -194,6 +195,7 @@ class KVCache:
             layers = range(plan.num_layers)
             self._keys = [allocate(plan.stored_key_heads(layer, num_kv_heads)) for layer in layers]
             self._values = [allocate(plan.stored_value_heads(layer, num_kv_heads)) for layer in layers]
+            self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
         self.device = self.seq_lens.device
@@ -258,16 +260,30 @@ class KVCache:
             if changed:
                 self._sync_table()
         self._lengths, self._step = lengths, step
+        self._schedules.clear()
         if isinstance(n, int):
             self.seq_lens.add_(n)
         else:
             self._sync_lengths()
 
-    def append(self, layer: int, key: Tensor | None, value: Tensor | None) -> None:
+    def append(
+        self,
+        layer: int,
+        key: Tensor | None,
+        value: Tensor | None,
+        *,
+        query: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary_interleaved: bool = False,
+    ) -> Tensor | None:
         """Stores the rows of this step: ``key`` (B, S, Gk, D) after RoPE and ``value`` (B, S, Gv, D).
 
-        None on a side that the layer does not store. Raises ValueError if the sides are not those that it
-        stores, or if S is not the number of rows that ``advance`` made room for.
+        None on a side that the layer does not store. With ``rotary``, cos and sin of the positions 0..max_len
+        - 1 (max_len, rotary_dim / 2), the key comes before RoPE and is rotated on the way; so is ``query``,
+        (B, S or fewer, H, D) of the last tokens, which is returned as a new tensor (else None).
+
+        Raises ValueError if the sides are not those that the layer stores, or if S is not the number of rows
+        that ``advance`` made room for.
         """
         key_cache, value_cache = self._keys[layer], self._values[layer]
         if (key is None) != (key_cache is None) or (value is None) != (value_cache is None):
@@ -275,29 +291,74 @@ class KVCache:
                 f"layer {layer} stores keys: {_yes(key_cache)}, values: {_yes(value_cache)}, but got "
                 f"key: {_yes(key)}, value: {_yes(value)}"
             )
-        # The op always takes both sides. Where one is not stored, writing the other twice changes nothing.
-        key, key_cache = (value, value_cache) if key is None else (key, key_cache)
-        value, value_cache = (key, key_cache) if value is None else (value, value_cache)
-        if key is None or key_cache is None or value is None or value_cache is None:
-            return
-        if key.shape[1] != self._step:
+        given = next((x for x in (key, value, query) if x is not None), None)
+        if given is None:
+            return None
+        if given is not query and given.shape[1] != self._step:
             raise ValueError(
-                f"layer {layer}: {key.shape[1]} rows came, but this step is {self._step} rows long; "
+                f"layer {layer}: {given.shape[1]} rows came, but this step is {self._step} rows long; "
                 "call advance(n) once before the layers of a step"
             )
-        ops.append_kvcache(
-            key, value, key_cache, value_cache, cache_seqlens=self.seq_lens, block_table=self.block_table
+        if query is not None and query.shape[1] != given.shape[1]:
+            self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
+            key = value = key_cache = value_cache = None
+            given = query
+        # The op always takes both sides: one that is not stored has no heads.
+        none = given[:, :, :0]
+        cos, sin = (None, None) if rotary is None else rotary
+        return ops.append_kvcache(
+            none if key is None else key,
+            none if value is None else value,
+            self._no_heads if key_cache is None else key_cache,
+            self._no_heads if value_cache is None else value_cache,
+            cache_seqlens=self.seq_lens,
+            block_table=self.block_table,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            rotary_interleaved=rotary_interleaved,
+            query=query,
         )
 
     def positions(self, steps: int) -> Tensor:
-        """Positions of the last S = ``steps`` tokens, int64: (S,) if all are equally long, else (B, S).
+        """Positions of the last S = ``steps`` tokens, int64: (S,) if S > 1 and all are equally long, else
+        (B, S).
 
-        Padding rows, which lie before the start of their sequence, have negative positions.
+        Padding rows, which lie before the start of their sequence, have negative positions. Those of a decode
+        step, S = 1, always come from ``seq_lens``: a CUDA graph would hold on to numbers from the host.
         """
         shortest, longest = min(self._lengths), max(self._lengths)
-        if shortest == longest:
+        if shortest == longest and steps > 1:
             return torch.arange(longest - steps, longest, device=self.device)
         return self.seq_lens[:, None] + torch.arange(-steps, 0, device=self.device)
+
+    def begin_step(self) -> None:
+        """Forgets the schedules, so that attention makes new ones. ``advance`` does so too; a step that is
+        captured in a CUDA graph does it itself: each replay then makes schedules of the lengths it finds."""
+        self._schedules.clear()
+
+    def schedule(
+        self, query_length: int, num_heads: int, num_kv_heads: int, window_size: tuple[int, int] = (-1, -1)
+    ) -> Tensor | None:
+        """``ops.decode_schedule`` of ``seq_lens``, made once a step for all layers that ask for the same.
+
+        None on the CPU, which needs none.
+        """
+        if self.device.type == "cpu":
+            return None
+        key = (query_length, num_heads, num_kv_heads, window_size[0])
+        if key not in self._schedules:
+            capacity = self.max_len
+            if self.block_table is not None and self.page_size is not None:
+                capacity = self.block_table.shape[1] * self.page_size
+            self._schedules[key] = ops.decode_schedule(
+                self.seq_lens,
+                query_length=query_length,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                capacity=capacity,
+                window_size=window_size,
+            )
+        return self._schedules[key]
 
     def crop(self, length: int | Sequence[int] | Tensor) -> None:
         """Keeps the first ``length`` tokens of each sequence, forgets the rest and frees its pages.
@@ -388,6 +449,7 @@ class KVCache:
                 tensor[target] = tensor[source]
 
     def _sync_lengths(self) -> None:
+        self._schedules.clear()
         self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
 
     def _sync_table(self) -> None:

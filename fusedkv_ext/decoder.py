@@ -48,6 +48,7 @@ class DecoderConfig:
     "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
     full. rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
     standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
+    recompute_fusion: training keeps no fused keys and values for the backward, which fuses again.
 
     Raises ValueError naming the field that cannot be.
     """
@@ -71,6 +72,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
+    recompute_fusion: bool = False
 
     def __post_init__(self) -> None:
         for name in POSITIVE_FIELDS:
@@ -176,6 +178,7 @@ class DecoderLayer(nn.Module):
             bias=config.attention_bias,
             rope=rope,
             sliding_window=config.sliding_window if sliding else None,
+            recompute_fusion=config.recompute_fusion,
         )
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -210,6 +213,7 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.exit_layer = plan.prefill_layers - 1
+        self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
         # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
         self._cached_sources = [
@@ -219,8 +223,13 @@ class DecoderModel(nn.Module):
 
     def forward(self, ids: Tensor, *, cache: KVCache | None = None, keep: int = 0) -> Tensor:
         steps = ids.shape[1]
-        positions = torch.arange(steps, device=ids.device) if cache is None else cache.positions(steps)
-        cos, sin = self.rope.cos_sin(positions)
+        position_embeddings = None
+        if cache is not None:
+            cache.begin_step()
+        if cache is None or self._needs_positions:
+            # What layers share is made here, once a step and, with a cache, from the lengths on the device.
+            positions = torch.arange(steps, device=ids.device) if cache is None else cache.positions(steps)
+            position_embeddings = self.rope.cos_sin(positions)
         wanted = self._sources if cache is None else self._cached_sources
         read_later = {j for sources in wanted for j in sources}
         x = self.embed_tokens(ids)
@@ -228,9 +237,10 @@ class DecoderModel(nn.Module):
         for i, layer in enumerate(self.layers):
             last = keep if i == self.exit_layer and 0 < keep < steps else None
             sources = tuple(kvs[j] for j in wanted[i])
-            x, kv = layer(x, sources, position_embeddings=(cos, sin), cache=cache, last=last)
-            if last is not None:
-                cos, sin = cos[..., -last:, :], sin[..., -last:, :]
+            x, kv = layer(x, sources, position_embeddings=position_embeddings, cache=cache, last=last)
+            if last is not None and position_embeddings is not None:
+                cos, sin = position_embeddings
+                position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
             kvs.append(kv if i in read_later else None)
         return self.norm(x)
 
@@ -280,6 +290,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         lengths: Sequence[int] | None = None,
+        advance: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the next tokens, and with ``labels`` the loss.
 
@@ -294,6 +305,8 @@ class Decoder(nn.Module):
                 run for these positions alone, which changes nothing but rounding.
             lengths: with a cache whose sequences are empty, the number of tokens of each row, the rest on its
                 left being padding; the longest must be S. None: S each.
+            advance: with a cache, make room for the S tokens first. False where the caller has done so, with
+                ``cache.advance``: what remains is work of the device alone, to be captured in a CUDA graph.
 
         Returns:
             logits (B, S or logits_to_keep, vocab), or (logits, loss).
@@ -301,8 +314,8 @@ class Decoder(nn.Module):
         Raises ValueError for shapes, dtypes or combinations other than these, for positions beyond
         max_position_embeddings, and CacheFullError.
         """
-        self._check(ids, labels, cache, logits_to_keep, lengths)
-        if cache is not None:
+        self._check(ids, labels, cache, logits_to_keep, lengths, advance)
+        if cache is not None and advance:
             cache.advance(ids.shape[1] if lengths is None else lengths)
         hidden = self.model(ids, cache=cache, keep=logits_to_keep)
         logits = self.lm_head(hidden)
@@ -345,6 +358,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         page_size: int | None = None,
         pad_token_id: int = 0,
+        cuda_graph: bool | None = None,
     ) -> Tensor:
         """Continues each prompt.
 
@@ -359,6 +373,10 @@ class Decoder(nn.Module):
                 definition of the right result.
             attention_mask: (B, S), 0 marks padding in ``ids``, wherever it stands; it is moved to the left.
             page_size: use a paged cache with pages of that many tokens.
+            cuda_graph: capture the decode step in a CUDA graph and replay it: the same tokens, without the
+                host's time for launching kernels. None: on CUDA, if there are enough new tokens to pay for
+                the capture and no module has forward hooks, which a replay would not call; should the
+                capture fail, a warning and a launch per kernel. True: always, and RuntimeError if it fails.
 
         Returns:
             (B, S + new) int64: the prompts padded on the left to S (the longest prompt's length, or the width
@@ -381,6 +399,7 @@ class Decoder(nn.Module):
             attention_mask=attention_mask,
             page_size=page_size,
             pad_token_id=pad_token_id,
+            cuda_graph=cuda_graph,
         )
 
     def _check(
@@ -390,6 +409,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         logits_to_keep: int,
         lengths: Sequence[int] | None,
+        advance: bool,
     ) -> None:
         if ids.dim() != 2 or ids.shape[1] == 0 or ids.is_floating_point():
             raise ValueError(f"ids must be (B, S) integers with S > 0, got {ids.dtype} {tuple(ids.shape)}")
@@ -403,6 +423,8 @@ class Decoder(nn.Module):
                 )
             if logits_to_keep:
                 raise ValueError("labels need all logits; leave logits_to_keep at 0")
+        if not advance and (cache is None or lengths is not None):
+            raise ValueError("advance=False needs a cache, advanced already, and no lengths")
         if cache is None:
             if lengths is not None:
                 raise ValueError("lengths needs a cache: without one all rows have S tokens")
@@ -416,7 +438,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"ids has {ids.shape[0]} rows, cache is for {cache.batch_size} sequences")
             if lengths is not None and max(lengths) != ids.shape[1]:
                 raise ValueError(f"lengths: the longest must be S={ids.shape[1]}, got {list(lengths)}")
-            tokens = max(cache.lengths) + ids.shape[1]
+            tokens = max(cache.lengths) + (ids.shape[1] if advance else 0)
         if tokens > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
             raise ValueError(f"the sequence has {tokens} tokens, more than max_position_embeddings={limit}")

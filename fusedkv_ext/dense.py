@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 # With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied.
 _WINDOW_CHUNK = 512
@@ -40,20 +41,47 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, position: int, left: in
     begin = max(position - left, 0) if left >= 0 else 0
     end = min(position + S + right, T) if right >= 0 else T
     k, v = k[:, begin:end], v[:, begin:end]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # Without a left bound there is one chunk: its last row is the last token, which sees all keys.
+    causal = right == 0 and left < 0
+    square = causal and S == T
+    lower_right = causal and not square and _masks_lower_right(q, k, v)
+    masked = not (square or lower_right) and (left >= 0 or right >= 0)
     mask = None
-    causal = right == 0 and left < 0 and position == 0 and S == T
-    if not causal and (left >= 0 or right >= 0):
+    if lower_right:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: not at start-up
+
+        mask = causal_lower_right(S, T)
+    elif masked:
         mask = visible(S, end - begin, position - begin, left, right, q.device)
+    if q.shape[1] != k.shape[1] and not _reads_groups(q, v, masked):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
+
+
+def _masks_lower_right(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch has a kernel that masks S < T causally at the bottom right without reading a mask.
+
+    Only CUDA has: FlashAttention and the memory-efficient kernel. A graph of torch.compile takes the mask.
+    """
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    params = SDPAParams(q[:, : k.shape[1]], k, v, None, 0.0, False, False)
+    return can_use_flash_attention(params) or can_use_efficient_attention(params)
+
+
+def _reads_groups(q: Tensor, v: Tensor, masked: bool) -> bool:
+    """Whether the kernel that SDPA picks reads each KV head for its whole group of query heads.
+
+    On CUDA FlashAttention and cuDNN do, which take 16 bits and no mask tensor. The memory-efficient kernel
+    does not: it gets expanded heads, for without it SDPA would write out all scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    return not masked and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] == v.shape[3]
 
 
 def visible(rows: int, tokens: int, position: int, left: int, right: int, device: torch.device) -> Tensor:
@@ -75,11 +103,11 @@ def dense_lse(q: Tensor, k: Tensor, scale: float, left: int, right: int) -> Tens
     (_, S, H, _), (T, G) = q.shape, k.shape[1:3]
     lse = []
     with torch.no_grad():
-        keys = k.repeat_interleave(H // G, dim=2)
         sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        keys = k.to(sum_dtype)
         for i in range(0, S, _WINDOW_CHUNK):
-            rows = q[:, i : i + _WINDOW_CHUNK]
-            scores = torch.einsum("bshd,bthd->bhst", rows.to(sum_dtype) * scale, keys.to(sum_dtype))
+            rows = q[:, i : i + _WINDOW_CHUNK].to(sum_dtype).unflatten(2, (G, H // G)) * scale
+            scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
             mask = visible(rows.shape[1], T, i + T - S, left, right, q.device)
             lse.append(torch.logsumexp(scores.masked_fill(~mask, float("-inf")), dim=-1).float())
         return torch.cat(lse, dim=2) if lse else q.new_zeros(q.shape[0], H, 0, dtype=torch.float32)

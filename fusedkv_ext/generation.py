@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fusedkv_ext import cuda_graph as graphs
 from fusedkv_ext.cache import KVCache
 
 __all__ = ["CausalLM", "Sampling", "generate"]
@@ -30,6 +31,7 @@ class CausalLM(Protocol):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         lengths: Sequence[int] | None = None,
+        advance: bool = True,
     ) -> Tensor: ...
 
     def make_cache(self, batch_size: int, max_len: int, *, page_size: int | None = None) -> KVCache: ...
@@ -92,6 +94,7 @@ def generate(
     attention_mask: Tensor | None = None,
     page_size: int | None = None,
     pad_token_id: int = 0,
+    cuda_graph: bool | None = None,
 ) -> Tensor:
     """``Decoder.generate``, for any causal model. ``max_len`` bounds prompt and new tokens together."""
     rows = _rows(ids, attention_mask, vocab_size, device)
@@ -101,6 +104,11 @@ def generate(
     if not 0 <= pad_token_id < vocab_size:
         raise ValueError(f"pad_token_id must be in 0..{vocab_size - 1}, got {pad_token_id}")
     prompts = _left_padded(rows, width, pad_token_id, device)
+    if cuda_graph and not (use_cache and prompts.device.type in graphs.CAPTURES):
+        raise ValueError(
+            f"cuda_graph=True needs a model on a CUDA device and use_cache=True; the model is on "
+            f"{prompts.device}, use_cache is {use_cache}"
+        )
     if not rows or max_new_tokens == 0:
         return prompts
     longest = max(map(len, rows))
@@ -114,7 +122,10 @@ def generate(
     choose = functools.partial(sampling or Sampling(), generator=generator)
 
     with _eval_mode(model), torch.inference_mode():
-        source = _Cached(model, rows, max_new_tokens, page_size) if use_cache else _Uncached(model, rows)
+        if use_cache:
+            source = _Cached(model, rows, max_new_tokens, page_size, cuda_graph)
+        else:
+            source = _Uncached(model, rows)
         new = _decode(source, choose, max_new_tokens, stops, pad_token_id, stream)
     # Copied out here the result is an ordinary tensor, which autograd takes as inputs and labels.
     return torch.cat((prompts, new.clone()), dim=1)
@@ -161,10 +172,19 @@ def _eval_mode(model: CausalLM) -> Iterator[None]:
 
 
 class _Cached:
-    """Logits of the next token: the prompts once, then one token per sequence and call."""
+    """Logits of the next token: the prompts once, then one token per sequence and call.
+
+    A decode step is split in two: on the host the cache makes room, adding pages where needed, and what is
+    left is work of the device on tensors that stay where they are, as a CUDA graph wants it.
+    """
 
     def __init__(
-        self, model: CausalLM, rows: list[Tensor], max_new_tokens: int, page_size: int | None
+        self,
+        model: CausalLM,
+        rows: list[Tensor],
+        max_new_tokens: int,
+        page_size: int | None,
+        cuda_graph: bool | None,
     ) -> None:
         self.model = model
         self.lengths = [len(row) for row in rows]
@@ -172,13 +192,23 @@ class _Cached:
         self.prompts = _left_padded(rows, longest, 0, rows[0].device)
         # The last token is never fed back, so it needs no room.
         self.cache = model.make_cache(len(rows), longest + max_new_tokens - 1, page_size=page_size)
+        self.step = functools.partial(model, cache=self.cache, logits_to_keep=1, advance=False)
+        self.graph_required = cuda_graph is True
+        self.capture_next = self.graph_required or (
+            cuda_graph is None and graphs.pays_off(model, self.prompts.device, max_new_tokens - 1)
+        )
 
     def __call__(self, token: Tensor | None) -> Tensor:
         if token is None:
             logits = self.model(self.prompts, cache=self.cache, logits_to_keep=1, lengths=self.lengths)
-        else:
-            logits = self.model(token[:, None], cache=self.cache, logits_to_keep=1)
-        return logits[:, -1]
+            return logits[:, -1]
+        self.cache.advance(1)
+        ids = token[:, None]
+        if self.capture_next:
+            # Warming up stores the keys and values of these ids where the step itself will store them again.
+            self.step = graphs.graphed(self.step, ids, self.graph_required)
+            self.capture_next = False
+        return self.step(ids)[:, -1]
 
 
 class _Uncached:

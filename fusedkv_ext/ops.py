@@ -9,24 +9,31 @@ The maths: FusedKV, arXiv 2512.03870, K_i = sum_j a_ij (.) K_j and V_i = sum_j b
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedkv_ext import _checks, _native  # noqa: F401  (_native registers torch.ops.fusedkv)
+from fusedkv_ext import _checks, _fakes  # noqa: F401  (registers the fakes of torch.ops.fusedkv)
 from fusedkv_ext._checks import Arguments, Tensors
 from fusedkv_ext.dense import dense_attention, dense_lse
+from fusedkv_ext.recompute import recomputed
 
-__all__ = ["append_kvcache", "debug_checks", "fuse_kv", "fused_kv_attn_func", "fused_kv_attn_with_kvcache"]
+__all__ = [
+    "append_kvcache",
+    "debug_checks",
+    "decode_schedule",
+    "fuse_kv",
+    "fuse_kv_backward",
+    "fused_kv_attn_func",
+    "fused_kv_attn_with_kvcache",
+]
 
 _ops = torch.ops.fusedkv
-
-# Up to this many query rows per KV head (S * H / G), attention reads the sources where they lie, weights
-# folded into q and the output; with more rows, fusing once and then a dense attention is cheaper.
-DECODE_MAX_ROWS = 32
 
 _NATIVE_ERROR = re.compile(r"fusedkv (ValueError|TypeError): (.*)")
 _debug_checks = False
@@ -42,6 +49,24 @@ def debug_checks(enabled: bool) -> None:
     _debug_checks = bool(enabled)
 
 
+def decode_max_rows(device_type: str, dtype: torch.dtype, sources: int, head_dim: int) -> int:
+    """The crossover of the two ways to attend, in query rows per KV head: R = S * H / G.
+
+    Up to this many, attention reads the sources where they lie, weights folded into q and the output; with
+    more, it fuses them once and attends densely. Per KV head, for m = 2, 16-bit elements and T tokens,
+    folding costs 4 R T D FLOP more, and fusing keys and values moves 12 T D bytes: with P FLOP/s and B byte/s
+    they break even at R = 3 P / B, 570 rows at an H100's 640 TFLOP/s and 3.35 TB/s. So 512 where tensor cores
+    fold: CUDA, bfloat16 and float16, head dims up to 128, or 256 with one source of each. Elsewhere, and on
+    the CPU, folding computes much slower than a dense attention: 32 rows, what one task of the CPU keeps.
+
+    Args:
+        sources, head_dim: the larger of m_k and m_v, and of D and Dv.
+    """
+    tensor_cores = head_dim <= 128 if sources == 2 else sources == 1
+    half = dtype in (torch.bfloat16, torch.float16)
+    return 512 if device_type == "cuda" and half and tensor_cores else 32
+
+
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     """out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]    (FusedKV, arXiv 2512.03870).
 
@@ -55,14 +80,54 @@ def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     Differentiable in both. The backward is deterministic and saves only the sources and the weights.
     Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
     """
-    sources = _checks.as_tensors("sources", sources)
-    _checks.check_sources("sources", sources, "sources[0]", sources[0])
-    _checks.check_head_dim("sources[0]", sources[0].shape[3])
-    if sources[0].dtype not in (*_checks.ATTENTION_DTYPES, torch.float64):
-        raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
-    weights = _checks.canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
-    _checks.check_same_device({"sources": sources, "weights": weights})
+    sources, weights = _check_fusion(sources, weights)
     return _call(_ops.fuse_kv.default, sources, weights)
+
+
+def fuse_kv_backward(
+    grad: Tensor,
+    sources: Tensors,
+    weights: Tensor,
+    *,
+    grad_sources: Sequence[Tensor] | None = None,
+    needs_weights: bool = True,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The gradients of :func:`fuse_kv` for those who add them up over layers themselves.
+
+    dsources[j] = weights[j] * grad and dweights[j] = sum over b, t of grad * sources[j]    (FusedKV, arXiv
+    2512.03870). A source that L layers fuse has L gradients: with ``grad_sources`` each is added to the
+    buffers in place, in one pass and without a temporary.
+
+    Args:
+        grad: (B, T, G, D), the gradient of fuse_kv's result, in the sources' dtype.
+        sources, weights: as in :func:`fuse_kv`.
+        grad_sources: m buffers (B, T, G, D), contiguous and apart from each other, float32 or the sources'
+            dtype, to which the sources' gradients are added. None: new tensors.
+        needs_weights: False returns None for the weights' gradient and does not read the sources.
+
+    Returns:
+        The m gradients of the sources (``grad_sources`` where given, else in the sources' dtype) and that of
+        the weights in their own shape and dtype.
+
+    Two runs give the same bits. Nothing is recorded for autograd.
+    Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
+    """
+    grad = _checks.check_tensor("grad", grad).detach()
+    sources, canonical = _check_fusion(sources, weights)
+    needs_weights = _checks.check_flag("needs_weights", needs_weights)
+    arguments = [grad.contiguous(), [x.detach() for x in sources], canonical.detach()]
+    _checks.check_same_device({"grad": grad, "sources": sources})
+    if grad_sources is None:
+        grads, grad_weights = _call(_ops.fuse_kv_backward.default, *arguments, True, needs_weights)
+        results = list(grads.unbind(0))
+    else:
+        results = _checks.as_tensors("grad_sources", grad_sources)
+        _checks.check_same_device({"grad": grad, "grad_sources": results})
+        _checks.check_no_grad("fuse_kv_backward", {"grad_sources": results}, "pass buffers that need none")
+        grad_weights = _call(_ops.fuse_kv_backward_accumulate.default, *arguments, results, needs_weights)
+    if not needs_weights:
+        return results, None
+    return results, grad_weights.sum_to_size(weights.shape).to(weights.dtype)
 
 
 def fused_kv_attn_func(
@@ -76,6 +141,7 @@ def fused_kv_attn_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    recompute_fusion: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over K = sum_j a_j (.) K_j and V = sum_j b_j (.) V_j, for training and prefill.
 
@@ -88,6 +154,9 @@ def fused_kv_attn_func(
         causal: query row i (position i + T - S: aligned bottom-right) sees no later key.
         window_size: (left, right), the row at p sees keys p - left .. p + right; -1 is unbounded.
         return_lse: also return the log-sum-exp of the scores.
+        recompute_fusion: the backward fuses K and V again instead of keeping them from the forward. Same bits
+            of every gradient. No effect under torch.compile and within other saved-tensor hooks, as those of
+            activation checkpointing: they decide by themselves what is kept.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, without a
@@ -104,35 +173,35 @@ def fused_kv_attn_func(
     left, right = _checks.check_window(causal, window_size)
     scale = _checks.check_scale(softmax_scale, q.shape[3])
     return_lse = _checks.check_flag("return_lse", return_lse)
+    recompute_fusion = _checks.check_flag("recompute_fusion", recompute_fusion)
     key_weights, value_weights = _attention_weights(keys, values, key_weights, value_weights)
     _checks.check_same_device(
         {"q": q, "keys": keys, "values": values, "key_weights": key_weights, "value_weights": value_weights}
     )
 
-    B, S, H, _ = q.shape
-    T, G = keys[0].shape[1:3]
+    sources = (keys, values, key_weights, value_weights)
     differentiates = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, *keys, *values, key_weights, value_weights)
     )
-    few_rows = S * (H // G) <= DECODE_MAX_ROWS and (S <= T or right == 0)
-    if few_rows and not differentiates and q.dtype != torch.float64 and _reads_sources(q.device):
-        seqlens = torch.full((B,), T, dtype=torch.int32, device=q.device)
+    if not differentiates and folds_dense(q, keys, values, right, q.device.type):
+        seqlens = torch.full(q.shape[:1], keys[0].shape[1], dtype=torch.int32, device=q.device)
         out, lse = _call(
             _ops.attn_with_kvcache.default,
             q,
-            keys,
-            values,
-            key_weights,
-            value_weights,
+            *sources,
             seqlens,
             None,
             scale,
             left,
             right,
+            None,
+            False,
         )
         return (out, lse) if return_lse else out
-    k, v = _fuse(keys, key_weights), _fuse(values, value_weights)
-    out = dense_attention(q, k, v, scale, left, right)
+    k, v = _fuse_both(*sources)
+    recompute = recompute_fusion and differentiates and not torch.compiler.is_compiling()
+    with _recomputing(*sources, k, v) if recompute else nullcontext():
+        out = dense_attention(q, k, v, scale, left, right)
     return (out, dense_lse(q, k, scale, left, right)) if return_lse else out
 
 
@@ -149,6 +218,8 @@ def fused_kv_attn_with_kvcache(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
@@ -162,12 +233,17 @@ def fused_kv_attn_with_kvcache(
         block_table: (B, max_pages) int32, the page of each page_size tokens. Entries past the length are not
             looked at.
         softmax_scale, causal, window_size, return_lse: as in :func:`fused_kv_attn_func`.
+        schedule: what :func:`decode_schedule` made of these lengths, once for all layers of a step. None: it
+            is made anew. Without effect on the result.
+        batch_invariant: a sequence gets the same bits in any batch, at the price of more work on the GPU: its
+            splits are fixed, not fitted to the batch. On the CPU they always are.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives
         zeros and -inf.
 
-    Two runs give the same bits, whatever the number of threads and the rest of the batch.
+    Two runs give the same bits, whatever the number of threads. A CUDA call waits for nothing on the host and
+    can be captured in a graph that is replayed with other lengths.
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
@@ -193,17 +269,45 @@ def fused_kv_attn_with_kvcache(
     _checks.check_no_grad(
         "fused_kv_attn_with_kvcache", tensors, "use fused_kv_attn_func to train, torch.no_grad() to decode"
     )
+    batch_invariant = _checks.check_flag("batch_invariant", batch_invariant)
+    if schedule is not None:
+        _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, batch_invariant)
     arguments = (*tensors.values(), cache_seqlens, block_table, scale, left, right)
-    rows = q.shape[1] * (q.shape[2] // max(key_caches[0].shape[2], 1))
-    if (
-        rows > DECODE_MAX_ROWS
-        and not return_lse
-        and not torch.compiler.is_compiling()
-        and q.device.type == "cpu"
-    ):
+    if not (return_lse or batch_invariant or folds_cached(q, key_caches, value_caches, q.device.type)):
         return _prefill_with_kvcache(*arguments)
-    out, lse = _call(_ops.attn_with_kvcache.default, *arguments)
+    out, lse = _call(_ops.attn_with_kvcache.default, *arguments, schedule, batch_invariant)
     return (out, lse) if return_lse else out
+
+
+def decode_schedule(
+    cache_seqlens: Tensor,
+    *,
+    query_length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    capacity: int,
+    window_size: tuple[int, int] = (-1, -1),
+    batch_invariant: bool = False,
+) -> Tensor:
+    """How :func:`fused_kv_attn_with_kvcache` cuts a step's work: made once, used by all of its layers.
+
+    Args:
+        cache_seqlens: (B,) int32, as the layers get it. Read on the device, so nobody waits for it.
+        query_length, num_heads, num_kv_heads: S, H and G of the calls.
+        capacity: tokens that a sequence may have: the caches' second dim, or page_size * max_pages.
+        window_size, batch_invariant: as in the calls.
+
+    Returns:
+        int32 tensor on the same device, to be passed on as it is; empty on the CPU, which needs none. Calls
+        that share it must run one after another, and it must be made again when lengths change.
+
+    Raises ValueError (sizes, shapes) or TypeError (dtypes), naming the argument.
+    """
+    _checks.check_tensor("cache_seqlens", cache_seqlens)
+    left, _ = _checks.check_window(True, window_size)
+    batch_invariant = _checks.check_flag("batch_invariant", batch_invariant)
+    sizes = (query_length, num_heads, num_kv_heads, capacity)
+    return _call(_ops.attn_schedule.default, cache_seqlens, *sizes, left, batch_invariant)
 
 
 def append_kvcache(
@@ -217,9 +321,10 @@ def append_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
-) -> None:
+    query: Tensor | None = None,
+) -> Tensor | None:
     """Writes S new tokens at positions cache_seqlens - S .. cache_seqlens - 1, in place, rotating keys on the
-    way.
+    way, and the queries of the same tokens with them.
 
     Args:
         key, value: (B, S, G, D) and (B, S, Gv, Dv). Tokens at negative positions (left padding) are skipped.
@@ -228,6 +333,13 @@ def append_kvcache(
         rotary_cos, rotary_sin: (max_len, rotary_dim / 2), row p rotates the token at position p (RoPE, arXiv
             2104.09864); rotary_dim <= D, further channels are copied. None: keys are written as they are.
         rotary_interleaved: rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
+        query: (B, S, H, D) of key's dtype, any H; needs rotary_cos and rotary_sin.
+
+    Returns:
+        None, or with ``query`` a new (B, S, H, D): its rows rotated like keys, those at negative positions as
+        they are.
+
+    A CUDA token whose length, page or row of the tables is out of range is not written.
 
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
@@ -242,14 +354,17 @@ def append_kvcache(
     for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         if x is not None and not _checks.check_tensor(name, x).is_floating_point():
             raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
-    tensors.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    if query is not None:
+        _checks.check_tensor("query", query)
+    tensors.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin, query=query)
     _check_table(tensors, cache_seqlens, block_table, key_cache)
     _checks.check_no_grad("append_kvcache", tensors, "append under torch.no_grad()")
     if rotary_cos is not None and rotary_sin is not None:
         rotary_cos, rotary_sin = rotary_cos.float().contiguous(), rotary_sin.float().contiguous()
     interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
-    new = (key, value, key_cache, value_cache)
-    _call(_ops.append_kvcache.default, *new, cache_seqlens, block_table, rotary_cos, rotary_sin, interleaved)
+    cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)
+    rotated = _call(_ops.append_kvcache.default, *cached, rotary_cos, rotary_sin, interleaved, query)
+    return None if query is None else rotated
 
 
 # ---- helpers -------------------------------------------------------------------------------------------
@@ -292,12 +407,71 @@ def _attention_weights(
     return key_weights, value_weights
 
 
+def _check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
+    """The sources and their weights as (m, G, D)."""
+    sources = _checks.as_tensors("sources", sources)
+    _checks.check_sources("sources", sources, "sources[0]", sources[0])
+    _checks.check_head_dim("sources[0]", sources[0].shape[3])
+    if sources[0].dtype not in (*_checks.ATTENTION_DTYPES, torch.float64):
+        raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
+    weights = _checks.canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
+    _checks.check_same_device({"sources": sources, "weights": weights})
+    return sources, weights
+
+
 def _fuse(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     if weights is None:
         if len(sources) == 1:
             return sources[0]
         return fuse_kv(sources, torch.ones(len(sources), 1, 1, device=sources[0].device))
     return fuse_kv(sources, weights)
+
+
+def _fuse_both(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """K and V; in one launch where both are sums."""
+    if any(weights is None and len(x) == 1 for x, weights in ((keys, key_weights), (values, value_weights))):
+        return _fuse(keys, key_weights), _fuse(values, value_weights)
+    return _fuse_pair(keys, key_weights, values, value_weights)
+
+
+def _fuse_pair(
+    keys: Sequence[Tensor],
+    key_weights: Tensor | None,
+    values: Sequence[Tensor],
+    value_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(fuse_kv(keys, key_weights), fuse_kv(values, value_weights)) in one launch; None: all ones."""
+    key_weights, value_weights = (
+        _checks.canonical_weights(
+            name,
+            torch.ones((), device=x[0].device) if weights is None else weights,
+            len(x),
+            *x[0].shape[2:],
+            x[0],
+        )
+        for name, x, weights in (("key_weights", keys, key_weights), ("value_weights", values, value_weights))
+    )
+    return _call(_ops.fuse_kv_pair.default, keys, key_weights, values, value_weights)
+
+
+def _recomputing(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+) -> AbstractContextManager[None]:
+    """A context in which autograd does not keep what of k and v is fused."""
+    keys, values = [x.detach() for x in keys], [x.detach() for x in values]
+    weights = [None if x is None else x.detach() for x in (key_weights, value_weights)]
+    inputs = [x for x in (*keys, *values, *weights) if x is not None]
+    return recomputed(lambda: _fuse_both(keys, values, *weights), (k, v), inputs)
 
 
 def _check_rank4(name: str, x: Tensor) -> None:
@@ -325,9 +499,58 @@ def _check_table(tensors: Arguments, cache_seqlens: Any, block_table: Any, cache
                 )
 
 
-def _reads_sources(device: torch.device) -> bool:
-    """Whether this device has the kernel that attends to sources without fusing them first."""
-    return device.type in ("cpu", "meta")
+def _check_schedule(
+    schedule: Any,
+    q: Tensor,
+    cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    left: int,
+    batch_invariant: bool,
+) -> None:
+    """Its type and device; on request that it was made of these lengths, which the kernel cannot see."""
+    _checks.check_tensor("schedule", schedule)
+    _checks.check_same_device({"q": q, "schedule": schedule})
+    if not _debug_checks or not schedule.is_cuda:
+        return
+    pages = 1 if block_table is None else block_table.shape[1]
+    fresh = decode_schedule(
+        cache_seqlens,
+        query_length=q.shape[1],
+        num_heads=q.shape[2],
+        num_kv_heads=cache.shape[2],
+        capacity=cache.shape[1] * pages,
+        window_size=(left, -1),
+        batch_invariant=batch_invariant,
+    )
+    sums = q.shape[0] + 1
+    if not torch.equal(schedule[:sums], fresh[:sums]):
+        raise ValueError("schedule was made of other lengths or options; call decode_schedule again")
+
+
+def folds_dense(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], right: int, device_type: str
+) -> bool:
+    """Whether ``fused_kv_attn_func`` without a gradient reads the sources where they lie."""
+    # The kernel's rows are the last S tokens: with S > T those before the first token must be blind.
+    aligned = q.shape[1] <= keys[0].shape[1] or right == 0
+    return aligned and q.dtype != torch.float64 and _few_rows(q, keys, values, device_type)
+
+
+def folds_cached(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
+    """Whether ``fused_kv_attn_with_kvcache`` without lse reads the sources where they lie.
+
+    Fusing first needs the lengths on the host: not in a graph, be it torch.compile's or CUDA's.
+    """
+    if device_type == "meta" or torch.compiler.is_compiling() or _few_rows(q, keys, values, device_type):
+        return True
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _few_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
+    rows = q.shape[1] * (q.shape[2] // max(keys[0].shape[2], 1))
+    sources, head_dim = max(len(keys), len(values)), max(q.shape[3], values[0].shape[3])
+    return rows <= decode_max_rows(device_type, q.dtype, sources, head_dim)
 
 
 def _prefill_with_kvcache(
@@ -342,38 +565,33 @@ def _prefill_with_kvcache(
     left: int,
     right: int,
 ) -> Tensor:
-    """Many rows: fuse the valid tokens once, then dense attention; one call for equal lengths, else one a
-    sequence."""
+    """Many rows: fuse the tokens that some row sees, once, then dense attention.
+
+    Cached prefix and new tokens go into one workspace, and so need no merge of partial results. One call for
+    equal lengths, else one a sequence, in a workspace of one sequence.
+    """
+    sides = ((key_caches, key_weights), (value_caches, value_weights))
     # The native op's checks, on no query rows: same messages, no work.
+    rest = (cache_seqlens, block_table, scale, left, right, None, False)
     _call(
-        _ops.attn_with_kvcache.default,
-        *(
-            q[:, :0],
-            key_caches,
-            value_caches,
-            key_weights,
-            value_weights,
-            cache_seqlens,
-            block_table,
-            scale,
-            left,
-            right,
-        ),
+        _ops.attn_with_kvcache.default, q[:, :0], key_caches, value_caches, key_weights, value_weights, *rest
     )
     B, S = q.shape[:2]
+    page_size = key_caches[0].shape[1]
+    capacity = page_size if block_table is None else page_size * block_table.shape[1]
     lengths = cache_seqlens.tolist()
     out = q.new_zeros(*q.shape[:3], value_caches[0].shape[3])
 
     def attend(rows: slice, length: int) -> None:
-        def tokens(cache: Tensor) -> Tensor:
-            if block_table is None:
-                return cache[rows, :length]
-            pages = block_table[rows, : -(-length // cache.shape[1])]
-            return cache[pages.long()].flatten(1, 2)[:, :length]
-
-        k = _fuse([tokens(cache) for cache in key_caches], key_weights)
-        v = _fuse([tokens(cache) for cache in value_caches], value_weights)
+        if not 0 <= length <= capacity:  # Only CUDA lengths come here unchecked.
+            out[rows] = math.nan
+            return
+        if length == 0:
+            return
         new = min(S, length)
+        tokens = length if left < 0 else min(length, new + left)
+        table = None if block_table is None else block_table[rows]
+        k, v = (_gather(*side, rows, cache_seqlens[rows], table, length, tokens) for side in sides)
         out[rows, S - new :] = dense_attention(q[rows, S - new :], k, v, scale, left, right)
 
     if B and len(set(lengths)) == 1:
@@ -384,30 +602,18 @@ def _prefill_with_kvcache(
     return out
 
 
-# ---- fakes ---------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("fusedkv::fuse_kv")
-def _(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
-    return sources[0].new_empty(sources[0].shape)
-
-
-@torch.library.register_fake("fusedkv::fuse_kv_backward")
-def _(
-    grad: Tensor, sources: Sequence[Tensor], weights: Tensor, needs_sources: bool, needs_weights: bool
-) -> tuple[Tensor, Tensor]:
-    grad_sources = grad.new_empty((len(sources), *grad.shape) if needs_sources else (0,))
-    return grad_sources, weights.new_empty((len(sources) if needs_weights else 0, *weights.shape[1:]))
-
-
-@torch.library.register_fake("fusedkv::attn_with_kvcache")
-def _(
-    q: Tensor, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], *args: object
-) -> tuple[Tensor, Tensor]:
-    B, S, H, _ = q.shape
-    return q.new_empty((B, S, H, value_caches[0].shape[3])), q.new_empty((B, H, S), dtype=torch.float32)
-
-
-@torch.library.register_fake("fusedkv::append_kvcache")
-def _(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *args: object) -> None:
-    return None
+def _gather(
+    caches: Sequence[Tensor],
+    weights: Tensor | None,
+    rows: slice,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    length: int,
+    tokens: int,
+) -> Tensor:
+    """The last ``tokens`` tokens of some sequences of one length, fused."""
+    if block_table is None:
+        return _fuse([cache[rows, length - tokens : length] for cache in caches], weights)
+    if weights is None:
+        weights = torch.ones(len(caches), *caches[0].shape[2:], device=caches[0].device)
+    return _call(_ops.fuse_kvcache.default, caches, weights, lengths, block_table, tokens)

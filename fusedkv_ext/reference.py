@@ -135,17 +135,20 @@ def append_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    query: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> Tensor | None:
     """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place; p <
     0 is skipped.
 
     With rotary_cos and rotary_sin (max_len, r/2), r <= D, row p of the tables rotates the first r channels
     of the key: (x, y) -> (x cos - y sin, x sin + y cos), where channel j pairs with j + r/2, or 2j with 2j
-    + 1 if interleaved. The caches are as in ``fused_kv_attn_with_kvcache``.
+    + 1 if interleaved. The caches are as in ``fused_kv_attn_with_kvcache``. Row i of ``query`` (B, S, H, D)
+    is rotated like key i in the tensor that is returned.
     """
     dtype = dtype or key.dtype
     steps = key.shape[1]
+    rotated = None if query is None else query.to(dtype, copy=True)
     for b, length in enumerate(cache_seqlens.tolist()):
         for i in range(max(steps - length, 0), steps):
             position = length - steps + i
@@ -153,6 +156,8 @@ def append_kvcache(
             if rotary_cos is not None and rotary_sin is not None:
                 cos, sin = rotary_cos[position].to(dtype), rotary_sin[position].to(dtype)
                 new_key = _rotated(new_key, cos, sin, rotary_interleaved)
+                if rotated is not None:
+                    rotated[b, i] = _rotated(rotated[b, i], cos, sin, rotary_interleaved)
             for cache, new in ((key_cache, new_key), (value_cache, value[b, i])):
                 if block_table is None:
                     cache[b, position] = new.to(cache.dtype)
@@ -160,6 +165,7 @@ def append_kvcache(
                     page_size = cache.shape[1]
                     page = int(block_table[b, position // page_size])
                     cache[page, position % page_size] = new.to(cache.dtype)
+    return rotated
 
 
 def _as_list(tensors: Tensors) -> list[Tensor]:

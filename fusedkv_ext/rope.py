@@ -71,7 +71,7 @@ class RotaryEmbedding(nn.Module):
         inv_freq, self.attention_factor = _frequencies(rule, parameters, rotary_dim, self.theta)
         # Plain attributes, not buffers: Module.to(bf16) would round those, a meta-device build lose them.
         self._inv_freq: dict[torch.device, Tensor] = {torch.device("cpu"): inv_freq}
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin of integer ``positions`` (...): fp32 (..., rotary_dim/2), on their device.
@@ -94,12 +94,13 @@ class RotaryEmbedding(nn.Module):
         if max_len < 0:
             raise ValueError(f"max_len must not be negative, got {max_len}")
         device = torch.empty(0, device=device).device  # "cuda" means the current one: give it its index
-        if device not in self._tables or self._tables[device][0].shape[0] < max_len:
+        found = self._tables.setdefault(device, [])  # all of them stay: a CUDA graph may read an outgrown one
+        if not found or found[-1][0].shape[0] < max_len:
             rows = 1 << max(max_len - 1, 0).bit_length()
             with torch.inference_mode(False), torch.no_grad():  # so that autograd may save the tables later
                 cos, sin = self.cos_sin(torch.arange(rows, device="cpu"))
-                self._tables[device] = cos.to(device), sin.to(device)
-        cos, sin = self._tables[device]
+                found.append((cos.to(device), sin.to(device)))
+        cos, sin = found[-1]
         return cos[:max_len], sin[:max_len]
 
     def _inv_freq_on(self, device: torch.device) -> Tensor:

@@ -1,5 +1,5 @@
 """What every test gets: a seed of its own, a bounded number of threads, and the devices that this machine
-has."""
+has. One of them is the executor of csrc/simt, which runs the CUDA kernels on the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 # Tests make thousands of tiny parallel regions: threads that spin between them keep each other from the
 # cores. OpenMP reads this once, when torch loads it.
@@ -16,11 +17,31 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+import fusedkv_ext.autograd
+import fusedkv_ext.ops
+
 MAX_THREADS = min(2, os.cpu_count() or 1)
 
-# Operations that have a CUDA kernel. A CUDA test that needs another one is skipped, and only such a test.
-CUDA_OPS = {"fuse_kv"}
-NO_KERNEL = re.compile(r"Could not run 'fusedkv::(\w+)' with arguments from the 'CUDA' backend")
+# Operations that have a CUDA kernel. On a GPU and in the executor, a test that needs another one is skipped,
+# and only such a test.
+CUDA_OPS = {
+    "append_kvcache",
+    "attn_schedule",
+    "attn_with_kvcache",
+    "fuse_kv",
+    "fuse_kv_backward",
+    "fuse_kv_backward_accumulate",
+    "fuse_kv_pair",
+    "fuse_kvcache",
+}
+NO_KERNEL = re.compile(
+    r"Could not run '(?:fusedkv::(\w+)' with arguments from the 'CUDA'"
+    r"|fusedkv_simt::(\w+)' with arguments from the 'CPU') backend"
+)
+SIMT_LIBRARY = Path(
+    os.environ.get("FUSEDKV_SIMT_LIBRARY")
+    or Path(__file__).resolve().parent.parent / "build" / "simt" / "_C_simt.so"
+)
 
 
 def pytest_configure() -> None:
@@ -33,9 +54,10 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         return (yield)
     except NotImplementedError as error:
         missing = NO_KERNEL.search(str(error))
-        if missing is None or missing[1] in CUDA_OPS:
+        op = missing and (missing[1] or missing[2])
+        if op is None or op in CUDA_OPS:
             raise
-        pytest.skip(f"{missing[1]} has no CUDA kernel")
+        pytest.skip(f"{op} has no CUDA kernel")
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +77,49 @@ def with_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Runs the test once per kind of device; CUDA is skipped where it cannot run."""
+class Simt:
+    """The executor's settings."""
+
+    def configure(self, seed: int = 1, sm_count: int = 3, shared_per_block: int = 227 * 1024) -> None:
+        """Seed of its choices; multiprocessors and bytes of shared memory of the GPU that kernels see."""
+        torch.ops.fusedkv_simt.configure(seed, sm_count, shared_per_block)
+
+
+@pytest.fixture(scope="session")
+def simt_library() -> Simt:
+    """torch.ops.fusedkv_simt. `make test` builds it first and turns its absence into an error."""
+    if not SIMT_LIBRARY.exists():
+        reason = f"needs {SIMT_LIBRARY}; run `make simt`"
+        if os.environ.get("FUSEDKV_REQUIRE_SIMT"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    torch.ops.load_library(SIMT_LIBRARY)
+    fusedkv_ext._fakes.register_fakes("fusedkv_simt")
+    fusedkv_ext.autograd.register("fusedkv_simt")
+    return Simt()
+
+
+@pytest.fixture
+def simt(simt_library: Simt) -> Iterator[Simt]:
+    """The executor with its default settings, which a test may change."""
+    simt_library.configure()
+    yield simt_library
+    simt_library.configure()
+
+
+@pytest.fixture(params=["cpu", "simt1", "simt2", "simt3", pytest.param("cuda", marks=pytest.mark.cuda)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once per implementation of the ops: "cpu", "cuda", and "simt1" to "simt3", the CUDA
+    kernels on CPU tensors in the executor with that seed."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device and a torch built with CUDA")
-    return torch.device(request.param)
+    if request.param.startswith("simt"):
+        request.getfixturevalue("simt").configure(seed=int(request.param[4:]))
+        monkeypatch.setattr(fusedkv_ext.ops, "_ops", torch.ops.fusedkv_simt)
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the backend wants its tensors."""
+    return torch.device("cuda" if backend == "cuda" else "cpu")

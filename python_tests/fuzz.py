@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from cases import Case, cache_inputs, dense_inputs
+from cases import Case, cache_inputs, dense_inputs, random_tensor
 from compare import assert_close, assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +114,8 @@ def valid_call(op: str, rng: random.Random) -> Call:
             "rotary_sin": angles.sin(),
             "rotary_interleaved": rng.random() < 0.5,
         }
+        if rng.random() < 0.5:
+            arguments["query"] = random_tensor((case.B, case.S, case.H, case.D), case.dtype, case.layout)
     return Call(op, arguments)
 
 
@@ -315,7 +317,7 @@ def _check_append(call: Call) -> bool:
         name: x.clone() for name in names if isinstance(x := call.arguments[name], Tensor) and _plain(x)
     }
     try:
-        assert call.run() is None
+        rotated = call.run()
     except (ValueError, TypeError) as error:
         assert str(error).strip(), "an error without a message"
         for name, old in before.items():
@@ -326,9 +328,10 @@ def _check_append(call: Call) -> bool:
     results = []
     for dtype in (torch.float64, call.arguments["key"].dtype):
         caches = {name: old.detach().to(dtype, copy=True) for name, old in before.items()}
-        reference.append_kvcache(**{**call.arguments, **caches}, dtype=dtype)
-        results.append(tuple(caches.values()))
-    assert_close(tuple(call.arguments[name] for name in names), *results, terms=4)
+        expected = reference.append_kvcache(**{**call.arguments, **caches}, dtype=dtype)
+        results.append((*caches.values(), *([] if expected is None else [expected])))
+    got = (*(call.arguments[name] for name in names), *([] if rotated is None else [rotated]))
+    assert_close(got, *results, terms=4)
     return True
 
 
@@ -365,7 +368,23 @@ def native_calls(seed: int) -> list[tuple[torch._ops.OpOverload, tuple, dict]]:
                 (out[0] if isinstance(out, tuple) else out).sum().backward()
             else:
                 call.run()
+        run_the_others(rng)
     return recorded.calls
+
+
+def run_the_others(rng: random.Random) -> None:
+    """Native operations that small calls of OPS do not lead to."""
+    sources, weights = valid_call("fuse_kv", rng).arguments.values()
+    grad = torch.randn(sources[0].shape).to(sources[0].dtype)
+    sum_dtype = rng.choice([torch.float32, grad.dtype])
+    sums = [torch.zeros(grad.shape, dtype=sum_dtype) for _ in sources]
+    fusedkv_ext.fuse_kv_backward(grad, sources, weights, grad_sources=sums)
+    call = valid_call("fused_kv_attn_with_kvcache", rng).arguments
+    caches = call["key_caches"]
+    weights = torch.randn(len(caches), *caches[0].shape[2:])
+    tokens = rng.choice([1, 5, 13])
+    torch.ops.fusedkv.fuse_kvcache(caches, weights, call["cache_seqlens"], call["block_table"], tokens)
+    torch.ops.fusedkv.attn_schedule(call["cache_seqlens"], tokens, 4, 2, 100, -1, rng.choice([True, False]))
 
 
 def native_op_names() -> set[str]:

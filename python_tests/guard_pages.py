@@ -68,6 +68,7 @@ def run(dtype: torch.dtype, dim: int, value_dim: int, walls: Walls, paged: bool)
             block_table=table,
             rotary_cos=walls.copy(angles.cos()),
             rotary_sin=walls.copy(angles.sin()),
+            query=new(2, 3, 4, dim),
         )
         value_weights = walls.copy(torch.randn(2, 2, value_dim))
         for rows in (1, 3):

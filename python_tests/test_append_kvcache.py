@@ -1,4 +1,4 @@
-"""append_kvcache: writes new tokens into contiguous and paged caches, rotating the keys on the way."""
+"""append_kvcache: writes new tokens into contiguous and paged caches, rotating keys and queries with them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @dataclass(frozen=True)
 class Case:
-    """One append; ``rotary``: number of rotated channels r, 0 for none."""
+    """One append; ``rotary``: number of rotated channels r, 0 for none; ``H``: query heads, likewise."""
 
     name: str
     S: int = 3
     T: int = 20
     G: int = 2
     Gv: int | None = None
+    H: int = 0
     D: int = 64
     Dv: int | None = None
     dtype: torch.dtype = torch.float32
@@ -57,6 +58,8 @@ class Case:
             options["rotary_cos"] = angles.cos().to(self.rotary_dtype)
             options["rotary_sin"] = angles.sin().to(self.rotary_dtype)
             options["rotary_interleaved"] = self.interleaved
+        if self.H:
+            options["query"] = random_tensor((B, self.S, self.H, self.D), self.dtype, self.layout)
         return to_device((*new, *caches), device), to_device(options, device)
 
 
@@ -85,30 +88,42 @@ CASES = [
     Case("transposed_pages", cache_layout="transposed", page_size=7),
     Case("rotary_half_split", rotary=64),
     Case("rotary_interleaved", rotary=64, interleaved=True),
-    Case("rotary_partial", rotary=16),
-    Case("rotary_partial_interleaved", rotary=24, D=40, interleaved=True),
-    Case("rotary_odd_pairs", rotary=6, D=16),
-    Case("rotary_odd_pairs_interleaved", rotary=10, D=16, interleaved=True),
-    Case("rotary_bfloat16", rotary=128, D=128, dtype=BF16),
-    Case("rotary_bfloat16_interleaved", rotary=128, D=128, dtype=BF16, interleaved=True),
+    Case("rotary_partial", rotary=16, H=3),
+    Case("rotary_partial_interleaved", rotary=24, D=40, H=3, interleaved=True),
+    Case("rotary_odd_pairs", rotary=6, D=16, H=4),
+    Case("rotary_odd_pairs_interleaved", rotary=10, D=16, H=4, interleaved=True),
+    Case("rotary_bfloat16", rotary=128, D=128, H=8, dtype=BF16),
+    Case("rotary_bfloat16_interleaved", rotary=128, D=128, H=8, dtype=BF16, interleaved=True),
     Case("rotary_float16_paged", rotary=32, dtype=FP16, page_size=7, S=9, lengths=(20, 3)),
-    Case("rotary_shorter_than_S", rotary=64, S=8, lengths=(20, 3, 0)),
-    Case("rotary_unaligned", rotary=40, D=40, layout="sliced", cache_layout="sliced"),
+    Case("rotary_float16_interleaved_paged", rotary=48, H=5, dtype=FP16, interleaved=True, page_size=16),
+    Case("rotary_shorter_than_S", rotary=64, H=2, S=8, lengths=(20, 3, 0)),
+    Case("rotary_unaligned", rotary=40, D=40, H=2, layout="sliced", cache_layout="sliced"),
+    Case("rotary_unaligned_interleaved", rotary=40, D=40, H=2, layout="sliced", interleaved=True, dtype=BF16),
+    Case("rotary_transposed", rotary=64, H=6, layout="transposed", cache_layout="transposed", dtype=BF16),
     Case("rotary_bfloat16_tables", rotary=64, dtype=BF16, rotary_dtype=BF16),
-    Case("D256", D=256, rotary=256, dtype=BF16),
+    Case("rotary_D8", D=8, rotary=8, H=1, G=1, dtype=BF16),
+    Case("rotary_D24", D=24, rotary=24, H=4, Dv=8, dtype=FP16),
+    Case("rotary_D24_float32", D=24, rotary=24, H=4, page_size=1),
+    Case("rotary_D200", D=200, rotary=200, H=2, S=1, dtype=BF16),
+    Case("rotary_D200_partial", D=200, rotary=64, H=2, S=1, Dv=256),
+    Case("D256", D=256, rotary=256, H=4, dtype=BF16),
+    Case("D256_float32_paged", D=256, rotary=256, H=4, page_size=16, lengths=(17, 20)),
+    Case("float64", rotary=32, H=2, page_size=7, dtype=torch.float64),
+    Case("decode_step", S=1, H=8, D=128, rotary=128, page_size=16, dtype=BF16, lengths=(1, 16, 17, 0)),
     Case("many_tokens", S=300, T=300, lengths=(300, 123), D=16),
 ]
 
 
 def contents_after(
-    append: Callable[..., None], inputs: tuple[Tensor, ...], options: dict, dtype: torch.dtype
-):
-    """Caches of ``dtype`` after ``append``, which gets copies; the oracle computes in that dtype as well."""
+    append: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], options: dict, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Caches of ``dtype`` after ``append``, which gets copies, and the rotated query if there is one; the
+    oracle computes in that dtype as well."""
     key, value, key_cache, value_cache = inputs
     caches = key_cache.to(dtype, copy=True), value_cache.to(dtype, copy=True)
     extra = {} if append is append_kvcache else {"dtype": dtype}
-    append(key, value, *caches, **options, **extra)
-    return caches
+    rotated = append(key, value, *caches, **options, **extra)
+    return caches if rotated is None else (*caches, rotated)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -116,10 +131,14 @@ def test_matches_oracle_and_leaves_other_slots_alone(case: Case, device: torch.d
     inputs, options = case.inputs(device)
     exact = contents_after(reference.append_kvcache, inputs, options, torch.float64)
     same_maths = contents_after(reference.append_kvcache, inputs, options, case.dtype)
-    assert append_kvcache(*inputs, **options) is None
+    rotated = append_kvcache(*inputs, **options)
+    assert (rotated is None) == (case.H == 0)
     # Slots that nobody may write still hold NaN, which the comparison demands to stay where it is.
-    assert_close(inputs[2:], exact, same_maths, "cache")
+    assert_close(inputs[2:], exact[:2], same_maths[:2], "cache")
     assert_same_bits(inputs[3].nan_to_num(), same_maths[1].nan_to_num())
+    if rotated is not None:
+        assert rotated.is_contiguous() and rotated.dtype == case.dtype
+        assert_close(rotated, exact[2], same_maths[2], "query")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.rotary], ids=lambda case: case.name)
@@ -151,6 +170,143 @@ def test_token_by_token_equals_all_at_once(page_size: int | None, device: torch.
         step = slice(i, i + 1)
         append_kvcache(key[:, step], value[:, step], *stepwise, **{**options, "cache_seqlens": lengths})
     assert_same_bits(tuple(stepwise), tuple(caches))
+
+
+def test_one_call_gives_the_bits_of_three(device: torch.device) -> None:
+    case = Case("split", H=8, rotary=48, S=5, lengths=(20, 3), page_size=7, dtype=BF16)
+    (key, value, key_cache, value_cache), options = case.inputs(device)
+    together = [key_cache.clone(), value_cache.clone()]
+    rotated = append_kvcache(key, value, *together, **options)
+    query = options.pop("query")
+    none, no_cache = key[:, :, :0], key_cache[:, :, :0]
+    assert append_kvcache(key, none, key_cache, no_cache, **options) is None
+    assert append_kvcache(none, value, no_cache, value_cache, **options) is None
+    alone = append_kvcache(none, none, no_cache, no_cache, query=query, **options)
+    assert_same_bits((key_cache, value_cache, alone), (*together, rotated))
+    assert_same_bits(rotated[1, :2], query[1, :2])  # before the start of the sequence
+
+
+@pytest.mark.parametrize("page_size", [None, 7])
+@pytest.mark.parametrize("length", [-1, -(2**31), 21, 2**31 - 1])
+def test_sequences_of_impossible_length_are_not_written(
+    length: int, page_size: int | None, backend: str, device: torch.device
+) -> None:
+    case = Case("length", T=21 if page_size else 20, H=2, rotary=64, lengths=(20, 7, 13), page_size=page_size)
+    inputs, options = case.inputs(device)
+    expected = contents_after(reference.append_kvcache, inputs, options, case.dtype)
+    untouched = contents_after(lambda *_, **__: None, inputs, options, case.dtype)
+    for b in (0, 2):
+        options["cache_seqlens"][b] = length + (page_size is not None and length == 21)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=r"cache_seqlens\[0\] = "):
+            append_kvcache(*inputs, **options)
+        assert_same_bits(inputs[2:], untouched)
+        return
+    rotated = append_kvcache(*inputs, **options)
+    table = options["block_table"]
+    mine = [1] if table is None else table[1, :1].tolist()  # what the sequence in the middle may write to
+    for cache, before, after in zip(inputs[2:], untouched, expected, strict=False):
+        before[mine] = after[mine]
+        torch.testing.assert_close(cache, before, equal_nan=True)
+        assert_same_bits(cache.isnan().half(), before.isnan().half())
+    assert_same_bits(rotated[::2], options["query"][::2])
+
+
+@pytest.mark.parametrize("page", [-1, 2**31 - 1, -(2**31), "pages"])
+def test_tokens_of_pages_that_do_not_exist_are_not_written(
+    page: int | str, backend: str, device: torch.device
+) -> None:
+    case = Case("page", S=9, H=2, rotary=64, lengths=(20, 12), page_size=7)
+    inputs, options = case.inputs(device)
+    untouched = contents_after(lambda *_, **__: None, inputs, options, case.dtype)
+    kept = contents_after(reference.append_kvcache, inputs, options, case.dtype)
+    lost = int(options["block_table"][0, 2])
+    options["block_table"][0, 2] = inputs[2].shape[0] if page == "pages" else page
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=r"block_table\[0, 2\] = "):
+            append_kvcache(*inputs, **options)
+        assert_same_bits(inputs[2:], untouched)
+        return
+    rotated = append_kvcache(*inputs, **options)
+    for cache, before, after in zip(inputs[2:], untouched, kept, strict=False):
+        after[lost] = before[lost]
+        torch.testing.assert_close(cache, after, equal_nan=True)
+    torch.testing.assert_close(rotated, kept[2])
+
+
+def test_positions_beyond_the_tables_are_not_written(backend: str, device: torch.device) -> None:
+    case = Case("tables", S=4, H=2, rotary=64, lengths=(20, 12))
+    inputs, options = case.inputs(device)
+    kept = contents_after(reference.append_kvcache, inputs, options, case.dtype)
+    for name in ("rotary_cos", "rotary_sin"):
+        options[name] = options[name][:18].clone()
+    if backend == "cpu":
+        with pytest.raises(
+            ValueError, match="rotary_cos has 18 rows; expected at least the longest length 20"
+        ):
+            append_kvcache(*inputs, **options)
+        return
+    rotated = append_kvcache(*inputs, **options)
+    for cache, after in zip(inputs[2:], kept, strict=False):
+        after[0, 18:] = math.nan
+        torch.testing.assert_close(cache, after, equal_nan=True)
+    assert_same_bits(rotated[0, 2:], options["query"][0, 2:])
+    torch.testing.assert_close(rotated[0, :2], kept[2][0, :2])
+
+
+@pytest.mark.parametrize("offset", [3, 0], ids=["address", "strides"])
+@pytest.mark.parametrize("which", ["key", "value", "key_cache", "value_cache", "query", "rotary"])
+def test_a_single_unaligned_tensor(which: str, offset: int, device: torch.device) -> None:
+    """Only the address of one tensor is no multiple of 16 bytes, or only its strides."""
+
+    def misplaced(x: Tensor) -> Tensor:
+        wide = x.new_empty(*x.shape[:-1], x.shape[-1] + (8 if offset else 3))
+        return wide[..., offset : offset + x.shape[-1]].copy_(x)
+
+    case = Case("unaligned", S=2, H=2, Dv=32, rotary=64, lengths=(20,), dtype=BF16)
+    inputs, options = case.inputs(device)
+    expected = contents_after(append_kvcache, inputs, options, BF16)
+    names = ("key", "value", "key_cache", "value_cache")
+    arguments = {**dict(zip(names, inputs, strict=True)), **options}
+    if which == "rotary":
+        for name in ("rotary_cos", "rotary_sin"):
+            flat = arguments[name].new_empty(arguments[name].numel() + offset)
+            arguments[name] = flat[offset:].view_as(arguments[name]).copy_(arguments[name])
+    else:
+        arguments[which] = misplaced(arguments[which])
+    rotated = append_kvcache(**arguments)
+    # The compiler contracts products and sums in one of the two paths: a rounding in fp32, a step in bf16.
+    for got, wanted in zip(
+        (arguments["key_cache"], arguments["value_cache"], rotated), expected, strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-14, equal_nan=True)
+
+
+def test_one_tensor_and_cache_for_keys_and_values(device: torch.device) -> None:
+    (key, _, cache, _), options = Case("twice", page_size=7, dtype=BF16).inputs(device)
+    expected = contents_after(reference.append_kvcache, (key, key, cache, cache), options, BF16)
+    append_kvcache(key, key, cache, cache, **options)
+    assert_same_bits(cache, expected[0])
+
+
+def test_query_without_angles_or_of_another_shape_is_an_error() -> None:
+    case = Case("bad_query", H=2, rotary=64)
+    inputs, options = case.inputs(torch.device("cpu"))
+    query = options.pop("query")
+    for wrong, error, message in (
+        (query[:, :2], ValueError, "query has shape .* expected B and S of key"),
+        (query[..., :56], ValueError, "query has shape .* expected the head dim of key, 64"),
+        (query[0], ValueError, "query has shape .* expected 4 dims"),
+        (query.bfloat16(), TypeError, "query and key have different dtypes"),
+        ([query], TypeError, "query is list"),
+        (query.to("meta"), ValueError, "query is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            append_kvcache(*inputs, **options, query=wrong)
+    del options["rotary_cos"], options["rotary_sin"]
+    with pytest.raises(ValueError, match="query is rotated: pass rotary_cos and rotary_sin"):
+        append_kvcache(*inputs, **options, query=query)
+    assert bool(inputs[2].isnan().all())
 
 
 def test_rotation_keeps_the_length_of_every_pair(device: torch.device) -> None:
@@ -204,10 +360,10 @@ def test_failed_append_writes_nothing() -> None:
     assert bool(key_cache.isnan().all()) and bool(value_cache.isnan().all())
 
 
-@pytest.mark.parametrize("which", range(4), ids=["key", "value", "key_cache", "value_cache"])
+@pytest.mark.parametrize("which", range(5), ids=["key", "value", "key_cache", "value_cache", "query"])
 def test_input_that_requires_grad_raises_only_in_grad_mode(which: int) -> None:
-    inputs, options = Case("grad").inputs(torch.device("cpu"))
-    inputs[which].requires_grad_()
+    inputs, options = Case("grad", H=2, rotary=64).inputs(torch.device("cpu"))
+    (*inputs, options["query"])[which].requires_grad_()
     with pytest.raises(ValueError, match="grad"):
         append_kvcache(*inputs, **options)
     with torch.no_grad():

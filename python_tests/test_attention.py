@@ -171,6 +171,28 @@ def test_with_a_cache_in_pieces_it_is_the_same(plan: str, variant: str, page_siz
                 assert tensor is None or assert_near(cached, tensor, 32) is None
 
 
+@pytest.mark.parametrize("page_size", [None, 4], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_cache_that_rotates_and_given_positions_are_the_same(plan: str, page_size: int | None) -> None:
+    stack = make_stack(PLANS[plan], qk_norm=True)
+    caches = [KVCache(PLANS[plan], 2, 12, G, D, page_size=page_size) for _ in range(2)]
+    with torch.no_grad():
+        for counts in ([2, 5], [1, 1], [3, 3]):
+            x, kvs = torch.randn(2, max(counts), HIDDEN), []
+            for cache in caches:
+                cache.advance(counts)
+            given = stack[0].rope.cos_sin(caches[0].positions(max(counts)))
+            for layer in stack:
+                sources = tuple(kvs[j] for j in layer.source_layers)
+                options = {"last": 2} if layer is stack[-1] else {}
+                expected, kv = layer(x, sources, position_embeddings=given, cache=caches[0], **options)
+                out, same = layer(x, sources, cache=caches[1], **options)
+                assert_near(out, expected)
+                for a, b in zip(same, kv if layer.needs_positions else (None, None), strict=True):
+                    assert a is b is None or torch.equal(a, b)
+                kvs.append(kv)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_last_computes_the_last_rows_of_the_same(plan: str) -> None:
     stack = make_stack(PLANS[plan], qk_norm=True)
@@ -328,4 +350,8 @@ def test_plans_cover_what_they_should() -> None:
         name for name, plan in PLANS.items() if any(layer.mixes_before_storing for layer in make_stack(plan))
     }
     assert mixing == {"resformer", "yoco++", "patchwork"}
+    # Besides the layers that mix, those whose new keys or values are mixed.
+    needing = {name: [layer.needs_positions for layer in make_stack(PLANS[name])] for name in PLANS}
+    assert needing["yoco++"] == [True, True, False, False] and needing["patchwork"] == needing["yoco++"]
+    assert all(needing["resformer"]) and not any(any(needing[name]) for name in PLANS.keys() - mixing)
     assert max(len(plan.segments(i, G)) for plan in PLANS.values() for i in range(LAYERS)) == 2

@@ -12,6 +12,7 @@ from tiny import NAMED, PLANS
 from torch import Tensor
 
 from fusedkv_ext.cache import CacheFullError, KVCache
+from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
 
 HEADS, DIM = 2, 16
 KINDS = {"contiguous": None, "paged": 4}
@@ -113,6 +114,38 @@ def test_a_layer_that_stores_one_side_only(page_size: int | None) -> None:
     assert torch.equal(held, key[0])
     with pytest.raises(ValueError, match="values: no, but got key: yes, value: yes"):
         cache.append(1, key, key)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("page_size", KINDS.values(), ids=KINDS)
+def test_keys_and_queries_are_rotated_on_the_way(page_size: int | None, interleaved: bool) -> None:
+    rope = RotaryEmbedding(DIM, interleaved=interleaved)
+    options = {"rotary": rope.tables(20), "rotary_interleaved": interleaved}
+    caches = [make_cache("svformer", page_size=page_size) for _ in range(2)]
+    for cache in caches:
+        for layer in range(PLANS["svformer"].num_layers):
+            for tensor in (cache._keys[layer], cache._values[layer]):
+                if tensor is not None:
+                    tensor.zero_()
+        cache.advance([6, 3, 0])
+    cos, sin = rope.cos_sin(caches[0].positions(6))
+    query = torch.randn(3, 6, 4, DIM)
+    rotated = apply_rotary(query, cos, sin, interleaved)
+    for layer in range(PLANS["svformer"].num_layers):
+        key = torch.randn(3, 6, HEADS, DIM)
+        value = key if layer == 0 else None
+        caches[0].append(layer, apply_rotary(key, cos, sin, interleaved), value)
+        got = caches[1].append(layer, key, value, query=query, **options)
+        torch.testing.assert_close(caches[1].keys(layer), caches[0].keys(layer))
+        torch.testing.assert_close(got[0], rotated[0])
+        torch.testing.assert_close(got[1, 3:], rotated[1, 3:])
+        fewer = caches[1].append(layer, key, value, query=query[:, -2:], **options)
+        assert torch.equal(fewer, got[:, -2:])
+    assert torch.equal(caches[1].values(0), caches[0].values(0))
+    reading = make_cache(page_size=page_size)
+    reading.advance([6, 3, 0])
+    assert torch.equal(reading.append(3, None, None, query=query, **options), got)
+    assert reading.append(3, None, None) is None
 
 
 def test_positions_of_equally_long_sequences() -> None:

@@ -57,6 +57,12 @@ def test_opcheck_of_fuse_kv_with_gradients() -> None:
     sources = [torch.randn(2, 5, 2, 16, requires_grad=True) for _ in range(3)]
     weights = torch.randn(3, 2, 16, requires_grad=True)
     torch.library.opcheck(torch.ops.fusedkv.fuse_kv.default, (sources, weights))
+    values = [torch.randn(2, 5, 2, 24, requires_grad=True)]
+    value_weights = torch.randn(1, 2, 24, requires_grad=True)
+    pair = (sources, weights, values, value_weights)
+    torch.library.opcheck(torch.ops.fusedkv.fuse_kv_pair.default, pair)
+    frozen = (sources, weights.detach(), [x.detach() for x in values], value_weights)
+    torch.library.opcheck(torch.ops.fusedkv.fuse_kv_pair.default, frozen)
 
 
 def inputs_of(name: str, T: int) -> tuple[Callable[..., object], tuple, dict[str, object]]:
@@ -74,7 +80,8 @@ def inputs_of(name: str, T: int) -> tuple[Callable[..., object], tuple, dict[str
         return fused_kv_attn_with_kvcache, args, {**state, "return_lse": True}
     angles = torch.randn(T, 4)
     new = torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
-    options = {**state, "rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    query = torch.randn(2, 4, 3, 16).transpose(1, 2)
+    options = {**state, "rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "query": query}
     return append_kvcache, (*new, args[1][0], args[2][0]), options
 
 
@@ -85,8 +92,8 @@ def test_compiles_into_one_graph_with_the_same_bits(name: str, T: int) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     if name == "append_kvcache":
         copies = args[2].clone(), args[3].clone()
-        function(*args, **options)
-        compiled(*args[:2], *copies, **options)
+        rotated = function(*args, **options)
+        assert_same_bits(compiled(*args[:2], *copies, **options), rotated)
         assert_same_bits(tuple(x.nan_to_num() for x in copies), tuple(x.nan_to_num() for x in args[2:]))
         return
     assert_same_bits(compiled(*args, **options), function(*args, **options))

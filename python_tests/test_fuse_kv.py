@@ -1,4 +1,4 @@
-"""fuse_kv: the weighted sum of m sources and its gradients."""
+"""fuse_kv: the weighted sum of m sources, of keys and values at once, and its gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cases import random_tensor, to_device
 from compare import assert_close, assert_matches_oracle, assert_same_bits
 from torch import Tensor
 
-from fusedkv_ext import fuse_kv, reference
+from fusedkv_ext import fuse_kv, fuse_kv_backward, ops, reference
 
 CPU = torch.device("cpu")
 
@@ -43,11 +43,14 @@ CASES = [
     Case("one_source", m=1),
     Case("two_sources"),
     Case("three_sources", m=3),
+    Case("four_sources", m=4, dtype=torch.bfloat16),
+    Case("five_sources", m=5, dtype=torch.bfloat16),
     Case("eight_sources", m=8, T=7),
     Case("thirty_two_sources", m=32, T=5, D=32),
     Case("one_token", B=1, T=1),
     Case("one_head", G=1, D=128),
     Case("many_heads", G=16, D=24, T=3),
+    Case("D8", D=8, G=1),
     Case("D16", D=16),
     Case("D24", D=24),
     Case("D40_bfloat16", D=40, dtype=torch.bfloat16),
@@ -178,6 +181,163 @@ def test_gradients_match_oracle(dtype: torch.dtype, layout: str, device: torch.d
     assert_close(got, exact, same_maths, "gradient", terms=case.B * case.T)
 
 
+BACKWARD_CASES = [
+    Case("one_source", m=1, D=8, G=1),
+    Case("one_bfloat16_source", m=1, D=64, G=1, dtype=torch.bfloat16),
+    Case("two_sources", m=2, D=64),
+    Case("two_bfloat16_sources", m=2, D=128, G=1, dtype=torch.bfloat16),
+    Case("three_float16_sources", m=3, D=24, dtype=torch.float16),
+    Case("four_bfloat16_sources", m=4, D=72, G=3, T=5, dtype=torch.bfloat16),
+    Case("five_sources", m=5, D=200, T=5),
+    Case("nine_bfloat16_sources", m=9, D=256, G=1, T=3, dtype=torch.bfloat16),
+    Case("transposed_float16", layout="transposed", m=3, dtype=torch.float16),
+    Case("unaligned", layout="sliced", m=2, D=40, dtype=torch.bfloat16),
+    Case("batch_stride_zero", layout="one_batch", B=3, D=16),
+    Case("one_token", B=1, T=1, dtype=torch.bfloat16),
+    Case("one_token_of_many_sequences", B=70, T=1, D=8),
+    Case("a_chunk_and_a_token", B=1, T=257, G=1, D=16),
+    Case("sequences_across_chunks", B=7, T=111, G=1, D=8, dtype=torch.float16),
+    Case("ten_chunks", B=1, T=2305, G=1, D=8, m=1),
+    Case("float64", dtype=torch.float64, weight_dtype=torch.float64, m=3, D=24),
+    Case("weight_per_head", weights=(2, 2, 1)),
+    Case("bfloat16_weights", weight_dtype=torch.bfloat16, dtype=torch.bfloat16),
+    Case("empty_batch", B=0),
+    Case("no_tokens", T=0),
+]
+
+
+def backward_inputs(case: Case, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor]:
+    sources, weights = case.inputs(device)
+    return torch.randn(sources[0].shape).to(device, case.dtype), sources, weights
+
+
+def reference_gradients(
+    grad: Tensor, sources: list[Tensor], weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    inputs = [x.to(dtype).requires_grad_() for x in sources]
+    weight = weights.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    return torch.autograd.grad(reference.fuse_kv(inputs, weight), [*inputs, weight], grad.to(dtype))
+
+
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=lambda case: case.name)
+def test_backward_matches_oracle(case: Case, device: torch.device) -> None:
+    grad, sources, weights = backward_inputs(case, device)
+    grad_sources, grad_weights = fuse_kv_backward(grad, sources, weights)
+    got = (*grad_sources, grad_weights)
+    assert [x.dtype for x in got] == [case.dtype] * case.m + [weights.dtype]
+    exact = reference_gradients(grad, sources, weights, torch.float64)
+    same_maths = reference_gradients(grad, sources, weights, case.dtype)
+    assert_close(got, exact, same_maths, "gradient", terms=case.B * case.T)
+
+
+@pytest.mark.parametrize("buffers", ["float32", "own dtype"])
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=lambda case: case.name)
+def test_backward_adds_to_buffers(case: Case, buffers: str, device: torch.device) -> None:
+    grad, sources, weights = backward_inputs(case, device)
+    dtype = torch.float32 if buffers == "float32" and case.dtype != torch.float64 else case.dtype
+    before = [torch.randn(grad.shape).to(device, dtype) for _ in range(case.m)]
+    sums = [x.clone() for x in before]
+    returned, grad_weights = fuse_kv_backward(grad, sources, weights, grad_sources=sums)
+    assert all(x is y for x, y in zip(returned, sums, strict=True))
+    exact = reference_gradients(grad, sources, weights, torch.float64)[:-1]
+    exact = tuple(x.double() + y for x, y in zip(before, exact, strict=True))
+    same_maths = reference_gradients(grad.to(dtype), sources, weights, dtype)[:-1]
+    same_maths = tuple(x + y for x, y in zip(before, same_maths, strict=True))
+    assert_close(tuple(sums), exact, same_maths, "sum of gradients")
+    assert_same_bits(grad_weights, fuse_kv_backward(grad, sources, weights)[1])
+
+
+def test_backward_of_several_layers_adds_up(device: torch.device) -> None:
+    case = Case("layers", m=2, T=5, dtype=torch.bfloat16)
+    sums = [torch.zeros(2, 5, 2, 64, device=device) for _ in range(2)]
+    expected = [torch.zeros(2, 5, 2, 64, dtype=torch.float64) for _ in range(2)]
+    for _ in range(3):
+        grad, sources, weights = backward_inputs(case, device)
+        _, nothing = fuse_kv_backward(grad, sources, weights, grad_sources=sums, needs_weights=False)
+        assert nothing is None
+        for total, weight in zip(expected, weights, strict=True):
+            total += (weight * grad.float()).double().cpu()
+    for total, exact in zip(sums, expected, strict=True):
+        torch.testing.assert_close(total.double().cpu(), exact, rtol=0, atol=1e-5)
+
+
+def test_backward_refuses_bad_buffers(device: torch.device) -> None:
+    grad, sources, weights = backward_inputs(Case("bad", T=3, D=16, dtype=torch.bfloat16), device)
+    good = [torch.zeros(grad.shape, device=device) for _ in range(2)]
+    bad = {
+        "same memory": (ValueError, [good[0], good[0]]),
+        "holds 1 tensors": (ValueError, good[:1]),
+        "expected .*like sources": (ValueError, [x[:, :2].contiguous() for x in good]),
+        "not contiguous": (ValueError, [x.transpose(0, 2).contiguous().transpose(0, 2) for x in good]),
+        "another dtype": (TypeError, [x.half() for x in good]),
+        "different dtypes": (TypeError, [good[0], good[1].bfloat16()]),
+        "requires grad": (ValueError, [good[0], good[1].clone().requires_grad_()]),
+    }
+    for message, (kind, buffers) in bad.items():
+        with pytest.raises(kind, match=message):
+            fuse_kv_backward(grad, sources, weights, grad_sources=buffers)
+    with pytest.raises(ValueError, match="grad has shape"):
+        fuse_kv_backward(grad[:, :2], sources, weights)
+    with pytest.raises(TypeError, match="grad and"):
+        fuse_kv_backward(grad.float(), sources, weights)
+
+
+def test_two_backward_runs_have_the_same_bits(device: torch.device) -> None:
+    case = Case("runs", m=3, B=2, T=300, G=1, D=72, dtype=torch.bfloat16)
+    inputs = backward_inputs(case, device)
+    first, second = (fuse_kv_backward(*inputs) for _ in range(2))
+    assert_same_bits((*first[0], first[1]), (*second[0], second[1]))
+
+
+def test_bits_do_not_depend_on_the_number_of_multiprocessors(simt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_ops", torch.ops.fusedkv_simt)
+    grad, sources, weights = backward_inputs(Case("gpus", m=3, B=2, T=300, G=1, D=40), CPU)
+    results = []
+    for sm_count in (1, 2, 5, 132):
+        simt.configure(seed=sm_count, sm_count=sm_count)
+        gradients, grad_weights = fuse_kv_backward(grad, sources, weights)
+        results.append((fuse_kv(sources, weights), *gradients, grad_weights))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+PAIRS = {
+    "alike": (Case("keys"), Case("values")),
+    "one_and_three_sources": (Case("keys", m=1, D=128), Case("values", m=3, D=24)),
+    "two_and_one_bfloat16": (
+        Case("keys", m=2, D=64, dtype=torch.bfloat16, layout="transposed"),
+        Case("values", m=1, D=256, dtype=torch.bfloat16, layout="sliced"),
+    ),
+    "nine_and_four_float16": (
+        Case("keys", m=9, T=5, D=8, dtype=torch.float16),
+        Case("values", m=4, T=5, D=72, dtype=torch.float16),
+    ),
+    "float64": (Case("keys", m=2, dtype=torch.float64), Case("values", m=1, D=8, dtype=torch.float64)),
+    "no_tokens": (Case("keys", T=0), Case("values", T=0, D=16)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_has_the_bits_of_two_calls(name: str, device: torch.device) -> None:
+    sides = [case.inputs(device) for case in PAIRS[name]]
+    inputs = [x.requires_grad_() for sources, weights in sides for x in (*sources, weights)]
+    pair = ops._fuse_pair(*sides[0], *sides[1])
+    single = tuple(fuse_kv(*side) for side in sides)
+    assert_same_bits(pair, single)
+    grads = [torch.randn_like(x) for x in single]
+    assert_same_bits(torch.autograd.grad(pair, inputs, grads), torch.autograd.grad(single, inputs, grads))
+
+
+def test_a_pair_of_which_one_is_used_has_its_gradients_alone(device: torch.device) -> None:
+    sides = [case.inputs(device) for case in PAIRS["one_and_three_sources"]]
+    inputs = [x.requires_grad_() for sources, weights in sides for x in (*sources, weights)]
+    keys, _ = ops._fuse_pair(*sides[0], *sides[1])
+    got = torch.autograd.grad(keys, inputs, torch.ones_like(keys), allow_unused=True)
+    expected = torch.autograd.grad(fuse_kv(*sides[0]), inputs[:2], torch.ones_like(keys))
+    assert_same_bits(got[:2], expected)
+    assert all(x is None or not x.any() for x in got[2:])
+
+
 def test_gradient_is_computed_only_where_it_is_asked_for() -> None:
     sources, weights = Case("partial").inputs(CPU)
     sources[0].requires_grad_()
@@ -215,10 +375,20 @@ def test_backward_saves_nothing_but_its_inputs() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         fuse_kv(sources, weights)
     storages = {x.untyped_storage().data_ptr() for x in inputs}
-    assert len(saved) <= len(inputs)
+    assert 0 < len(saved) <= len(inputs)
     assert all(x.untyped_storage().data_ptr() in storages for x in saved), (
         "a tensor that is no input was saved"
     )
+
+
+def test_backward_saves_no_source_for_weights_that_need_no_gradient() -> None:
+    sources, weights = Case("frozen").inputs(CPU)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = fuse_kv([x.requires_grad_() for x in sources], weights)
+    assert [x.data_ptr() for x in saved] == [weights.data_ptr()]
+    out.sum().backward()
+    assert_same_bits(sources[1].grad, weights[1].expand(out.shape))
 
 
 def test_no_graph_is_built_without_a_gradient_to_compute() -> None:

@@ -13,7 +13,14 @@ import torch
 from cases import Case, cache_inputs, named, random_tensor
 from compare import assert_close, assert_matches_oracle, assert_same_bits
 
-from fusedkv_ext import _native, append_kvcache, fuse_kv, fused_kv_attn_with_kvcache, reference
+from fusedkv_ext import (
+    _native,
+    append_kvcache,
+    fuse_kv,
+    fuse_kv_backward,
+    fused_kv_attn_with_kvcache,
+    reference,
+)
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,6 +72,22 @@ def test_fuse_kv_and_its_gradients_match_oracle(level: str, dtype: torch.dtype) 
                 out = function(inputs, weight, **options)
                 results.append(torch.autograd.grad(out, [*inputs, weight], grad.to(wanted)))
             assert_close(*results, name=f"gradient, D={dim}, m={m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_added_to_buffers_match_oracle(level: str, dtype: torch.dtype) -> None:
+    for dim in DIMS:
+        sources, weights = [random_tensor((2, 9, 3, dim), dtype) for _ in range(2)], torch.randn(2, 3, dim)
+        grad = torch.randn(2, 9, 3, dim).to(dtype)
+        for sum_dtype in {torch.float32, dtype}:
+            before = [torch.randn(grad.shape).to(sum_dtype) for _ in sources]
+            sums = [x.clone() for x in before]
+            fuse_kv_backward(grad, sources, weights, grad_sources=sums)
+            exact = tuple(x.double() + w * grad.double() for x, w in zip(before, weights, strict=True))
+            same_maths = tuple(
+                x + w.to(sum_dtype) * grad.to(sum_dtype) for x, w in zip(before, weights, strict=True)
+            )
+            assert_close(tuple(sums), exact, same_maths, f"sum, D={dim}, {sum_dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,11 +174,14 @@ def test_append_with_rotation_matches_oracle(level: str, dtype: torch.dtype) -> 
             "cache_seqlens": torch.tensor([9, 2], dtype=torch.int32),
             "rotary_cos": angles.cos(),
             "rotary_sin": angles.sin(),
+            "query": torch.randn(2, 3, 6, dim).to(dtype),
         }
-        append_kvcache(key, value, *caches, **options)
-        reference.append_kvcache(key, value, *exact, **options, dtype=torch.float64)
-        reference.append_kvcache(key, value, *same_maths, **options)
-        assert_close(caches, exact, same_maths, f"cache, D={dim}")
+        rotated = append_kvcache(key, value, *caches, **options)
+        results = (
+            (*exact, reference.append_kvcache(key, value, *exact, **options, dtype=torch.float64)),
+            (*same_maths, reference.append_kvcache(key, value, *same_maths, **options)),
+        )
+        assert_close((*caches, rotated), *results, f"cache, D={dim}")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory with Linux's mprotect")

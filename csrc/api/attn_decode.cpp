@@ -5,87 +5,24 @@
 
 #include <tuple>
 
-#include "api/caches.h"
+#include "api/attn_decode.h"
 #include "kernels/cpu_kernels.h"
 
 namespace fusedkv::api {
 
 namespace {
 
-// All caches of one side: same shape as the first, same dtype as q.
-void set_caches(const std::vector<Tensor>& caches, const char* name, const Tensor& q, CacheTensor* out) {
-  check_count(caches.size(), name);
-  for (size_t j = 0; j < caches.size(); ++j) {
-    const Tensor& x = caches[j];
-    const std::string own = name_of(name, j);
-    check_device(x, own, false);
-    check_rank4(x, own, "(B, capacity, G, D), or (P, page_size, G, D) with a block_table");
-    check_same_shape(x, own, caches[0], name_of(name, 0));
-    check_same_dtype(x, own, q, "q");
-    out[j] = {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-  }
-}
-
-AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys,
-                             const std::vector<Tensor>& values, const std::optional<Tensor>& key_weights,
-                             const std::optional<Tensor>& value_weights) {
-  check_device(q, "q", false);
-  check_rank4(q, "q", "(B, S, H, D)");
-  AttnDecodeParams p{};
-  p.dtype = dtype_of(q, "q");
-  check_type(p.dtype != DType::f64, "q is float64; cached attention takes float32, bfloat16 or float16");
-  set_caches(keys, "key_caches", q, p.keys);
-  set_caches(values, "value_caches", q, p.values);
-  p.B = q.size(0);
-  p.S = q.size(1);
-  p.H = q.size(2);
-  p.D = q.size(3);
-  p.G = keys[0].size(2);
-  p.Dv = values[0].size(3);
-  p.num_keys = int(keys.size());
-  p.num_values = int(values.size());
-  check_head_dim(p.D, "q");
-  check_value(keys[0].size(3) == p.D, "key_caches[0] has shape ", Shape{keys[0]}, "; expected head dim ", p.D,
-              " as q has");
-  check_head_dim(p.Dv, "value_caches[0]");
-  check_value(p.G >= 1 && p.H >= 1 && p.H % p.G == 0, "q has ", p.H, " heads and key_caches[0] has ", p.G,
-              "; expected a multiple");
-  for (int64_t i = 0; i < 3; ++i)
-    check_value(values[0].size(i) == keys[0].size(i), "value_caches[0] has shape ", Shape{values[0]},
-                "; expected ", Shape{keys[0]}, " up to the head dim, as key_caches[0] has");
-  if (key_weights) {
-    check_weights(*key_weights, "key_weights", p.num_keys, p.G, p.D, false, false);
-    p.key_weights = static_cast<const float*>(key_weights->const_data_ptr());
-  }
-  if (value_weights) {
-    check_weights(*value_weights, "value_weights", p.num_values, p.G, p.Dv, false, false);
-    p.value_weights = static_cast<const float*>(value_weights->const_data_ptr());
-  }
-  p.q = q.const_data_ptr();
-  p.q_stride_b = q.stride(0);
-  p.q_stride_s = q.stride(1);
-  p.q_stride_h = q.stride(2);
-  return p;
-}
-
 std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
                                              std::vector<Tensor> value_caches,
                                              std::optional<Tensor> key_weights,
                                              std::optional<Tensor> value_weights, Tensor cache_seqlens,
                                              std::optional<Tensor> block_table, double softmax_scale,
-                                             int64_t window_left, int64_t window_right) {
-  AttnDecodeParams p = attn_params(q, key_caches, value_caches, key_weights, value_weights);
+                                             int64_t window_left, int64_t window_right,
+                                             std::optional<Tensor> /*schedule*/, bool /*batch_invariant*/) {
+  AttnDecodeParams p = attn_params(q, key_caches, value_caches, key_weights, value_weights, false);
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
-  p.seq_lens = layout.seq_lens;
-  p.block_table = layout.block_table;
-  p.block_table_stride = layout.block_table_stride;
-  p.page_size = layout.page_size;
-  p.scale = float(softmax_scale);
-  // Lengths are int32: a larger window is none, and positions plus it cannot overflow.
-  const auto window = [](int64_t size) { return size < INT32_MAX ? size : -1; };
-  p.window_left = window(window_left);
-  p.window_right = window(window_right);
+  set_options(p, layout, softmax_scale, window_left, window_right);
 
   std::vector<int64_t> task_offsets(p.B + 1, 0);
   bool several_splits = false;
@@ -116,9 +53,15 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   return {out, lse};
 }
 
+// The CPU splits on a fixed grid: there is nothing to plan, and every result is batch-invariant.
+Tensor attn_schedule(Tensor cache_seqlens, int64_t, int64_t, int64_t, int64_t, int64_t, bool) {
+  return torch::stable::new_empty(cache_seqlens, {0});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkv, CPU, m) {
+  m.impl("attn_schedule", TORCH_BOX(&attn_schedule));
   m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache));
 }
 

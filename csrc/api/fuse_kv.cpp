@@ -1,11 +1,6 @@
-// fuse_kv and fuse_kv_backward on the CPU.
+// The fuse_kv family on the CPU.
 
 #include "api/fuse_kv.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <tuple>
 
 #include "kernels/cpu_kernels.h"
 
@@ -16,54 +11,77 @@ namespace {
 // At least this many bytes per thread: less is not worth waking one.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
-int64_t token_grain(const FuseKVParams& p) {
+Tensor forward(FuseKVParams& p, const Tensor& like) {
+  Tensor out = fused_output(p, like);
   const int64_t bytes = (p.m + 1) * p.G * p.D * size_of(p.dtype);
-  return bytes ? (kGrainBytes + bytes - 1) / bytes : 1;
-}
-
-Tensor fuse_kv(std::vector<Tensor> sources, Tensor weights) {
-  FuseKVParams p = fuse_kv_params(sources, weights, /*cuda=*/false);
-  Tensor out = torch::stable::new_empty(sources[0], {p.B, p.T, p.G, p.D});
-  p.out = out.mutable_data_ptr();
+  const int64_t grain = bytes ? (kGrainBytes + bytes - 1) / bytes : 1;
   const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(0, p.B * p.T, token_grain(p),
+  torch::stable::parallel_for(0, p.B * p.T, grain,
                               [&](int64_t begin, int64_t end) { kernels.fuse_kv_forward(p, begin, end); });
   return out;
 }
 
+void backward(const FuseKVParams& p) {
+  const CpuKernels& kernels = cpu_kernels();
+  torch::stable::parallel_for(0, num_chunks(p), 1,
+                              [&](int64_t begin, int64_t end) { kernels.fuse_kv_backward(p, begin, end); });
+  if (p.grad_weights == nullptr) return;
+  torch::stable::parallel_for(
+      0, p.m * p.G * p.D / 8, kGrainBytes / (32 * (num_chunks(p) + 1)) + 1,
+      [&](int64_t begin, int64_t end) { kernels.fuse_kv_reduce_weights(p, begin, end); });
+}
+
+Tensor fuse_kv(std::vector<Tensor> sources, Tensor weights) {
+  FuseKVParams p = fuse_kv_params(sources, "sources", weights, "weights", false);
+  return forward(p, sources[0]);
+}
+
+std::tuple<Tensor, Tensor> fuse_kv_pair(std::vector<Tensor> keys, Tensor key_weights,
+                                        std::vector<Tensor> values, Tensor value_weights) {
+  FuseKVParams k = fuse_kv_params(keys, "keys", key_weights, "key_weights", false);
+  FuseKVParams v = fuse_kv_params(values, "values", value_weights, "value_weights", false);
+  check_pair(keys, values);
+  return {forward(k, keys[0]), forward(v, values[0])};
+}
+
+Tensor fuse_kvcache(std::vector<Tensor> caches, Tensor weights, Tensor cache_seqlens,
+                    std::optional<Tensor> block_table, int64_t tokens) {
+  CacheLayout layout;
+  FuseKVParams p = fuse_kvcache_params(caches, weights, cache_seqlens, block_table, tokens, false, &layout);
+  for (int64_t b = 0; b < p.B; ++b) {
+    check_length(layout, b);
+    const int64_t len = p.seq_lens[b];
+    check_pages(layout, b, len > tokens ? len - tokens : 0, len);
+  }
+  return forward(p, caches[0]);
+}
+
 std::tuple<Tensor, Tensor> fuse_kv_backward(Tensor grad, std::vector<Tensor> sources, Tensor weights,
                                             bool needs_sources, bool needs_weights) {
-  FuseKVParams p = fuse_kv_params(sources, weights, /*cuda=*/false);
-  check_device(grad, "grad", false);
-  check_same_shape(grad, "grad", sources[0], "sources[0]");
-  check_same_dtype(grad, "grad", sources[0], "sources[0]");
-  check_value(grad.is_contiguous(), "grad is not contiguous");
-  const int64_t chunks = (p.B * p.T + kFuseChunkTokens - 1) / kFuseChunkTokens;
-  p.grad_out = grad.const_data_ptr();
-  Tensor grad_sources = needs_sources ? torch::stable::new_empty(grad, {p.m, p.B, p.T, p.G, p.D})
-                                      : torch::stable::new_empty(grad, {0});
-  Tensor grad_weights = torch::stable::new_empty(weights, {needs_weights ? p.m : 0, p.G, p.D});
-  Tensor partial = torch::stable::new_empty(weights, {needs_weights ? chunks : 0, p.m, p.G, p.D});
-  p.grad_sources = needs_sources ? grad_sources.mutable_data_ptr() : nullptr;
-  p.grad_weights = needs_weights ? grad_weights.mutable_data_ptr() : nullptr;
-  p.partial_weights = needs_weights ? partial.mutable_data_ptr() : nullptr;
-  const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(0, chunks, 1,
-                              [&](int64_t begin, int64_t end) { kernels.fuse_kv_backward(p, begin, end); });
-  if (needs_weights) {
-    const int64_t blocks = p.m * p.G * p.D / 8;
-    torch::stable::parallel_for(
-        0, blocks, kGrainBytes / (32 * (chunks + 1)) + 1,
-        [&](int64_t begin, int64_t end) { kernels.fuse_kv_reduce_weights(p, begin, end); });
-  }
+  FuseKVParams p = fuse_kv_backward_params(grad, sources, weights, false);
+  Tensor grad_sources = needs_sources ? new_source_gradients(p, grad) : torch::stable::new_empty(grad, {0});
+  const auto [grad_weights, partial] = new_weight_gradients(p, weights, needs_weights);
+  backward(p);
   return {grad_sources, grad_weights};
+}
+
+Tensor fuse_kv_backward_accumulate(Tensor grad, std::vector<Tensor> sources, Tensor weights,
+                                   std::vector<Tensor> grad_sources, bool needs_weights) {
+  FuseKVParams p = fuse_kv_backward_params(grad, sources, weights, false);
+  set_source_gradients(p, grad_sources, sources, false);
+  const auto [grad_weights, partial] = new_weight_gradients(p, weights, needs_weights);
+  backward(p);
+  return grad_weights;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkv, CPU, m) {
   m.impl("fuse_kv", TORCH_BOX(&fuse_kv));
+  m.impl("fuse_kv_pair", TORCH_BOX(&fuse_kv_pair));
+  m.impl("fuse_kvcache", TORCH_BOX(&fuse_kvcache));
   m.impl("fuse_kv_backward", TORCH_BOX(&fuse_kv_backward));
+  m.impl("fuse_kv_backward_accumulate", TORCH_BOX(&fuse_kv_backward_accumulate));
 }
 
 }  // namespace fusedkv::api

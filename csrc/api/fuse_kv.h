@@ -1,33 +1,132 @@
-// What the CPU and the CUDA registration of fuse_kv share: checks and parameters.
+// Parameters of the fuse_kv family from their arguments, the same on every backend.
 #pragma once
 
-#include "api/checks.h"
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "api/caches.h"
 
 namespace fusedkv::api {
 
-inline FuseKVParams fuse_kv_params(const std::vector<Tensor>& sources, const Tensor& weights, bool cuda) {
-  check_count(sources.size(), "sources");
+inline TokenTensor token_tensor(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline FuseKVParams fuse_kv_params(const std::vector<Tensor>& sources, const char* name,
+                                   const Tensor& weights, const char* weights_name, bool cuda,
+                                   const char* dims = "(B, T, G, D)") {
+  check_count(sources.size(), name);
+  const Tensor& first = sources[0];
+  const std::string first_name = name_of(name, 0);
   FuseKVParams p{};
   p.m = int(sources.size());
   for (int j = 0; j < p.m; ++j) {
     const Tensor& x = sources[j];
-    const std::string name = name_of("sources", j);
-    check_device(x, name, cuda);
-    check_rank4(x, name, "(B, T, G, D)");
-    check_same_shape(x, name, sources[0], "sources[0]");
-    check_same_dtype(x, name, sources[0], "sources[0]");
-    p.sources[j] = {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+    const std::string own = name_of(name, j);
+    check_device(x, own, cuda);
+    check_rank4(x, own, dims);
+    check_same_shape(x, own, first, first_name);
+    check_same_dtype(x, own, first, first_name.c_str());
+    p.sources[j] = token_tensor(x);
   }
-  const Tensor& first = sources[0];
-  p.dtype = dtype_of(first, "sources[0]");
+  p.dtype = dtype_of(first, first_name);
   p.B = first.size(0);
   p.T = first.size(1);
   p.G = first.size(2);
   p.D = first.size(3);
-  check_head_dim(p.D, "sources[0]");
-  check_weights(weights, "weights", p.m, p.G, p.D, p.dtype == DType::f64, cuda);
+  check_head_dim(p.D, first_name);
+  check_weights(weights, weights_name, p.m, p.G, p.D, p.dtype == DType::f64, cuda);
   p.weights = weights.const_data_ptr();
   return p;
+}
+
+inline Tensor fused_output(FuseKVParams& p, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {p.B, p.T, p.G, p.D});
+  p.out = out.mutable_data_ptr();
+  return out;
+}
+
+// Keys and values of one layer: two sums over the same tokens and heads.
+inline void check_pair(const std::vector<Tensor>& keys, const std::vector<Tensor>& values) {
+  check_same_dtype(values[0], "values[0]", keys[0], "keys[0]");
+  for (int64_t i = 0; i < 3; ++i)
+    check_value(values[0].size(i) == keys[0].size(i), "values[0] has shape ", Shape{values[0]}, "; expected ",
+                Shape{keys[0]}, " up to the head dim, as keys[0] has");
+}
+
+// Everything but the numbers inside cache_seqlens and block_table is checked.
+inline FuseKVParams fuse_kvcache_params(const std::vector<Tensor>& caches, const Tensor& weights,
+                                        const Tensor& cache_seqlens, const std::optional<Tensor>& block_table,
+                                        int64_t tokens, bool cuda, CacheLayout* layout) {
+  FuseKVParams p = fuse_kv_params(caches, "caches", weights, "weights", cuda,
+                                  "(B, capacity, G, D), or (P, page_size, G, D) with a block_table");
+  check_type(p.dtype != DType::f64, "caches[0] is float64; expected float32, bfloat16 or float16");
+  check_int32(cache_seqlens, "cache_seqlens", 1, cuda);
+  p.B = cache_seqlens.size(0);
+  *layout = cache_layout(caches[0], "caches[0]", cache_seqlens, block_table, p.B, cuda);
+  check_value(tokens >= 0 && tokens < INT32_MAX, "tokens is ", tokens, "; expected 0 or more");
+  p.T = tokens;
+  p.seq_lens = layout->seq_lens;
+  p.block_table = layout->block_table;
+  p.block_table_stride = layout->block_table_stride;
+  p.num_pages = layout->num_pages;
+  p.page_size = layout->page_size;
+  p.capacity = layout->capacity;
+  return p;
+}
+
+inline FuseKVParams fuse_kv_backward_params(const Tensor& grad, const std::vector<Tensor>& sources,
+                                            const Tensor& weights, bool cuda) {
+  FuseKVParams p = fuse_kv_params(sources, "sources", weights, "weights", cuda);
+  check_device(grad, "grad", cuda);
+  check_same_shape(grad, "grad", sources[0], "sources[0]");
+  check_same_dtype(grad, "grad", sources[0], "sources[0]");
+  check_value(grad.is_contiguous(), "grad is not contiguous");
+  p.grad_out = grad.const_data_ptr();
+  p.grad_dtype = p.dtype;
+  return p;
+}
+
+// New gradients of the sources, (m, B, T, G, D).
+inline Tensor new_source_gradients(FuseKVParams& p, const Tensor& grad) {
+  Tensor grads = torch::stable::new_empty(grad, {p.m, p.B, p.T, p.G, p.D});
+  char* data = static_cast<char*>(grads.mutable_data_ptr());
+  for (int j = 0; j < p.m; ++j) p.grad_sources[j] = data + j * grad.numel() * size_of(p.dtype);
+  return grads;
+}
+
+// Buffers that the gradients of the sources are added to.
+inline void set_source_gradients(FuseKVParams& p, const std::vector<Tensor>& grads,
+                                 const std::vector<Tensor>& sources, bool cuda) {
+  check_value(int(grads.size()) == p.m, "grad_sources holds ", grads.size(), " tensors; expected ", p.m,
+              ", one per source");
+  p.accumulate = true;
+  p.grad_dtype = dtype_of(grads[0], "grad_sources[0]");
+  check_type(p.grad_dtype == p.dtype || (p.grad_dtype == DType::f32 && p.dtype != DType::f64),
+             "grad_sources[0] has another dtype than float32 or sources[0]'s");
+  for (int j = 0; j < p.m; ++j) {
+    const Tensor& x = grads[j];
+    const std::string own = name_of("grad_sources", j);
+    check_device(x, own, cuda);
+    check_same_shape(x, own, sources[0], "sources[0]");
+    check_same_dtype(x, own, grads[0], "grad_sources[0]");
+    check_value(x.is_contiguous(), own, " is not contiguous");
+    p.grad_sources[j] = x.mutable_data_ptr();
+    for (int i = 0; i < j && x.numel() > 0; ++i)
+      check_value(p.grad_sources[i] != p.grad_sources[j], own, " is the same memory as ",
+                  name_of("grad_sources", i), "; expected a buffer per source");
+  }
+}
+
+// (the gradient of the weights, the partial sums that it is made of).
+inline std::tuple<Tensor, Tensor> new_weight_gradients(FuseKVParams& p, const Tensor& weights, bool wanted) {
+  Tensor grads = torch::stable::new_empty(weights, {wanted ? p.m : 0, p.G, p.D});
+  Tensor partial = torch::stable::new_empty(weights, {wanted ? num_chunks(p) : 0, p.m, p.G, p.D});
+  p.grad_weights = wanted ? grads.mutable_data_ptr() : nullptr;
+  p.partial_weights = wanted ? partial.mutable_data_ptr() : nullptr;
+  return {grads, partial};
 }
 
 }  // namespace fusedkv::api

@@ -1,4 +1,5 @@
-// Scatter of S new tokens into a contiguous or paged cache, with RoPE on the keys on the way.
+// Scatter of S new tokens into a contiguous or paged cache, with RoPE on the keys and on the queries of the
+// same tokens on the way.
 #pragma once
 
 #include <cstdint>
@@ -7,28 +8,34 @@
 
 namespace fusedkv {
 
-// New tokens (B, S, G, D) and where they go. Strides in elements, last dims contiguous.
+// New tokens (B, S, heads, D) and where they go. Strides in elements, last dims contiguous.
 struct AppendTensor {
   const void* src;
   int64_t src_stride_b, src_stride_s, src_stride_g;
-  void* cache;  // (B, capacity, G, D) or (P, page_size, G, D)
-  int64_t cache_stride_b, cache_stride_t, cache_stride_g;
-  int64_t G, D;
+  void* dst;  // a cache (B, capacity, heads, D) or (P, page_size, heads, D); for queries (B, S, heads, D)
+  int64_t dst_stride_b, dst_stride_t, dst_stride_g;
+  int64_t heads, D;
 };
 
 struct AppendKVCacheParams {
   DType dtype;
   int64_t B, S;
+  AppendTensor query;       // no heads: none; rotated into a tensor of its own
   AppendTensor key, value;  // numbers of heads and head dims may differ
   const int32_t*
-      seq_lens;  // (B,) length after the append; token s goes to position seq_lens[b] - S + s, skipped if < 0
+      seq_lens;  // (B,) after the append; token s is at position seq_lens[b] - S + s, skipped if < 0
   const int32_t* block_table;  // (B, max_pages) or nullptr
   int64_t block_table_stride;
-  int64_t page_size;
-  const float* cos;  // (max_len, rotary_dim / 2) or nullptr: keys are not rotated
+  int64_t capacity;  // tokens per sequence
+  int64_t num_pages, page_size;
+  const float* cos;  // (rotary_rows, rotary_dim / 2), row p for position p, or nullptr: nothing is rotated
   const float* sin;
+  int64_t rotary_rows;
   int64_t rotary_dim;  // rotated channels, <= key.D
   bool interleaved;    // pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2)
 };
+
+// Returns a cudaError_t; `stream` is a cudaStream_t. Lengths and pages out of range are not written.
+int append_kvcache_cuda(const AppendKVCacheParams& params, void* stream);
 
 }  // namespace fusedkv

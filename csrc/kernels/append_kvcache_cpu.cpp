@@ -1,5 +1,5 @@
-// cache[pos] = new[s] with pos = len - S + s; a key's rotated pair (x0, x1) becomes (x0 cos - x1 sin, x1 cos
-// + x0 sin) in fp32.
+// cache[pos] = new[s] with pos = len - S + s; a rotated pair (x0, x1) of a key or query becomes (x0 cos - x1
+// sin, x1 cos + x0 sin) in fp32. Queries at pos < 0 are copied as they are.
 
 #include "kernels/append_kvcache.h"
 
@@ -22,30 +22,32 @@ void rotate_into(T* out, const T* x, const float* cos, const float* sin, int64_t
   }
 }
 
+// All heads of token s of sequence b to row `row`, slot `slot`, the first `rotated` channels by table row
+// `pos`.
+template <typename T>
+void move_token(const AppendKVCacheParams& p, const AppendTensor& x, int64_t b, int64_t s, int64_t row,
+                int64_t slot, int64_t pos, int64_t rotated) {
+  for (int64_t g = 0; g < x.heads; ++g) {
+    const T* from = (const T*)x.src + b * x.src_stride_b + s * x.src_stride_s + g * x.src_stride_g;
+    T* to = (T*)x.dst + row * x.dst_stride_b + slot * x.dst_stride_t + g * x.dst_stride_g;
+    if (rotated)
+      rotate_into(to, from, p.cos + pos * rotated / 2, p.sin + pos * rotated / 2, rotated, p.interleaved);
+    __builtin_memcpy(to + rotated, from + rotated, size_t(x.D - rotated) * sizeof(T));
+  }
+}
+
 template <typename T>
 void append(const AppendKVCacheParams& p, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / p.S, s = token % p.S;
     const int64_t pos = p.seq_lens[b] - p.S + s;
+    const int64_t rotated = p.cos && pos >= 0 ? p.rotary_dim : 0;
+    move_token<T>(p, p.query, b, s, b, s, pos, rotated);
     if (pos < 0) continue;
     const int64_t row = p.block_table ? p.block_table[b * p.block_table_stride + pos / p.page_size] : b;
     const int64_t slot = p.block_table ? pos % p.page_size : pos;
-    const auto source = [&](const AppendTensor& x, int64_t g) {
-      return (const T*)x.src + b * x.src_stride_b + s * x.src_stride_s + g * x.src_stride_g;
-    };
-    const auto target = [&](const AppendTensor& x, int64_t g) {
-      return (T*)x.cache + row * x.cache_stride_b + slot * x.cache_stride_t + g * x.cache_stride_g;
-    };
-    const int64_t rotated = p.cos ? p.rotary_dim : 0;
-    for (int64_t g = 0; g < p.key.G; ++g) {
-      const T* x = source(p.key, g);
-      T* out = target(p.key, g);
-      if (rotated)
-        rotate_into(out, x, p.cos + pos * rotated / 2, p.sin + pos * rotated / 2, rotated, p.interleaved);
-      __builtin_memcpy(out + rotated, x + rotated, size_t(p.key.D - rotated) * sizeof(T));
-    }
-    for (int64_t g = 0; g < p.value.G; ++g)
-      __builtin_memcpy(target(p.value, g), source(p.value, g), size_t(p.value.D) * sizeof(T));
+    move_token<T>(p, p.key, b, s, row, slot, pos, rotated);
+    move_token<T>(p, p.value, b, s, row, slot, pos, 0);
   }
 }
 

@@ -4,7 +4,7 @@
 // Memory-bound: each element is read once and written once. A token's G * D weights stay in L1 from one token
 // to the next. Sums run in fp32 (fp64 for fp64) and are rounded once. Weight gradients are summed per chunk
 // of kFuseChunkTokens tokens, then pairwise over the chunks: the order is fixed by the shape alone, so the
-// bits do not depend on the number of threads.
+// bits do not depend on the number of threads. From caches, a token is looked up in the block table first.
 
 #include "kernels/cpu_simd.h"
 #include "kernels/fuse_kv.h"
@@ -49,13 +49,29 @@ inline const T* at(const TokenTensor& x, int64_t b, int64_t t, int64_t g) {
   return (const T*)x.data + b * x.stride_b + t * x.stride_t + g * x.stride_g;
 }
 
+// Turns output token (b, t) into its place in the caches; false: it stands before the sequence's first.
+inline bool find_in_cache(const FuseKVParams& p, int64_t& b, int64_t& t) {
+  const int64_t position = p.seq_lens[b] - p.T + t;
+  if (position < 0) return false;
+  t = position;
+  if (p.block_table) {
+    b = p.block_table[b * p.block_table_stride + position / p.page_size];
+    t = position % p.page_size;
+  }
+  return true;
+}
+
 template <typename T>
 void forward(const FuseKVParams& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const auto* weights = (const typename C::Acc*)p.weights;
   const int64_t GD = p.G * p.D;
   for (int64_t token = begin; token < end; ++token) {
-    const int64_t b = token / p.T, t = token % p.T;
+    int64_t b = token / p.T, t = token % p.T;
+    if (p.seq_lens && !find_in_cache(p, b, t)) {
+      __builtin_memset((T*)p.out + token * GD, 0, size_t(GD) * sizeof(T));
+      continue;
+    }
     for (int64_t g = 0; g < p.G; ++g) {
       const T* x[kMaxSources];
       for (int j = 0; j < p.m; ++j) x[j] = at<T>(p.sources[j], b, t, g);
@@ -71,7 +87,8 @@ void forward(const FuseKVParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
+// Grad: of the source gradients.
+template <typename T, typename Grad>
 void backward(const FuseKVParams& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
   using Acc = typename C::Acc;
@@ -89,11 +106,14 @@ void backward(const FuseKVParams& p, int64_t begin, int64_t end) {
           const T* x = at<T>(p.sources[j], b, t, g);
           const int64_t channel = j * GD + g * p.D;
           const Acc* w = (const Acc*)p.weights + channel;
-          T* dx = p.grad_sources ? (T*)p.grad_sources + j * tokens * GD + token * GD + g * p.D : nullptr;
+          Grad* dx = p.grad_sources[j] ? (Grad*)p.grad_sources[j] + token * GD + g * p.D : nullptr;
           for (int64_t d = 0; d < p.D; d += C::lanes) {
             const int n = int(p.D - d < C::lanes ? p.D - d : C::lanes);
             const auto go = load(dout + d, n);
-            if (dx) store(dx + d, mul(load(w + d, n), go), n);
+            if (dx && p.accumulate)
+              store(dx + d, fma(load(w + d, n), go, load(dx + d, n)), n);
+            else if (dx)
+              store(dx + d, mul(load(w + d, n), go), n);
             if (partial)
               store(partial + channel + d, fma(load(x + d, n), go, load(partial + channel + d, n)), n);
           }
@@ -108,7 +128,7 @@ template <typename T>
 void reduce_weights(const FuseKVParams& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
   using Acc = typename C::Acc;
-  const int64_t chunks = (p.B * p.T + kFuseChunkTokens - 1) / kFuseChunkTokens, row = p.m * p.G * p.D;
+  const int64_t chunks = num_chunks(p), row = p.m * p.G * p.D;
   Acc* partial = (Acc*)p.partial_weights;
   const int64_t from = begin * 8, to = end * 8;
   for (int64_t step = 1; step < chunks; step *= 2) {
@@ -127,7 +147,13 @@ void fuse_kv_forward(const FuseKVParams& p, int64_t begin, int64_t end) {
 }
 
 void fuse_kv_backward(const FuseKVParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(p, begin, end); });
+  dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (sizeof(T) == 2 && p.grad_dtype != p.dtype)
+      backward<T, typename Compute<T>::Acc>(p, begin, end);
+    else
+      backward<T, T>(p, begin, end);
+  });
 }
 
 void fuse_kv_reduce_weights(const FuseKVParams& p, int64_t begin, int64_t end) {

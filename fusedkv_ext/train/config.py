@@ -37,6 +37,7 @@ class ModelSection:
     attention_bias: bool = False
     tie_word_embeddings: bool = True
     sliding_window: int | None = None
+    recompute_fusion: bool = False  # fuse again in the backward instead of keeping fused keys and values
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
         tie_word_embeddings=section.tie_word_embeddings,
         max_position_embeddings=section.max_position_embeddings,
         sliding_window=section.sliding_window,
+        recompute_fusion=section.recompute_fusion,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)

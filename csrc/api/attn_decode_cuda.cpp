@@ -1,0 +1,129 @@
+// attn_with_kvcache and attn_schedule on the GPU.
+
+#include <tuple>
+
+#include "api/attn_decode.h"
+#include "api/device.h"
+#include "kernels/attn_decode_cuda.h"
+
+namespace fusedkv::api {
+
+namespace {
+
+bool aligned16(const void* data, DType dtype, std::initializer_list<int64_t> strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int64_t stride : strides) aligned = aligned && stride * size_of(dtype) % 16 == 0;
+  return aligned;
+}
+
+bool aligned16(const AttnDecodeParams& p) {
+  bool aligned = aligned16(p.q, p.dtype, {p.q_stride_b, p.q_stride_s, p.q_stride_h});
+  const auto check = [&](const CacheTensor& x) {
+    aligned = aligned && aligned16(x.data, p.dtype, {x.stride_b, x.stride_t, x.stride_g});
+  };
+  for (int j = 0; j < p.num_keys; ++j) check(p.keys[j]);
+  for (int j = 0; j < p.num_values; ++j) check(p.values[j]);
+  return aligned;
+}
+
+// A schedule (int32): the running sum of B + 1 numbers, then the counters, one for each block of a grid or
+// one for each item. (fusedkv_ext/_fakes.py knows its length too.)
+int64_t num_counters(int64_t B, int64_t rows, int64_t G, bool batch_invariant) {
+  return batch_invariant ? B * G * ((rows + kGenericRows - 1) / kGenericRows) : kMaxBlocks;
+}
+
+Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_heads, int64_t num_kv_heads,
+                     int64_t capacity, int64_t window_left, bool batch_invariant) {
+  check_int32(cache_seqlens, "cache_seqlens", 1, kCuda);
+  check_value(query_length >= 0, "query_length is ", query_length, "; expected 0 or more");
+  check_value(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0, "num_heads is ",
+              num_heads, " and num_kv_heads is ", num_kv_heads, "; expected a multiple");
+  check_value(capacity >= 0, "capacity is ", capacity, "; expected 0 or more");
+  const DeviceScope scope(cache_seqlens);
+  AttnScheduleParams p{};
+  p.B = cache_seqlens.size(0);
+  p.S = query_length;
+  p.capacity = capacity;
+  p.window_left = window_left < INT32_MAX ? window_left : -1;
+  p.seq_lens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
+  p.batch_invariant = batch_invariant;
+  p.num_counters =
+      num_counters(p.B, query_length * (num_heads / num_kv_heads), num_kv_heads, batch_invariant);
+  Tensor schedule = torch::stable::new_empty(cache_seqlens, {p.B + 1 + p.num_counters});
+  p.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
+  p.counters = p.schedule + p.B + 1;
+  scope.uses(cache_seqlens, "cache_seqlens");
+  scope.uses(schedule, "schedule");
+  check_launch(attn_schedule_cuda(p, scope.stream()), "attn_schedule");
+  return schedule;
+}
+
+std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
+                                             std::vector<Tensor> value_caches,
+                                             std::optional<Tensor> key_weights,
+                                             std::optional<Tensor> value_weights, Tensor cache_seqlens,
+                                             std::optional<Tensor> block_table, double softmax_scale,
+                                             int64_t window_left, int64_t window_right,
+                                             std::optional<Tensor> schedule, bool batch_invariant) {
+  AttnCudaParams p{};
+  p.attn = attn_params(q, key_caches, value_caches, key_weights, value_weights, kCuda);
+  AttnDecodeParams& a = p.attn;
+  const CacheLayout layout =
+      cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
+  set_options(a, layout, softmax_scale, window_left, window_right);
+  check_value(layout.capacity <= INT32_MAX - 4 * kCellTokens, "the caches hold ", layout.capacity,
+              " tokens per sequence; expected fewer than 2^31");
+  Tensor out = torch::stable::new_empty(q, {a.B, a.S, a.H, a.Dv});
+  Tensor lse = torch::stable::new_empty(q, {a.B, a.H, a.S}, ScalarType::Float);
+  if (a.B * a.S == 0) return {out, lse};
+
+  p.capacity = layout.capacity;
+  p.num_pages = layout.num_pages;
+  p.batch_invariant = batch_invariant;
+  p.aligned = aligned16(a);
+  const int64_t rows = num_rows(a), counters = num_counters(a.B, rows, a.G, batch_invariant);
+  if (!schedule)
+    schedule = attn_schedule(cache_seqlens, a.S, a.H, a.G, p.capacity, a.window_left, batch_invariant);
+  check_int32(*schedule, "schedule", 1, kCuda);
+  check_value(schedule->size(0) == a.B + 1 + counters, "schedule has ", schedule->size(0),
+              " entries; expected ", a.B + 1 + counters,
+              ": make it with decode_schedule for this batch, these heads and this mode");
+  p.schedule = static_cast<const int32_t*>(schedule->const_data_ptr());
+  p.counters = static_cast<int32_t*>(schedule->mutable_data_ptr()) + a.B + 1;
+
+  const DeviceScope scope(q);
+  int shared_limit = 0, blocks = 0;
+  check_launch(attn_shared_limit(&shared_limit), "attn_with_kvcache");
+  const AttnLaunch launch =
+      attn_launch({a.dtype, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
+  check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
+  p.rows = launch.rows;
+  p.row_groups = launch.row_groups;
+  // A block has at most two split items; with fixed splits every split has its place.
+  constexpr int64_t kSplitTokens = kFixedSplitCells * kCellTokens;
+  const int64_t slots = batch_invariant
+                            ? a.B * a.G * p.row_groups * ((p.capacity + kSplitTokens - 1) / kSplitTokens + 1)
+                            : 2 * int64_t(blocks);
+  Tensor partial = torch::stable::new_empty(q, {slots * p.rows * (a.Dv + 1)}, ScalarType::Float);
+  a.out = out.mutable_data_ptr();
+  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.partial_out = static_cast<float*>(partial.mutable_data_ptr());
+  a.partial_lse = a.partial_out + slots * p.rows * a.Dv;
+
+  uses(scope, key_caches, "key_caches");
+  uses(scope, value_caches, "value_caches");
+  for (const auto* x : {&key_weights, &value_weights, &block_table, &schedule}) uses(scope, *x, "an option");
+  for (const Tensor* x : {&q, &cache_seqlens, &out, &lse, &partial})
+    scope.uses(*x, "q, lengths or an output");
+  check_launch(attn_decode_cuda(p, launch, blocks, scope.stream()), "attn_with_kvcache");
+  return {out, lse};
+}
+
+}  // namespace
+
+FUSEDKV_DEVICE_IMPL(m) {
+  m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache));
+  m.impl("attn_schedule", TORCH_BOX(&attn_schedule));
+}
+
+}  // namespace fusedkv::api

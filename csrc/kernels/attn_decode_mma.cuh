@@ -1,0 +1,88 @@
+// What the two tensor-core decode kernels share: 16-bit elements, swizzled tiles of tokens in shared memory.
+#pragma once
+
+#include "kernels/attn_decode.cuh"
+
+namespace fusedkv {
+
+__device__ __forceinline__ uint32_t pack(float low, float high, bf16) {
+  return ptx::cvt_bf16x2(low, high);
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, f16) {
+  return ptx::cvt_f16x2(low, high);
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  ptx::mma_m16n8k16_bf16(c, a, b);
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
+  ptx::mma_m16n8k16_f16(c, a, b);
+}
+
+// A tile is rows of kD 16-bit elements. Piece c of row r (16 bytes) lies at piece c ^ (r % 8): the 8 rows of
+// an ldmatrix then fall into 8 different groups of banks.
+template <int kD>
+__device__ __forceinline__ uint32_t tile_address(uint32_t tile, int row, int piece) {
+  return tile + row * (kD * 2) + ((piece ^ (row & 7)) << 4);
+}
+
+// A fragment of A = K: rows are tokens token .. token + 15, columns channels 16 step .. 16 step + 15.
+template <int kD>
+__device__ __forceinline__ void load_key_fragment(uint32_t (&a)[4], uint32_t tile, int token, int step) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  ptx::ldmatrix_x4(a, tile_address<kD>(tile, token + lane % 8 + (matrix & 1) * 8, 2 * step + (matrix >> 1)));
+}
+
+// A fragment of A = V^T: rows are channels 16 step .. 16 step + 15, columns tokens token .. token + 15.
+template <int kD>
+__device__ __forceinline__ void load_value_fragment(uint32_t (&a)[4], uint32_t tile, int token, int step) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  ptx::ldmatrix_x4_trans(
+      a, tile_address<kD>(tile, token + lane % 8 + (matrix >> 1) * 8, 2 * step + (matrix & 1)));
+}
+
+// Starts copying kTokens tokens of each source into its tile: kThreads threads take 16 bytes each in turn.
+// Lane l of every warp knows the place of token l % kTokens; channels beyond head_dim, tokens that are
+// nowhere and, where !any, everything become zeros.
+template <typename T, int kD, int kSources, int kTokens, int kThreads>
+__device__ __forceinline__ void copy_tile(const CacheTensor* caches, int g, int head_dim, uint32_t tiles,
+                                          TokenPlace place, int thread) {
+  constexpr int kPieces = kD / 8;
+#pragma unroll 2
+  for (int i = 0; i < kTokens * kPieces / kThreads; ++i) {
+    const int index = i * kThreads + thread, token = index / kPieces, piece = index % kPieces;
+    TokenPlace at;
+    at.row = __shfl_sync(kFullWarp, place.row, token);
+    at.slot = __shfl_sync(kFullWarp, place.slot, token);
+    const bool there = at.row >= 0 && piece * 8 < head_dim;
+#pragma unroll
+    for (int j = 0; j < kSources; ++j) {
+      const T* from = token_data<T>(caches[j], g, there ? at : TokenPlace{0, 0}) + (there ? piece * 8 : 0);
+      ptx::cp_async_16(tile_address<kD>(tiles + j * (kTokens * kD * 2), token, piece), from, there ? 16 : 0);
+    }
+  }
+}
+
+// Two neighbouring channels of a query, times the key weight of source j, rounded once; zeros where there is
+// no such row or channel.
+template <typename T>
+__device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, const WorkPiece& w, int row,
+                                                 int j, int d) {
+  if (row >= num_rows_on_device(p) || d >= p.D) return 0;
+  const QueryRow at = query_row(p, w.g, row);
+  const T* q =
+      static_cast<const T*>(p.q) + w.b * p.q_stride_b + at.s * p.q_stride_s + at.h * p.q_stride_h + d;
+  const uint32_t pair = load(reinterpret_cast<const uint32_t*>(q));
+  if (!p.key_weights) return pair;
+  const float2 a = load(reinterpret_cast<const float2*>(p.key_weights + (j * p.G + w.g) * p.D + d));
+  return pack(widen(T{uint16_t(pair)}) * a.x, widen(T{uint16_t(pair >> 16)}) * a.y, T{});
+}
+
+__device__ __forceinline__ float value_weight(const AttnDecodeParams& p, int j, int g, int d) {
+  if (d >= p.Dv) return 0.f;
+  return p.value_weights ? load(p.value_weights + (j * p.G + g) * p.Dv + d) : 1.f;
+}
+
+}  // namespace fusedkv
