@@ -20,6 +20,8 @@ if [ ${#libraries[@]} -eq 0 ]; then
   echo "abi: no library in fusedkv_ext/; build first (make build)" >&2
   exit 1
 fi
+# The CUDA ops as cuda-objects links them, where torch has no CUDA.
+libraries+=(build/cuda-objects/_C_cuda*.so)
 for library in "${libraries[@]}"; do
   "$bin/torch-abi-audit" "$library" --check torch
   "$bin/torch-abi-audit" "$library" --json | "$bin/python" -c '
