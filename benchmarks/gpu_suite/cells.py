@@ -1,0 +1,116 @@
+"""What is measured, and in which order: the most important cells of all families first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gpu_suite.measure import Lab, Row
+
+FAMILIES = ("decode", "latency", "ragged", "schedule", "fuse", "append", "prefill", "model")
+QUICK_PRIORITY = 1
+NO_TIME = "no time left"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One or a few rows. priority: 0 first, ``--quick`` stops after 1. num_bytes: device memory it needs."""
+
+    family: str
+    name: str
+    priority: int
+    num_bytes: int
+    measure: Callable[[Lab], Iterable[Row]]
+
+    @property
+    def key(self) -> str:
+        return f"{self.family}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder's sizes; the defaults are those of the common 1.5B models."""
+
+    name: str
+    kv_heads: int
+    hidden: int = 1536
+    intermediate: int = 8960
+    layers: int = 28
+    heads: int = 12
+    head_dim: int = 128
+    vocab: int = 151936
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of a run. The middle batch, context and ratio and the first page size are the headline."""
+
+    batches: tuple[int, ...] = (1, 8, 64)
+    contexts: tuple[int, ...] = (1024, 8192, 65536)
+    ratios: tuple[int, ...] = (1, 4, 8)
+    pages: tuple[int | None, ...] = (16, None, 64)
+    kv_heads: int = 8
+    head_dim: int = 128
+    latency_kv_heads: int = 4
+    latency_contexts: tuple[int, ...] = (1024, 8192, 16384)
+    ragged: tuple[int, ...] = (4641, 45118, 1730, 1696)
+    fuse_tokens: tuple[int, ...] = (16384, 65536)
+    fuse_sources: tuple[int, ...] = (2, 3)
+    appends: tuple[tuple[int, int], ...] = ((64, 1), (1, 4096), (8, 256))
+    prefill_tokens: tuple[int, ...] = (4096, 16384)
+    prefill_hidden: int = 2048
+    prefill_heads: int = 16
+    models: tuple[Model, ...] = (Model("1.5B GQA", 2), Model("1.5B MHA", 12))
+    prompts: tuple[tuple[int, int], ...] = ((1, 8192), (16, 8192), (1, 32768))
+    new_tokens: int = 24
+
+
+TINY = Sizes(
+    batches=(1, 2, 3),
+    contexts=(16, 64, 100),
+    ratios=(1, 2, 4),
+    pages=(16, None, 64),
+    kv_heads=2,
+    head_dim=32,
+    latency_kv_heads=2,
+    latency_contexts=(64,),
+    ragged=(37, 90, 9, 5),
+    fuse_tokens=(64,),
+    fuse_sources=(2, 3),
+    appends=((3, 1), (1, 20), (2, 8)),
+    prefill_tokens=(48,),
+    prefill_hidden=64,
+    prefill_heads=4,
+    models=(Model("tiny", 2, 64, 96, 4, 4, 16, 128),),
+    prompts=((2, 40),),
+    new_tokens=6,
+)
+
+
+def all_cells(sizes: Sizes) -> Iterator[Cell]:
+    from gpu_suite import decode, model, operations, prefill
+
+    yield from decode.decode_cells(sizes)
+    yield from decode.latency_cells(sizes)
+    yield from decode.ragged_cells(sizes)
+    yield from decode.schedule_cells(sizes)
+    yield from operations.fuse_cells(sizes)
+    yield from operations.append_cells(sizes)
+    yield from prefill.prefill_cells(sizes)
+    yield from model.model_cells(sizes)
+
+
+def ordered_cells(sizes: Sizes, families: Iterable[str], quick: bool) -> list[Cell]:
+    """By importance; within one importance the families take turns, in the order that FAMILIES has."""
+    wanted = set(families)
+    turns: Counter[tuple[str, int]] = Counter()
+    cells: list[tuple[tuple[int, int, int], Cell]] = []
+    for cell in all_cells(sizes):
+        if cell.family in wanted and not (quick and cell.priority > QUICK_PRIORITY):
+            turn = turns[cell.family, cell.priority]
+            turns[cell.family, cell.priority] += 1
+            cells.append(((cell.priority, turn, FAMILIES.index(cell.family)), cell))
+    return [cell for _, cell in sorted(cells, key=lambda item: item[0])]

@@ -1,0 +1,135 @@
+"""Families of cached attention: decode (the grid), latency, ragged, schedule."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+import fusedkv_ext as fkv
+from gpu_suite import peers
+from gpu_suite.cells import Cell, Sizes
+from gpu_suite.inputs import Decode, DecodeInputs
+from gpu_suite.measure import Case, Contestant, Lab, Row
+
+
+def ours(x: DecodeInputs, name: str = "fusedkv_ext", **options: object) -> Contestant:
+    def run(i: int) -> Tensor:
+        return fkv.fused_kv_attn_with_kvcache(
+            x.q, x.paged(x.key_buffers[i]), x.paged(x.value_buffers[i]), x.key_weights, x.value_weights,
+            cache_seqlens=x.seqlens, block_table=x.table, **options,
+        )  # fmt: skip
+
+    return x.contestant(name, "paged", run)
+
+
+def plan(x: DecodeInputs, batch_invariant: bool = False) -> Tensor:
+    """What all layers of a step share."""
+    s = x.shape
+    return fkv.decode_schedule(
+        x.seqlens,
+        query_length=s.steps,
+        num_heads=s.heads,
+        num_kv_heads=s.kv_heads,
+        capacity=s.capacity,
+        batch_invariant=batch_invariant,
+    )
+
+
+def _case(family: str, op: str, x: DecodeInputs, mine: Contestant, rivals: list[Contestant]) -> Case:
+    s = x.shape
+    return Case(
+        family, op, str(s), mine, rivals, s.cache_bytes(x.q.element_size()), s.flops, "read", sets=x.sets
+    )
+
+
+def _against_peers(family: str, shape: Decode, compiled: bool) -> Callable[[Lab], Iterator[Row]]:
+    def measure(lab: Lab) -> Iterator[Row]:
+        x = DecodeInputs(shape, lab)
+        rivals, missing = peers.decode_peers(x, compiled=compiled)
+        case = _case(family, _op(shape), x, ours(x), rivals)
+        case.unavailable |= missing
+        yield lab.row(case)
+
+    return measure
+
+
+def _op(shape: Decode) -> str:
+    return f"decode, {shape.sources} source{'s' if shape.sources > 1 else ''}"
+
+
+def _cell(family: str, shape: Decode, priority: int) -> Cell:
+    return Cell(
+        family,
+        f"{_op(shape)} {shape}",
+        priority,
+        # Rotating sets add up to less than this again.
+        int(1.1 * shape.allocated_bytes()) + (1 << 30),
+        _against_peers(family, shape, compiled=priority == 0),
+    )
+
+
+def _grid_priority(B: int, T: int, ratio: int, page: int | None, sizes: Sizes) -> int:
+    """0: the headline; 1: one step away from it and the corners; 2 and more: the rest of the grid."""
+    b, t, r, p = (
+        sizes.batches.index(B), sizes.contexts.index(T), sizes.ratios.index(ratio), sizes.pages.index(page)
+    )  # fmt: skip
+    away = (b != 1) + (t != 1) + (r != 1)
+    if p == 0:
+        corner = (b, t, r) in ((0, 0, 1), (2, 1, 0), (2, 1, 2))
+        return 0 if away == 0 else 1 if away == 1 or corner else 2
+    return 1 if away == 0 else 2 + p
+
+
+def decode_cells(sizes: Sizes) -> Iterator[Cell]:
+    grid = itertools.product(sizes.batches, sizes.contexts, sizes.ratios, sizes.pages, (2, 1))
+    for B, T, ratio, page, m in grid:
+        G = sizes.kv_heads
+        shape = Decode((T,) * B, ratio * G, G, sizes.head_dim, m, page)
+        yield _cell("decode", shape, _grid_priority(B, T, ratio, page, sizes))
+
+
+def latency_cells(sizes: Sizes) -> Iterator[Cell]:
+    """One sequence, 20 query heads and 4 KV heads: what a user waits for."""
+    for T, page, m in itertools.product(sizes.latency_contexts, sizes.pages[:2], (2, 1)):
+        shape = Decode((T,), 5 * sizes.latency_kv_heads, sizes.latency_kv_heads, sizes.head_dim, m, page)
+        yield _cell("latency", shape, 1 if T == sizes.latency_contexts[0] and page else 2)
+
+
+def ragged_cells(sizes: Sizes) -> Iterator[Cell]:
+    """A batch of very different lengths.
+
+    16 query heads on 2 KV heads, few heads and large groups, so that the split decides; and 32 on 8. 4 query
+    tokens as in speculative decoding.
+    """
+    for (H, G), S, page, m in itertools.product(
+        ((16, 2), (32, 8)), (1, 4), (sizes.pages[0], sizes.pages[-1]), (2, 1)
+    ):
+        shape = Decode(sizes.ragged, H, G, sizes.head_dim, m, page, S)
+        first = (H, G) == (16, 2) and page == sizes.pages[0]
+        yield _cell("ragged", shape, 1 if first and S == 1 else 2 if first else 3)
+
+
+def schedule_cells(sizes: Sizes) -> Iterator[Cell]:
+    """The call that plans for itself against a shared schedule, batch invariance, and the planner alone."""
+    G, D, page = sizes.kv_heads, sizes.head_dim, sizes.pages[0]
+    batches = [(sizes.contexts[1],) * B for B in sizes.batches]
+    for i, lengths in enumerate([*batches, sizes.ragged]):
+        shape = Decode(lengths, 4 * G, G, D, 2, page)
+        room = 2 * shape.allocated_bytes() + (1 << 30)
+        yield Cell("schedule", f"schedules {shape}", 1 if i == 1 else 2, room, _schedules(shape))
+
+
+def _schedules(shape: Decode) -> Callable[[Lab], Iterator[Row]]:
+    def measure(lab: Lab) -> Iterator[Row]:
+        x = DecodeInputs(shape, lab)
+        default = ours(x, "planned in the call")
+        shared = ours(x, schedule=plan(x))
+        yield lab.row(_case("schedule", "decode, shared schedule", x, shared, [default]))
+        invariant = ours(x, batch_invariant=True)
+        yield lab.row(_case("schedule", "decode, batch-invariant", x, invariant, [default]))
+        planner = Contestant("fusedkv_ext", lambda i: plan(x), lambda result: None)
+        yield lab.row(Case("schedule", "decode_schedule alone", str(shape), planner, [], 0, 0.0, "read"))
+
+    return measure

@@ -1,0 +1,165 @@
+"""What the decode cells share: shapes, rotating caches in three views, exact results of a few heads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext import reference
+from gpu_suite.measure import Contestant, Lab, Result, assert_near
+
+TOKEN_MULTIPLE = 64  # capacities are whole pages of every page size in use
+
+
+@dataclass(frozen=True)
+class Decode:
+    """S query tokens against ``lengths`` cached ones. page: tokens per page, None for a contiguous cache."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sources: int
+    page: int | None = None
+    steps: int = 1
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def ragged(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    @property
+    def capacity(self) -> int:
+        return -(-max(self.lengths) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+    @property
+    def elements_per_token(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def cache_bytes(self, element: int = 2) -> int:
+        """That must be read: keys and values of the valid tokens, from every source."""
+        return 2 * self.sources * sum(self.lengths) * self.elements_per_token * element
+
+    def allocated_bytes(self, element: int = 2) -> int:
+        return 2 * self.sources * self.batch * self.capacity * self.elements_per_token * element
+
+    @property
+    def flops(self) -> float:
+        """Of plain attention: two products per pair of a query row and a token."""
+        return 4.0 * self.steps * sum(self.lengths) * self.heads * self.head_dim
+
+    def __str__(self) -> str:
+        tokens = list(self.lengths) if self.ragged else self.lengths[0]
+        text = f"B={self.batch} T={tokens} H={self.heads} G={self.kv_heads} D={self.head_dim}"
+        text += f" S={self.steps}" if self.steps > 1 else ""
+        return f"{text} {'contiguous' if self.page is None else f'page={self.page}'}"
+
+
+class DecodeInputs:
+    """Rotating caches. One memory serves all rivals, each of which reads it as its own layout.
+
+    So every rival computes with other numbers, moves the same bytes, and is checked against its own exact
+    result: "paged" (pages in random order), "contiguous", and "concat", where the heads of the m sources lie
+    side by side as one head of dim m * D.
+    """
+
+    def __init__(self, shape: Decode, lab: Lab) -> None:
+        self.shape, self.lab = shape, lab
+        self._exact: dict[str, list[Tensor]] = {}
+        self.sets = lab.sets_for(shape.cache_bytes())
+        self.sets = max(1, min(self.sets, int(0.5 * lab.free_bytes() // shape.allocated_bytes())))
+        B, H, G, D, m = shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.sources
+        amount = m * B * shape.capacity * G * D
+        self.key_buffers = [lab.random(amount) for _ in range(self.sets)]
+        self.value_buffers = [lab.random(amount) for _ in range(self.sets)]
+        self.q = lab.random(B, shape.steps, H, D)
+        self.key_weights, self.value_weights = (
+            (lab.weights(m, G, D), lab.weights(m, G, D)) if m > 1 else (None, None)
+        )
+        self.seqlens = torch.tensor(shape.lengths, dtype=torch.int32, device=lab.device)
+        self.table: Tensor | None = None
+        if shape.page is not None:
+            pages = B * shape.capacity // shape.page
+            order = torch.randperm(pages, device=lab.device).to(torch.int32)
+            self.table = order.view(B, shape.capacity // shape.page)
+
+    def split(self, buffer: Tensor) -> list[Tensor]:
+        """m contiguous caches (B, capacity, G, D)."""
+        s = self.shape
+        return list(buffer.view(s.sources, s.batch, s.capacity, s.kv_heads, s.head_dim).unbind(0))
+
+    def paged(self, buffer: Tensor) -> list[Tensor]:
+        """m pools (P, page size, G, D); the contiguous caches where there are no pages."""
+        caches = self.split(buffer)
+        return caches if self.shape.page is None else [
+            x.view(-1, self.shape.page, *x.shape[2:]) for x in caches
+        ]  # fmt: skip
+
+    def concat(self, buffer: Tensor) -> Tensor:
+        """One cache (B, capacity, G, m * D)."""
+        s = self.shape
+        return buffer.view(s.batch, s.capacity, s.kv_heads, s.sources * s.head_dim)
+
+    def sources_of(self, view: str, buffer: Tensor, b: int, g: int) -> list[Tensor]:
+        """The valid tokens of one sequence and head as (1, length, 1, D), one tensor per source."""
+        length = self.shape.lengths[b]
+        if view == "concat":
+            whole = self.concat(buffer)[b : b + 1, :length, g : g + 1]
+            return list(whole.chunk(self.shape.sources, dim=-1))
+        if view == "contiguous" or self.table is None:
+            return [x[b : b + 1, :length, g : g + 1] for x in self.split(buffer)]
+        pages = self.table[b, : -(-length // self.shape.page)].long()
+        return [x[:, :, g][pages].flatten(0, 1)[None, :length, None] for x in self.paged(buffer)]
+
+    @functools.cached_property
+    def checked(self) -> list[tuple[int, int]]:
+        """(sequence, KV head): first and last of each, and the longest sequence."""
+        lengths = self.shape.lengths
+        sequences = {0, len(lengths) - 1, lengths.index(max(lengths))}
+        return [(b, g) for b in sorted(sequences) for g in sorted({0, self.shape.kv_heads - 1})]
+
+    def exact(self, view: str) -> list[Tensor]:
+        """In float64, for ``checked``: (1, S, H / G, D) each; computed once per view."""
+        if view in self._exact:
+            return self._exact[view]
+        rows = self.shape.heads // self.shape.kv_heads
+        self._exact[view] = [
+            reference.fused_kv_attn_func(
+                self.q[b : b + 1, :, g * rows : (g + 1) * rows],
+                self.sources_of(view, self.key_buffers[0], b, g),
+                self.sources_of(view, self.value_buffers[0], b, g),
+                None if self.key_weights is None else self.key_weights[:, g : g + 1],
+                None if self.value_weights is None else self.value_weights[:, g : g + 1],
+                causal=True,
+                dtype=torch.float64,
+            )
+            for b, g in self.checked
+        ]
+        return self._exact[view]
+
+    def contestant(
+        self,
+        name: str,
+        view: str,
+        run: Callable[[int], Tensor],
+        group: str | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> Contestant:
+        """``run`` returns (B, S, H, D)."""
+        rows = self.shape.heads // self.shape.kv_heads
+
+        def check(result: Result) -> None:
+            assert result.shape == self.q.shape, f"{name}: shape {tuple(result.shape)}"
+            assert bool(torch.isfinite(result).all()), f"{name}: NaN or infinity"
+            for (b, g), exact in zip(self.checked, self.exact(view), strict=True):
+                got = result[b : b + 1, :, g * rows : (g + 1) * rows]
+                assert_near(f"{name}, sequence {b}, KV head {g}", got, exact)
+
+        return Contestant(name, run, check, group, prepare)
