@@ -1,4 +1,4 @@
-"""The derivative of fuse_kv: dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j.
+"""The derivative of fuse_kv: dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j; and of that again.
 
 Saves the weights and, only where these need a gradient, the sources, which the model keeps alive anyway.
 Never a fused tensor.
@@ -47,9 +47,15 @@ def _gradients(
     )
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    grad, sources, weights, *_ = inputs
+    ctx.save_for_backward(grad, weights, *sources)
+    ctx.set_materialize_grads(False)
+
+
 def register(namespace: str) -> None:
-    """Gives fuse_kv and fuse_kv_pair of a namespace, "fusedkv" or another with the same schemas, their
-    derivative."""
+    """Gives fuse_kv, fuse_kv_pair and fuse_kv_backward of a namespace, "fusedkv" or another with the same
+    schemas, their derivatives."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op = getattr(torch.ops, namespace).fuse_kv_backward.default
@@ -62,6 +68,25 @@ def register(namespace: str) -> None:
             results += _gradients(op, grad, sources, weights[i], *needs)
         return tuple(results)
 
+    def double_backward(ctx: Any, c: Tensor | None, d: Tensor | None) -> tuple[Any, ...]:
+        """c (m, B, T, G, D) and d (m, G, D) arrive for w_j (.) dout and for the sums of dout (.) x_j."""
+        ops = getattr(torch.ops, namespace)
+        grad, weights, *sources = ctx.saved_tensors
+        needs_grad, needs_sources, needs_weights, *_ = ctx.needs_input_grad
+        of_grad, of_sources, of_weights = [], [None] * len(sources), None
+        if c is not None:
+            of_grad.append(ops.fuse_kv.default(list(c.unbind(0)), weights))
+            if needs_weights:
+                of_weights = ops.fuse_kv_backward.default(grad, list(c.unbind(0)), weights, False, True)[1]
+        if d is not None:
+            of_grad.append(ops.fuse_kv.default(sources, d.contiguous()))
+            if any(needs_sources):
+                of_sources = [ops.fuse_kv.default([grad], x) for x in d.contiguous().split(1)]
+        return sum(of_grad) if needs_grad and of_grad else None, of_sources, of_weights, None, None
+
+    torch.library.register_autograd(
+        f"{namespace}::fuse_kv_backward", double_backward, setup_context=_save_backward
+    )
     for name in ("fuse_kv", "fuse_kv_pair"):
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=_save)
 

@@ -158,6 +158,17 @@ def test_gradcheck_in_float64(case: Case) -> None:
     assert torch.autograd.gradcheck(lambda *x: fuse_kv(x[:-1], x[-1]), inputs)
 
 
+@pytest.mark.parametrize("wanted", ["all", "sources", "weights"])
+def test_gradgradcheck_in_float64(wanted: str, device: torch.device) -> None:
+    """Gradients of gradients, as penalties on gradients need them."""
+    sources = [torch.randn(1, 3, 2, 8, dtype=torch.float64, device=device) for _ in range(2)]
+    weights = torch.randn(2, 2, 8, dtype=torch.float64, device=device)
+    for x in sources if wanted != "weights" else []:
+        x.requires_grad_()
+    weights.requires_grad_(wanted != "sources")
+    assert torch.autograd.gradgradcheck(lambda *x: fuse_kv(x[:-1], x[-1]), (*sources, weights))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_gradients_match_oracle(dtype: torch.dtype, layout: str, device: torch.device) -> None:

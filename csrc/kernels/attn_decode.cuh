@@ -74,11 +74,13 @@ __device__ __forceinline__ WorkPiece find_piece(const AttnCudaParams& p, int64_t
   if (p.batch_invariant) {
     w.next = at + 1;
     w.split = int(at - start);
-    w.splits = int(cost);
-    w.slot0 = start;
-    w.slot1 = start + 1;
-    w.slot_step = 1;
+    // A schedule of other lengths may ask for more than there is room for.
+    w.splits = cost < p.max_splits ? int(cost) : p.max_splits;
+    if (w.split >= w.splits) w.splits = 0;
     w.counter = w.b * items + item;
+    w.slot0 = w.counter * p.max_splits;
+    w.slot1 = w.slot0 + 1;
+    w.slot_step = 1;
     cell_begin = (cells.begin / kFixedSplitCells + w.split) * kFixedSplitCells;
     cell_end = cell_begin + kFixedSplitCells;
   } else {

@@ -31,7 +31,10 @@ struct AttnCudaParams {
   int64_t num_pages;
   int rows, row_groups;  // of the launch
   bool batch_invariant;
-  bool aligned;             // every row of q and the caches starts at a multiple of 16 bytes
+  int max_splits;    // of an item, if batch_invariant: fixed_splits of the capacity
+  bool aligned;      // every row of q and the caches starts at a multiple of 16 bytes
+  bool whole_pages;  // tokens 16 i .. 16 i + 15 follow each other: contiguous caches, or pages of a multiple
+                     // of 16
   const int32_t* schedule;  // (B + 1,) running sum of sequence_cost
   int32_t* counters;        // pieces that have arrived; one per block, or per item if batch_invariant; zeros
                             // between calls
@@ -74,6 +77,12 @@ FUSEDKV_HOST_DEVICE CellRange visible_cells(int64_t len, int64_t S, int64_t capa
 FUSEDKV_HOST_DEVICE int sequence_cost(CellRange cells, bool batch_invariant) {
   if (!batch_invariant) return cells.end - cells.begin + kItemCostCells;
   return (cells.end + kFixedSplitCells - 1) / kFixedSplitCells - cells.begin / kFixedSplitCells;
+}
+
+// The most splits that an item has in batch-invariant mode.
+FUSEDKV_HOST_DEVICE int fixed_splits(int64_t capacity) {
+  constexpr int64_t kSplitTokens = kFixedSplitCells * kCellTokens;
+  return capacity <= kSplitTokens ? 1 : int((capacity + kSplitTokens - 1) / kSplitTokens);
 }
 
 // What each block does of a total cost: [block * share, (block + 1) * share).

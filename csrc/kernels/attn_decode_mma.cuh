@@ -43,24 +43,63 @@ __device__ __forceinline__ void load_value_fragment(uint32_t (&a)[4], uint32_t t
       a, tile_address<kD>(tile, token + lane % 8 + (matrix >> 1) * 8, 2 * step + (matrix & 1)));
 }
 
-// Starts copying kTokens tokens of each source into its tile: kThreads threads take 16 bytes each in turn.
-// Lane l of every warp knows the place of token l % kTokens; channels beyond head_dim, tokens that are
-// nowhere and, where !any, everything become zeros.
+// Where the tokens of a tile lie: in whole pages (p.whole_pages) 16 of them follow each other, and every lane
+// knows the first of its run, else every lane knows token lane % kTokens.
+template <int kTokens>
+__device__ __forceinline__ TokenPlace find_tile(const AttnCudaParams& p, const WorkPiece& w, int t,
+                                                bool* bad) {
+  const int lane = threadIdx.x % kTokens;
+  if (!p.whole_pages) return find_token(p, w, t + lane, bad);
+  const int run = t + lane / 16 * 16;
+  // A run may begin before the piece, in a page of it.
+  TokenPlace place =
+      find_token(p, w, run < w.token_begin && run + 16 > w.token_begin ? w.token_begin : run, bad);
+  if (place.row >= 0 && run < w.token_begin) place.slot -= w.token_begin - run;
+  return place;
+}
+
+// Starts copying kTokens tokens from token t on of each source into its tile: kThreads threads take 16 bytes
+// each in turn. Channels beyond head_dim, tokens outside of the piece and pages that do not exist become
+// zeros.
 template <typename T, int kD, int kSources, int kTokens, int kThreads>
-__device__ __forceinline__ void copy_tile(const CacheTensor* caches, int g, int head_dim, uint32_t tiles,
+__device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkPiece& w,
+                                          const CacheTensor* caches, int head_dim, uint32_t tiles, int t,
                                           TokenPlace place, int thread) {
-  constexpr int kPieces = kD / 8;
-#pragma unroll 2
-  for (int i = 0; i < kTokens * kPieces / kThreads; ++i) {
-    const int index = i * kThreads + thread, token = index / kPieces, piece = index % kPieces;
-    TokenPlace at;
-    at.row = __shfl_sync(kFullWarp, place.row, token);
-    at.slot = __shfl_sync(kFullWarp, place.slot, token);
-    const bool there = at.row >= 0 && piece * 8 < head_dim;
+  constexpr int kPieces = kD / 8, kTileBytes = kTokens * kD * 2;
+  constexpr int kStep = kThreads / kPieces;  // tokens that the threads copy at a time
+  const int first = thread / kPieces, piece = thread % kPieces;
+  const int tokens = piece * 8 < head_dim ? w.token_end - w.token_begin : 0;
+  const auto copy = [&](const T* from, int j, int token, bool there) {
+    ptx::cp_async_16(tile_address<kD>(tiles + j * kTileBytes, token, piece), from + piece * 8,
+                     there ? 16 : 0);
+  };
+  if (p.whole_pages) {
 #pragma unroll
-    for (int j = 0; j < kSources; ++j) {
-      const T* from = token_data<T>(caches[j], g, there ? at : TokenPlace{0, 0}) + (there ? piece * 8 : 0);
-      ptx::cp_async_16(tile_address<kD>(tiles + j * (kTokens * kD * 2), token, piece), from, there ? 16 : 0);
+    for (int run = 0; run < kTokens; run += 16) {
+      TokenPlace at = place;
+      if (kTokens > 16) {
+        at.row = __shfl_sync(kFullWarp, place.row, run);
+        at.slot = __shfl_sync(kFullWarp, place.slot, run);
+      }
+      const unsigned there = at.row >= 0 ? tokens : 0;
+      at.slot += first;
+#pragma unroll
+      for (int j = 0; j < kSources; ++j) {
+        const T* from = token_data<T>(caches[j], w.g, at);
+#pragma unroll
+        for (int i = 0; i < 16; i += kStep, from += kStep * caches[j].stride_t)
+          copy(from, j, run + i + first, unsigned(t + run + i + first - w.token_begin) < there);
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int i = first; i < kTokens; i += kStep) {
+      TokenPlace at;
+      at.row = __shfl_sync(kFullWarp, place.row, i);
+      at.slot = __shfl_sync(kFullWarp, place.slot, i);
+#pragma unroll
+      for (int j = 0; j < kSources; ++j)
+        copy(token_data<T>(caches[j], w.g, at), j, i, at.row >= 0 && tokens > 0);
     }
   }
 }
@@ -76,8 +115,8 @@ __device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, cons
       static_cast<const T*>(p.q) + w.b * p.q_stride_b + at.s * p.q_stride_s + at.h * p.q_stride_h + d;
   const uint32_t pair = load(reinterpret_cast<const uint32_t*>(q));
   if (!p.key_weights) return pair;
-  const float2 a = load(reinterpret_cast<const float2*>(p.key_weights + (j * p.G + w.g) * p.D + d));
-  return pack(widen(T{uint16_t(pair)}) * a.x, widen(T{uint16_t(pair >> 16)}) * a.y, T{});
+  const float* a = p.key_weights + (j * p.G + w.g) * p.D + d;  // may be a view: aligned to 4 bytes only
+  return pack(widen(T{uint16_t(pair)}) * load(a), widen(T{uint16_t(pair >> 16)}) * load(a + 1), T{});
 }
 
 __device__ __forceinline__ float value_weight(const AttnDecodeParams& p, int j, int g, int d) {

@@ -201,25 +201,25 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
     }
 
   bool bad = false;
-  const auto place = [&](int t) { return find_token(p, w, t + lane, &bad); };
-  const auto copy_keys = [&](int stage, TokenPlace at) {
+  const auto copy_keys = [&](int stage, int t, TokenPlace at) {
     copy_tile<typename K::T, K::kD, K::kKeys, kTokens, K::kThreads>(
-        a.keys, w.g, int(a.D), base + stage * (K::kKeys * K::kTileBytes), at, threadIdx.x);
+        p, w, a.keys, int(a.D), base + stage * (K::kKeys * K::kTileBytes), t, at, threadIdx.x);
   };
-  const auto copy_values = [&](int stage, TokenPlace at) {
+  const auto copy_values = [&](int stage, int t, TokenPlace at) {
     copy_tile<typename K::T, K::kD, K::kValues, kTokens, K::kThreads>(
-        a.values, w.g, int(a.Dv), base + K::kLayout.value_ring + stage * (K::kValues * K::kTileBytes), at,
+        p, w, a.values, int(a.Dv), base + K::kLayout.value_ring + stage * (K::kValues * K::kTileBytes), t, at,
         threadIdx.x);
   };
 
   const int first = w.token_begin / kTokens * kTokens;
   if (first < w.token_end) {
-    const TokenPlace now = place(first);
-    TokenPlace next = place(first + kTokens), after = place(first + 2 * kTokens);
-    copy_keys(0, now);
+    const TokenPlace now = find_tile<kTokens>(p, w, first, &bad);
+    TokenPlace next = find_tile<kTokens>(p, w, first + kTokens, &bad);
+    TokenPlace after = find_tile<kTokens>(p, w, first + 2 * kTokens, &bad);
+    copy_keys(0, first, now);
     ptx::cp_async_commit();
-    copy_values(0, now);
-    copy_keys(1, next);
+    copy_values(0, first, now);
+    copy_keys(1, first + kTokens, next);
     ptx::cp_async_commit();
     fold_queries<K>(a, w, base + K::kLayout.queries);
     ptx::cp_async_wait<1>();
@@ -232,11 +232,11 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
       mask_and_max<K>(s, seen, a.scale * kLog2e, t + token + lane / 4,
                       base + K::kLayout.maxima + (token_half * K::kRows + row_begin) * 4);
       __syncthreads();
-      copy_values(stage ^ 1, next);
-      copy_keys(stage, after);
+      copy_values(stage ^ 1, t + kTokens, next);
+      copy_keys(stage, t + 2 * kTokens, after);
       ptx::cp_async_commit();
       next = after;
-      after = place(t + 3 * kTokens);
+      after = find_tile<kTokens>(p, w, t + 3 * kTokens, &bad);
       probabilities<K>(s, state, base, token_half, row_begin);
       ptx::cp_async_wait<1>();
       __syncthreads();

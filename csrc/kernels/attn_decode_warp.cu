@@ -101,18 +101,24 @@ __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)
   probabilities[1] = ptx::movmatrix_trans(pack(s[2], s[3], typename K::T{}));
 }
 
+// q (.) a_j of 8 rows as B fragments, rounded once.
+template <typename K>
+__device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][2], const AttnDecodeParams& p,
+                                             const WorkPiece& w) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < K::kKeys; ++j)
+#pragma unroll
+    for (int i = 0; i < K::kD / 8; ++i)
+      q[j][i / 2][i % 2] = folded_query<typename K::T>(p, w, w.row_begin + lane / 4, j, i * 8 + lane % 4 * 2);
+}
+
 // All steps of this warp: tokens first, first + 16 kWarps, ...
 template <typename K>
 __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPiece& w, uint32_t ring,
                                           State<K>& state) {
   const AttnDecodeParams& a = p.attn;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t q[K::kKeys][K::kSteps][2];
-#pragma unroll
-  for (int j = 0; j < K::kKeys; ++j)
-#pragma unroll
-    for (int i = 0; i < K::kD / 8; ++i)
-      q[j][i / 2][i % 2] = folded_query<typename K::T>(a, w, w.row_begin + lane / 4, j, i * 8 + lane % 4 * 2);
   SeenTokens seen[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -122,26 +128,28 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPie
 
   bool bad = false;
   const int first = w.token_begin / kTokens * kTokens + warp * kTokens, stride = K::kWarps * kTokens;
-  const auto place = [&](int t) { return find_token(p, w, t + lane % kTokens, &bad); };
-  const auto copy_keys = [&](int stage, TokenPlace at) {
-    copy_tile<typename K::T, K::kD, K::kKeys, kTokens, 32>(
-        a.keys, w.g, int(a.D), ring + stage * (K::kKeys * K::kTileBytes), at, lane);
-  };
   const uint32_t value_ring = ring + kStages * K::kKeys * K::kTileBytes;
-  const auto copy_values = [&](int stage, TokenPlace at) {
+  const auto copy_keys = [&](int stage, int t, TokenPlace at) {
+    copy_tile<typename K::T, K::kD, K::kKeys, kTokens, 32>(
+        p, w, a.keys, int(a.D), ring + stage * (K::kKeys * K::kTileBytes), t, at, lane);
+  };
+  const auto copy_values = [&](int stage, int t, TokenPlace at) {
     copy_tile<typename K::T, K::kD, K::kValues, kTokens, 32>(
-        a.values, w.g, int(a.Dv), value_ring + stage * (K::kValues * K::kTileBytes), at, lane);
+        p, w, a.values, int(a.Dv), value_ring + stage * (K::kValues * K::kTileBytes), t, at, lane);
   };
 
   if (first < w.token_end) {
     // One group of copies per step: the values of the step before and the keys of this one.
-    const TokenPlace now = place(first);
-    TokenPlace next = place(first + stride), after = place(first + 2 * stride);
-    copy_keys(0, now);
+    const TokenPlace now = find_tile<kTokens>(p, w, first, &bad);
+    TokenPlace next = find_tile<kTokens>(p, w, first + stride, &bad);
+    TokenPlace after = find_tile<kTokens>(p, w, first + 2 * stride, &bad);
+    copy_keys(0, first, now);
     ptx::cp_async_commit();
-    copy_values(0, now);
-    copy_keys(1, next);
+    copy_values(0, first, now);
+    copy_keys(1, first + stride, next);
     ptx::cp_async_commit();
+    uint32_t q[K::kKeys][K::kSteps][2];
+    fold_queries<K>(q, a, w);
     ptx::cp_async_wait<1>();
     __syncwarp();
     int stage = 0;
@@ -149,11 +157,11 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPie
       float s[4];
       scores<K>(s, ring + stage * (K::kKeys * K::kTileBytes), q);
       __syncwarp();  // everybody has read these keys, and the values of the step before
-      copy_values(stage ^ 1, next);
-      copy_keys(stage, after);
+      copy_values(stage ^ 1, t + stride, next);
+      copy_keys(stage, t + 2 * stride, after);
       ptx::cp_async_commit();
       next = after;
-      after = place(t + 3 * stride);
+      after = find_tile<kTokens>(p, w, t + 3 * stride, &bad);
       uint32_t probabilities[2];
       softmax(probabilities, s, state, a.scale * kLog2e, t + lane / 4, seen);
       ptx::cp_async_wait<1>();

@@ -3,7 +3,7 @@
 // Memory-bound: (m + 1) elements move per output element and m multiply-adds are done, so the shape of the
 // kernel is about loads in flight. A thread owns one 16-byte piece of the channels (g, d .. d + kVec - 1) and
 // walks over tokens: its weights stay in registers, neighbouring threads read contiguous bytes of a token,
-// and kFuseUnroll tokens times kSources sources are loaded before the first one is used. fp32 sums (fp64 for
+// and several tokens of all sources are loaded before the first one is used. fp32 sums (fp64 for
 // fp64), one rounding. K and V of a layer go in one launch, blockIdx.z picks.
 
 #include "kernels/fuse_kv.cuh"
@@ -15,10 +15,14 @@ namespace {
 constexpr int kMostColumns = 64;  // 1 KiB of a token
 constexpr int kWaves = 2;         // of blocks: evens out K and V of different m
 
-// Blocks on an SM at a time; kSources 0: any number.
+// Blocks on an SM at a time; sources 0: any number.
 constexpr int resident_blocks(int sources) {
-  return sources == 1 || sources == 2 ? 3 : 2;
+  return sources == 1 ? 3 : 2;
 }
+
+// Tokens that a thread loads before it uses the first: 8 loads or fewer, whose registers two blocks have.
+template <int kSources>
+constexpr int kTokensAtOnce = kSources == 4 ? 2 : 4;
 
 struct ForwardParams {
   FuseKVParams sums[2];
@@ -46,11 +50,12 @@ __device__ __forceinline__ Place place_of(const FuseKVParams& p, int b, int t) {
   return {Kind::kRead, page, position - entry * page_size};
 }
 
-// The next kFuseUnroll tokens of a walk.
+// The next tokens of a walk.
+template <int kUnroll>
 __device__ __forceinline__ void next_places(const FuseKVParams& p, TokenWalk& walk,
-                                            Place (&places)[kFuseUnroll]) {
+                                            Place (&places)[kUnroll]) {
 #pragma unroll
-  for (int u = 0; u < kFuseUnroll; ++u) {
+  for (int u = 0; u < kUnroll; ++u) {
     places[u] = {Kind::kNothing, 0, 0};
     if (walk.token < p.B * p.T) places[u] = place_of(p, walk.b, walk.t);
     walk.advance();
@@ -81,7 +86,7 @@ template <typename T, int kSources>
 __global__ void __launch_bounds__(kFuseThreads, resident_blocks(kSources))
     fuse_kv_forward_kernel(const __grid_constant__ ForwardParams params) {
   using Acc = typename SumType<T>::type;
-  constexpr int kVec = Piece<T>::kVec;
+  constexpr int kVec = Piece<T>::kVec, kUnroll = kTokensAtOnce<kSources>;
   const FuseKVParams& p = params.sums[blockIdx.z];
   const ThreadPlace<T> thread(p, params.columns[blockIdx.z]);
   if (!thread.active) return;
@@ -95,16 +100,16 @@ __global__ void __launch_bounds__(kFuseThreads, resident_blocks(kSources))
   TokenWalk walk(int64_t(blockIdx.x) * thread.rows + thread.row, int64_t(gridDim.x) * thread.rows, p);
   while (walk.token < p.B * p.T) {
     T* out = static_cast<T*>(p.out) + walk.token * width + thread.channel;
-    Place places[kFuseUnroll];
+    Place places[kUnroll];
     next_places(p, walk, places);
-    Piece<T> x[kFuseUnroll][kSources];
+    Piece<T> x[kUnroll][kSources];
 #pragma unroll
-    for (int u = 0; u < kFuseUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
       for (int j = 0; j < kSources; ++j)
         if (j == 0 || j < p.m) x[u][j] = piece_at<T>(p.sources[j], places[u], thread);
 #pragma unroll
-    for (int u = 0; u < kFuseUnroll; ++u) {
+    for (int u = 0; u < kUnroll; ++u) {
       Acc sum[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[i] = w[0][i] * widen(x[u][0].element[i]);
@@ -125,7 +130,7 @@ template <typename T>
 __global__ void __launch_bounds__(kFuseThreads, resident_blocks(0))
     fuse_kv_forward_any_kernel(const __grid_constant__ ForwardParams params) {
   using Acc = typename SumType<T>::type;
-  constexpr int kVec = Piece<T>::kVec;
+  constexpr int kVec = Piece<T>::kVec, kUnroll = kTokensAtOnce<0>;
   const FuseKVParams& p = params.sums[blockIdx.z];
   const ThreadPlace<T> thread(p, params.columns[blockIdx.z]);
   if (!thread.active) return;
@@ -134,26 +139,26 @@ __global__ void __launch_bounds__(kFuseThreads, resident_blocks(0))
   TokenWalk walk(int64_t(blockIdx.x) * thread.rows + thread.row, int64_t(gridDim.x) * thread.rows, p);
   while (walk.token < p.B * p.T) {
     T* out = static_cast<T*>(p.out) + walk.token * width + thread.channel;
-    Place places[kFuseUnroll];
+    Place places[kUnroll];
     next_places(p, walk, places);
-    Acc sums[kFuseUnroll][kVec];
+    Acc sums[kUnroll][kVec];
 #pragma unroll
-    for (int u = 0; u < kFuseUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sums[u][i] = Acc(-0.f);  // -0 + x = x, whatever the sign of a zero x
     for (int j = 0; j < p.m; ++j) {
-      Piece<T> x[kFuseUnroll];
+      Piece<T> x[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kFuseUnroll; ++u) x[u] = piece_at<T>(p.sources[j], places[u], thread);
+      for (int u = 0; u < kUnroll; ++u) x[u] = piece_at<T>(p.sources[j], places[u], thread);
       Acc w[kVec];
       read_sums(static_cast<const Acc*>(p.weights) + thread.channel + j * width, w);
 #pragma unroll
-      for (int u = 0; u < kFuseUnroll; ++u)
+      for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sums[u][i] += w[i] * widen(x[u].element[i]);
     }
 #pragma unroll
-    for (int u = 0; u < kFuseUnroll; ++u) write_token(out + u * walk.step * width, places[u], sums[u]);
+    for (int u = 0; u < kUnroll; ++u) write_token(out + u * walk.step * width, places[u], sums[u]);
   }
 }
 

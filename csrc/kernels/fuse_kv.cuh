@@ -7,7 +7,6 @@
 namespace fusedkv {
 
 constexpr int kFuseThreads = 256;
-constexpr int kFuseUnroll = 4;  // tokens that a thread loads before it uses the first
 
 // 16-byte pieces of the channels that a block covers, at most `most`: as many in all blocks as possible, so
 // that few threads of the last one have nothing to do.

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kFuseThreads, 2)
     fuse_kv_backward_kernel(const __grid_constant__ BackwardParams params) {
   using Acc = typename SumType<T>::type;
   constexpr int kVec = Piece<T>::kVec;
-  constexpr int kUnroll = kFuseUnroll / kSources;
+  constexpr int kUnroll = 4 / kSources;  // tokens that a thread loads before it uses the first
   const FuseKVParams& p = params.op;
   const ThreadPlace<T> thread(p, params.columns);
   const int64_t width = p.G * p.D, first_token = blockIdx.x * kFuseChunkTokens;
