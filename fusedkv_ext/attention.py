@@ -308,6 +308,7 @@ class FusedKVAttention(nn.Module):
                     causal=True,
                     window_size=self.window_size,
                     schedule=cache.schedule(*part.shape[1:3], kv_heads, self.window_size),
+                    host_seqlens=cache.lengths,
                 )
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

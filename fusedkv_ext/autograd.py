@@ -1,4 +1,4 @@
-"""The derivative of fuse_kv: dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j; and of that again.
+"""The derivative of fuse_kv, dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j, and of that.
 
 Saves the weights and, only where these need a gradient, the sources, which the model keeps alive anyway.
 Never a fused tensor.

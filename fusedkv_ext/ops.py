@@ -220,6 +220,7 @@ def fused_kv_attn_with_kvcache(
     return_lse: bool = False,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
+    host_seqlens: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
@@ -237,13 +238,15 @@ def fused_kv_attn_with_kvcache(
             is made anew. Without effect on the result.
         batch_invariant: a sequence gets the same bits in any batch, at the price of more work on the GPU: its
             splits are fixed, not fitted to the batch. On the CPU they always are.
+        host_seqlens: the numbers in cache_seqlens, if the host has them: with many rows a CUDA call then does
+            not wait for the device to read them.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives
         zeros and -inf.
 
-    Two runs give the same bits, whatever the number of threads. A CUDA call waits for nothing on the host and
-    can be captured in a graph that is replayed with other lengths.
+    Two runs give the same bits, whatever the number of threads. With few rows (``decode_max_rows``) a CUDA
+    call waits for nothing and can be captured in a graph that is replayed with other lengths.
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
@@ -274,7 +277,7 @@ def fused_kv_attn_with_kvcache(
         _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, batch_invariant)
     arguments = (*tensors.values(), cache_seqlens, block_table, scale, left, right)
     if not (return_lse or batch_invariant or folds_cached(q, key_caches, value_caches, q.device.type)):
-        return _prefill_with_kvcache(*arguments)
+        return _prefill_with_kvcache(*arguments, _lengths(cache_seqlens, host_seqlens))
     out, lse = _call(_ops.attn_with_kvcache.default, *arguments, schedule, batch_invariant)
     return (out, lse) if return_lse else out
 
@@ -564,6 +567,7 @@ def _prefill_with_kvcache(
     scale: float,
     left: int,
     right: int,
+    lengths: Sequence[int],
 ) -> Tensor:
     """Many rows: fuse the tokens that some row sees, once, then dense attention.
 
@@ -579,27 +583,34 @@ def _prefill_with_kvcache(
     B, S = q.shape[:2]
     page_size = key_caches[0].shape[1]
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
-    lengths = cache_seqlens.tolist()
-    out = q.new_zeros(*q.shape[:3], value_caches[0].shape[3])
 
-    def attend(rows: slice, length: int) -> None:
-        if not 0 <= length <= capacity:  # Only CUDA lengths come here unchecked.
-            out[rows] = math.nan
-            return
-        if length == 0:
-            return
+    def attend(rows: slice, length: int) -> Tensor:
+        if not 0 < length <= capacity:  # Only CUDA lengths come here unchecked.
+            blind = 0.0 if length == 0 else math.nan
+            return q.new_full((*q[rows].shape[:3], value_caches[0].shape[3]), blind)
         new = min(S, length)
         tokens = length if left < 0 else min(length, new + left)
         table = None if block_table is None else block_table[rows]
         k, v = (_gather(*side, rows, cache_seqlens[rows], table, length, tokens) for side in sides)
-        out[rows, S - new :] = dense_attention(q[rows, S - new :], k, v, scale, left, right)
+        out = dense_attention(q[rows, S - new :], k, v, scale, left, right)
+        return out if new == S else torch.nn.functional.pad(out, (0, 0, 0, 0, S - new, 0))
 
-    if B and len(set(lengths)) == 1:
-        attend(slice(0, B), lengths[0])
-    else:
-        for b, length in enumerate(lengths):
-            attend(slice(b, b + 1), length)
-    return out
+    if len(set(lengths)) == 1:
+        return attend(slice(0, B), lengths[0])
+    outs = [attend(slice(b, b + 1), length) for b, length in enumerate(lengths)]
+    return torch.cat(outs) if outs else q.new_zeros(*q.shape[:3], value_caches[0].shape[3])
+
+
+def _lengths(cache_seqlens: Tensor, host_seqlens: Sequence[int] | None) -> Sequence[int]:
+    """The lengths on the host; CUDA's are waited for if nobody has brought them."""
+    if host_seqlens is None or cache_seqlens.device.type == "cpu" or _debug_checks:
+        lengths = cache_seqlens.tolist()
+        if host_seqlens is not None and list(host_seqlens) != lengths:
+            raise ValueError(f"host_seqlens is {list(host_seqlens)}; cache_seqlens holds {lengths}")
+        return lengths
+    if len(host_seqlens) != len(cache_seqlens):
+        raise ValueError(f"host_seqlens has {len(host_seqlens)} entries; expected {len(cache_seqlens)}")
+    return host_seqlens
 
 
 def _gather(

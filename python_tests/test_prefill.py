@@ -110,3 +110,12 @@ def test_a_cuda_graph_keeps_to_the_kernel(capturing: bool, monkeypatch: pytest.M
     caches = [torch.empty(1, 700, 2, 128, dtype=torch.bfloat16, device="meta")]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     assert ops.folds_cached(OnGpu(), caches, caches, "cuda") == capturing
+
+
+def test_host_lengths_change_nothing_and_must_be_those_of_the_tensor(device: torch.device) -> None:
+    case = Case("host", B=3, S=40, T=70, lengths=(70, 5, 40), page_size=16)
+    args, state = cache_inputs(case, device)
+    expected = fused_kv_attn_with_kvcache(*args, **state)
+    assert_same_bits(fused_kv_attn_with_kvcache(*args, **state, host_seqlens=case.lengths), expected)
+    with pytest.raises(ValueError, match="host_seqlens"):
+        fused_kv_attn_with_kvcache(*args, **state, host_seqlens=(70, 5))
