@@ -70,18 +70,18 @@ def register(namespace: str) -> None:
 
     def double_backward(ctx: Any, c: Tensor | None, d: Tensor | None) -> tuple[Any, ...]:
         """c (m, B, T, G, D) and d (m, G, D) arrive for w_j (.) dout and for the sums of dout (.) x_j."""
-        ops = getattr(torch.ops, namespace)
+        native = getattr(torch.ops, namespace)
         grad, weights, *sources = ctx.saved_tensors
         needs_grad, needs_sources, needs_weights, *_ = ctx.needs_input_grad
         of_grad, of_sources, of_weights = [], [None] * len(sources), None
         if c is not None:
-            of_grad.append(ops.fuse_kv.default(list(c.unbind(0)), weights))
+            of_grad.append(native.fuse_kv.default(list(c.unbind(0)), weights))
             if needs_weights:
-                of_weights = ops.fuse_kv_backward.default(grad, list(c.unbind(0)), weights, False, True)[1]
+                of_weights = native.fuse_kv_backward.default(grad, list(c.unbind(0)), weights, False, True)[1]
         if d is not None:
-            of_grad.append(ops.fuse_kv.default(sources, d.contiguous()))
+            of_grad.append(native.fuse_kv.default(sources, d.contiguous()))
             if any(needs_sources):
-                of_sources = [ops.fuse_kv.default([grad], x) for x in d.contiguous().split(1)]
+                of_sources = [native.fuse_kv.default([grad], x) for x in d.contiguous().split(1)]
         return sum(of_grad) if needs_grad and of_grad else None, of_sources, of_weights, None, None
 
     torch.library.register_autograd(
