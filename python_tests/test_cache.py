@@ -11,7 +11,9 @@ import torch
 from tiny import NAMED, PLANS
 from torch import Tensor
 
+from fusedkv_ext import ops
 from fusedkv_ext.cache import CacheFullError, KVCache
+from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
 
 HEADS, DIM = 2, 16
@@ -338,3 +340,20 @@ def test_any_sequence_of_calls_keeps_tokens_and_pages(options: dict, seed: int) 
     pages = None if not options else twin.cache._table.num_pages
     twin.reset(choose)
     assert twin.cache.free_pages == pages
+
+
+def test_layers_that_ask_alike_share_the_schedule_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here the cache only says that it is on one, and the planner counts."""
+    made: list[dict] = []
+    monkeypatch.setattr(ops, "decode_schedule", lambda seq_lens, **sizes: made.append(sizes) or object())
+    cache = KVCache(CachePlan.named("fusedkv", 4), 2, 30, 2, 8, page_size=16)
+    assert cache.schedule(1, 4, 2) is None and not made  # the CPU needs none
+    cache.device = torch.device("cuda")
+    cache.advance(3)
+    first = cache.schedule(1, 4, 2)
+    assert cache.schedule(1, 4, 2) is first and made[0]["capacity"] == 32
+    assert cache.schedule(1, 4, 2, (7, 0)) is not first  # another window, another cut
+    for change in (lambda: cache.advance(1), cache.begin_step, lambda: cache.crop(2), cache.reset):
+        before = cache.schedule(1, 4, 2)
+        change()
+        assert cache.schedule(1, 4, 2) is not before
