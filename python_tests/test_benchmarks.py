@@ -20,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from gpu_suite import report, worker
-from gpu_suite.cells import FAMILIES, NO_TIME, TINY, Sizes, ordered_cells
+from gpu_suite.cells import FAMILIES, NO_TIME, TINY, Sizes
 from gpu_suite.measure import Case, Contestant, Lab, assert_near
+from gpu_suite.order import ordered_cells
 from gpu_suite.supervise import read_log, supervise
 
 

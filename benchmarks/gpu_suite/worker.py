@@ -19,8 +19,9 @@ import torch
 
 import fusedkv_ext as fkv
 from gpu_suite import triton_fused
-from gpu_suite.cells import NO_TIME, TINY, Cell, Sizes, ordered_cells
+from gpu_suite.cells import NO_TIME, TINY, Cell, Sizes
 from gpu_suite.measure import DeadDevice, Lab, Row, brief
+from gpu_suite.order import ordered_cells
 from gpu_suite.supervise import read_log
 
 DEAD_DEVICE = 3  # exit status
