@@ -58,7 +58,7 @@ def _fake_attn_schedule(cache_seqlens: Tensor, *args: int) -> Tensor:
         return cache_seqlens.new_empty(0)
     query_length, num_heads, num_kv_heads, _, _, batch_invariant = args
     items = num_kv_heads * -(-query_length * (num_heads // num_kv_heads) // _GENERIC_ROWS)
-    counters = cache_seqlens.shape[0] * items if batch_invariant else _MAX_BLOCKS
+    counters = _MAX_BLOCKS + (cache_seqlens.shape[0] * items if batch_invariant else 0)
     return cache_seqlens.new_empty(cache_seqlens.shape[0] + 1 + counters)
 
 

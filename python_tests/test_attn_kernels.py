@@ -43,6 +43,7 @@ CASES = [
     Case("rows_64", S=16, H=4, G=1, D=128, dtype=BF16, page_size=16, **RAGGED),
     Case("rows_64_D64", S=16, H=4, G=1, D=64, dtype=FP16, **RAGGED),
     Case("rows_64_D256", S=8, H=8, G=1, D=256, m_k=1, m_v=1, dtype=BF16, page_size=7, **RAGGED),
+    Case("rows_padded_D_72_Dv_24", S=8, H=4, G=2, D=72, Dv=24, dtype=BF16, page_size=16, **RAGGED),
     Case("rows_100_in_two_groups", S=50, H=4, G=2, D=64, dtype=BF16, page_size=16, **RAGGED),
     Case("window", S=1, H=4, G=2, D=64, dtype=BF16, window=(100, -1), page_size=16, **RAGGED),
     Case("window_rows", S=5, H=4, G=1, D=64, dtype=BF16, window=(33, -1), page_size=16, **RAGGED),
@@ -93,7 +94,11 @@ SPLIT_CASES = [
 ]
 
 
-@pytest.mark.parametrize(**named(SPLIT_CASES))
+# Rows before the first token, whose items are split like all others.
+BLIND_ROWS = Case("blind_rows", B=3, S=70, T=64, H=2, G=2, D=64, dtype=BF16, lengths=(64, 0, 40))
+
+
+@pytest.mark.parametrize(**named([*SPLIT_CASES, BLIND_ROWS]))
 @pytest.mark.parametrize("sm_count", [1, 2, 5, 16, 132])
 def test_result_does_not_depend_on_how_many_blocks_share_the_work(
     case: Case, sm_count: int, simt: Simt, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +142,8 @@ def test_rows_kernel_makes_do_with_less_shared_memory(
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["fitted", "batch_invariant"])
 @pytest.mark.parametrize(**named(SPLIT_CASES))
 def test_layers_share_a_schedule(case: Case, batch_invariant: bool, device: torch.device) -> None:
+    # Long enough that the executor's three blocks and the fixed splits of 1024 tokens both cut an item.
+    case = Case(**{**vars(case), "T": 1100, "lengths": (1100, 0, 60)})
     args, state = cache_inputs(case, device)
     page_size = case.page_size or 1
     capacity = page_size * math.ceil(case.T / page_size)
@@ -190,14 +197,17 @@ def test_length_out_of_range_gives_nan_and_touches_no_other_sequence(
     args, state = cache_inputs(case, device)
     expected = attend(case, args, state)
     for bad in (-1, -(2**31), 400, 2**31 - 1):
-        state["cache_seqlens"][1] = bad
+        state["cache_seqlens"][0] = bad  # its first tokens are there all the same
         out, lse = attend(case, args, state)
-        assert out[1].isnan().all() and lse[1].isnan().all()
-        rest = [0, 2]
+        assert out[0].isnan().all() and lse[0].isnan().all()
+        rest = [1, 2]
         assert_near(out[rest], expected[0][rest], 4)
 
 
-@pytest.mark.parametrize(**named(SPLIT_CASES))
+PAGE_CASES = [*SPLIT_CASES, Case("warp_8_rows", S=2, H=4, G=1, D=64, dtype=BF16, page_size=7, **RAGGED)]
+
+
+@pytest.mark.parametrize(**named(PAGE_CASES))
 def test_page_out_of_range_gives_nan_and_touches_no_other_sequence(
     case: Case, backend: str, device: torch.device
 ) -> None:
@@ -212,12 +222,84 @@ def test_page_out_of_range_gives_nan_and_touches_no_other_sequence(
         assert_same_bits((out[1:], lse[1:]), (expected[0][1:], expected[1][1:]))
 
 
-def test_pages_left_of_the_window_are_not_looked_at(backend: str, device: torch.device) -> None:
-    case = Case("window", S=2, H=4, G=2, D=64, dtype=BF16, window=(100, -1), page_size=16, **RAGGED)
+def nonfinite(value: float, token: int, which: int) -> Callable[[tuple], None]:
+    """Sets one element of a source: ``which`` 1 of the keys, 2 of the values."""
+    return lambda args: args[which][0][0, token, 0, :].__setitem__(3, value)
+
+
+# In place changes of (q, keys, values, key_weights, value_weights). Only the last row sees token 299.
+SPECIAL = {
+    "equal_scores": lambda args: args[0].zero_(),
+    "one_huge_score": lambda args: args[1][0][0, 50].mul_(1000),
+    "key_nan": nonfinite(math.nan, 50, 1),
+    "last_key_nan": nonfinite(math.nan, 299, 1),
+    "value_nan": nonfinite(math.nan, 50, 2),
+    "value_infinite": nonfinite(math.inf, 50, 2),
+    "no_key_weight": lambda args: args[3].zero_(),
+    "no_value_weight": lambda args: args[4].zero_(),
+    "key_weights_1e30": lambda args: args[3].mul_(1e30),
+    "key_weights_1e-30": lambda args: args[3].mul_(1e-30),
+    "value_weights_1e30": lambda args: args[4].mul_(1e30),
+}
+SPECIAL_CASES = [
+    Case("warp", S=2, H=4, G=2, D=64, dtype=BF16, **RAGGED),
+    Case("rows", S=5, H=4, G=2, D=64, dtype=BF16, **RAGGED),
+    Case("generic", S=2, H=4, G=2, D=64, **RAGGED),
+]
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(**named(SPECIAL_CASES))
+def test_special_values_match_oracle(case: Case, special: str, device: torch.device) -> None:
+    args, state = cache_inputs(case, device)
+    SPECIAL[special](args)
+    op, oracle = fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache
+    assert_matches_oracle(op, oracle, *args, **state, **case.options, terms=case.terms)
+
+
+@pytest.mark.parametrize(**named(SPECIAL_CASES))
+def test_weights_may_start_anywhere(case: Case, device: torch.device) -> None:
+    """Views into a flat buffer of parameters: aligned to 4 bytes, no more."""
+    (*caches, a, b), state = cache_inputs(case, device)
+    views = []
+    for weights in (a, b):
+        flat = torch.zeros(weights.numel() + 1, device=device)
+        flat[1:] = weights.flatten()
+        views.append(flat[1:].view(weights.shape))
+    assert_same_bits(attend(case, (*caches, *views), state), attend(case, (*caches, a, b), state))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "keys", "values"])
+def test_one_tensor_whose_rows_are_not_aligned(which: int, device: torch.device) -> None:
+    """It starts at an aligned address, and its next row does not."""
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.cat((x, x[..., :1]), dim=-1)[..., :-1]
+
+    args, state = cache_inputs(SPECIAL_CASES[0], device)
+    expected = attend(SPECIAL_CASES[0], args, state)
+    views = [*args]
+    views[which] = wide(views[which]) if which == 0 else [*views[which][:1], wide(views[which][1])]
+    out, _ = attend(SPECIAL_CASES[0], tuple(views), state)
+    assert_near(out, expected[0], 4)
+
+
+WINDOW_CASES = [
+    Case("warp", S=2, H=4, G=2, D=64, dtype=BF16, window=(100, -1), page_size=16, **RAGGED),
+    Case("warp_page_size_7", S=2, H=4, G=2, D=64, dtype=BF16, window=(100, -1), page_size=7, **RAGGED),
+    Case("rows", S=5, H=4, G=2, D=64, dtype=BF16, window=(80, -1), page_size=16, **RAGGED),
+    Case("rows_page_size_7", S=5, H=4, G=2, D=64, dtype=BF16, window=(80, -1), page_size=7, **RAGGED),
+    Case("generic", S=2, H=4, G=2, D=64, window=(100, -1), page_size=7, **RAGGED),
+]
+
+
+@pytest.mark.parametrize(**named(WINDOW_CASES))
+def test_pages_left_of_the_window_are_not_looked_at(case: Case, backend: str, device: torch.device) -> None:
     args, state = cache_inputs(case, device)
     expected = attend(case, args, state)
-    # Row 298, the first of two, sees keys from 198 on. (The CPU checks the pages of whole splits.)
-    state["block_table"][0, : 198 // 16] = 0 if backend == "cpu" else 2**31 - 1
+    first = 300 - case.S - case.window[0]  # that the first row sees
+    # (The CPU checks the pages of whole splits.)
+    state["block_table"][0, : first // case.page_size] = 0 if backend == "cpu" else 2**31 - 1
     assert_same_bits(attend(case, args, state), expected)
 
 
@@ -232,6 +314,33 @@ def test_schedule_of_another_kind_is_refused(
     schedule = make_schedule(case, state, 304)
     with pytest.raises((ValueError, TypeError), match="schedule"):
         attend(case, args, state, schedule=break_it(schedule))
+
+
+@pytest.mark.parametrize("made_for", [True, False], ids=["batch_invariant", "fitted"])
+def test_schedule_of_the_other_mode_is_refused(made_for: bool, backend: str, device: torch.device) -> None:
+    """Also where one counter per block and one per item are equally many."""
+    if backend == "cpu":
+        pytest.skip("the CPU needs no schedule")
+    case = Case("equal", B=64, S=1, T=9, H=32, G=32, D=8)
+    args, state = cache_inputs(case, device)
+    schedule = make_schedule(case, state, case.T, batch_invariant=made_for)
+    with pytest.raises(ValueError, match="schedule"):
+        attend(case, args, state, schedule=schedule, batch_invariant=not made_for)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["fitted", "batch_invariant"])
+@pytest.mark.parametrize(**named(SPLIT_CASES))
+def test_schedule_of_other_lengths_stays_inside_all_buffers(
+    case: Case, batch_invariant: bool, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are then wrong, but no kernel reads or writes where it must not: the executor checks."""
+    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    case = Case(**{**vars(case), "T": 1100, "lengths": (1100, 0, 77)})  # items of two fixed splits
+    args, state = cache_inputs(case, CPU)
+    for lengths in ((0, 0, 0), (1, 300, 5), (90000, 2000, 90000), (2**31 - 1, 2**30, -5)):
+        other = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
+        schedule = make_schedule(case, other, 100000, batch_invariant=batch_invariant)
+        attend(case, args, state, schedule=schedule, batch_invariant=batch_invariant)
 
 
 @pytest.mark.cuda

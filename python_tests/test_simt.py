@@ -155,6 +155,8 @@ ERRORS = {
     "exited_lane_in_mask": r"__shfl_sync.*0x00000100 have exited|deadlock.*__shfl_sync.*lanes 0x00000100",
     "lane_that_does_not_come": r"deadlock.*lanes 0x00000100 of warp 1 have not come|divergent __sync",
     "divergent_collective": r"deadlock.*__shfl_xor_sync.*selftest\.cu.*__shfl_xor_sync.*selftest\.cu",
+    "missing_wait": r"selftest\.cu:\d+: cp.async to shared memory that an earlier cp.async may still write",
+    "missing_commit": r"cp.async to shared memory that an earlier cp.async may still write",
     "shuffle_from_outside_the_mask": r"reads lane \d+, which is not in the shuffle's mask",
 }
 # Faults that show as a wrong result.
@@ -162,9 +164,7 @@ WRONG_RESULTS = [
     "missing_syncthreads",
     "missing_syncwarp",
     "missing_second_barrier",
-    "missing_wait",
     "short_wait",
-    "missing_commit",
     "stage_overwritten_in_use",
 ]
 

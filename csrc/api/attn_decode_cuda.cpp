@@ -26,10 +26,10 @@ bool aligned16(const AttnDecodeParams& p) {
   return aligned;
 }
 
-// A schedule (int32): the running sum of B + 1 numbers, then the counters, one for each block of a grid or
-// one for each item. (fusedkv_ext/_fakes.py knows its length too.)
+// A schedule (int32): the running sum of B + 1 numbers, then the counters, one for each block of a grid and,
+// if batch_invariant, one for each item: the length tells the mode. (fusedkv_ext/_fakes.py knows it too.)
 int64_t num_counters(int64_t B, int64_t rows, int64_t G, bool batch_invariant) {
-  return batch_invariant ? B * G * ((rows + kGenericRows - 1) / kGenericRows) : kMaxBlocks;
+  return kMaxBlocks + (batch_invariant ? B * G * ((rows + kGenericRows - 1) / kGenericRows) : 0);
 }
 
 Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_heads, int64_t num_kv_heads,
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
   set_options(a, layout, softmax_scale, window_left, window_right);
-  check_value(layout.capacity <= INT32_MAX - 4 * kCellTokens, "the caches hold ", layout.capacity,
-              " tokens per sequence; expected fewer than 2^31");
+  check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitCells * kCellTokens, "the caches hold ",
+              layout.capacity, " tokens per sequence; expected fewer than 2^31");
   Tensor out = torch::stable::new_empty(q, {a.B, a.S, a.H, a.Dv});
   Tensor lse = torch::stable::new_empty(q, {a.B, a.H, a.S}, ScalarType::Float);
   if (a.B * a.S == 0) return {out, lse};
@@ -81,6 +81,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   p.num_pages = layout.num_pages;
   p.batch_invariant = batch_invariant;
   p.aligned = aligned16(a);
+  p.whole_pages = !block_table || layout.page_size % 16 == 0;
   const int64_t rows = num_rows(a), counters = num_counters(a.B, rows, a.G, batch_invariant);
   if (!schedule)
     schedule = attn_schedule(cache_seqlens, a.S, a.H, a.G, p.capacity, a.window_left, batch_invariant);
@@ -99,11 +100,9 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
   p.rows = launch.rows;
   p.row_groups = launch.row_groups;
+  p.max_splits = fixed_splits(p.capacity);
   // A block has at most two split items; with fixed splits every split has its place.
-  constexpr int64_t kSplitTokens = kFixedSplitCells * kCellTokens;
-  const int64_t slots = batch_invariant
-                            ? a.B * a.G * p.row_groups * ((p.capacity + kSplitTokens - 1) / kSplitTokens + 1)
-                            : 2 * int64_t(blocks);
+  const int64_t slots = batch_invariant ? a.B * a.G * p.row_groups * p.max_splits : 2 * int64_t(blocks);
   Tensor partial = torch::stable::new_empty(q, {slots * p.rows * (a.Dv + 1)}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());

@@ -47,11 +47,12 @@ __device__ __forceinline__ void fold_queries(const AttnDecodeParams& p, const Wo
 #pragma unroll 1
   for (int i = threadIdx.x; i < K::kKeys * K::kRows * K::kD / 8; i += K::kThreads) {
     const int piece = i % (K::kD / 8), row = i / (K::kD / 8) % K::kRows, j = i / (K::kD / 8) / K::kRows;
+    const auto* from = query_data<typename K::T>(p, w, w.row_begin + row);
     uint4 x;
-    x.x = folded_query<typename K::T>(p, w, w.row_begin + row, j, piece * 8);
-    x.y = folded_query<typename K::T>(p, w, w.row_begin + row, j, piece * 8 + 2);
-    x.z = folded_query<typename K::T>(p, w, w.row_begin + row, j, piece * 8 + 4);
-    x.w = folded_query<typename K::T>(p, w, w.row_begin + row, j, piece * 8 + 6);
+    x.x = folded_query(p, w, from, j, piece * 8);
+    x.y = folded_query(p, w, from, j, piece * 8 + 2);
+    x.z = folded_query(p, w, from, j, piece * 8 + 4);
+    x.w = folded_query(p, w, from, j, piece * 8 + 6);
     ptx::st_shared_b128(tile_address<K::kD>(queries + j * (K::kRows * K::kD * 2), row, piece), x);
   }
 }

@@ -106,11 +106,11 @@ template <typename K>
 __device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][2], const AttnDecodeParams& p,
                                              const WorkPiece& w) {
   const int lane = threadIdx.x % 32;
+  const auto* row = query_data<typename K::T>(p, w, w.row_begin + lane / 4);
 #pragma unroll
   for (int j = 0; j < K::kKeys; ++j)
 #pragma unroll
-    for (int i = 0; i < K::kD / 8; ++i)
-      q[j][i / 2][i % 2] = folded_query<typename K::T>(p, w, w.row_begin + lane / 4, j, i * 8 + lane % 4 * 2);
+    for (int i = 0; i < K::kD / 8; ++i) q[j][i / 2][i % 2] = folded_query(p, w, row, j, i * 8 + lane % 4 * 2);
 }
 
 // All steps of this warp: tokens first, first + 16 kWarps, ...

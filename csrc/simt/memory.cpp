@@ -17,7 +17,7 @@ struct Buffer {
 };
 
 struct Copy {
-  unsigned char* to;
+  uint32_t to;
   const void* from;  // nullptr: zeros
   int64_t group;
 };
@@ -33,6 +33,7 @@ size_t last_hit = 0;
 std::vector<uint4> shared_storage;  // aligned to 16 at least
 size_t shared_size = 0;
 std::vector<Copies> copies;
+std::vector<bool> in_flight;  // pieces of 16 bytes that a copy will still write
 
 bool contains(const Buffer& b, uintptr_t address, size_t bytes) {
   return address >= b.start && address - b.start <= b.bytes && bytes <= b.bytes - (address - b.start);
@@ -57,6 +58,7 @@ void begin_block(int threads, size_t shared_bytes) {
   shared_size = shared_bytes;
   shared_storage.resize((shared_bytes + 15) / 16);
   if (shared_bytes) memset(shared_storage.data(), 0xff, shared_bytes);
+  in_flight.assign(shared_storage.size(), false);
   copies.resize(size_t(threads));
   for (Copies& c : copies) {
     c.under_way.clear();
@@ -66,8 +68,11 @@ void begin_block(int threads, size_t shared_bytes) {
 
 unsigned char* shared_at(uint32_t address, uint32_t bytes, const char* what, Site site) {
   const uint32_t offset = address - kSharedBase;
-  if (address >= kSharedBase && uint64_t(offset) + bytes <= shared_size && address % bytes == 0)
+  if (address >= kSharedBase && uint64_t(offset) + bytes <= shared_size && address % bytes == 0) {
+    if (in_flight[offset / 16] && (!strcmp(what, "store") || !strcmp(what, "cp.async")))
+      fail(site, std::string(what) + " to shared memory that an earlier cp.async may still write");
     return reinterpret_cast<unsigned char*>(shared_storage.data()) + offset;
+  }
   char text[160];
   snprintf(text, sizeof text, "%s of %u bytes of shared memory at offset %lld (block has %zu)%s", what, bytes,
            (long long)address - (long long)kSharedBase, shared_size,
@@ -103,8 +108,9 @@ void copy_16(uint32_t to, const void* from, uint32_t bytes, Site site) {
   unsigned char* const target = shared_at(to, 16, "cp.async", site);
   if (bytes) check_global(from, 16, "cp.async", site);
   memset(target, 0xff, 16);
+  in_flight[(to - kSharedBase) / 16] = true;
   Copies& mine = copies[size_t(thread_index())];
-  mine.under_way.push_back({target, bytes ? from : nullptr, mine.committed});
+  mine.under_way.push_back({to, bytes ? from : nullptr, mine.committed});
 }
 
 void commit_copies() {
@@ -116,10 +122,12 @@ void wait_for_copies(int pending) {
   size_t landed = 0;
   while (landed < mine.under_way.size() && mine.under_way[landed].group < mine.committed - pending) {
     const Copy& copy = mine.under_way[landed++];
+    uint4& to = shared_storage[(copy.to - kSharedBase) / 16];
     if (copy.from)
-      memcpy(copy.to, copy.from, 16);
+      memcpy(&to, copy.from, 16);
     else
-      memset(copy.to, 0, 16);
+      memset(&to, 0, 16);
+    in_flight[(copy.to - kSharedBase) / 16] = false;
   }
   mine.under_way.erase(mine.under_way.begin(), mine.under_way.begin() + std::ptrdiff_t(landed));
   yield();

@@ -4,7 +4,7 @@
 // Checks: every access lies in the block's shared memory or in one registered buffer, naturally aligned.
 // Shared memory is all NaN (0xff) when a block starts. The 16 bytes that cp.async writes turn NaN at once and
 // get their data when the issuing thread waits for that copy's group: reading them too early and copying over
-// a stage that others still read both give NaN.
+// a stage that others still read both give NaN. Until then nobody may store or copy there.
 //
 // Cannot find: an access inside the wrong part of the right buffer, bank conflicts, a read of global memory
 // that nobody wrote.
