@@ -33,7 +33,7 @@ Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_c
   use_optional(rotary_cos, "rotary_cos");
   use_optional(rotary_sin, "rotary_sin");
   use_optional(query, "query");
-  use(call.rotated, "the rotated query");
+  scope.makes(call.rotated, "the rotated query");
   check_launch(append_kvcache_cuda(call.params, scope.stream()), "append_kvcache");
   return call.rotated;
 }

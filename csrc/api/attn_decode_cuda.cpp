@@ -53,7 +53,7 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_hea
   p.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
   p.counters = p.schedule + p.B + 1;
   scope.uses(cache_seqlens, "cache_seqlens");
-  scope.uses(schedule, "schedule");
+  scope.makes(schedule, "schedule");
   check_launch(attn_schedule_cuda(p, scope.stream()), "attn_schedule");
   return schedule;
 }
@@ -109,11 +109,19 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   a.partial_out = static_cast<float*>(partial.mutable_data_ptr());
   a.partial_lse = a.partial_out + slots * p.rows * a.Dv;
 
-  uses(scope, key_caches, "key_caches");
-  uses(scope, value_caches, "value_caches");
-  for (const auto* x : {&key_weights, &value_weights, &block_table, &schedule}) uses(scope, *x, "an option");
-  for (const Tensor* x : {&q, &cache_seqlens, &out, &lse, &partial})
-    scope.uses(*x, "q, lengths or an output");
+  const auto use = [&](const Tensor& x, const std::string& name) {
+    check_same_gpu(x, name, q, "q");
+    scope.uses(x, "an input");
+  };
+  for (size_t j = 0; j < key_caches.size(); ++j) use(key_caches[j], name_of("key_caches", j));
+  for (size_t j = 0; j < value_caches.size(); ++j) use(value_caches[j], name_of("value_caches", j));
+  if (key_weights) use(*key_weights, "key_weights");
+  if (value_weights) use(*value_weights, "value_weights");
+  if (block_table) use(*block_table, "block_table");
+  use(cache_seqlens, "cache_seqlens");
+  use(*schedule, "schedule");
+  scope.uses(q, "q");
+  for (const Tensor* x : {&out, &lse, &partial}) scope.makes(*x, "an output");
   check_launch(attn_decode_cuda(p, launch, blocks, scope.stream()), "attn_with_kvcache");
   return {out, lse};
 }

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
+
 #include "api/checks.h"
 
 #if defined(FUSEDKV_SIMT)
@@ -35,12 +37,23 @@ class DeviceScope {
   void* stream() const { return nullptr; }
 
   void uses(const Tensor& x, const char* name) const {
+    if (size_t bytes = extent(x)) simt::register_buffer(x.const_data_ptr(), bytes, name);
+  }
+
+  // A new tensor: whatever a kernel reads before it writes, or never writes, is NaN.
+  void makes(const Tensor& x, const char* name) const {
+    if (size_t bytes = extent(x)) std::memset(x.mutable_data_ptr(), 0xff, bytes);
+    uses(x, name);
+  }
+
+ private:
+  static size_t extent(const Tensor& x) {
     int64_t elements = 1;
     for (int64_t i = 0; i < x.dim(); ++i) {
-      if (x.size(i) == 0) return;
+      if (x.size(i) == 0) return 0;
       elements += (x.size(i) - 1) * x.stride(i);
     }
-    simt::register_buffer(x.const_data_ptr(), size_t(elements) * size_t(x.element_size()), name);
+    return size_t(elements) * size_t(x.element_size());
   }
 };
 
@@ -60,6 +73,7 @@ class DeviceScope {
   void* stream() const { return stream_; }
 
   void uses(const Tensor&, const char*) const {}
+  void makes(const Tensor&, const char*) const {}
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

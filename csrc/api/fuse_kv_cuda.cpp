@@ -49,7 +49,7 @@ Tensor fuse_kv(std::vector<Tensor> sources, Tensor weights) {
   const DeviceScope scope(sources[0]);
   prepare(p, sources, "sources", weights, "weights", sources[0], scope);
   Tensor out = fused_output(p, sources[0]);
-  scope.uses(out, "the output");
+  scope.makes(out, "the output");
   check_launch(fuse_kv_forward_cuda(&p, 1, scope.stream()), "fuse_kv");
   return out;
 }
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> fuse_kv_pair(std::vector<Tensor> keys, Tensor key_wei
   prepare(p[0], keys, "keys", key_weights, "key_weights", keys[0], scope);
   prepare(p[1], values, "values", value_weights, "value_weights", keys[0], scope);
   Tensor k = fused_output(p[0], keys[0]), v = fused_output(p[1], values[0]);
-  scope.uses(k, "the keys");
-  scope.uses(v, "the values");
+  scope.makes(k, "the keys");
+  scope.makes(v, "the values");
   check_launch(fuse_kv_forward_cuda(p, 2, scope.stream()), "fuse_kv_pair");
   return {k, v};
 }
@@ -80,7 +80,7 @@ Tensor fuse_kvcache(std::vector<Tensor> caches, Tensor weights, Tensor cache_seq
   scope.uses(cache_seqlens, "cache_seqlens");
   uses(scope, block_table, "block_table");
   Tensor out = fused_output(p, caches[0]);
-  scope.uses(out, "the output");
+  scope.makes(out, "the output");
   check_launch(fuse_kv_forward_cuda(&p, 1, scope.stream()), "fuse_kvcache");
   return out;
 }
@@ -96,8 +96,8 @@ Tensor backward(FuseKVParams& p, Tensor grad, std::vector<Tensor> sources, Tenso
   }
   const auto [grad_weights, partial] = new_weight_gradients(p, weights, needs_weights);
   scope.uses(grad, "grad");
-  scope.uses(grad_weights, "grad_weights");
-  scope.uses(partial, "the partial sums of grad_weights");
+  scope.makes(grad_weights, "grad_weights");
+  scope.makes(partial, "the partial sums of grad_weights");
   check_launch(fuse_kv_backward_cuda(p, scope.stream()), "fuse_kv_backward");
   return grad_weights;
 }
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> fuse_kv_backward(Tensor grad, std::vector<Tensor> sou
   FuseKVParams p = fuse_kv_backward_params(grad, sources, weights, kCuda);
   const DeviceScope scope(grad);
   Tensor grad_sources = needs_sources ? new_source_gradients(p, grad) : torch::stable::new_empty(grad, {0});
-  scope.uses(grad_sources, "grad_sources");
+  scope.makes(grad_sources, "grad_sources");
   return {grad_sources, backward(p, grad, sources, weights, needs_weights, scope)};
 }
 

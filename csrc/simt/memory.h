@@ -6,8 +6,7 @@
 // get their data when the issuing thread waits for that copy's group: reading them too early and copying over
 // a stage that others still read both give NaN. Until then nobody may store or copy there.
 //
-// Cannot find: an access inside the wrong part of the right buffer, bank conflicts, a read of global memory
-// that nobody wrote.
+// Cannot find: an access inside the wrong part of the right buffer, bank conflicts.
 #pragma once
 
 #include <cstddef>
