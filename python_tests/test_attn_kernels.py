@@ -113,6 +113,33 @@ def test_result_does_not_depend_on_how_many_blocks_share_the_work(
     assert_near(got_lse[got_lse.isfinite()], lse[lse.isfinite()])
 
 
+def test_more_splits_than_lanes_are_merged(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """41 splits of 128 tokens: the merging warp goes round twice."""
+    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    simt.configure(sm_count=132)
+    case = Case("many", B=1, S=1, T=5200, H=3, G=1, D=64, m_k=1, m_v=1, dtype=BF16, lengths=(5200,))
+    args, state = cache_inputs(case, CPU)
+    oracle = reference.fused_kv_attn_with_kvcache
+    assert_matches_oracle(fused_kv_attn_with_kvcache, oracle, *args, **state, **case.options)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["fitted", "batch_invariant"])
+def test_what_is_no_schedule_stays_inside_all_buffers(
+    batch_invariant: bool, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    case = SPLIT_CASES[0]
+    args, state = cache_inputs(case, CPU)
+    options = {"batch_invariant": batch_invariant}
+    schedule = make_schedule(case, state, 304, **options)
+    sums = case.B + 1
+    nonsense = ([5, 3, 1, 9], [0, 0, 0, 0], [-4, -3, -2, -1], [0, 7, 2, 30], [0, 500, 501, 502], [9, 9, 9, 3])
+    for garbage in nonsense:
+        schedule[:sums] = torch.tensor(garbage, dtype=torch.int32)
+        schedule[sums:] = 0
+        attend(case, args, state, schedule=schedule, **options)  # an access out of bounds would raise
+
+
 @pytest.mark.parametrize(**named(SPLIT_CASES))
 def test_order_of_blocks_and_warps_does_not_change_a_bit(
     case: Case, simt: Simt, monkeypatch: pytest.MonkeyPatch

@@ -98,16 +98,19 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   const AttnLaunch launch =
       attn_launch({a.dtype, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
   check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
+  p.group = int(a.H / a.G);
+  p.num_rows = int(rows);
   p.rows = launch.rows;
+  p.slot_rows = p.num_rows < p.rows ? p.num_rows : p.rows;
   p.row_groups = launch.row_groups;
   p.max_splits = fixed_splits(p.capacity);
   // A block has at most two split items; with fixed splits every split has its place.
   const int64_t slots = batch_invariant ? a.B * a.G * p.row_groups * p.max_splits : 2 * int64_t(blocks);
-  Tensor partial = torch::stable::new_empty(q, {slots * p.rows * (a.Dv + 1)}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(q, {slots * p.slot_rows * (a.Dv + 1)}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   a.partial_out = static_cast<float*>(partial.mutable_data_ptr());
-  a.partial_lse = a.partial_out + slots * p.rows * a.Dv;
+  a.partial_lse = a.partial_out + slots * p.slot_rows * a.Dv;
 
   const auto use = [&](const Tensor& x, const std::string& name) {
     check_same_gpu(x, name, q, "q");

@@ -1,5 +1,9 @@
 // Launches the decode kernel that attn_launch has picked, with a grid that fills the GPU once.
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "kernels/attn_decode_kernels.h"
 #include "kernels/gpu.cuh"
 
@@ -29,10 +33,16 @@ int attn_shared_limit(int* bytes) {
 
 int attn_blocks(const AttnDecodeParams& p, const AttnLaunch& l, int* blocks) {
   DeviceLimits limits;
-  int per_sm = 0;
   if (int error = device_limits(&limits)) return error;
-  if (int error = blocks_per_sm(&per_sm, kernel_function(p, l), l.threads, size_t(l.shared_bytes)))
-    return error;
+  // Asking takes microseconds, and decoding would ask for every layer. The answer is that of one kind of GPU.
+  static std::mutex mutex;
+  static std::map<std::tuple<AttnKernelFunction, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& per_sm = known[{kernel_function(p, l), limits.sm_count, limits.shared_per_block}];
+  if (per_sm == 0) {
+    if (int error = blocks_per_sm(&per_sm, kernel_function(p, l), l.threads, size_t(l.shared_bytes)))
+      return error;
+  }
   *blocks = grid_blocks(limits.sm_count, per_sm);
   return 0;
 }

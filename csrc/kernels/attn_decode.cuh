@@ -43,18 +43,18 @@ __device__ __forceinline__ int find_sequence(const AttnCudaParams& p, int64_t at
     low += (__popc(__ballot_sync(kFullWarp, before)) - 1) * step;
     high = low + step < high ? low + step : high;
   }
-  return low;
+  return low < 0 ? 0 : low;
 }
 
-// This block's range of the row of all items.
+// This block's range of the row of all items, `total` of them.
 struct BlockWork {
-  int64_t begin, end, share;
+  int64_t begin, end, share, total;
 };
 
 __device__ __forceinline__ BlockWork block_work(const AttnCudaParams& p) {
   const int64_t total = load(p.schedule + p.attn.B) * (p.attn.G * p.row_groups);
   const int64_t share = block_share(total, gridDim.x, p.batch_invariant), begin = blockIdx.x * share;
-  return {begin, begin + share < total ? begin + share : total, share};
+  return {begin, begin + share < total ? begin + share : total, share, total};
 }
 
 // The piece at `at` of the row of all items, the same for all threads of the block. splits == 0: nothing to
@@ -64,8 +64,13 @@ __device__ __forceinline__ WorkPiece find_piece(const AttnCudaParams& p, int64_t
   WorkPiece w;
   w.b = find_sequence(p, at, items);
   const int64_t first = load(p.schedule + w.b), cost = load(p.schedule + w.b + 1) - first;
-  const int64_t item = (at - first * items) / cost;
+  const int64_t item = cost > 0 ? (at - first * items) / cost : items;
   const int64_t start = first * items + item * cost, stop = start + cost;
+  if (at < first * items || item >= items || stop > work.total) {  // no schedule at all
+    w.splits = 0;
+    w.next = work.end;
+    return w;
+  }
   w.g = int(item % p.attn.G);
   w.row_begin = int(item / p.attn.G) * p.rows;
   w.len = load(p.attn.seq_lens + w.b);
@@ -116,13 +121,15 @@ struct QueryRow {
   int s, h;
 };
 
-__device__ __forceinline__ QueryRow query_row(const AttnDecodeParams& p, int g, int row) {
-  const int group = int(p.H / p.G);
-  return {row / group, g * group + row % group};
+__device__ __forceinline__ QueryRow query_row(const AttnCudaParams& p, int g, int row) {
+  const int s = row / p.group;
+  return {s, g * p.group + row - s * p.group};
 }
 
-__device__ __forceinline__ int num_rows_on_device(const AttnDecodeParams& p) {
-  return int(p.S * (p.H / p.G));
+// How many of an item's rows there are: the last group of rows may be smaller.
+__device__ __forceinline__ int rows_of_piece(const AttnCudaParams& p, const WorkPiece& w) {
+  const int rows = p.num_rows - w.row_begin;
+  return rows < p.rows ? rows : p.rows;
 }
 
 // The tokens [begin, end) that a query row sees; none for padding and for rows beyond the last.
@@ -130,10 +137,10 @@ struct SeenTokens {
   int begin, end;
 };
 
-__device__ __forceinline__ SeenTokens seen_tokens(const AttnDecodeParams& p, const WorkPiece& w, int row) {
-  const int pos = w.len - int(p.S) + query_row(p, w.g, row).s;
-  if (row >= num_rows_on_device(p) || pos < 0) return {0, 0};
-  const int left = int(p.window_left), right = int(p.window_right);
+__device__ __forceinline__ SeenTokens seen_tokens(const AttnCudaParams& p, const WorkPiece& w, int row) {
+  const int pos = w.len - int(p.attn.S) + query_row(p, w.g, row).s;
+  if (row >= p.num_rows || pos < 0) return {0, 0};
+  const int left = int(p.attn.window_left), right = int(p.attn.window_right);
   return {left >= 0 && pos > left ? pos - left : 0,
           right >= 0 && w.len - pos > right + 1 ? pos + right + 1 : w.len};
 }
@@ -166,31 +173,54 @@ __device__ __forceinline__ const T* token_data(const CacheTensor& cache, int g, 
 // ---- finishing a piece -------------------------------------------------------------------------
 
 // out = sum_k 2^(lse_k - lse) out_k over the splits k in their order: the order, not the block that happens
-// to do it, makes the bits.
+// to do it, makes the bits. First each row's maximum and sum, a warp for a row; then its channels, four to a
+// thread, with several splits under way.
 template <typename T>
 __device__ void merge_splits(const AttnCudaParams& p, const WorkPiece& w, int threads) {
   const AttnDecodeParams& a = p.attn;
-  const int Dv = int(a.Dv), rows = num_rows_on_device(a) - w.row_begin;
-  for (int i = threadIdx.x; i < (rows < p.rows ? rows : p.rows) * Dv; i += threads) {
-    const int r = i / Dv, d = i % Dv;
+  const int rows = rows_of_piece(p, w), lane = threadIdx.x % 32;
+  const uint32_t maxima = shared_base(), sums = maxima + rows * 4;
+  const auto lse = [&](int k, int r) { return load(a.partial_lse + w.slot(k) * p.slot_rows + r); };
+  for (int r = threadIdx.x / 32; r < rows; r += threads / 32) {
     float highest = minus_infinity();
-    for (int k = 0; k < w.splits; ++k) highest = fmaxf(highest, load(a.partial_lse + w.slot(k) * p.rows + r));
+    for (int k = lane; k < w.splits; k += 32) highest = fmaxf(highest, lse(k, r));
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2)
+      highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, apart));
     const float base = highest == minus_infinity() ? 0.f : highest;
-    float out = 0.f, sum = 0.f;
-#pragma unroll 4
-    for (int k = 0; k < w.splits; ++k) {
-      const int64_t at = w.slot(k) * p.rows + r;
-      const float weight = exp2f(load(a.partial_lse + at) - base);
-      sum += weight;
-      out += weight * load(a.partial_out + at * Dv + d);
-    }
-    const QueryRow row = query_row(a, w.g, w.row_begin + r);
-    T narrowed;
-    narrow(sum == 0.f ? 0.f : out / sum, &narrowed);
-    store(static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * Dv + d, narrowed);
-    if (d == 0)
+    float sum = 0.f;
+    for (int k = lane; k < w.splits; k += 32) sum += exp2f(lse(k, r) - base);
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(kFullWarp, sum, apart);
+    if (lane == 0) {
+      ptx::st_shared_f32(maxima + r * 4, base);
+      ptx::st_shared_f32(sums + r * 4, sum);
+      const QueryRow row = query_row(p, w.g, w.row_begin + r);
       store(a.lse + (w.b * a.H + row.h) * a.S + row.s,
             sum == 0.f ? minus_infinity() : (base + log2f(sum)) * kLn2);
+    }
+  }
+  __syncthreads();
+  const int quads = int(a.Dv) / 4;
+  for (int i = threadIdx.x; i < rows * quads; i += threads) {
+    const int r = i / quads, d = (i - r * quads) * 4;
+    const float base = ptx::ld_shared_f32(maxima + r * 4), sum = ptx::ld_shared_f32(sums + r * 4);
+    float out[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 8
+    for (int k = 0; k < w.splits; ++k) {
+      const float weight = exp2f(lse(k, r) - base);
+      const float4 x =
+          load(reinterpret_cast<const float4*>(a.partial_out + (w.slot(k) * p.slot_rows + r) * a.Dv + d));
+      out[0] += weight * x.x, out[1] += weight * x.y, out[2] += weight * x.z, out[3] += weight * x.w;
+    }
+    const QueryRow row = query_row(p, w.g, w.row_begin + r);
+    T* to = static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * a.Dv + d;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      T narrowed;
+      narrow(sum == 0.f ? 0.f : out[c] / sum, &narrowed);
+      store(to + c, narrowed);
+    }
   }
 }
 
@@ -200,13 +230,13 @@ __device__ __forceinline__ void write_result(const AttnCudaParams& p, const Work
                                              float out, float lse) {
   const AttnDecodeParams& a = p.attn;
   if (w.splits == 1) {
-    const QueryRow row = query_row(a, w.g, w.row_begin + r);
+    const QueryRow row = query_row(p, w.g, w.row_begin + r);
     T narrowed;
     narrow(out, &narrowed);
     store(static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * a.Dv + d, narrowed);
     if (d == 0) store(a.lse + (w.b * a.H + row.h) * a.S + row.s, lse * kLn2);
   } else {
-    const int64_t at = w.slot(w.split) * p.rows + r;
+    const int64_t at = w.slot(w.split) * p.slot_rows + r;
     store(a.partial_out + at * a.Dv + d, out);
     if (d == 0) store(a.partial_lse + at, lse);
   }
@@ -244,8 +274,8 @@ __device__ __forceinline__ BlockStates block_states(uint32_t base, int states, i
 template <typename T>
 __device__ __forceinline__ void merge_states(const AttnCudaParams& p, const WorkPiece& w,
                                              const BlockStates& s, int threads) {
-  const int Dv = int(p.attn.Dv), rows = num_rows_on_device(p.attn) - w.row_begin;
-  for (int i = threadIdx.x; i < (rows < s.rows ? rows : s.rows) * Dv; i += threads) {
+  const int Dv = int(p.attn.Dv), rows = rows_of_piece(p, w);
+  for (int i = threadIdx.x; i < rows * Dv; i += threads) {
     const int r = i / Dv, d = i % Dv;
     float highest = minus_infinity();
     for (int k = 0; k < s.states; ++k)

@@ -21,15 +21,17 @@ namespace fusedkv {
 // What starting an item costs, in cells: its queries are folded, its output is merged.
 constexpr int kItemCostCells = 1;
 // No block gets less than this many cells: merging more pieces would take longer than it saves.
-constexpr int kMinBlockCells = 2;
+constexpr int kMinBlockCells = 4;
 // Batch-invariant mode: splits of this many cells, whatever else is in the batch.
 constexpr int kFixedSplitCells = 32;
 
 struct AttnCudaParams {
-  AttnDecodeParams attn;  // task_offsets is not used; partials: (slots, rows, Dv) and (slots, rows)
+  AttnDecodeParams attn;  // task_offsets is not used; partials: (slots, slot_rows, Dv) and (slots, slot_rows)
   int64_t capacity;       // tokens that a sequence may have
   int64_t num_pages;
-  int rows, row_groups;  // of the launch
+  int group, num_rows;   // H / G; query rows per KV head, S * H / G
+  int rows, row_groups;  // of the launch: query rows per item, and items per sequence and KV head
+  int slot_rows;         // of partial results: rows without padding
   bool batch_invariant;
   int max_splits;    // of an item, if batch_invariant: fixed_splits of the capacity
   bool aligned;      // every row of q and the caches starts at a multiple of 16 bytes

@@ -70,15 +70,15 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkPi
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = w.row_begin + r;
-    const QueryRow at = query_row(a, w.g, row);
+    const QueryRow at = query_row(p, w.g, row);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) q[r][i] = 0.f;
-    if (row < num_rows_on_device(a) && d < a.D)
+    if (row < p.num_rows && d < a.D)
       load_channels(q[r],
                     static_cast<const typename K::T*>(a.q) + w.b * a.q_stride_b + at.s * a.q_stride_s +
                         at.h * a.q_stride_h + d,
                     p.aligned);
-    seen[r] = seen_tokens(a, w, row);
+    seen[r] = seen_tokens(p, w, row);
   }
   bool bad = false;
 #pragma unroll 1

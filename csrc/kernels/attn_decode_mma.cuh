@@ -106,21 +106,22 @@ __device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkPie
 
 // The channels of a query row; nullptr where there is no such row.
 template <typename T>
-__device__ __forceinline__ const T* query_data(const AttnDecodeParams& p, const WorkPiece& w, int row) {
-  if (row >= num_rows_on_device(p)) return nullptr;
+__device__ __forceinline__ const T* query_data(const AttnCudaParams& p, const WorkPiece& w, int row) {
+  if (row >= p.num_rows) return nullptr;
   const QueryRow at = query_row(p, w.g, row);
-  return static_cast<const T*>(p.q) + w.b * p.q_stride_b + at.s * p.q_stride_s + at.h * p.q_stride_h;
+  return static_cast<const T*>(p.attn.q) + w.b * p.attn.q_stride_b + at.s * p.attn.q_stride_s +
+         at.h * p.attn.q_stride_h;
 }
 
 // Two neighbouring channels of a query row, times the key weight of source j, rounded once; zeros where there
 // is no such row or channel.
 template <typename T>
-__device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, const WorkPiece& w, const T* row,
-                                                 int j, int d) {
+__device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, int g, const T* row, int j,
+                                                 int d) {
   if (!row || d >= p.D) return 0;
   const uint32_t pair = load(reinterpret_cast<const uint32_t*>(row + d));
   if (!p.key_weights) return pair;
-  const float* a = p.key_weights + (j * p.G + w.g) * p.D + d;  // may be a view: aligned to 4 bytes only
+  const float* a = p.key_weights + (j * p.G + g) * p.D + d;  // may be a view: aligned to 4 bytes only
   return pack(widen(T{uint16_t(pair)}) * load(a), widen(T{uint16_t(pair >> 16)}) * load(a + 1), T{});
 }
 

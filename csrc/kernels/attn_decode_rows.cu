@@ -42,17 +42,16 @@ struct RowState {
 
 // q (.) a_j of all rows, rounded once, into shared memory.
 template <typename K>
-__device__ __forceinline__ void fold_queries(const AttnDecodeParams& p, const WorkPiece& w,
-                                             uint32_t queries) {
+__device__ __forceinline__ void fold_queries(const AttnCudaParams& p, const WorkPiece& w, uint32_t queries) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < K::kKeys * K::kRows * K::kD / 8; i += K::kThreads) {
     const int piece = i % (K::kD / 8), row = i / (K::kD / 8) % K::kRows, j = i / (K::kD / 8) / K::kRows;
     const auto* from = query_data<typename K::T>(p, w, w.row_begin + row);
     uint4 x;
-    x.x = folded_query(p, w, from, j, piece * 8);
-    x.y = folded_query(p, w, from, j, piece * 8 + 2);
-    x.z = folded_query(p, w, from, j, piece * 8 + 4);
-    x.w = folded_query(p, w, from, j, piece * 8 + 6);
+    x.x = folded_query(p.attn, w.g, from, j, piece * 8);
+    x.y = folded_query(p.attn, w.g, from, j, piece * 8 + 2);
+    x.z = folded_query(p.attn, w.g, from, j, piece * 8 + 4);
+    x.w = folded_query(p.attn, w.g, from, j, piece * 8 + 6);
     ptx::st_shared_b128(tile_address<K::kD>(queries + j * (K::kRows * K::kD * 2), row, piece), x);
   }
 }
@@ -197,7 +196,7 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
   for (int n = 0; n < K::kRowTiles; ++n)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      seen[n][r] = seen_tokens(a, w, w.row_begin + row_begin + n * 8 + lane % 4 * 2 + r);
+      seen[n][r] = seen_tokens(p, w, w.row_begin + row_begin + n * 8 + lane % 4 * 2 + r);
       seen[n][r].end = seen[n][r].end < w.token_end ? seen[n][r].end : w.token_end;
     }
 
@@ -222,7 +221,7 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
     copy_values(0, first, now);
     copy_keys(1, first + kTokens, next);
     ptx::cp_async_commit();
-    fold_queries<K>(a, w, base + K::kLayout.queries);
+    fold_queries<K>(p, w, base + K::kLayout.queries);
     ptx::cp_async_wait<1>();
     __syncthreads();
     int stage = 0;
@@ -290,7 +289,7 @@ __global__ void __launch_bounds__(K::kThreads, 1)
     share_state<K>(state, base);
 
     // Value weights go into the output before splits are merged: partial results are as wide as one source.
-    const int rows = num_rows_on_device(p.attn) - w.row_begin;
+    const int rows = rows_of_piece(p, w);
 #pragma unroll
     for (int m = 0; m < K::kChannelTiles; ++m)
 #pragma unroll

@@ -103,14 +103,15 @@ __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)
 
 // q (.) a_j of 8 rows as B fragments, rounded once.
 template <typename K>
-__device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][2], const AttnDecodeParams& p,
+__device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][2], const AttnCudaParams& p,
                                              const WorkPiece& w) {
   const int lane = threadIdx.x % 32;
   const auto* row = query_data<typename K::T>(p, w, w.row_begin + lane / 4);
 #pragma unroll
   for (int j = 0; j < K::kKeys; ++j)
 #pragma unroll
-    for (int i = 0; i < K::kD / 8; ++i) q[j][i / 2][i % 2] = folded_query(p, w, row, j, i * 8 + lane % 4 * 2);
+    for (int i = 0; i < K::kD / 8; ++i)
+      q[j][i / 2][i % 2] = folded_query(p.attn, w.g, row, j, i * 8 + lane % 4 * 2);
 }
 
 // All steps of this warp: tokens first, first + 16 kWarps, ...
@@ -122,7 +123,7 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPie
   SeenTokens seen[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    seen[r] = seen_tokens(a, w, w.row_begin + lane % 4 * 2 + r);
+    seen[r] = seen_tokens(p, w, w.row_begin + lane % 4 * 2 + r);
     seen[r].end = seen[r].end < w.token_end ? seen[r].end : w.token_end;
   }
 
@@ -149,7 +150,7 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPie
     copy_keys(1, first + stride, next);
     ptx::cp_async_commit();
     uint32_t q[K::kKeys][K::kSteps][2];
-    fold_queries<K>(q, a, w);
+    fold_queries<K>(q, p, w);
     ptx::cp_async_wait<1>();
     __syncwarp();
     int stage = 0;
