@@ -51,12 +51,22 @@ inline int device_limits(DeviceLimits* limits) {
       cudaDeviceGetAttribute(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
-// Blocks of this kernel that fit on an SM at a time.
+// Lets a kernel have this much shared memory per block, and the SM as much of it as it can, where the default
+// would not do.
 template <typename Params>
-int blocks_per_sm(int* blocks, void (*kernel)(Params), int threads, size_t shared_bytes) {
+int allow_shared(void (*kernel)(Params), size_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return 0;
   if (cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
     return int(error);
+  return int(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
+}
+
+// Blocks of this kernel that fit on an SM at a time.
+template <typename Params>
+int blocks_per_sm(int* blocks, void (*kernel)(Params), int threads, size_t shared_bytes) {
+  if (int error = allow_shared(kernel, shared_bytes)) return error;
   return int(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes));
 }
 
@@ -65,10 +75,7 @@ int blocks_per_sm(int* blocks, void (*kernel)(Params), int threads, size_t share
 template <typename Params>
 int launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            const Params& params) {
-  if (shared_bytes > 48 * 1024)
-    if (cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
-      return int(error);
+  if (int error = allow_shared(kernel, shared_bytes)) return error;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   return int(cudaGetLastError());
 }
