@@ -19,8 +19,7 @@ __device__ __forceinline__ float not_a_number() {
 
 // ---- pieces ------------------------------------------------------------------------------------
 
-// One block's part of an item. Split k of an item has its partial results in slot first_slot + k * slot_step,
-// except that split 0 has its own slot0.
+// One block's part of an item: split `split` of `splits`, which all leave their partial results in slots.
 struct WorkPiece {
   int b, g, row_begin;         // sequence, KV head, first query row
   int len;                     // valid tokens; -1: out of range, the output is NaN
@@ -104,10 +103,8 @@ __device__ __forceinline__ WorkPiece find_piece(const AttnCudaParams& p, int64_t
     cell_end = cells.begin + int(to - first_cell);
   }
   if (w.len < 0 || w.len > p.capacity) w.len = -1;
-  const int len = w.len < 0 ? 0 : w.len, S = int(p.attn.S);
-  const int first_row = len > S ? len - S : 0;
-  const int left = int(p.attn.window_left);
-  const int visible = left >= 0 && first_row > left ? first_row - left : 0;
+  const int len = w.len < 0 ? 0 : w.len;
+  const int visible = int(first_seen_token(len, p.attn.S, p.attn.window_left));
   w.token_begin = cell_begin * kCellTokens > visible ? cell_begin * kCellTokens : visible;
   w.token_end = cell_end * kCellTokens < len ? cell_end * kCellTokens : len;
   if (w.token_end < w.token_begin) w.token_end = w.token_begin;

@@ -63,6 +63,12 @@ int attn_decode_cuda(const AttnCudaParams& p, const AttnLaunch& l, int blocks, v
 
 // ---- how the work is cut -----------------------------------------------------------------------
 
+// The first token that any query row of a sequence sees.
+FUSEDKV_HOST_DEVICE int64_t first_seen_token(int64_t len, int64_t S, int64_t window_left) {
+  const int64_t first_row = len > S ? len - S : 0;
+  return window_left >= 0 && first_row > window_left ? first_row - window_left : 0;
+}
+
 // The visible cells [begin, end) of a sequence; at least one, so that somebody writes its zeros.
 struct CellRange {
   int begin, end;
@@ -70,9 +76,8 @@ struct CellRange {
 
 FUSEDKV_HOST_DEVICE CellRange visible_cells(int64_t len, int64_t S, int64_t capacity, int64_t window_left) {
   if (len <= 0 || len > capacity) return {0, 1};
-  const int64_t first_row = len > S ? len - S : 0;
-  const int64_t first = window_left >= 0 && first_row > window_left ? first_row - window_left : 0;
-  return {int(first / kCellTokens), int((len + kCellTokens - 1) / kCellTokens)};
+  return {int(first_seen_token(len, S, window_left) / kCellTokens),
+          int((len + kCellTokens - 1) / kCellTokens)};
 }
 
 // What one item of a sequence costs: cells, or fixed splits if batch_invariant.
