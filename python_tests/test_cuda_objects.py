@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,15 @@ def report() -> dict[str, Any]:
             pytest.fail(reason)
         pytest.skip(reason)
     return json.loads(path.read_text())
+
+
+def test_every_decode_kernel_fits_the_gpus_it_is_for(report: dict[str, Any]) -> None:
+    """99 KiB, as a block may have on sm_86 and sm_89; wider kernels of 64 rows are replaced by narrower ones."""
+    dynamic = {row["kernel"]: row["dynamic"] for row in report["kernels"] if "Kernel<" in row["kernel"]}
+    assert len(dynamic) == 81 and all(dynamic.values())
+    too_large = {name for name, size in dynamic.items() if size > 99 * 1024}
+    assert all(re.search(r"RowsKernel<\w+, (128, 2, 2|128, 2, 1|256, 1, 1), 64>", name) for name in too_large)
+    assert max(dynamic.values()) <= 163 * 1024  # sm_80
 
 
 def test_parser(ptxas_report: ModuleType) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reported them when it was compiled.
+"""Registers, spills and shared memory of every CUDA kernel, as ptxas reported them when it was compiled; and
+the dynamic shared memory of the decode kernels, as their launcher asks for it.
 
     ptxas_report.py compile nvcc ...     compiler launcher (CMAKE_CUDA_COMPILER_LAUNCHER): runs nvcc with
                                          -Xptxas -v and keeps what ptxas says in OBJECT.ptxas
@@ -22,6 +23,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 PROPERTIES = re.compile(r"Function properties for (\S+)")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?(?:.*?, (\d+) bytes smem)?")
+TEMPLATE = re.compile(r"(\w+Kernel)<\w+, ([\d, ]+)>")
 # What ptxas -v prints: for the log, not for the terminal.
 VERBOSE = re.compile(r"^ptxas info\s*:|^\s+\d+ bytes stack frame")
 
@@ -141,10 +143,20 @@ def collect(build: Path) -> dict[str, object]:
             )
         )
     short = demangle(sorted({str(row["symbol"]) for row in kernels}))
+    dynamic = dynamic_shared(build / "attn_layouts")
     for row in kernels:
         row["kernel"] = short[str(row["symbol"])]
+        template = TEMPLATE.search(row["kernel"])
+        row["dynamic"] = dynamic.get(f"{template[1]}<{template[2]}>") if template else None
     kernels.sort(key=lambda row: (row["file"], row["kernel"], row["arch"]))
     return dict(files=files, kernels=kernels)
+
+
+def dynamic_shared(program: Path) -> dict[str, int]:
+    """Dynamic shared memory of the decode kernels, by their template without the element type."""
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
+    lines = (line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
+    return {name: int(size) for name, size in lines}
 
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:
@@ -162,7 +174,7 @@ def report(build: Path) -> None:
     found = collect(build)
     (build / "ptxas.json").write_text(json.dumps(found, indent=1) + "\n")
     kernels, files = found["kernels"], found["files"]
-    columns = ["arch", "registers", "stack", "spill_stores", "spill_loads", "shared", "barriers"]
+    columns = ["arch", "registers", "stack", "spill_stores", "spill_loads", "shared", "dynamic", "barriers"]
     print_table(
         ["kernel", *columns],
         [[row["kernel"], *("-" if row[c] is None else row[c] for c in columns)] for row in kernels],
