@@ -332,8 +332,11 @@ class KVCache:
         return self.seq_lens[:, None] + torch.arange(-steps, 0, device=self.device)
 
     def begin_step(self) -> None:
-        """Forgets the schedules, so that attention makes new ones. ``advance`` does so too; a step that is
-        captured in a CUDA graph does it itself: each replay then makes schedules of the lengths it finds."""
+        """Forgets the schedules, so that the next attention makes new ones. ``advance`` does so too.
+
+        Inside a step that is captured in a CUDA graph call it first (``Decoder`` does): schedules are then
+        made in the graph, at each replay, from the lengths that it finds.
+        """
         self._schedules.clear()
 
     def schedule(
@@ -341,6 +344,7 @@ class KVCache:
     ) -> Tensor | None:
         """``ops.decode_schedule`` of ``seq_lens``, made once a step for all layers that ask for the same.
 
+        query_length, num_heads, num_kv_heads: S, H and G of the calls, which are not ``batch_invariant``.
         None on the CPU, which needs none.
         """
         if self.device.type == "cpu":

@@ -374,8 +374,8 @@ class Decoder(nn.Module):
             attention_mask: (B, S), 0 marks padding in ``ids``, wherever it stands; it is moved to the left.
             page_size: use a paged cache with pages of that many tokens.
             cuda_graph: capture the decode step in a CUDA graph and replay it: the same tokens, without the
-                host's time for launching kernels. None: on CUDA, if there are enough new tokens to pay for
-                the capture and no module has forward hooks, which a replay would not call; should the
+                host's time for launching kernels. None: on CUDA, from 17 new tokens on, which pay
+                for the capture, if no module has forward hooks, which a replay would not call; should the
                 capture fail, a warning and a launch per kernel. True: always, and RuntimeError if it fails.
 
         Returns:

@@ -107,8 +107,9 @@ def explain(
 
     Args:
         q, keys, values, key_weights, value_weights, cache_seqlens, block_table, causal, window_size,
-            return_lse, batch_invariant: as in those two. Meta tensors will do, as only shapes are looked at;
-            sequences whose lengths are on meta count as full.
+            return_lse, batch_invariant: as in those two, but ``causal`` is True by default for both. Meta
+            tensors will do, as no data is read but cache_seqlens; sequences whose lengths are on meta count
+            as full. Memory is taken to start at multiples of 16 bytes.
         device: whose rule to ask, "cpu" or "cuda"; default: q's.
         bandwidth: of that device's memory in bytes per second, for ``roof_us``.
         sm_count: of the GPU; default: the current one's, or an H100's where there is none.

@@ -1,4 +1,4 @@
-"""The four operations of fusedkv_ext, their fakes and the rule that picks a kernel.
+"""The operations of fusedkv_ext and the rule that picks a kernel.
 
 Words and shapes: B batch, S query length, T key/value length, H query heads, G key/value heads (H a multiple
 of G), D head dim (a multiple of 8 up to 256), m sources (1 to 32), P pages. Layout as in flash-attn: q (B, S,
@@ -40,7 +40,8 @@ _debug_checks = False
 
 
 def debug_checks(enabled: bool) -> None:
-    """Checks lengths and block tables inside CUDA tensors too, at the price of a synchronisation per call.
+    """Checks what stands in CUDA tensors too, at the price of a synchronisation per call: lengths, block
+    tables, and that ``schedule`` and ``host_seqlens`` belong to these lengths.
 
     On the CPU they are always checked. Without this, a CUDA sequence with a length or a page out of range
     gives NaN.
@@ -233,20 +234,26 @@ def fused_kv_attn_with_kvcache(
         cache_seqlens: (B,) int32, valid tokens of each sequence, those S included.
         block_table: (B, max_pages) int32, the page of each page_size tokens. Entries past the length are not
             looked at.
-        softmax_scale, causal, window_size, return_lse: as in :func:`fused_kv_attn_func`.
-        schedule: what :func:`decode_schedule` made of these lengths, once for all layers of a step. None: it
-            is made anew. Without effect on the result.
-        batch_invariant: a sequence gets the same bits in any batch, at the price of more work on the GPU: its
-            splits are fixed, not fitted to the batch. On the CPU they always are.
+        softmax_scale, causal, window_size, return_lse: as in :func:`fused_kv_attn_func`, but ``causal`` is
+            True by default.
+        schedule: what :func:`decode_schedule` made of these very lengths, S, H, G, capacity, left window and
+            batch_invariant, once for all layers of a step. None: it is made anew. A right one does not change
+            the result; one of other lengths gives wrong results, and no error without ``debug_checks``.
+        batch_invariant: a sequence gets the same bits in any batch: its splits are fixed, not fitted to the
+            batch (on the CPU they always are), which costs more work on the GPU. Like ``return_lse`` it makes
+            calls with many rows fold too, which is slow for prompts.
         host_seqlens: the numbers in cache_seqlens, if the host has them: with many rows a CUDA call then does
-            not wait for the device to read them.
+            not wait for the device. CUDA trusts them (``debug_checks`` compares).
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives
         zeros and -inf.
 
-    Two runs give the same bits, whatever the number of threads. With few rows (``decode_max_rows``) a CUDA
-    call waits for nothing and can be captured in a graph that is replayed with other lengths.
+    Two equal calls give the same bits; with few rows (``decode_max_rows``), ``return_lse`` or
+    ``batch_invariant`` also for every number of CPU threads. With many rows torch's SDPA computes, whose last
+    bits may depend on it. With few rows, and in a CUDA graph always, a CUDA call waits for nothing: it can be
+    captured, and replayed with other lengths.
+
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
@@ -255,9 +262,8 @@ def fused_kv_attn_with_kvcache(
     value_caches = _checks.as_tensors("value_caches", value_caches)
     (q,) = _autocast([q], like=key_caches[0])
     left, right = _checks.check_window(causal, window_size)
-    _check_rank4("q", q)
-    _check_rank4("key_caches[0]", key_caches[0])
-    _check_rank4("value_caches[0]", value_caches[0])
+    for name, x in (("q", q), ("key_caches[0]", key_caches[0]), ("value_caches[0]", value_caches[0])):
+        _check_rank4(name, x)
     scale = _checks.check_scale(softmax_scale, q.shape[3])
     return_lse = _checks.check_flag("return_lse", return_lse)
     key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)

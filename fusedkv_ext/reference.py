@@ -1,4 +1,4 @@
-"""Oracle of the four operations: the formulas in plain torch, written to be read, not to be fast.
+"""Oracle of the operations: the formulas in plain torch, written to be read, not to be fast.
 
 Every function has the name and the signature of the operation that it describes, plus ``dtype``: the dtype
 in which everything is computed and returned (default: the dtype of the inputs). ``dtype=torch.float64``

@@ -20,7 +20,8 @@ from fusedkv_ext import debug_checks, decode_schedule, fused_kv_attn_with_kvcach
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
-RAGGED = {"B": 3, "T": 300, "lengths": (300, 0, 77)}
+# The executor's three blocks cut an item of these lengths with one KV head and with two.
+RAGGED = {"B": 3, "T": 300, "lengths": (300, 0, 170)}
 
 CASES = [
     Case("1_1_D64", S=1, H=4, G=2, D=64, m_k=1, m_v=1, dtype=BF16, **RAGGED),
@@ -32,6 +33,7 @@ CASES = [
     Case("2_2_D64_page_64", S=1, H=2, G=2, D=64, dtype=BF16, page_size=64, **RAGGED),
     Case("1_1_D256", S=1, H=4, G=2, D=256, m_k=1, m_v=1, dtype=BF16, page_size=16, **RAGGED),
     Case("padded_D_72_Dv_24", S=2, H=4, G=2, D=72, Dv=24, dtype=BF16, page_size=16, **RAGGED),
+    Case("page_size_8", S=1, H=4, G=2, D=64, dtype=BF16, page_size=8, **RAGGED),
     Case("padded_D_40_Dv_128", S=1, H=4, G=2, D=40, Dv=128, dtype=FP16, **RAGGED),
     Case("rows_9", S=3, H=3, G=1, D=64, dtype=BF16, page_size=16, **RAGGED),
     Case("rows_16", S=4, H=4, G=1, D=128, dtype=BF16, page_size=7, **RAGGED),
@@ -47,6 +49,7 @@ CASES = [
     Case("rows_100_in_two_groups", S=50, H=4, G=2, D=64, dtype=BF16, page_size=16, **RAGGED),
     Case("window", S=1, H=4, G=2, D=64, dtype=BF16, window=(100, -1), page_size=16, **RAGGED),
     Case("window_rows", S=5, H=4, G=1, D=64, dtype=BF16, window=(33, -1), page_size=16, **RAGGED),
+    Case("window_past_a_split", B=1, T=1300, S=1, D=64, dtype=BF16, window=(99, 0), lengths=(1300,)),
     Case("not_causal", S=5, H=4, G=1, D=64, dtype=BF16, causal=False, window=(40, 2), **RAGGED),
     Case("large_scores", S=2, H=4, G=2, D=64, dtype=BF16, magnitude=30.0, **RAGGED),
     Case("no_weights", S=1, H=4, G=2, D=64, dtype=BF16, weights="none", **RAGGED),
@@ -94,8 +97,8 @@ SPLIT_CASES = [
 ]
 
 
-# Rows before the first token, whose items are split like all others.
-BLIND_ROWS = Case("blind_rows", B=3, S=70, T=64, H=2, G=2, D=64, dtype=BF16, lengths=(64, 0, 40))
+# Rows before the first token, in items that are split like all others, and a last group of 12 rows.
+BLIND_ROWS = Case("blind_rows", B=3, S=140, T=130, H=1, G=1, D=64, dtype=BF16, lengths=(130, 0, 100))
 
 
 @pytest.mark.parametrize(**named([*SPLIT_CASES, BLIND_ROWS]))
@@ -134,6 +137,7 @@ def test_what_is_no_schedule_stays_inside_all_buffers(
     schedule = make_schedule(case, state, 304, **options)
     sums = case.B + 1
     nonsense = ([5, 3, 1, 9], [0, 0, 0, 0], [-4, -3, -2, -1], [0, 7, 2, 30], [0, 500, 501, 502], [9, 9, 9, 3])
+    nonsense += ([5, 9, 9, 9], [9, 2, 1, 5])
     for garbage in nonsense:
         schedule[:sums] = torch.tensor(garbage, dtype=torch.int32)
         schedule[sums:] = 0
@@ -185,22 +189,27 @@ def test_layers_share_a_schedule(case: Case, batch_invariant: bool, device: torc
 
 
 def test_schedule_is_the_running_sum_of_costs(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells of 32 tokens and one more per item; splits of 1024 tokens if batch_invariant; windows cut."""
+    """Cells of 32 tokens and one more per item; splits of 1024 tokens if batch_invariant; windows cut. What
+    is longer than the caches costs as much as what is empty."""
     monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
-    lengths = torch.randint(0, 5000, (2500,), dtype=torch.int32)
+    given = torch.randint(0, 5000, (2500,), dtype=torch.int32)
+    given[7], given[1500] = 5001, 2**31 - 1
+    lengths = torch.where(given > 5000, 0, given)
 
     def sums(costs: Tensor) -> Tensor:
         return torch.cat((torch.zeros(1, dtype=torch.int64), costs.cumsum(0))).int()
 
     def schedule(**options: object) -> Tensor:
         sizes = {"query_length": 1, "num_heads": 4, "num_kv_heads": 2, "capacity": 5000}
-        return decode_schedule(lengths, **sizes, **options)[:2501]
+        return decode_schedule(given, **sizes, **options)[:2501]
 
     cells = (lengths.long() + 31) // 32
     assert torch.equal(schedule(), sums(cells.clamp(min=1) + 1))
     assert torch.equal(schedule(batch_invariant=True), sums(((lengths.long() + 1023) // 1024).clamp(min=1)))
     first = (lengths.long() - 1 - 700).clamp(min=0) // 32
     assert torch.equal(schedule(window_size=(700, 0)), sums((cells - first).clamp(min=1) + 1))
+    splits = (cells.clamp(min=1) + 31) // 32 - first // 32
+    assert torch.equal(schedule(window_size=(700, 0), batch_invariant=True), sums(splits))
 
 
 @pytest.mark.parametrize(**named(SPLIT_CASES))

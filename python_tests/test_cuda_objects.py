@@ -74,7 +74,7 @@ def report() -> dict[str, Any]:
 
 
 def test_every_decode_kernel_fits_the_gpus_it_is_for(report: dict[str, Any]) -> None:
-    """99 KiB, as a block may have on sm_86 and sm_89; wider kernels of 64 rows give way to those of 32 there."""
+    """99 KiB, as a block may have on sm_86 and sm_89; wider kernels of 64 rows give way to 32 rows there."""
     dynamic = {row["kernel"]: row["dynamic"] for row in report["kernels"] if "Kernel<" in row["kernel"]}
     assert len(dynamic) == 81 and all(dynamic.values())
     too_large = {name for name, size in dynamic.items() if size > 99 * 1024}

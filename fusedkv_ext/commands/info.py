@@ -1,6 +1,6 @@
 """fusedkv info: show versions, the CPU kernels in use and what CUDA there is.
 
-With --verify, run every operation against the oracle; the exit code is 1 when one fails.
+With --verify, run the forward operations against the oracle; the exit code is 1 when one fails.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="run each operation against the oracle")
+    parser.add_argument("--verify", action="store_true", help="run the forward operations against the oracle")
     parser.add_argument("--device", default="cpu", help="where to verify: cpu or cuda (default: %(default)s)")
 
 

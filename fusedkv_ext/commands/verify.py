@@ -1,4 +1,4 @@
-"""Runs every operation on small inputs and compares it with the oracle in `fusedkv_ext.reference`.
+"""Runs the forward operations on small inputs and compares them with the oracle in `fusedkv_ext.reference`.
 
 An operation passes when its error against the oracle in float64 is at most twice the error of the same
 formulas in the working dtype, plus a rounding; see `_allowed`.
