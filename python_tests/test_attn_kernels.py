@@ -124,6 +124,11 @@ def test_more_splits_than_lanes_are_merged(simt: Simt, monkeypatch: pytest.Monke
     args, state = cache_inputs(case, CPU)
     oracle = reference.fused_kv_attn_with_kvcache
     assert_matches_oracle(fused_kv_attn_with_kvcache, oracle, *args, **state, **case.options)
+    # The maximum is in the second round, too far above the others for any other reference.
+    args[0].fill_(1)
+    args[1][0][0, 5199] = 40
+    args[3].fill_(1)
+    assert_matches_oracle(fused_kv_attn_with_kvcache, oracle, *args, **state, **case.options)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["fitted", "batch_invariant"])
@@ -136,12 +141,23 @@ def test_what_is_no_schedule_stays_inside_all_buffers(
     options = {"batch_invariant": batch_invariant}
     schedule = make_schedule(case, state, 304, **options)
     sums = case.B + 1
-    nonsense = ([5, 3, 1, 9], [0, 0, 0, 0], [-4, -3, -2, -1], [0, 7, 2, 30], [0, 500, 501, 502], [9, 9, 9, 3])
-    nonsense += ([5, 9, 9, 9], [9, 2, 1, 5])
+    nonsense = (
+        [5, 3, 1, 9],
+        [0, 0, 0, 0],
+        [-4, -3, -2, -1],
+        [0, 7, 2, 30],
+        [0, 500, 501, 502],
+        [9, 9, 9, 3],
+        [5, 9, 9, 9],
+        [9, 2, 2, 9],  # a sequence without cost
+        [-(2**31), 3, 40, 3],
+        [0, -7, 10, 10],
+    )
     for garbage in nonsense:
         schedule[:sums] = torch.tensor(garbage, dtype=torch.int32)
         schedule[sums:] = 0
         attend(case, args, state, schedule=schedule, **options)  # an access out of bounds would raise
+        assert schedule[:sums].tolist() == garbage  # no counter lies before the counters
 
 
 @pytest.mark.parametrize(**named(SPLIT_CASES))

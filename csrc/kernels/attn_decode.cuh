@@ -65,7 +65,7 @@ __device__ __forceinline__ WorkPiece find_piece(const AttnCudaParams& p, int64_t
   const int64_t first = load(p.schedule + w.b), cost = load(p.schedule + w.b + 1) - first;
   const int64_t item = cost > 0 ? (at - first * items) / cost : items;
   const int64_t start = first * items + item * cost, stop = start + cost;
-  if (at < first * items || item >= items || stop > work.total) {  // no schedule at all
+  if (start < 0 || at < first * items || item >= items || stop > work.total) {  // no schedule at all
     w.splits = 0;
     w.next = work.end;
     return w;
