@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Tests make thousands of tiny parallel regions: threads that spin between them keep each other from the
@@ -22,22 +21,6 @@ import fusedkv_ext.ops
 
 MAX_THREADS = min(2, os.cpu_count() or 1)
 
-# Operations that have a CUDA kernel. On a GPU and in the executor, a test that needs another one is skipped,
-# and only such a test.
-CUDA_OPS = {
-    "append_kvcache",
-    "attn_schedule",
-    "attn_with_kvcache",
-    "fuse_kv",
-    "fuse_kv_backward",
-    "fuse_kv_backward_accumulate",
-    "fuse_kv_pair",
-    "fuse_kvcache",
-}
-NO_KERNEL = re.compile(
-    r"Could not run '(?:fusedkv::(\w+)' with arguments from the 'CUDA'"
-    r"|fusedkv_simt::(\w+)' with arguments from the 'CPU') backend"
-)
 SIMT_LIBRARY = Path(
     os.environ.get("FUSEDKV_SIMT_LIBRARY")
     or Path(__file__).resolve().parent.parent / "build" / "simt" / "_C_simt.so"
@@ -46,18 +29,6 @@ SIMT_LIBRARY = Path(
 
 def pytest_configure() -> None:
     torch.set_num_threads(MAX_THREADS)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Generator[None, object, object]:
-    try:
-        return (yield)
-    except NotImplementedError as error:
-        missing = NO_KERNEL.search(str(error))
-        op = missing and (missing[1] or missing[2])
-        if op is None or op in CUDA_OPS:
-            raise
-        pytest.skip(f"{op} has no CUDA kernel")
 
 
 @pytest.fixture(autouse=True)
