@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "common/huge_pages.h"
+#include "common/kept_memory.h"
 #include "kernels/attn_decode_cuda.h"
 #include "kernels/cpu_kernels.h"
 
@@ -69,4 +71,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_level", [](const std::string& level) { return fusedkv::set_cpu_level(level.c_str()); },
       "Use this SIMD level from now on; False if it is not one of cpu_levels().");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, int64_t nbytes) {
+        return fusedkv::advise_huge_pages(reinterpret_cast<void*>(address), nbytes);
+      },
+      pybind11::arg("address"), pybind11::arg("nbytes"),
+      "Asks for huge pages inside memory that is still to be written; False if there is none to ask for.");
+  m.def("kept_memory_bytes", &fusedkv::kept_memory_bytes,
+        "Bytes of freed CPU results kept for the next ones.");
+  m.def("release_kept_memory", &fusedkv::release_kept_memory, "Gives them back to the system.");
 }

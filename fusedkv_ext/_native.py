@@ -71,3 +71,21 @@ def set_cpu_level(level: str) -> None:
     """Use ``level`` from now on (for tests). Raises ``ValueError`` if this CPU does not run it."""
     if not _C.set_cpu_level(level):
         raise ValueError(f"level is {level!r}; expected one of {_C.cpu_levels()}")
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> bool:
+    """Asks the system for huge pages in the memory of a CPU tensor that is still to be written.
+
+    Returns False, and nothing changes, where there is nothing to ask for: less than 2 MiB, or not Linux.
+    """
+    return _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def kept_memory_bytes() -> int:
+    """Bytes of large CPU results of :func:`fuse_kv` that were freed and are kept for the next ones."""
+    return _C.kept_memory_bytes()
+
+
+def release_kept_memory() -> None:
+    """Gives that memory back to the system."""
+    _C.release_kept_memory()

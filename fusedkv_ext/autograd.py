@@ -35,16 +35,26 @@ def _gradients(
     needs_weights: bool,
 ) -> Gradients:
     m = len(needs_sources)
+    of_sources: list[Tensor | None] = [None] * m
+    of_weights: list[Tensor] = [weights] * m
     if grad is None or not (any(needs_sources) or needs_weights):
-        return [None] * m, None
+        return of_sources, None
     grad = grad.contiguous()
-    # Only the weights' gradient is made of the sources: without it, any of their shape and dtype will do.
-    sources = sources if needs_weights else [grad] * m
-    grad_sources, grad_weights = op(grad, sources, weights, any(needs_sources), needs_weights)
-    return (
-        list(grad_sources.unbind(0)) if any(needs_sources) else [None] * m,
-        grad_weights if needs_weights else None,
-    )
+    # Sources with and without a gradient of their own apart: memory for gradients is for the former alone.
+    for needed in (True, False):
+        chosen = [j for j in range(m) if bool(needs_sources[j]) == needed]
+        if not chosen or not (needed or needs_weights):
+            continue
+        # Only the weights' gradient is made of the sources: without it, any of their shape and dtype will do.
+        own_sources = [sources[j] if needs_weights else grad for j in chosen]
+        own_weights = weights if len(chosen) == m else torch.stack([weights[j] for j in chosen])
+        grads, sums = op(grad, own_sources, own_weights, needed, needs_weights)
+        if len(chosen) == m:
+            return list(grads.unbind(0)) if needed else of_sources, sums if needs_weights else None
+        for i, j in enumerate(chosen):
+            of_sources[j] = grads[i] if needed else None
+            of_weights[j] = sums[i] if needs_weights else weights
+    return of_sources, torch.stack(of_weights) if needs_weights else None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:

@@ -424,3 +424,36 @@ def test_autocast_leaves_the_dtype_of_the_sources(device: torch.device) -> None:
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = fuse_kv(sources, weights)
     assert_same_bits(out, fuse_kv(sources, weights))
+
+
+@pytest.mark.parametrize("needs_weights", [True, False])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2), (2, 0, 1)], ids=str)
+def test_some_sources_alone_get_the_gradients_of_all(
+    wanted: tuple[int, ...], needs_weights: bool, device: torch.device
+) -> None:
+    sources, weights = Case("some", m=3, dtype=torch.bfloat16).inputs(device)
+    everything = [x.clone().requires_grad_() for x in (*sources, weights)]
+    grad = torch.randn_like(sources[0])
+    expected = torch.autograd.grad(fuse_kv(everything[:3], everything[3]), everything, grad)
+    chosen = [*wanted, *([3] if needs_weights else [])]
+    inputs = [x.clone().requires_grad_(i in chosen) for i, x in enumerate((*sources, weights))]
+    got = torch.autograd.grad(fuse_kv(inputs[:3], inputs[3]), [inputs[i] for i in chosen], grad)
+    assert_same_bits(got, tuple(expected[i] for i in chosen))
+
+
+def test_source_without_a_gradient_gets_no_memory_for_one() -> None:
+    sources, weights = Case("some", m=3).inputs(CPU)
+    inputs = [sources[0].requires_grad_(), *sources[1:]]
+    (grad,) = torch.autograd.grad(fuse_kv(inputs, weights).sum(), [sources[0]])
+    assert grad.untyped_storage().nbytes() == sources[0].nbytes
+
+
+def test_gradients_of_gradients_of_some_sources() -> None:
+    sources = [torch.randn(1, 3, 2, 8, dtype=torch.float64) for _ in range(3)]
+    weights = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [sources[1].requires_grad_(), weights]
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return fuse_kv([sources[0], x, sources[2]], w)
+
+    assert torch.autograd.gradgradcheck(function, inputs)

@@ -2,6 +2,7 @@
 
 #include "api/fuse_kv.h"
 
+#include "common/kept_memory.h"
 #include "kernels/cpu_kernels.h"
 
 namespace fusedkv::api {
@@ -11,8 +12,25 @@ namespace {
 // At least this many bytes per thread: less is not worth waking one.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
+// Results of at least this size are written past the caches: whoever reads them finds little of them there
+// anyway, and memory that is not read before it is written saves a third of the traffic.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape) {
+  int64_t bytes = int64_t(like.element_size());
+  for (int64_t size : shape) bytes *= size;
+  if (bytes < kLargeBytes) return new_tensor(like, shape);
+  const MemoryBlock block = take_memory(bytes);
+  if (block.data == nullptr) return new_tensor(like, shape);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * shape[i + 1];
+  return torch::stable::from_blob(block.data, shape, strides, like.device(), like.scalar_type(),
+                                  [block](void*) { give_back_memory(block); });
+}
+
 Tensor forward(FuseKVParams& p, const Tensor& like) {
-  Tensor out = fused_output(p, like);
+  Tensor out = fused_output(p, like, new_result);
+  p.stream = out.numel() * size_of(p.dtype) >= kStreamBytes;
   const int64_t bytes = (p.m + 1) * p.G * p.D * size_of(p.dtype);
   const int64_t grain = bytes ? (kGrainBytes + bytes - 1) / bytes : 1;
   const CpuKernels& kernels = cpu_kernels();
@@ -59,7 +77,8 @@ Tensor fuse_kvcache(std::vector<Tensor> caches, Tensor weights, Tensor cache_seq
 std::tuple<Tensor, Tensor> fuse_kv_backward(Tensor grad, std::vector<Tensor> sources, Tensor weights,
                                             bool needs_sources, bool needs_weights) {
   FuseKVParams p = fuse_kv_backward_params(grad, sources, weights, false);
-  Tensor grad_sources = needs_sources ? new_source_gradients(p, grad) : torch::stable::new_empty(grad, {0});
+  Tensor grad_sources = needs_sources ? new_source_gradients(p, grad, new_result) : new_tensor(grad, {0});
+  p.stream = grad_sources.numel() * size_of(p.dtype) >= kStreamBytes;
   const auto [grad_weights, partial] = new_weight_gradients(p, weights, needs_weights);
   backward(p);
   return {grad_sources, grad_weights};

@@ -42,8 +42,15 @@ inline FuseKVParams fuse_kv_params(const std::vector<Tensor>& sources, const cha
   return p;
 }
 
-inline Tensor fused_output(FuseKVParams& p, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, {p.B, p.T, p.G, p.D});
+// How a result is made: a new contiguous tensor with like's dtype and device.
+using NewTensor = Tensor (*)(const Tensor& like, const std::vector<int64_t>& shape);
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape);
+}
+
+inline Tensor fused_output(FuseKVParams& p, const Tensor& like, NewTensor make = new_tensor) {
+  Tensor out = make(like, {p.B, p.T, p.G, p.D});
   p.out = out.mutable_data_ptr();
   return out;
 }
@@ -90,8 +97,8 @@ inline FuseKVParams fuse_kv_backward_params(const Tensor& grad, const std::vecto
 }
 
 // New gradients of the sources, (m, B, T, G, D).
-inline Tensor new_source_gradients(FuseKVParams& p, const Tensor& grad) {
-  Tensor grads = torch::stable::new_empty(grad, {p.m, p.B, p.T, p.G, p.D});
+inline Tensor new_source_gradients(FuseKVParams& p, const Tensor& grad, NewTensor make = new_tensor) {
+  Tensor grads = make(grad, {p.m, p.B, p.T, p.G, p.D});
   char* data = static_cast<char*>(grads.mutable_data_ptr());
   for (int j = 0; j < p.m; ++j) p.grad_sources[j] = data + j * grad.numel() * size_of(p.dtype);
   return grads;

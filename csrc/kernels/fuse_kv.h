@@ -28,6 +28,8 @@ struct FuseKVParams {
   TokenTensor sources[kMaxSources];  // m x (B, T, G, D), or caches
   const void* weights;               // (m, G, D) contiguous; float64 for f64 sources, else float32
 
+  bool stream;  // CPU: write the results past the caches, where they are aligned for it
+
   // Forward.
   void* out;  // (B, T, G, D) contiguous
 

@@ -64,8 +64,25 @@ static inline void store(float* p, Vec x) {
 static inline void store(bf16* p, Vec x) {
   _mm_storeu_si128((__m128i*)p, round_bf16(x));
 }
+static inline __m128i round_f16(Vec x) {
+  return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 static inline void store(f16* p, Vec x) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128((__m128i*)p, round_f16(x));
+}
+
+// Past the caches; p aligned to what is written. What was streamed is ordered by stream_fence.
+static inline void stream(float* p, Vec x) {
+  _mm256_stream_ps(p, x.v);
+}
+static inline void stream(bf16* p, Vec x) {
+  _mm_stream_si128((__m128i*)p, round_bf16(x));
+}
+static inline void stream(f16* p, Vec x) {
+  _mm_stream_si128((__m128i*)p, round_f16(x));
+}
+static inline void stream_fence() {
+  _mm_sfence();
 }
 
 static inline float reduce_add(Vec x) {

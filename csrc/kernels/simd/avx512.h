@@ -95,6 +95,20 @@ static inline void store(f16* p, Vec x, int n) {
   _mm256_mask_storeu_epi16(p, lanes(n), round_f16(x));
 }
 
+// Past the caches; p aligned to what is written. What was streamed is ordered by stream_fence.
+static inline void stream(float* p, Vec x) {
+  _mm512_stream_ps(p, x.v);
+}
+static inline void stream(bf16* p, Vec x) {
+  _mm256_stream_si256((__m256i*)p, round_bf16(x));
+}
+static inline void stream(f16* p, Vec x) {
+  _mm256_stream_si256((__m256i*)p, round_f16(x));
+}
+static inline void stream_fence() {
+  _mm_sfence();
+}
+
 static inline float reduce_add(Vec x) {
   return _mm512_reduce_add_ps(x.v);
 }

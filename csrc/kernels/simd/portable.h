@@ -48,6 +48,11 @@ template <typename T>
 static inline void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) narrow(x.v[i], p + i);
 }
+template <typename T>
+static inline void stream(T* p, Vec x) {
+  store(p, x);
+}
+static inline void stream_fence() {}
 static inline float reduce_add(Vec x) {
   return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7]));
 }
