@@ -8,11 +8,10 @@ works inside anybody's block, under activation checkpointing and under FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedkv_ext import ops
@@ -36,13 +35,17 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight  # read once: a module finds its parameters by name
+        if x.dtype is weight.dtype:
+            return torch.rms_norm(x, weight.shape, weight, self.eps)
         # Under autocast: bf16 rows and an fp32 weight, which would lose its last bits in bf16.
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return torch.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+_NOTHING = KV(None, None)
 
 
 class _Heads(NamedTuple):
@@ -135,7 +138,7 @@ class FusedKVAttention(nn.Module):
             )
         if sliding_window is not None and sliding_window < 1:
             raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
-        self.plan, self.layer, self.head_dim = plan, layer, head_dim
+        self.plan, self.layer, self.hidden_size, self.head_dim = plan, layer, hidden_size, head_dim
         self.source_layers = plan.source_layers(layer)
         self.recompute_fusion = recompute_fusion
         self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
@@ -144,7 +147,8 @@ class FusedKVAttention(nn.Module):
         # The query heads of each resolved segment; None: all of them in one call.
         segments, group = plan.segments(layer, kv_heads), heads // kv_heads
         bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
-        self._q_heads: tuple[slice | None, ...] = (None,) if len(bounds) == 1 else tuple(bounds)
+        q_heads: list[slice | None] = [None] if len(bounds) == 1 else bounds
+        self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
 
         def projection(num_heads: int) -> nn.Linear | None:
             return nn.Linear(hidden_size, num_heads * head_dim, bias=bias) if num_heads else None
@@ -201,12 +205,12 @@ class FusedKVAttention(nn.Module):
         Raises ValueError for wrong shapes, missing sources or a cache of another plan.
         """
         self._check(x, sources, cache, last)
-        rotary = None
-        if position_embeddings is None and self.rope is not None:
+        rope, rotary = self.rope, None
+        if position_embeddings is None and rope is not None:
             if cache is None or self.needs_positions:
-                position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache))
+                position_embeddings = rope.cos_sin(self._positions(x, sources, cache))
             else:
-                rotary = self.rope.tables(cache.max_len, x.device)
+                rotary = cache.rotary_tables(rope)
         kv = self._project(x, sources, position_embeddings)
         if last is not None and last < x.shape[1]:
             x = x[:, -last:]
@@ -214,17 +218,20 @@ class FusedKVAttention(nn.Module):
                 cos, sin = position_embeddings
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
         q = self._rotated(self.q_proj(x), self.q_norm, position_embeddings)
-        if cache is not None and rotary is None:
+        if cache is None:
+            out = self._attend(q, kv, sources)
+            return self.o_proj(out.flatten(2)), kv
+        if rotary is None:
             cache.append(self.layer, kv.key, kv.value)
-        elif cache is not None:
-            options = {"rotary": rotary, "rotary_interleaved": self.interleaved}
-            q = cache.append(self.layer, kv.key, kv.value, query=q, **options)
-            kv = KV(None, None)
-        out = self._attend(q, kv, sources, cache)
-        return self.o_proj(out.flatten(2)), kv
+        else:
+            key, value = kv
+            interleaved = self.interleaved
+            q = cache.append(self.layer, key, value, query=q, rotary=rotary, rotary_interleaved=interleaved)
+            kv = _NOTHING
+        return self.o_proj(self._attend_cached(q, cache).flatten(2)), kv
 
     def _check(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, last: int | None) -> None:
-        hidden, plan = self.q_proj.in_features, self.plan
+        hidden, plan = self.hidden_size, self.plan
         if x.dim() != 3 or x.shape[-1] != hidden:
             raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
         if last is not None and last < 1:
@@ -254,17 +261,17 @@ class FusedKVAttention(nn.Module):
     ) -> KV:
         """What this layer stores of the tokens x: projected, normalised, rotated, mixed."""
         key = value = None
-        if self.k_proj is not None:
-            key = self._rotated(self.k_proj(x), self.k_norm, position_embeddings)
+        k_proj, v_proj = self.k_proj, self.v_proj
+        if k_proj is not None:
+            key = self._rotated(k_proj(x), self.k_norm, position_embeddings)
             if self._keys.mixes:
                 available = (*(source.key for source in sources), key)
-                key = _mixed(available, self._keys.mixes, [self._key_weights(m) for m in self._keys.mixes])
-        if self.v_proj is not None:
-            value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+                key = _mixed(available, self._keys.mixes, self.kv_fusion and self.kv_fusion.key_weights)
+        if v_proj is not None:
+            value = v_proj(x).unflatten(-1, (-1, self.head_dim))
             if self._values.mixes:
                 available = (*(source.value for source in sources), value)
-                mixes = self._values.mixes
-                value = _mixed(available, mixes, [self._value_weights(mix) for mix in mixes])
+                value = _mixed(available, self._values.mixes, self.kv_fusion and self.kv_fusion.value_weights)
         return KV(key, value)
 
     def _rotated(
@@ -278,57 +285,72 @@ class FusedKVAttention(nn.Module):
             return x
         return apply_rotary(x, *position_embeddings, self.interleaved)
 
-    def _attend(self, q: Tensor, kv: KV, sources: Sequence[KV], cache: KVCache | None) -> Tensor:
+    def _attend(self, q: Tensor, kv: KV, sources: Sequence[KV]) -> Tensor:
         """One call per resolved segment, on its heads: (B, S, H, D)."""
+        available = (*sources, kv)
+        outs = [
+            ops.fused_kv_attn_func(
+                q if q_heads is None else q[:, :, q_heads],
+                [heads.of(available[heads.index].key) for heads in keys.tensors],
+                [heads.of(available[heads.index].value) for heads in values.tensors],
+                *self._weights(keys, values),
+                causal=True,
+                window_size=self.window_size,
+                recompute_fusion=self.recompute_fusion,
+            )
+            for q_heads, keys, values in self._reads
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _attend_cached(self, q: Tensor, cache: KVCache) -> Tensor:
+        """As ``_attend``, over what the cache holds."""
         outs = []
-        for q_heads, keys, values in zip(self._q_heads, self._keys.reads, self._values.reads, strict=True):
+        for q_heads, keys, values in self._reads:
             part = q if q_heads is None else q[:, :, q_heads]
-            weights = self._key_weights(keys), self._value_weights(values)
-            if cache is None:
-                available = (*sources, kv)
-                out = ops.fused_kv_attn_func(
-                    part,
-                    [heads.of(available[heads.index].key) for heads in keys.tensors],
-                    [heads.of(available[heads.index].value) for heads in values.tensors],
-                    *weights,
-                    causal=True,
-                    window_size=self.window_size,
-                    recompute_fusion=self.recompute_fusion,
-                )
-            else:
-                key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
-                kv_heads = key_caches[0].shape[2]
-                out = ops.fused_kv_attn_with_kvcache(
-                    part,
-                    key_caches,
-                    [heads.of(cache.values(heads.layer)) for heads in values.tensors],
-                    *weights,
-                    cache_seqlens=cache.seq_lens,
-                    block_table=cache.block_table,
-                    causal=True,
-                    window_size=self.window_size,
-                    schedule=cache.schedule(*part.shape[1:3], kv_heads, self.window_size),
-                    host_seqlens=cache.lengths,
-                )
+            key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
+            _, steps, num_heads, head_dim = part.shape
+            schedule = cache.schedule(steps, num_heads, key_caches[0].shape[2], self.window_size)
+            out = ops.attend_cached(
+                part,
+                key_caches,
+                [heads.of(cache.values(heads.layer)) for heads in values.tensors],
+                *self._weights(keys, values),
+                cache.seq_lens,
+                cache.block_table,
+                head_dim**-0.5,
+                self.window_size[0],
+                0,
+                schedule,
+                cache.lengths,
+            )
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _key_weights(self, terms: _Sum) -> Tensor | None:
-        return None if terms.segment is None else self.kv_fusion.key_weights(terms.segment)
-
-    def _value_weights(self, terms: _Sum) -> Tensor | None:
-        return None if terms.segment is None else self.kv_fusion.value_weights(terms.segment)
+    def _weights(self, keys: _Sum, values: _Sum) -> tuple[Tensor | None, Tensor | None]:
+        if keys.segment is None and values.segment is None:
+            return None, None
+        fusion = self.kv_fusion
+        return (
+            None if keys.segment is None else fusion.key_weights(keys.segment),
+            None if values.segment is None else fusion.value_weights(values.segment),
+        )
 
 
 def _mixes(plan: CachePlan, layer: int, num_kv_heads: int) -> bool:
     return any(_Side.resolve(plan, layer, num_kv_heads, side).mixes for side in ("key", "value"))
 
 
-def _mixed(available: Sequence[Tensor], mixes: Sequence[_Sum], weights: Sequence[Tensor | None]) -> Tensor:
-    """The heads that a layer stores, each segment summed over its sources. ``available``: sources, own."""
+def _mixed(
+    available: Sequence[Tensor], mixes: Sequence[_Sum], weights: Callable[[int], Tensor | None] | None
+) -> Tensor:
+    """The heads that a layer stores, each segment summed over its sources.
+
+    available: of the sources and the layer itself. weights: of a segment; None where the layer has none.
+    """
     parts = []
-    for mix, weight in zip(mixes, weights, strict=True):
+    for mix in mixes:
         tensors = [heads.of(available[heads.index]) for heads in mix.tensors]
+        weight = None if mix.segment is None else weights(mix.segment)
         if len(tensors) == 1 and weight is None:
             parts.append(tensors[0])
         else:

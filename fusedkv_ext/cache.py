@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedkv_ext import ops
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.rope import RotaryEmbedding
 
 __all__ = ["CacheFullError", "KV", "KVCache"]
 
@@ -175,6 +176,7 @@ class KVCache:
         self._step = 0
         self._table: PageTable | None = None
         self._schedules: dict[tuple[int, ...], Tensor] = {}
+        self._rotary: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
         # Made under inference mode these would be inference tensors, which nobody may change outside of it.
         with torch.inference_mode(False):
             slots: tuple[int, int] = (batch_size, max_len)
@@ -189,8 +191,9 @@ class KVCache:
                 raise ValueError(f"num_pages={num_pages} needs page_size: only a paged cache has pages")
 
             def allocate(heads: tuple[int, ...]) -> Tensor | None:
-                shape = (*slots, len(heads), head_dim)
-                return torch.empty(shape, dtype=self.dtype, device=device) if heads else None
+                if not heads:
+                    return None
+                return torch.empty(*slots, len(heads), head_dim, dtype=self.dtype, device=device)
 
             layers = range(plan.num_layers)
             self._keys = [allocate(plan.stored_key_heads(layer, num_kv_heads)) for layer in layers]
@@ -278,9 +281,9 @@ class KVCache:
     ) -> Tensor | None:
         """Stores the rows of this step: ``key`` (B, S, Gk, D) after RoPE and ``value`` (B, S, Gv, D).
 
-        None on a side that the layer does not store. With ``rotary``, cos and sin of the positions 0..max_len
-        - 1 (max_len, rotary_dim / 2), the key comes before RoPE and is rotated on the way; so is ``query``,
-        (B, S or fewer, H, D) of the last tokens, which is returned as a new tensor (else None).
+        None on a side that the layer does not store. With ``rotary``, as ``rotary_tables`` returns it, the
+        key comes before RoPE and is rotated on the way; so is ``query``, (B, S or fewer, H, D) of the last
+        tokens, which is returned as a new tensor (else None).
 
         Raises ValueError if the sides are not those that the layer stores, or if S is not the number of rows
         that ``advance`` made room for.
@@ -291,12 +294,13 @@ class KVCache:
                 f"layer {layer} stores keys: {_yes(key_cache)}, values: {_yes(value_cache)}, but got "
                 f"key: {_yes(key)}, value: {_yes(value)}"
             )
-        given = next((x for x in (key, value, query) if x is not None), None)
+        stored = value if key is None else key
+        given = query if stored is None else stored
         if given is None:
             return None
-        if given is not query and given.shape[1] != self._step:
+        if stored is not None and stored.shape[1] != self._step:
             raise ValueError(
-                f"layer {layer}: {given.shape[1]} rows came, but this step is {self._step} rows long; "
+                f"layer {layer}: {stored.shape[1]} rows came, but this step is {self._step} rows long; "
                 "call advance(n) once before the layers of a step"
             )
         if query is not None and query.shape[1] != given.shape[1]:
@@ -304,20 +308,21 @@ class KVCache:
             key = value = key_cache = value_cache = None
             given = query
         # The op always takes both sides: one that is not stored has no heads.
-        none = given[:, :, :0]
+        if key is None or value is None:
+            none = given[:, :, :0]
+            key, key_cache = (none, self._no_heads) if key is None else (key, key_cache)
+            value, value_cache = (none, self._no_heads) if value is None else (value, value_cache)
         cos, sin = (None, None) if rotary is None else rotary
-        return ops.append_kvcache(
-            none if key is None else key,
-            none if value is None else value,
-            self._no_heads if key_cache is None else key_cache,
-            self._no_heads if value_cache is None else value_cache,
-            cache_seqlens=self.seq_lens,
-            block_table=self.block_table,
-            rotary_cos=cos,
-            rotary_sin=sin,
-            rotary_interleaved=rotary_interleaved,
-            query=query,
-        )
+        cached = (key, value, key_cache, value_cache, self.seq_lens, self.block_table)
+        rotated = ops.append_cached(*cached, cos, sin, rotary_interleaved, query)
+        return None if query is None else rotated
+
+    def rotary_tables(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """Cos and sin of all positions, contiguous fp32 (max_len, rotary_dim / 2); looked up once a cache."""
+        tables = self._rotary.get(rope)
+        if tables is None:
+            tables = self._rotary[rope] = rope.tables(self.max_len, self.device)
+        return tables
 
     def positions(self, steps: int) -> Tensor:
         """Positions of the last S = ``steps`` tokens, int64: (S,) if S > 1 and all are equally long, else

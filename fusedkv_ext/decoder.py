@@ -231,12 +231,12 @@ class DecoderModel(nn.Module):
             positions = torch.arange(steps, device=ids.device) if cache is None else cache.positions(steps)
             position_embeddings = self.rope.cos_sin(positions)
         wanted = self._sources if cache is None else self._cached_sources
-        read_later = {j for sources in wanted for j in sources}
+        read_later = set().union(*wanted)
         x = self.embed_tokens(ids)
         kvs: list[KV | None] = []
         for i, layer in enumerate(self.layers):
             last = keep if i == self.exit_layer and 0 < keep < steps else None
-            sources = tuple(kvs[j] for j in wanted[i])
+            sources = [kvs[j] for j in wanted[i]]
             x, kv = layer(x, sources, position_embeddings=position_embeddings, cache=cache, last=last)
             if last is not None and position_embeddings is not None:
                 cos, sin = position_embeddings

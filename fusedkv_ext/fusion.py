@@ -59,9 +59,13 @@ class FusionWeights(nn.Module):
         self.layer, self.head_dim, self.rotary_dim = layer, head_dim, rotary_dim
         self.interleaved = interleaved
         self._segments = plan.segments(layer, num_kv_heads)
-        self._keys = self._register("key", num_kv_heads, plan.layers[layer].keys)
-        self._values = self._register("value", num_kv_heads, plan.layers[layer].values)
-        self._expanded: dict[tuple[str, int], tuple[tuple, Tensor]] = {}
+        keys = self._register("key", num_kv_heads, plan.layers[layer].keys)
+        values = self._register("value", num_kv_heads, plan.layers[layer].values)
+        self._fused = (*keys.values(), *values.values())
+        # Those of each resolved segment; None where it has no weights.
+        self._keys = [keys.get(segment.key) for segment in self._segments]
+        self._values = [values.get(segment.value) for segment in self._segments]
+        self._expanded: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
         self.reset_parameters()
 
     def _register(self, side: str, num_kv_heads: int, segments: tuple[Segment, ...]) -> dict[Segment, _Fused]:
@@ -86,18 +90,19 @@ class FusionWeights(nn.Module):
         return rows, self.head_dim - (self.rotary_dim // 2 if fusion.tied else 0)
 
     def key_weights(self, segment_index: int = 0) -> Tensor | None:
-        """Weights on the keys of ``plan.segments(layer, G)[segment_index]``: fp32 (m, g, D), or None: ones.
+        """Weights on the keys of ``plan.segments(layer, G)[segment_index]``: fp32 (m, g, D), contiguous, or
+        None: ones.
 
         g counts the heads of that resolved segment, m its key sources in the segment's order. With gradients
         off the expanded tensor is kept until a parameter changes, so that decoding does not rebuild it for
         every token; do not write to it. (Writing through ``parameter.data`` goes unseen by PyTorch's version
         counters: call ``clear_cache()`` after it.)
         """
-        return self._weights("key", segment_index, self._keys.get(self._segments[segment_index].key))
+        return self._weights("key", segment_index, self._keys[segment_index])
 
     def value_weights(self, segment_index: int = 0) -> Tensor | None:
         """Weights on the values of ``plan.segments(layer, G)[segment_index]``, as ``key_weights``."""
-        return self._weights("value", segment_index, self._values.get(self._segments[segment_index].value))
+        return self._weights("value", segment_index, self._values[segment_index])
 
     def _weights(self, side: str, segment_index: int, fused: _Fused | None) -> Tensor | None:
         if fused is None:
@@ -110,7 +115,7 @@ class FusionWeights(nn.Module):
         start, stop, *_ = self._segments[segment_index]
         expanded = torch.stack([self._expand(parameter, fused) for parameter in parameters])
         if (start, stop) != (fused.start, fused.stop):  # the other side splits this segment
-            expanded = expanded[:, start - fused.start : stop - fused.start]
+            expanded = expanded[:, start - fused.start : stop - fused.start].contiguous()
         if fused.fusion.multiplier != 1:
             expanded = expanded * fused.fusion.multiplier
         if state is not None:
@@ -131,7 +136,7 @@ class FusionWeights(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Sets the initial values of the plan; ``generator`` draws those of N(0, 1)."""
-        for fused in (*self._keys.values(), *self._values.values()):
+        for fused in self._fused:
             init, multiplier = fused.fusion.init, fused.fusion.multiplier
             for j, name in enumerate(fused.names):
                 if isinstance(init, str):
@@ -160,7 +165,7 @@ class FusionWeights(nn.Module):
         return f"layer {self.layer}: " + ", ".join(shapes)
 
 
-def _state(parameters: list[nn.Parameter]) -> tuple | None:
+def _state(parameters: list[nn.Parameter]) -> list[tuple[int, int, int]] | None:
     """What changes whenever a parameter does: identity, storage, version.
 
     None where that cannot be known (inference tensors, tensor subclasses such as DTensor) or need not be (a
@@ -168,9 +173,12 @@ def _state(parameters: list[nn.Parameter]) -> tuple | None:
     """
     if torch.compiler.is_compiling():
         return None
-    if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
-        return None
-    return tuple((id(p), p.data_ptr(), p._version) for p in parameters)
+    state = []
+    for p in parameters:
+        if type(p) is not nn.Parameter or p.is_inference():
+            return None
+        state.append((id(p), p.data_ptr(), p._version))
+    return state
 
 
 def param_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:

@@ -38,6 +38,8 @@ _ops = torch.ops.fusedkv
 _NATIVE_ERROR = re.compile(r"fusedkv (ValueError|TypeError): (.*)")
 _debug_checks = False
 
+FEW_ROWS = 32  # query rows per KV head that every kernel folds: what one task of the CPU keeps
+
 
 def debug_checks(enabled: bool) -> None:
     """Checks what stands in CUDA tensors too, at the price of a synchronisation per call: lengths, block
@@ -65,7 +67,7 @@ def decode_max_rows(device_type: str, dtype: torch.dtype, sources: int, head_dim
     """
     tensor_cores = head_dim <= 128 if sources == 2 else sources == 1
     half = dtype in (torch.bfloat16, torch.float16)
-    return 512 if device_type == "cuda" and half and tensor_cores else 32
+    return 512 if device_type == "cuda" and half and tensor_cores else FEW_ROWS
 
 
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
@@ -282,10 +284,42 @@ def fused_kv_attn_with_kvcache(
     if schedule is not None:
         _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, batch_invariant)
     arguments = (*tensors.values(), cache_seqlens, block_table, scale, left, right)
-    if not (return_lse or batch_invariant or folds_cached(q, key_caches, value_caches, q.device.type)):
-        return _prefill_with_kvcache(*arguments, _lengths(cache_seqlens, host_seqlens))
-    out, lse = _call(_ops.attn_with_kvcache.default, *arguments, schedule, batch_invariant)
-    return (out, lse) if return_lse else out
+    if return_lse or batch_invariant:
+        out, lse = _call(_ops.attn_with_kvcache.default, *arguments, schedule, batch_invariant)
+        return (out, lse) if return_lse else out
+    return attend_cached(*arguments, schedule, host_seqlens)
+
+
+def attend_cached(
+    q: Tensor,
+    key_caches: Sequence[Tensor],
+    value_caches: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    schedule: Tensor | None,
+    host_seqlens: Sequence[int] | None,
+) -> Tensor:
+    """:func:`fused_kv_attn_with_kvcache` for layers of this package, which call it for every token.
+
+    Arguments are as its checks leave them, weights contiguous fp32 (m, G, D); the native op still checks what
+    it reads.
+    """
+    arguments = (q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table)
+    if torch.is_grad_enabled():
+        inputs = {"q": q, "key_weights": key_weights, "value_weights": value_weights}
+        _checks.check_no_grad("attention over a cache", inputs, "call under torch.no_grad()")
+    if _debug_checks:
+        _check_table({"q": q}, cache_seqlens, block_table, key_caches[0])
+        if schedule is not None:
+            _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, False)
+    if folds_cached(q, key_caches, value_caches, q.device.type):
+        return _call(_ops.attn_with_kvcache.default, *arguments, scale, left, right, schedule, False)[0]
+    return _prefill_with_kvcache(*arguments, scale, left, right, _lengths(cache_seqlens, host_seqlens))
 
 
 def decode_schedule(
@@ -372,8 +406,33 @@ def append_kvcache(
         rotary_cos, rotary_sin = rotary_cos.float().contiguous(), rotary_sin.float().contiguous()
     interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
     cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)
-    rotated = _call(_ops.append_kvcache.default, *cached, rotary_cos, rotary_sin, interleaved, query)
+    rotated = append_cached(*cached, rotary_cos, rotary_sin, interleaved, query)
     return None if query is None else rotated
+
+
+def append_cached(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    query: Tensor | None,
+) -> Tensor:
+    """:func:`append_kvcache` for ``KVCache``, which calls it in every layer; empty without a query.
+
+    The caches are its own memory, the tables contiguous fp32; the native op still checks what it reads.
+    """
+    if torch.is_grad_enabled():
+        inputs = {"key": key, "value": value, "query": query}
+        _checks.check_no_grad("append_kvcache", inputs, "append under torch.no_grad()")
+    if _debug_checks:
+        _check_table({"key": key}, cache_seqlens, block_table, key_cache)
+    cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)
+    return _call(_ops.append_kvcache.default, *cached, rotary_cos, rotary_sin, rotary_interleaved, query)
 
 
 # ---- helpers -------------------------------------------------------------------------------------------
@@ -551,14 +610,17 @@ def folds_cached(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], de
 
     Fusing first needs the lengths on the host: not in a graph, be it torch.compile's or CUDA's.
     """
-    if device_type == "meta" or torch.compiler.is_compiling() or _few_rows(q, keys, values, device_type):
+    if _few_rows(q, keys, values, device_type) or device_type == "meta" or torch.compiler.is_compiling():
         return True
     return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _few_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
-    rows = q.shape[1] * (q.shape[2] // max(keys[0].shape[2], 1))
-    sources, head_dim = max(len(keys), len(values)), max(q.shape[3], values[0].shape[3])
+    _, steps, num_heads, head_dim = q.shape
+    rows = steps * (num_heads // max(keys[0].shape[2], 1))
+    if rows <= FEW_ROWS:
+        return True
+    sources, head_dim = max(len(keys), len(values)), max(head_dim, values[0].shape[3])
     return rows <= decode_max_rows(device_type, q.dtype, sources, head_dim)
 
 

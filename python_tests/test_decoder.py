@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from compare import assert_near
 from tiny import LAYERS, NAMED, PLANS, tiny_config, tiny_decoder
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from fusedkv_ext.cache import CacheFullError
 from fusedkv_ext.decoder import Decoder, DecoderConfig
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.rope import RotaryEmbedding
 
 ROUNDINGS = 64  # two paths through four layers differ by a few more roundings than one operation
 HYBRID = ("full_attention", "sliding_attention", "full_attention", "sliding_attention")
@@ -279,3 +281,36 @@ def test_calls_that_cannot_be() -> None:
             model(ids, cache=cache)
     with pytest.raises(dataclasses.FrozenInstanceError):
         model.config.vocab_size = 5
+
+
+@pytest.mark.parametrize("plan", ["vanilla", "fusedkv-lite", "fusedkv"])
+def test_a_decode_step_keeps_no_memory(plan: str) -> None:
+    """After warm-up every byte that a step allocates is free again when the next one has run."""
+    model = tiny_decoder(plan)
+    cache = model.make_cache(2, 40)
+    ids = torch.randint(1, 61, (2, 1))
+
+    def kept(steps: int) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            for _ in range(steps):
+                model(ids, cache=cache, logits_to_keep=1)
+        return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+
+    with torch.inference_mode():
+        kept(4)
+        assert kept(8) == kept(16) == 0
+        held = []
+        # The measure sees what is kept: a step's logits.
+        model.register_forward_hook(lambda module, args, out: held.append(out))
+        assert kept(3) >= sum(out.nbytes for out in held) > 0
+
+
+def test_rotary_tables_are_looked_up_once_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_decoder("fusedkv")
+    made, tables = [], RotaryEmbedding.tables
+    monkeypatch.setattr(RotaryEmbedding, "tables", lambda *args: made.append(args) or tables(*args))
+    cache = model.make_cache(1, 8)
+    with torch.inference_mode():
+        for _ in range(4):
+            model(torch.randint(1, 61, (1, 1)), cache=cache)
+    assert len(made) == 1 and made[0][1] == 8
