@@ -32,13 +32,15 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test simt bench lint format cuda-objects abi sdist wheel clean distclean
+.PHONY: help build demo test simt bench performance-doc lint format cuda-objects abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
 	@echo "make test          the test suite (ARGS='-k decode -x')"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
-	@echo "make bench         time the CPU ops against this machine's measured read bandwidth and torch"
+	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
+	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
+	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
 	@echo "make lint          ruff on Python, clang-format on csrc"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
@@ -81,7 +83,10 @@ $(SIMT): $(DEPS) $(NATIVE_SOURCES)
 	@touch $@
 
 bench: $(NATIVE)
-	@$(BIN)/python benchmarks/quick.py $(ARGS)
+	@$(BIN)/fusedkv bench $(if $(ARGS),$(ARGS),--json 'benchmarks/results/cpu_{threads}threads.json')
+
+performance-doc: $(NATIVE)
+	@$(BIN)/python -m fusedkv_ext.bench.report .
 
 lint: $(DEPS)
 	@$(BIN)/ruff check .

@@ -14,22 +14,26 @@ from types import ModuleType
 
 from fusedkv_ext.train.config import ConfigError
 
-COMMANDS = ("demo", "train", "generate", "plan", "info", "plot")
+COMMANDS = ("demo", "train", "generate", "plan", "info", "plot", "bench")
 
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f".commands.{name}", __package__)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, a function of the parsed arguments that returns the
-    exit code.
-    """
+def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout, everything else on stderr"
     )
     common.add_argument("--debug", action="store_true", help="on an error, show the traceback")
+    return common
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets `run`, a function of the parsed arguments that returns the
+    exit code.
+    """
     parser = argparse.ArgumentParser(
         prog="fusedkv",
         description="Attention whose keys and values come from several layers: train it, run it, look at it.",
@@ -42,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary,
-            parents=[common],
+            parents=[_common()],
+            conflict_handler="resolve",  # a command may have a --json of its own
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)

@@ -15,6 +15,7 @@ import torch
 
 import fusedkv_ext as fkv
 from fusedkv_ext import ops
+from fusedkv_ext.bench import criterion
 from fusedkv_ext.cli import COMMANDS, build_parser, main
 from fusedkv_ext.commands import verify
 from fusedkv_ext.train import extras
@@ -196,7 +197,7 @@ def test_info_verify_fails_when_an_operation_is_wrong(
 def test_info_verify_sees_nan_in_any_output() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
     for got in ([bad, good], [good, bad]):
-        check = verify.Check("op", "float32", "cpu", verify._error(got, [good, good]), 1.0)
+        check = verify.Check("op", "float32", "cpu", criterion.largest_error(got, [good, good]), 1.0)
         assert not check.passed and check.to_dict()["max_error"] is None
 
 

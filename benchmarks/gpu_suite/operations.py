@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from quick import eager_fuse
 from torch import Tensor
 
 import fusedkv_ext as fkv
 from fusedkv_ext import reference
+from fusedkv_ext.bench.peers import eager_fuse
 from gpu_suite.cells import Cell, Sizes
 from gpu_suite.measure import Case, Contestant, Lab, Result, Row, assert_near
 from gpu_suite.peers import compiled

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from quick import eager_fuse
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from fusedkv_ext.bench.peers import eager_fuse
 from gpu_suite import triton_fused
 from gpu_suite.inputs import DecodeInputs
 from gpu_suite.measure import Contestant, Lab

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import quick
 import torch
 
 import fusedkv_ext as fkv
+from fusedkv_ext.bench.measure import commit as tree_commit
 from gpu_suite import triton_fused
 from gpu_suite.cells import NO_TIME, TINY, Cell, Sizes
 from gpu_suite.measure import DeadDevice, Lab, Row, brief
@@ -44,7 +44,7 @@ class Log:
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
     """What a reader needs to know about where the numbers come from."""
     found: dict[str, Any] = {
-        "commit": commit or quick.commit(),
+        "commit": commit or tree_commit(),
         "fusedkv_ext": fkv.__version__,
         "torch": torch.__version__,
         "triton": getattr(triton_fused.triton, "__version__", None),

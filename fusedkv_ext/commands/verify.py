@@ -1,7 +1,7 @@
 """Runs the forward operations on small inputs and compares them with the oracle in `fusedkv_ext.reference`.
 
 An operation passes when its error against the oracle in float64 is at most twice the error of the same
-formulas in the working dtype, plus a rounding; see `_allowed`.
+formulas in the working dtype, plus a few roundings; see `fusedkv_ext.bench.criterion`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import ops, reference
+from fusedkv_ext.bench.criterion import allowed_error, largest_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEED = 20
@@ -137,17 +138,6 @@ _OPS: dict[str, Run] = {
 }
 
 
-def _error(got: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest absolute difference; NaN when there is one anywhere."""
-    return float(torch.stack([(a.double() - b).abs().max() for a, b in zip(got, exact, strict=True)]).max())
-
-
-def _allowed(dtype: torch.dtype, naive: float, exact: list[Tensor]) -> float:
-    """Twice the error of the formulas in the working dtype, plus a unit in the last place of the largest."""
-    largest = max(float(tensor.abs().max()) for tensor in exact)
-    return 2.0 * naive + torch.finfo(dtype).eps * largest
-
-
 @torch.no_grad()
 def checks(device: torch.device | str = "cpu") -> Iterator[Check]:
     """Compares all operations in all dtypes on one device."""
@@ -156,8 +146,7 @@ def checks(device: torch.device | str = "cpu") -> Iterator[Check]:
         inputs = _Inputs(dtype, device)
         for name, call in _OPS.items():
             exact = call(reference, inputs, {"dtype": torch.float64})
-            naive = _error(call(reference, inputs, {}), exact)
-            error = _error(call(ops, inputs, {}), exact)
-            yield Check(
-                name, str(dtype).removeprefix("torch."), str(device), error, _allowed(dtype, naive, exact)
-            )
+            naive = largest_error(call(reference, inputs, {}), exact)
+            error = largest_error(call(ops, inputs, {}), exact)
+            allowed = allowed_error(dtype, naive, max(float(x.abs().max()) for x in exact))
+            yield Check(name, str(dtype).removeprefix("torch."), str(device), error, allowed)

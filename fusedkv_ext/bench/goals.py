@@ -1,0 +1,171 @@
+"""The goals: one table of what is promised, how it follows from the rows, and where the line is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusedkv_ext.bench.decode import SHORT
+from fusedkv_ext.bench.fuse import AUTOGRAD, BACKWARD, FORWARD
+from fusedkv_ext.bench.models import STEP, TINY_ATTENTION, TINY_STEP, TPOT, TTFT
+
+Record = dict[str, Any]  # a Row as a dictionary, as it comes out of a JSON file
+Rows = Sequence[Record]
+Figures = Callable[[Rows], Iterable[float]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``figures``: what the rows say, one number each; the worst of them has to reach ``threshold``.
+
+    at_least: whether larger is better. unit: "x" for ratios, "%" of a roof, "us".
+    """
+
+    family: str
+    text: str
+    figures: Figures
+    threshold: float
+    at_least: bool = True
+    unit: str = "x"
+
+    def judged(self, rows: Rows) -> Record:
+        """measured: the worst figure; None, and ``met`` None, where the rows have none."""
+        found = list(self.figures(rows))
+        measured = (min(found) if self.at_least else max(found)) if found else None
+        met = None
+        if measured is not None:
+            met = measured >= self.threshold if self.at_least else measured <= self.threshold
+        return {
+            "family": self.family,
+            "goal": self.text,
+            "threshold": self.threshold,
+            "at_least": self.at_least,
+            "unit": self.unit,
+            "measured": measured,
+            "met": met,
+        }
+
+
+def select(rows: Rows, op: str, dtype: str | None = None, **params: Any) -> list[Record]:
+    return [
+        row
+        for row in rows
+        if row["op"] == op
+        and (dtype is None or row["dtype"] == dtype)
+        and all(row["params"].get(name) == value for name, value in params.items())
+    ]
+
+
+def roof(op: str, dtype: str | None = None, **params: Any) -> Figures:
+    """Percent of the roof."""
+    return lambda rows: [row["percent_of_roof"] for row in select(rows, op, dtype, **params)]
+
+
+def beside(peer: str, op: str, dtype: str | None = None, **params: Any) -> Figures:
+    """How many times as fast as the fastest peer whose name begins with ``peer``."""
+
+    def figures(rows: Rows) -> Iterable[float]:
+        for row in select(rows, op, dtype, **params):
+            ratios = [x["x"] for name, x in row["peers"].items() if name.startswith(peer) and "x" in x]
+            if ratios:
+                yield min(ratios)
+
+    return figures
+
+
+def best(op: str, dtype: str | None = None, **params: Any) -> Figures:
+    """How many times as fast as the best of all peers."""
+    return lambda rows: [row["x_best"] for row in select(rows, op, dtype, **params) if row["x_best"]]
+
+
+def versus(op: str, dtype: str | None = None, *, per_byte: bool = False, **params: Any) -> Figures:
+    """Our time / the time of the base of the same cell; per_byte: both divided by their bytes."""
+
+    which = "per_byte" if per_byte else "x"
+    return lambda rows: [
+        row["versus"][which] for row in select(rows, op, dtype, **params) if row["versus"]
+    ]
+
+
+def memory(rows: Rows) -> Iterable[float]:
+    """Peak of a training step over vanilla's, at equal shapes."""
+    for row in select(rows, STEP):
+        shape = {name: value for name, value in row["params"].items() if name != "plan"}
+        base = select(rows, STEP, plan="vanilla", **shape)
+        if row["params"]["plan"] != "vanilla" and base and row["peak_mb"] and base[0]["peak_mb"]:
+            yield row["peak_mb"] / base[0]["peak_mb"]
+
+
+def per_layer(op: str) -> Figures:
+    return lambda rows: [row["us"] / row["params"]["layers"] for row in select(rows, op)]
+
+
+def both(first: Figures, second: Figures) -> Figures:
+    return lambda rows: [*first(rows), *second(rows)]
+
+
+def _readers(op: str, **params: Any) -> Figures:
+    """Lite and FusedKV over vanilla."""
+    return both(*(versus(op, plan=plan, **params) for plan in ("fusedkv-lite", "fusedkv")))
+
+
+BF16 = "bfloat16"
+
+GOALS = (
+    Goal("decode", "bfloat16, 1 source: of the read roof", roof("decode", BF16, m=1), 80, unit="%"),
+    Goal("decode", "bfloat16, 2 sources: of the read roof", roof("decode", BF16, m=2), 80, unit="%"),
+    Goal("decode", "float32, 1 and 2 sources: of the read roof", roof("decode", "float32"), 85, unit="%"),
+    Goal("decode", "1 source, H = G: as fast as SDPA", beside("SDPA", "decode", BF16, m=1, R=1), 5),
+    Goal(
+        "decode", "1 source, H/G = 4: as fast as SDPA with enable_gqa",
+        beside("SDPA enable_gqa", "decode", BF16, m=1, R=4), 20,
+    ),
+    Goal("decode", "1 source: as fast as the best formulation in torch", best("decode", BF16, m=1), 2.5),
+    Goal(
+        "decode", "2 sources: as fast as eager fuse + SDPA",
+        beside("eager fuse + SDPA", "decode", BF16, m=2), 15,
+    ),
+    Goal(
+        "decode", "2 sources: as fast as SDPA on concatenated sources",
+        beside("SDPA on concatenated sources", "decode", BF16, m=2), 5,
+    ),
+    Goal("decode", "2 sources: as fast as folded matmuls", beside("folded matmuls", "decode", BF16, m=2), 2),
+    Goal(
+        "decode", "time per byte of 2 sources, to 1 source",
+        versus("decode", BF16, per_byte=True, m=2), 1.03, at_least=False,
+    ),
+    Goal("decode", "time in pages of 16, to contiguous",
+         versus("decode, paged", page=16), 1.05, at_least=False),
+    Goal("decode", "time in pages of 64, to contiguous",
+         versus("decode, paged", page=64), 1.05, at_least=False),
+    Goal("decode", "time of a ragged batch, to an equal one of the same bytes",
+         versus("decode, ragged lengths"), 1.10, at_least=False),
+    Goal("decode", "caches in L2, 128 to 2048 tokens: as fast as the best of torch", best(SHORT), 1),
+    Goal("fuse", "forward: of the copy roof", roof(FORWARD), 85, unit="%"),
+    Goal("fuse", "forward: as fast as eager", beside("eager", FORWARD), 2),
+    Goal("fuse", "backward: of the copy roof", both(roof(BACKWARD), roof(AUTOGRAD)), 75, unit="%"),
+    Goal("fuse", "backward: as fast as eager autograd",
+         both(beside("eager", BACKWARD), beside("eager", AUTOGRAD)), 2),
+    Goal("prefill", "time to first token of Lite and FusedKV, to vanilla", _readers(TTFT), 0.58,
+         at_least=False),
+    Goal("train", "training step of Lite and FusedKV, to vanilla", _readers(STEP), 1, at_least=False),
+    Goal("train", "peak memory of training Lite and FusedKV, to vanilla", memory, 1, at_least=False),
+    Goal("model", "time per output token, cache-bound: Lite, to vanilla",
+         versus(TPOT, plan="fusedkv-lite", bound="cache"), 1.02, at_least=False),
+    Goal("model", "time per output token, cache-bound: FusedKV, to vanilla",
+         versus(TPOT, plan="fusedkv", bound="cache"), 1.6, at_least=False),
+    Goal("model", "time per output token, weight-bound at a long context: Lite and FusedKV, to vanilla",
+         _readers(TPOT, bound="weights"), 1, at_least=False),
+    Goal("model", "time per output token, weight-bound at a short context: Lite and FusedKV, to vanilla",
+         _readers(TPOT, bound="weights-short"), 1, at_least=False),
+    Goal("model", "host time per token and layer: the attention layer", lambda rows: [
+        row["us"] for row in select(rows, TINY_ATTENTION)], 30, at_least=False, unit="us"),
+    Goal("model", "host time per token and layer: the whole decoding step / layers", per_layer(TINY_STEP),
+         30, at_least=False, unit="us"),
+)  # fmt: skip
+
+
+def judge(rows: Rows, families: Iterable[str]) -> list[Record]:
+    """Every goal of these families. Those of others were not asked for."""
+    return [goal.judged(rows) for goal in GOALS if goal.family in families]

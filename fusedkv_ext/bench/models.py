@@ -1,0 +1,252 @@
+"""The families "prefill", "train" and "model": decoders that differ in their plan and in nothing else.
+
+Weights are random: times do not depend on them. Each plan's rows are timed in the same rounds, so that ratios
+to vanilla are those of neighbours.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fusedkv_ext as fkv
+from fusedkv_ext import attention, reference
+from fusedkv_ext.bench.criterion import require_right
+from fusedkv_ext.bench.decode import fill
+from fusedkv_ext.bench.measure import Cell, Entry
+from fusedkv_ext.bench.settings import DTYPES, Settings, Shape
+
+PLANS = ("vanilla", "fusedkv-lite", "fusedkv")
+TTFT, STEP, TPOT = "time to first token", "training step", "time per output token"
+TINY_STEP, TINY_ATTENTION = "decode step, tiny model", "attention layer, tiny model"
+CHECK_TOKENS = 48
+ROOM = 48  # tokens that a cache may grow by
+
+
+def build(shape: Shape, plan: str, dtype: torch.dtype = torch.float32) -> fkv.Decoder:
+    torch.manual_seed(1)
+    return fkv.Decoder(fkv.DecoderConfig(**shape, plan=plan)).to(dtype)
+
+
+def sizes(shape: Shape) -> str:
+    """layers x hidden size, query heads / KV heads."""
+    return (
+        f"{shape['num_hidden_layers']}x{shape['hidden_size']},"
+        f"{shape['num_attention_heads']}/{shape['num_key_value_heads']}"
+    )
+
+
+def check_logits(model: fkv.Decoder) -> None:
+    """A prompt and one more token out of a cache, against the model in float64 without one. The same maths
+    in the working dtype: the model without a cache, attending as the oracle does."""
+    ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS))
+    with torch.no_grad(), mock.patch.object(
+        attention.ops, "fused_kv_attn_func", _oracle_attention
+    ):  # fmt: skip
+        exact = copy.deepcopy(model).double()(ids)[:, -2:]
+        same = model(ids)[:, -2:]
+    with torch.inference_mode():
+        cache = model.make_cache(1, CHECK_TOKENS)
+        first = model(ids[:, :-1], cache=cache, logits_to_keep=1)
+        got = torch.cat((first, model(ids[:, -1:], cache=cache)), dim=1)
+    require_right(f"decoder with plan {model.plan.name}, {got.dtype}", got, exact, same, terms=CHECK_TOKENS)
+
+
+def check_gradients(model: fkv.Decoder) -> None:
+    """Loss and gradients of a training step against float64; the same maths: the oracle's attention."""
+    ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS))
+
+    def gradients(model: fkv.Decoder) -> list[Tensor]:
+        _, loss = model(ids, labels=ids)
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    got = gradients(model)
+    with mock.patch.object(attention.ops, "fused_kv_attn_func", _oracle_attention):
+        exact, same = gradients(copy.deepcopy(model).double()), gradients(model)
+    require_right(f"training with plan {model.plan.name}", got, exact, same, terms=CHECK_TOKENS)
+
+
+def _oracle_attention(*args: object, recompute_fusion: bool = False, **options: object) -> Tensor:
+    return reference.fused_kv_attn_func(*args, **options)
+
+
+def prefill_cell(tokens: int, name: str, s: Settings) -> Cell:
+    """From a prompt and an empty cache to the first new token."""
+    entries = []
+    prompt = torch.randint(s.prefill_shape["vocab_size"], (1, tokens))
+    for plan in PLANS:
+        model = build(s.prefill_shape, plan, DTYPES[name])
+        cache = model.make_cache(1, tokens)
+
+        def run(model: fkv.Decoder = model, cache: fkv.KVCache = cache) -> Tensor:
+            cache.reset()
+            return model(prompt, cache=cache, logits_to_keep=1).argmax(-1)
+
+        params = {"plan": plan, "model": sizes(s.prefill_shape), "prompt": tokens}
+        check = partial(_outside_inference, check_logits, model)
+        entries.append(Entry(TTFT, plan, params, DTYPES[name], run, check))
+    return Cell("prefill", entries, cold=False, slow=True, base="vanilla")
+
+
+def _outside_inference(check: Callable[[fkv.Decoder], None], model: fkv.Decoder) -> None:
+    with torch.inference_mode(False):
+        check(model)
+
+
+def train_cell(s: Settings) -> Cell:
+    """Forward, backward and an AdamW step; peak memory of each plan in a process of its own."""
+    entries = []
+    tokens, batch, dtype = s.train_tokens, s.train_batch, DTYPES[s.host_dtype]
+    with torch.inference_mode(False):
+        ids = torch.randint(s.train_shape["vocab_size"], (batch, tokens))
+        for plan in PLANS:
+            model = build(s.train_shape, plan, dtype)
+            params = {"plan": plan, "model": sizes(s.train_shape), "batch": batch, "tokens": tokens}
+            check = partial(_outside_inference, check_gradients, model)
+            step = _training_step(model, ids)
+            peak = peak_megabytes(plan, s) if s.memory else None
+            entries.append(Entry(STEP, plan, params, dtype, step, check, peak_mb=peak))
+    return Cell("train", entries, cold=False, slow=True, base="vanilla")
+
+
+def _training_step(model: fkv.Decoder, ids: Tensor) -> Callable[[], Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            _, loss = model(ids, labels=ids)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def peak_megabytes(plan: str, s: Settings) -> float:
+    """Resident memory at the peak of training steps, less that of the process before it has a model."""
+    # A fixed threshold: what is freed goes back to the system at once, and is not counted again.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-m", "fusedkv_ext.bench.models", plan, s.name, s.host_dtype]
+    command.append(str(torch.get_num_threads()))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {plan} failed: {done.stderr.strip()[-500:]}")
+    return float(done.stdout)
+
+
+def _resident(name: str) -> int:
+    """Bytes: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def _print_peak(plan: str, name: str, s: Settings) -> None:
+    ids = torch.randint(s.train_shape["vocab_size"], (s.train_batch, s.train_tokens))
+    small = dict(s.train_shape, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
+    _training_step(build(small, plan, DTYPES[name]), ids[:, :64])()  # libraries and thread pools are there
+    before = _resident("VmRSS")
+    step = _training_step(build(s.train_shape, plan, DTYPES[name]), ids)
+    for _ in range(2):
+        step()
+    print((_resident("VmHWM") - before) / 1e6)
+
+
+def decode_cell(what: str, shape: Shape, batch: int, context: int, s: Settings) -> Cell:
+    """One decoding step. The cache holds random numbers."""
+    entries = []
+    dtype = DTYPES[s.dtype]
+    token = torch.randint(shape["vocab_size"], (batch, 1))
+    for plan in PLANS:
+        model = build(shape, plan, dtype)
+        run = _step(model, filled_cache(model, batch, context), token)
+        params = {"plan": plan, "bound": what, "model": sizes(shape), "batch": batch, "context": context}
+        check = partial(_outside_inference, check_logits, model)
+        entries.append(Entry(TPOT, plan, params, dtype, run, check))
+    return Cell("model", entries, base="vanilla")
+
+
+def filled_cache(model: fkv.Decoder, batch: int, tokens: int) -> fkv.KVCache:
+    """Random numbers for that many tokens, and room for a few more."""
+    cache, plan, G = model.make_cache(batch, tokens + ROOM), model.plan, model.config.num_key_value_heads
+    cache.advance(tokens)
+    for layer in plan.storage_layers:
+        if plan.stored_key_heads(layer, G):
+            fill(cache.keys(layer))
+        if plan.stored_value_heads(layer, G):
+            fill(cache.values(layer))
+    return cache
+
+
+def _step(model: fkv.Decoder, cache: fkv.KVCache, token: Tensor) -> Callable[[], Tensor]:
+    """A decoding step; the cache grows from step to step, and shrinks again when it is full."""
+    start = cache.lengths[0]
+
+    def run() -> Tensor:
+        if cache.lengths[0] == cache.max_len:
+            cache.crop(start)
+        return model(token, cache=cache, logits_to_keep=1).argmax(-1)
+
+    return run
+
+
+def _attend(model: fkv.Decoder, x: Tensor, cache: fkv.KVCache) -> Tensor:
+    """The last layer's attention, in a step that the cache has made room for."""
+    return model.model.layers[-1].self_attn(x, cache=cache)[0]
+
+
+def overhead_cell(op: str, s: Settings) -> Cell:
+    """A model so small that its arithmetic is nothing: what a step costs the host. ``op``: the whole step, or
+    the attention module of the last layer alone (projections of that size included)."""
+    entries, dtype = [], DTYPES[s.host_dtype]
+    token = torch.randint(s.tiny_shape["vocab_size"], (1, 1))
+    x = torch.randn(1, 1, s.tiny_shape["hidden_size"]).to(dtype)
+    calls = 1 if s.name == "tiny" else 50 if op == TINY_STEP else 200
+    for plan in PLANS:
+        model = build(s.tiny_shape, plan, dtype)
+        cache = filled_cache(model, 1, 16)
+        run = _step(model, cache, token)
+        if op == TINY_ATTENTION:
+            cache.advance(1)
+            run = partial(_attend, model, x, cache)
+        params = {"plan": plan, "layers": s.tiny_shape["num_hidden_layers"]}
+        check = partial(_outside_inference, check_logits, model)
+        entries.append(Entry(op, plan, params, dtype, run, check, calls=calls))
+    return Cell("model", entries, cold=False, base="vanilla")
+
+
+def prefill_cells(s: Settings) -> Iterator[Callable[[Settings], Cell]]:
+    for name in dict.fromkeys((s.host_dtype, s.dtype)):
+        for tokens in s.prompts:
+            yield partial(prefill_cell, tokens, name)
+
+
+def train_cells(s: Settings) -> Iterator[Callable[[Settings], Cell]]:
+    yield train_cell
+
+
+def model_cells(s: Settings) -> Iterator[Callable[[Settings], Cell]]:
+    yield partial(decode_cell, "cache", s.cache_bound, s.cache_bound_batch, s.decode_tokens)
+    # FusedKV's upper layers read two sources where vanilla reads one, and lack projections: in bytes they win
+    # where the context is shorter than the hidden size, whatever the number of heads.
+    yield partial(decode_cell, "weights", s.weight_bound, 1, s.decode_tokens)
+    yield partial(decode_cell, "weights-short", s.weight_bound, 1, s.short_tokens)
+    for op in (TINY_STEP, TINY_ATTENTION):
+        yield partial(overhead_cell, op)
+
+
+if __name__ == "__main__":
+    from fusedkv_ext.bench.settings import FULL, QUICK
+
+    _, _plan, _name, _dtype, _threads = sys.argv
+    torch.set_num_threads(int(_threads))
+    _print_peak(_plan, _dtype, {x.name: x for x in (FULL, QUICK)}[_name])
