@@ -11,6 +11,7 @@
 #include "common/kept_memory.h"
 #include "kernels/attn_decode_cuda.h"
 #include "kernels/cpu_kernels.h"
+#include "kernels/cpu_workspace.h"
 
 namespace {
 
@@ -78,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("address"), pybind11::arg("nbytes"),
       "Asks for huge pages inside memory that is still to be written; False if there is none to ask for.");
+  m.def("workspace_allocations", &fusedkv::workspace_allocations,
+        "How often the scratch memory of a CPU thread has had to grow.");
   m.def("kept_memory_bytes", &fusedkv::kept_memory_bytes,
         "Bytes of freed CPU results kept for the next ones.");
   m.def("release_kept_memory", &fusedkv::release_kept_memory, "Gives them back to the system.");

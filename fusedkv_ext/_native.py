@@ -81,6 +81,11 @@ def advise_huge_pages(tensor: torch.Tensor) -> bool:
     return _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
+def workspace_allocations() -> int:
+    """How often the scratch memory of a CPU thread has had to grow; constant once decoding has warmed up."""
+    return _C.workspace_allocations()
+
+
 def kept_memory_bytes() -> int:
     """Bytes of large CPU results of :func:`fuse_kv` that were freed and are kept for the next ones."""
     return _C.kept_memory_bytes()

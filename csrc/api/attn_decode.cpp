@@ -3,14 +3,47 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <tuple>
 
 #include "api/attn_decode.h"
 #include "kernels/cpu_kernels.h"
+#include "kernels/cpu_workspace.h"
 
 namespace fusedkv::api {
 
 namespace {
+
+// At least this many bytes of cache per thread: less is not worth waking one.
+constexpr int64_t kGrainBytes = 128 * 1024;
+
+// A token of this many bytes is read as one stretch: fewer heads side by side leave the memory waiting.
+constexpr int64_t kStretchBytes = 2048;
+
+// Bytes of cache behind the visible tokens of all sequences.
+int64_t cache_bytes(const AttnDecodeParams& p) {
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const TokenRange seen = visible_tokens(p, p.seq_lens[b]);
+    tokens += seen.end - seen.begin;
+  }
+  return tokens * p.G * (p.num_keys * p.D + p.num_values * p.Dv) * size_of(p.dtype);
+}
+
+// KV heads that a task walks side by side: all that make a stretch where heads lie together, but one where
+// each head is a stretch of its own, and no more than leave every thread several tasks. Heads do not touch
+// each other, so that the bits do not depend on it.
+int64_t heads_per_task(const AttnDecodeParams& p, int64_t splits, int64_t threads) {
+  const CacheTensor& keys = p.keys[0];
+  if (keys.stride_g > p.D) return 1;
+  constexpr int64_t kTasksPerThread = 4;
+  const int64_t stretch = (kStretchBytes + p.D * size_of(p.dtype) - 1) / (p.D * size_of(p.dtype));
+  const int64_t tasks = splits * num_row_groups(p) * p.G;
+  const int64_t for_threads = tasks / (threads * kTasksPerThread);
+  const int64_t most = std::min(stretch, std::max<int64_t>(for_threads, 1));
+  return std::min(most, p.G);
+}
 
 std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
                                              std::vector<Tensor> value_caches,
@@ -23,33 +56,52 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
   set_options(p, layout, softmax_scale, window_left, window_right);
-
-  std::vector<int64_t> task_offsets(p.B + 1, 0);
   bool several_splits = false;
+  int64_t splits = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     check_length(layout, b);
     const TokenRange seen = visible_tokens(p, p.seq_lens[b]);
     check_pages(layout, b, seen.begin, seen.end);
-    const int64_t splits = num_splits(p, p.seq_lens[b]);
-    several_splits |= splits > 1;
-    task_offsets[b + 1] = task_offsets[b] + splits * num_row_groups(p) * p.G;
+    splits += num_splits(p, p.seq_lens[b]);
+    several_splits |= num_splits(p, p.seq_lens[b]) > 1;
   }
-  p.task_offsets = task_offsets.data();
-  const int64_t tasks = task_offsets[p.B], partials = several_splits ? tasks * task_rows(p) : 0;
 
+  const int64_t partials = several_splits ? splits * p.G * num_rows(p) : 0;
+  const int64_t offset_bytes = (p.B + 1) * int64_t(sizeof(int64_t));
+  auto* shared = static_cast<char*>(
+      cpu_workspace(Workspace::kCall, offset_bytes + partials * (p.Dv + 1) * int64_t(sizeof(float))));
+  auto* offsets = reinterpret_cast<int64_t*>(shared);
+  offsets[0] = 0;
+  for (int64_t b = 0; b < p.B; ++b) offsets[b + 1] = offsets[b] + num_splits(p, p.seq_lens[b]);
+  p.split_offsets = offsets;
+  p.partial_out = reinterpret_cast<float*>(shared + offset_bytes);
+  p.partial_lse = p.partial_out + partials * p.Dv;
   Tensor out = torch::stable::new_empty(q, {p.B, p.S, p.H, p.Dv});
   Tensor lse = torch::stable::new_empty(q, {p.B, p.H, p.S}, ScalarType::Float);
-  Tensor partial = torch::stable::new_empty(q, {partials * (p.Dv + 1)}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.partial_out = static_cast<float*>(partial.mutable_data_ptr());
-  p.partial_lse = p.partial_out + partials * p.Dv;
 
   const CpuKernels& kernels = cpu_kernels();
-  torch::stable::parallel_for(0, tasks, 1,
-                              [&](int64_t begin, int64_t end) { kernels.attn_decode(p, begin, end); });
-  torch::stable::parallel_for(0, p.B * num_row_groups(p) * p.G, 8,
-                              [&](int64_t begin, int64_t end) { kernels.attn_decode_merge(p, begin, end); });
+  const int64_t threads =
+      std::clamp<int64_t>(cache_bytes(p) / kGrainBytes, 1, torch::stable::get_num_threads());
+  p.task_heads = heads_per_task(p, splits, threads);
+  const int64_t tasks = splits * num_row_groups(p) * num_head_blocks(p);
+  // Tasks go to whichever thread is free: sequences differ in length, and other processes take cores.
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    void* workspace = cpu_workspace(Workspace::kTask, attn_decode_workspace(p));
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      kernels.attn_decode(p, task, task + 1, workspace);
+  };
+  if (threads == 1)
+    work(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, work);
+  if (splits < p.B || several_splits) {
+    const int64_t rows = p.B * p.G * num_rows(p);
+    torch::stable::parallel_for(
+        0, rows, 64, [&](int64_t begin, int64_t end) { kernels.attn_decode_merge(p, begin, end); });
+  }
   return {out, lse};
 }
 

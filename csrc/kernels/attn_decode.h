@@ -44,32 +44,31 @@ struct AttnDecodeParams {
   int64_t window_left,
       window_right;  // keys t with pos - left <= t <= pos + right are seen; negative: unbounded
 
-  const int64_t* task_offsets;  // (B + 1,) first (split, row group, head) task of each sequence
-  float*
-      partial_out;  // (tasks, task_rows, Dv) normalised output of each task of a sequence with several splits
-  float* partial_lse;  // (tasks, task_rows) its log2-sum-exp2
+  // CPU. A task is one (sequence, split, row group, block of task_heads KV heads).
+  int64_t task_heads;            // KV heads that a task walks side by side
+  const int64_t* split_offsets;  // (B + 1,) first split of each sequence
+  float* partial_out;  // (splits, G, rows, Dv) normalised output of the splits of sequences with several
+  float* partial_lse;  // (splits, G, rows) its log2-sum-exp2
   void* out;           // (B, S, H, Dv) contiguous
   float* lse;          // (B, H, S) natural log
 };
 
-// The keys [begin, end) that any query row of a sequence of length `len` sees; the splits cover them from
-// `begin` on.
+// The keys [begin, end) that any query row of a sequence of length `len` sees.
 struct TokenRange {
   int64_t begin, end;
 };
 
 static inline TokenRange visible_tokens(const AttnDecodeParams& p, int64_t len) {
   const int64_t first_row = len > p.S ? len - p.S : 0;
-  int64_t begin = 0;
-  if (p.window_left >= 0 && first_row > p.window_left) begin = first_row - p.window_left;
-  // Splits start on the fixed grid, so that a window that slides does not move every split with it.
-  begin -= begin % kSplitTokens;
-  return {begin, len};
+  const bool cut = p.window_left >= 0 && first_row > p.window_left;
+  return {cut ? first_row - p.window_left : 0, len};
 }
 
+// Splits lie on a fixed grid, so that a window that slides does not move every split with it.
 static inline int64_t num_splits(const AttnDecodeParams& p, int64_t len) {
   const TokenRange range = visible_tokens(p, len);
-  return (range.end - range.begin + kSplitTokens - 1) / kSplitTokens;
+  if (range.begin >= range.end) return 0;
+  return (range.end - 1) / kSplitTokens - range.begin / kSplitTokens + 1;
 }
 
 // Query rows of one KV head, and how they are cut into tasks.
@@ -77,12 +76,19 @@ static inline int64_t num_rows(const AttnDecodeParams& p) {
   return p.S * (p.H / p.G);
 }
 
-static inline int64_t task_rows(const AttnDecodeParams& p) {
-  return num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows;
-}
-
 static inline int64_t num_row_groups(const AttnDecodeParams& p) {
   return (num_rows(p) + kMaxTaskRows - 1) / kMaxTaskRows;
+}
+
+static inline int64_t num_head_blocks(const AttnDecodeParams& p) {
+  return (p.G + p.task_heads - 1) / p.task_heads;
+}
+
+// Bytes that a thread's workspace has at most, for any SIMD level.
+static inline int64_t attn_decode_workspace(const AttnDecodeParams& p) {
+  const int64_t rows = (num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows) + 15;
+  const int64_t per_row = p.num_keys * (p.D + 31) + p.num_values * (p.Dv + 31) + 17;
+  return (p.task_heads * rows * per_row + rows * 32) * int64_t(sizeof(float));
 }
 
 }  // namespace fusedkv

@@ -21,38 +21,41 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 constexpr int64_t kMaxHeadDim = 256;
+
+// From this many query rows on, tiles are faster than pairs.
+constexpr int64_t kMinAmxRows = 2;
 inline float minus_infinity() {
   return -__builtin_inff();
 }
 
-alignas(64) const char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
-
-// Where a task stands: its sequence, KV head, first row and tokens.
+// Where a task stands: its sequence, first KV head, first row and tokens.
 struct Task {
-  int64_t b, g, row_begin, rows, split, splits;
+  int64_t b, head_begin, heads, row_group, rows, split, splits;
   TokenRange tokens;
 };
 
 Task find_task(const AttnDecodeParams& p, int64_t index) {
   Task task;
+  const int64_t blocks = num_head_blocks(p), per_split = num_row_groups(p) * blocks;
   int64_t low = 0, high = p.B;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (p.task_offsets[middle] <= index ? low : high) = middle;
+    (p.split_offsets[middle] * per_split <= index ? low : high) = middle;
   }
   task.b = low;
-  int64_t rest = index - p.task_offsets[low];
-  task.g = rest % p.G;
-  rest /= p.G;
-  const int64_t group = rest % num_row_groups(p);
-  task.row_begin = group * kMaxTaskRows;
-  task.rows = num_rows(p) - task.row_begin < kMaxTaskRows ? num_rows(p) - task.row_begin : kMaxTaskRows;
+  int64_t rest = index - p.split_offsets[low] * per_split;
+  task.head_begin = rest % blocks * p.task_heads;
+  task.heads = p.G - task.head_begin < p.task_heads ? p.G - task.head_begin : p.task_heads;
+  rest /= blocks;
+  task.row_group = rest % num_row_groups(p);
+  const int64_t rows = num_rows(p) - task.row_group * kMaxTaskRows;
+  task.rows = rows < kMaxTaskRows ? rows : kMaxTaskRows;
   task.split = rest / num_row_groups(p);
-  const int64_t len = p.seq_lens[low];
-  const TokenRange all = visible_tokens(p, len);
-  task.splits = num_splits(p, len);
-  task.tokens.begin = all.begin + task.split * kSplitTokens;
-  task.tokens.end = task.tokens.begin + kSplitTokens < all.end ? task.tokens.begin + kSplitTokens : all.end;
+  const TokenRange all = visible_tokens(p, p.seq_lens[low]);
+  const int64_t grid = (all.begin / kSplitTokens + task.split) * kSplitTokens;
+  task.splits = num_splits(p, p.seq_lens[low]);
+  task.tokens.begin = grid < all.begin ? all.begin : grid;
+  task.tokens.end = grid + kSplitTokens < all.end ? grid + kSplitTokens : all.end;
   return task;
 }
 
@@ -66,6 +69,11 @@ inline Row row_of(const AttnDecodeParams& p, int64_t g, int64_t row) {
   return {row / group, g * group + row % group};
 }
 
+// Where the partial result of a row of a KV head in a split lies.
+inline int64_t partial_slot(const AttnDecodeParams& p, int64_t b, int64_t split, int64_t g, int64_t row) {
+  return ((p.split_offsets[b] + split) * p.G + g) * num_rows(p) + row;
+}
+
 // The tokens that query token s of a sequence of length len sees.
 TokenRange tokens_of_row(const AttnDecodeParams& p, int64_t len, int64_t s) {
   const int64_t pos = len - p.S + s;
@@ -75,52 +83,51 @@ TokenRange tokens_of_row(const AttnDecodeParams& p, int64_t len, int64_t s) {
   return {begin, end};
 }
 
-template <typename T>
-const T* token_row(const AttnDecodeParams& p, const CacheTensor& cache, int64_t b, int64_t g, int64_t t) {
-  const T* base = (const T*)cache.data + g * cache.stride_g;
-  if (!p.block_table) return base + b * cache.stride_b + t * cache.stride_t;
-  const int64_t page = p.block_table[b * p.block_table_stride + t / p.page_size];
-  return base + page * cache.stride_b + (t % p.page_size) * cache.stride_t;
-}
-
 // ---- one task -----------------------------------------------------------------------------------
 
-// Scratch of one thread: fits L2 for the few sources and rows of decode.
+// What a thread keeps for each KV head of its task, and scratch: fits L2 for the few sources and rows of
+// decode.
 template <typename P>
 struct Scratch {
-  typename P::Query* q;  // (num_keys, rows, Dp) q (.) a_j
-  float* o;              // (num_values, rows, Dvp) softmax(s) V_j, not normalised
+  typename P::Query* q;  // (heads, num_keys, rows * Dp) q (.) a_j, in the order of P
+  float* o;              // (heads, num_values, rows, Dvp) softmax(s) V_j, not normalised
+  float* max;            // (heads, rows) running maximum, log2 domain
+  float* sum;            // (heads, rows, kLanes) running sums of exp2, to be added up
   float* s;              // (rows, kBlock) scores, then probabilities
-  float* max;            // (rows) running maximum, log2 domain
-  float* sum;            // (rows) running sum of exp2
-  int64_t Dp, Dvp, rows;
+  int64_t rows, Dp, Dvp;
+
+  typename P::Query* query(const AttnDecodeParams& p, int64_t head) const {
+    return q + head * p.num_keys * rows * Dp;
+  }
+  float* out(const AttnDecodeParams& p, int64_t head, int j) const {
+    return o + (head * p.num_values + j) * rows * Dvp;
+  }
 };
 
+// Also the softmax scale, so that scores come in the log2 domain.
 template <typename P>
-void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w) {
+void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
   using T = typename P::Element;
-  float folded[kMaxHeadDim + 32];
+  const int64_t g = task.head_begin + head;
+  alignas(64) float weights[kMaxHeadDim + kLanes], folded[kMaxHeadDim + 32] = {};
   for (int j = 0; j < p.num_keys; ++j) {
+    for (int64_t d = 0; d < p.D; ++d)
+      weights[d] = (p.key_weights ? p.key_weights[(j * p.G + g) * p.D + d] : 1.f) * p.scale * kLog2e;
     for (int64_t r = 0; r < w.rows; ++r) {
-      for (int64_t d = 0; d < w.Dp; ++d) folded[d] = 0.f;
-      if (r < task.rows) {
-        const Row row = row_of(p, task.g, task.row_begin + r);
-        const T* q = (const T*)p.q + task.b * p.q_stride_b + row.s * p.q_stride_s + row.h * p.q_stride_h;
-        const float* a = p.key_weights ? p.key_weights + (j * p.G + task.g) * p.D : nullptr;
-        for (int64_t d = 0; d < p.D; ++d) folded[d] = a ? widen(q[d]) * a[d] : widen(q[d]);
-      }
-      P::store_query(w.q + (j * w.rows + r) * w.Dp, folded, w.Dp);
+      const Row row = row_of(p, g, task.row_group * kMaxTaskRows + (r < task.rows ? r : 0));
+      const T* q = (const T*)p.q + task.b * p.q_stride_b + row.s * p.q_stride_s + row.h * p.q_stride_h;
+      for_lanes(p.D, [&](int64_t d, int n) { store(folded + d, mul(load(q + d, n), load(weights + d))); });
+      P::store_query(w.query(p, head) + j * w.rows * w.Dp, r, w.rows, folded, w.Dp);
     }
   }
 }
 
-// Scores of one row become probabilities relative to the running maximum; o is rescaled when the maximum
-// grows.
+// Scores of one row of a block become probabilities relative to the running maximum; o is rescaled when the
+// maximum grows.
 template <typename P>
-void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, TokenRange seen, int64_t block,
-                 float scale) {
+void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int64_t r, TokenRange seen,
+                 int64_t block) {
   float* s = w.s + r * kBlock;
-  for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), set1(scale)));
   if (seen.begin > block || seen.end < block + kBlock)
     for (int i = 0; i < kBlock; ++i)
       if (block + i < seen.begin || block + i >= seen.end) s[i] = minus_infinity();
@@ -128,137 +135,136 @@ void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r, Toke
   Vec block_max = load(s);
   for (int i = kLanes; i < kBlock; i += kLanes) block_max = max(load(s + i), block_max);
   const float highest = reduce_max(block_max);
-  const float old_max = w.max[r];
+  float* running_max = w.max + head * w.rows + r;
+  float* running_sum = w.sum + (head * w.rows + r) * kLanes;
+  const float old_max = *running_max;
   const float new_max = highest > old_max ? highest : old_max;
   const float base = new_max == minus_infinity() ? 0.f : new_max;  // nothing seen yet: exp2(-inf - 0) = 0
 
-  Vec block_sum = zero();
+  Vec sum = load(running_sum);
+  if (new_max > old_max) {
+    const Vec shrink = old_max == minus_infinity() ? zero() : exp2(set1(old_max - new_max));
+    sum = mul(sum, shrink);
+    for (int j = 0; j < p.num_values; ++j) {
+      float* o = w.out(p, head, j) + r * w.Dvp;
+      for (int64_t d = 0; d < w.Dvp; d += kLanes) store(o + d, mul(load(o + d), shrink));
+    }
+  }
   for (int i = 0; i < kBlock; i += kLanes) {
     const Vec e = exp2(sub(load(s + i), set1(base)));
     store(s + i, e);
-    block_sum = add(block_sum, e);
+    sum = add(sum, e);
   }
-  if (new_max > old_max) {
-    const float shrink = old_max == minus_infinity() ? 0.f : reduce_max(exp2(set1(old_max - new_max)));
-    w.sum[r] *= shrink;
-    for (int j = 0; j < p.num_values; ++j) {
-      float* o = w.o + (j * w.rows + r) * w.Dvp;
-      for (int64_t d = 0; d < w.Dvp; d += kLanes) store(o + d, mul(load(o + d), set1(shrink)));
-    }
-  }
-  w.sum[r] += reduce_add(block_sum);
-  w.max[r] = new_max;
+  store(running_sum, sum);
+  *running_max = new_max;
 }
 
-template <typename P, int RT>
-void block_scores(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r,
-                  const typename P::Element* const (*k)[kBlock]) {
-  P::template scores<RT>(w.s + r * kBlock, w.q + r * w.Dp, w.rows * w.Dp, w.Dp, k, p.num_keys, p.D);
-}
-
-template <typename P, int RT>
-void block_values(const AttnDecodeParams& p, const Scratch<P>& w, int64_t r,
-                  const typename P::Element* const (*v)[kBlock]) {
-  for (int j = 0; j < p.num_values; ++j)
-    P::template values<RT>(w.o + (j * w.rows + r) * w.Dvp, w.Dvp, w.s + r * kBlock, v[j], p.Dv);
-}
-
-// Rows go through the products in tiles of 8, 4, 2 or 1: as many as share a loaded key or value in registers.
-template <typename Fn>
-void for_row_tiles(int64_t rows, const Fn& fn) {
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) fn(r, TypeTag<char[8]>{});
-  if (r + 4 <= rows) fn(r, TypeTag<char[4]>{}), r += 4;
-  if (r + 2 <= rows) fn(r, TypeTag<char[2]>{}), r += 2;
-  if (r + 1 <= rows) fn(r, TypeTag<char[1]>{}), r += 1;
-}
-
-// Where the rows of a block start, per source. Tokens past the end read zeros: their probability is 0, and 0
-// times whatever the cache holds there might be NaN.
+// Where the tokens of a block lie, per source. Past its last token that one is repeated: its probability
+// there is 0, and 0 times whatever the cache holds past the end might be NaN.
 template <typename T>
-void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task, int64_t block,
-                const T* (*rows)[kBlock]) {
+void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task,
+                TokenRange block, BlockRows<T>* rows) {
   for (int j = 0; j < m; ++j) {
+    const CacheTensor& cache = caches[j];
+    const T* base = (const T*)cache.data + task.head_begin * cache.stride_g;
+    if (!p.block_table) base += task.b * cache.stride_b;
     const T* row = nullptr;
     int64_t neighbours = 0;  // tokens that follow at a fixed distance: to the end of a page, or all
-    for (int i = 0; i < kBlock; ++i, row += caches[j].stride_t, --neighbours) {
-      const int64_t t = block + i;
-      if (t >= task.tokens.end) {
-        rows[j][i] = (const T*)kZeroRow;
-        continue;
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t t = block.begin + i;
+      if (t < block.end) {
+        if (neighbours == 0) {
+          row = base + t * cache.stride_t;
+          neighbours = kBlock;
+          if (p.block_table) {
+            const int64_t page = p.block_table[task.b * p.block_table_stride + t / p.page_size];
+            row = base + page * cache.stride_b + t % p.page_size * cache.stride_t;
+            neighbours = p.page_size - t % p.page_size;
+          }
+        } else {
+          row += cache.stride_t;
+        }
+        --neighbours;
       }
-      if (neighbours == 0) {
-        row = token_row<T>(p, caches[j], task.b, task.g, t);
-        neighbours = p.block_table ? p.page_size - t % p.page_size : kBlock;
-      }
-      rows[j][i] = row;
+      rows[j].row[i] = row;
     }
   }
-}
-
-// A head's rows of neighbouring tokens lie G * D elements apart, which no hardware prefetcher follows: ask a
-// block ahead.
-template <typename T>
-void prefetch_rows(const T* const (*rows)[kBlock], int m, int64_t head_dim) {
-  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-  for (int j = 0; j < m; ++j)
-    for (int i = 0; i < kBlock; ++i)
-      for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(rows[j][i] + d, 0, 2);
 }
 
 template <typename P>
 void run_blocks(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w) {
   using T = typename P::Element;
   const int64_t len = p.seq_lens[task.b];
-  const T* k[2][kMaxSources][kBlock];
-  const T* v[2][kMaxSources][kBlock];
-  block_rows(p, p.keys, p.num_keys, task, task.tokens.begin, k[0]);
-  block_rows(p, p.values, p.num_values, task, task.tokens.begin, v[0]);
+  BlockRows<T> k[2][kMaxSources], v[2][kMaxSources];
+  int64_t k_offsets[kMaxSources];
+  const auto next_block = [&](int64_t begin) {
+    TokenRange block = {begin,
+                        (begin / kBlock + 1) * kBlock};  // on the grid, so that a block crosses few pages
+    if (block.end > task.tokens.end) block.end = task.tokens.end;
+    return block;
+  };
+  TokenRange block = next_block(task.tokens.begin);
   int now = 0;
-  for (int64_t block = task.tokens.begin; block < task.tokens.end; block += kBlock, now ^= 1) {
-    block_rows(p, p.keys, p.num_keys, task, block + kBlock, k[now ^ 1]);
-    block_rows(p, p.values, p.num_values, task, block + kBlock, v[now ^ 1]);
-    prefetch_rows(k[now ^ 1], p.num_keys, p.D);
-    for_row_tiles(w.rows, [&](int64_t r, auto tile) {
-      block_scores<P, sizeof(typename decltype(tile)::type)>(p, w, r, k[now]);
-    });
-    prefetch_rows(v[now ^ 1], p.num_values, p.Dv);
-    for (int64_t r = 0; r < task.rows; ++r) {
-      TokenRange seen = tokens_of_row(p, len, row_of(p, task.g, task.row_begin + r).s);
-      if (seen.end > task.tokens.end) seen.end = task.tokens.end;
-      softmax_row(p, w, r, seen, block, p.scale * kLog2e);
+  block_rows(p, p.keys, p.num_keys, task, block, k[now]);
+  block_rows(p, p.values, p.num_values, task, block, v[now]);
+  while (block.begin < task.tokens.end) {
+    const TokenRange next = next_block(block.end);
+    Ahead ahead;
+    if (next.begin < next.end) {
+      block_rows(p, p.keys, p.num_keys, task, next, k[now ^ 1]);
+      block_rows(p, p.values, p.num_values, task, next, v[now ^ 1]);
+      ahead.add((const char* const*)k[now ^ 1], p.num_keys * kBlock, task.heads * p.D * int64_t(sizeof(T)));
+      ahead.add((const char* const*)v[now ^ 1], p.num_values * kBlock,
+                task.heads * p.Dv * int64_t(sizeof(T)));
     }
-    for_row_tiles(w.rows, [&](int64_t r, auto tile) {
-      block_values<P, sizeof(typename decltype(tile)::type)>(p, w, r, v[now]);
-    });
+    for (int64_t head = 0; head < task.heads; ++head) {
+      for (int j = 0; j < p.num_keys; ++j) k_offsets[j] = head * p.keys[j].stride_g;
+      P::scores(w.s, w.query(p, head), w.rows, k[now], k_offsets, ahead, p.num_keys, p.D, w.Dp);
+      for (int64_t r = 0; r < task.rows; ++r) {
+        TokenRange seen = tokens_of_row(p, len, row_of(p, 0, task.row_group * kMaxTaskRows + r).s);
+        if (seen.end > block.end) seen.end = block.end;
+        softmax_row(p, w, head, r, seen, block.begin);
+        ahead.lines(P::softmax_lines(p.num_keys, p.D, task.rows));
+      }
+      for (int j = 0; j < p.num_values; ++j)
+        P::values(w.out(p, head, j), w.s, w.rows, v[now][j], head * p.values[j].stride_g, ahead, p.Dv, w.Dvp);
+    }
+    block = next;
+    now ^= 1;
   }
 }
 
 // out[d] = sum_j b_j[d] o_j[d] / sum, to the partials or, when the sequence has one split, to the output
 // itself.
 template <typename P>
-void finish_task(const AttnDecodeParams& p, int64_t index, const Task& task, const Scratch<P>& w) {
+void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
   using T = typename P::Element;
-  float out[kMaxHeadDim];
+  const int64_t g = task.head_begin + head;
+  alignas(64) float out[kMaxHeadDim + kLanes];
   for (int64_t r = 0; r < task.rows; ++r) {
-    const bool empty = w.max[r] == minus_infinity() && w.sum[r] == 0.f;
-    const float inverse = empty ? 0.f : 1.f / w.sum[r];
-    for (int64_t d = 0; d < p.Dv; ++d) {
-      float x = 0.f;
-      for (int j = 0; j < p.num_values; ++j) {
-        const float b = p.value_weights ? p.value_weights[(j * p.G + task.g) * p.Dv + d] : 1.f;
-        x += b * (P::output(w.o + (j * w.rows + r) * w.Dvp, d) * inverse);
-      }
-      out[d] = empty ? 0.f : x;
+    const float highest = w.max[head * w.rows + r],
+                sum = reduce_add(load(w.sum + (head * w.rows + r) * kLanes));
+    const bool empty = highest == minus_infinity() && sum == 0.f;
+    const Vec inverse = set1(empty ? 0.f : 1.f / sum);
+    for (int j = 0; j < p.num_values; ++j) {
+      float* o = w.out(p, head, j) + r * w.Dvp;
+      P::order_channels(o, w.Dvp);
+      const float* b = p.value_weights ? p.value_weights + (j * p.G + g) * p.Dv : nullptr;
+      for_lanes(p.Dv, [&](int64_t d, int n) {
+        Vec x = mul(load(o + d), inverse);
+        if (b) x = mul(load(b + d, n), x);
+        store(out + d, j == 0 ? x : add(x, load(out + d)));
+      });
     }
-    const float lse = empty ? minus_infinity() : w.max[r] + __builtin_log2f(w.sum[r]);
+    const float lse = empty ? minus_infinity() : highest + __builtin_log2f(sum);
+    const int64_t row = task.row_group * kMaxTaskRows + r;
     if (task.splits == 1) {
-      const Row row = row_of(p, task.g, task.row_begin + r);
-      T* target = (T*)p.out + ((task.b * p.S + row.s) * p.H + row.h) * p.Dv;
-      for (int64_t d = 0; d < p.Dv; ++d) narrow(out[d], target + d);
-      p.lse[(task.b * p.H + row.h) * p.S + row.s] = lse * kLn2;
+      const Row at = row_of(p, g, row);
+      T* target = (T*)p.out + ((task.b * p.S + at.s) * p.H + at.h) * p.Dv;
+      for_lanes(p.Dv, [&](int64_t d, int n) { store(target + d, load(out + d), n); });
+      p.lse[(task.b * p.H + at.h) * p.S + at.s] = lse * kLn2;
     } else {
-      const int64_t slot = index * task_rows(p) + r;
+      const int64_t slot = partial_slot(p, task.b, task.split, g, row);
       __builtin_memcpy(p.partial_out + slot * p.Dv, out, size_t(p.Dv) * sizeof(float));
       p.partial_lse[slot] = lse;
     }
@@ -266,29 +272,29 @@ void finish_task(const AttnDecodeParams& p, int64_t index, const Task& task, con
 }
 
 template <typename P>
-void decode(const AttnDecodeParams& p, int64_t begin, int64_t end) {
-  const int64_t pad = P::kPad, rows = task_rows(p);
-  const int64_t Dp = (p.D + pad - 1) / pad * pad, Dvp = (p.Dv + pad - 1) / pad * pad;
-  const int64_t q_size = p.num_keys * rows * Dp, o_size = p.num_values * rows * Dvp, s_size = rows * kBlock;
-  auto* memory = (char*)__builtin_malloc(size_t(q_size + o_size + s_size + 2 * rows) * sizeof(float) + 64);
+void decode(const AttnDecodeParams& p, int64_t begin, int64_t end, void* workspace) {
+  const int64_t pad = P::kPad;
   Scratch<P> w;
-  w.o = (float*)(((uintptr_t)memory + 63) / 64 * 64);
-  w.s = w.o + o_size;
-  w.max = w.s + s_size;
-  w.sum = w.max + rows;
-  w.q = (typename P::Query*)(w.sum + rows);
-  w.Dp = Dp;
-  w.Dvp = Dvp;
+  w.rows = P::padded_rows(num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows);
+  w.Dp = (p.D + pad - 1) / pad * pad;
+  w.Dvp = (p.Dv + pad - 1) / pad * pad;
+  w.o = (float*)workspace;
+  w.sum = w.o + p.task_heads * p.num_values * w.rows * w.Dvp;
+  w.s = w.sum + p.task_heads * w.rows * kLanes;
+  w.max = w.s + w.rows * kBlock;
+  w.q = (typename P::Query*)(w.max + p.task_heads * w.rows);
   for (int64_t index = begin; index < end; ++index) {
     const Task task = find_task(p, index);
-    w.rows = task.rows;
-    fold_key_weights<P>(p, task, w);
-    for (int64_t i = 0; i < p.num_values * w.rows * Dvp; ++i) w.o[i] = 0.f;
-    for (int64_t r = 0; r < w.rows; ++r) w.max[r] = minus_infinity(), w.sum[r] = 0.f;
+    w.rows = P::padded_rows(task.rows);
+    P::begin_task(w.rows);
+    for (int64_t head = 0; head < task.heads; ++head) fold_key_weights<P>(p, task, w, head);
+    for (int64_t i = 0; i < task.heads * p.num_values * w.rows * w.Dvp; ++i) w.o[i] = 0.f;
+    for (int64_t i = 0; i < task.heads * w.rows * kLanes; ++i) w.sum[i] = 0.f;
+    for (int64_t i = 0; i < task.heads * w.rows; ++i) w.max[i] = minus_infinity();
     run_blocks<P>(p, task, w);
-    finish_task<P>(p, index, task, w);
+    for (int64_t head = 0; head < task.heads; ++head) finish_head<P>(p, task, w, head);
   }
-  __builtin_free(memory);
+  P::end();
 }
 
 // ---- merge --------------------------------------------------------------------------------------
@@ -296,11 +302,9 @@ void decode(const AttnDecodeParams& p, int64_t begin, int64_t end) {
 // out = sum_k 2^(lse_k - lse) out_k over the splits k in their order; a sequence without tokens gives 0 and
 // -inf.
 template <typename T>
-void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t group, int64_t r, int64_t splits) {
-  const Row row = row_of(p, g, group * kMaxTaskRows + r);
-  const auto slot = [&](int64_t split) {
-    return (p.task_offsets[b] + (split * num_row_groups(p) + group) * p.G + g) * task_rows(p) + r;
-  };
+void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t row, int64_t splits) {
+  const Row at = row_of(p, g, row);
+  const auto slot = [&](int64_t split) { return partial_slot(p, b, split, g, row); };
   float highest = minus_infinity();
   for (int64_t k = 0; k < splits; ++k) {
     const float lse = p.partial_lse[slot(k)];
@@ -315,38 +319,37 @@ void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t group, i
     const float* partial = p.partial_out + slot(k) * p.Dv;
     for (int64_t d = 0; d < p.Dv; ++d) out[d] += weight * partial[d];
   }
-  T* target = (T*)p.out + ((b * p.S + row.s) * p.H + row.h) * p.Dv;
+  T* target = (T*)p.out + ((b * p.S + at.s) * p.H + at.h) * p.Dv;
   for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
-  p.lse[(b * p.H + row.h) * p.S + row.s] =
-      sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
+  p.lse[(b * p.H + at.h) * p.S + at.s] = sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
 }
 
 template <typename T>
 void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t g = index % p.G, group = index / p.G % num_row_groups(p),
-                  b = index / p.G / num_row_groups(p);
+    const int64_t row = index % num_rows(p), g = index / num_rows(p) % p.G, b = index / num_rows(p) / p.G;
     const int64_t splits = num_splits(p, p.seq_lens[b]);
-    if (splits == 1) continue;  // its tasks have written the output
-    const int64_t rest = num_rows(p) - group * kMaxTaskRows;
-    for (int64_t r = 0; r < (rest < kMaxTaskRows ? rest : kMaxTaskRows); ++r)
-      merge_row<T>(p, b, g, group, r, splits);
+    if (splits != 1) merge_row<T>(p, b, g, row, splits);  // else its task has written the output
   }
 }
 
 }  // namespace
 
-void attn_decode(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+void attn_decode(const AttnDecodeParams& p, int64_t begin, int64_t end, void* workspace) {
   switch (p.dtype) {
     case DType::f32:
-      return decode<Fp32Products<float>>(p, begin, end);
+      return decode<Fp32Products<float>>(p, begin, end, workspace);
     case DType::f16:
-      return decode<Fp32Products<f16>>(p, begin, end);
+      return decode<Fp32Products<f16>>(p, begin, end, workspace);
     case DType::bf16:
+#if defined(FUSEDKV_AMX)
+      if (num_rows(p) >= kMinAmxRows && p.D % 32 == 0 && p.Dv % 32 == 0)
+        return decode<AmxProducts>(p, begin, end, workspace);
+#endif
 #if defined(__AVX512BF16__)
-      return decode<Bf16Products>(p, begin, end);
+      return decode<Bf16Products>(p, begin, end, workspace);
 #else
-      return decode<Fp32Products<bf16>>(p, begin, end);
+      return decode<Fp32Products<bf16>>(p, begin, end, workspace);
 #endif
     case DType::f64:
       return;  // the API takes no float64 caches

@@ -6,9 +6,20 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(FUSEDKV_X86_LEVELS)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fusedkv {
 
 #if defined(FUSEDKV_X86_LEVELS)
+namespace amx {
+extern const CpuKernels kernels;
+}
 namespace avx512_bf16 {
 extern const CpuKernels kernels;
 }
@@ -25,8 +36,26 @@ extern const CpuKernels kernels;
 
 namespace {
 
+#if defined(FUSEDKV_X86_LEVELS)
+
+// Whether this CPU multiplies bf16 tiles and the system lets this process: their registers are large, so
+// Linux gives them only to who asks.
+bool may_use_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & kAmxBf16) && (d & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
+
 struct Levels {
-  const CpuKernels* tables[4];
+  const CpuKernels* tables[5];
   int count = 0;
 
   Levels() {
@@ -38,7 +67,9 @@ struct Levels {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512dq");
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16::kernels;
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    if (has_bf16 && may_use_amx()) tables[count++] = &amx::kernels;
+    if (has_bf16) tables[count++] = &avx512_bf16::kernels;
     if (has_avx512) tables[count++] = &avx512::kernels;
     if (has_avx2) tables[count++] = &avx2::kernels;
 #endif

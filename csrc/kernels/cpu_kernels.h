@@ -14,8 +14,8 @@ struct CpuKernels {
   void (*fuse_kv_backward)(const FuseKVParams&, int64_t begin, int64_t end);  // chunks of kFuseChunkTokens
   void (*fuse_kv_reduce_weights)(const FuseKVParams&, int64_t begin,
                                  int64_t end);  // blocks of 8 channels of m * G * D
-  void (*attn_decode)(const AttnDecodeParams&, int64_t begin, int64_t end);        // tasks
-  void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);  // (b, row group, g)
+  void (*attn_decode)(const AttnDecodeParams&, int64_t begin, int64_t end, void* workspace);  // tasks
+  void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);             // (b, g, row)
   void (*append_kvcache)(const AppendKVCacheParams&, int64_t begin, int64_t end);  // tokens of B * S
 };
 

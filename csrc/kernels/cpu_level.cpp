@@ -14,7 +14,7 @@ namespace FUSEDKV_LEVEL {
 void fuse_kv_forward(const FuseKVParams&, int64_t, int64_t);
 void fuse_kv_backward(const FuseKVParams&, int64_t, int64_t);
 void fuse_kv_reduce_weights(const FuseKVParams&, int64_t, int64_t);
-void attn_decode(const AttnDecodeParams&, int64_t, int64_t);
+void attn_decode(const AttnDecodeParams&, int64_t, int64_t, void*);
 void attn_decode_merge(const AttnDecodeParams&, int64_t, int64_t);
 void append_kvcache(const AppendKVCacheParams&, int64_t, int64_t);
 
