@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkv_ext import ops
+from fusedkv_ext import _native, ops
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.rope import RotaryEmbedding
 
@@ -193,7 +193,10 @@ class KVCache:
             def allocate(heads: tuple[int, ...]) -> Tensor | None:
                 if not heads:
                     return None
-                return torch.empty(*slots, len(heads), head_dim, dtype=self.dtype, device=device)
+                tensor = torch.empty((*slots, len(heads), head_dim), dtype=self.dtype, device=device)
+                if tensor.device.type == "cpu":
+                    _native.advise_huge_pages(tensor)  # every step reads all of it
+                return tensor
 
             layers = range(plan.num_layers)
             self._keys = [allocate(plan.stored_key_heads(layer, num_kv_heads)) for layer in layers]

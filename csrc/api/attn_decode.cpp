@@ -90,8 +90,15 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     void* workspace = cpu_workspace(Workspace::kTask, attn_decode_workspace(p));
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      kernels.attn_decode(p, task, task + 1, workspace);
+    const auto take = [&] {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      return task < tasks ? task : -1;
+    };
+    for (int64_t task = take(); task >= 0;) {
+      const int64_t then = take();
+      kernels.attn_decode(p, task, then, workspace);
+      task = then;
+    }
   };
   if (threads == 1)
     work(0, 1);

@@ -109,7 +109,7 @@ template <typename P>
 void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
   using T = typename P::Element;
   const int64_t g = task.head_begin + head;
-  alignas(64) float weights[kMaxHeadDim + kLanes], folded[kMaxHeadDim + 32] = {};
+  alignas(64) float weights[kMaxHeadDim + kLanes] = {}, folded[kMaxHeadDim + 32] = {};
   for (int j = 0; j < p.num_keys; ++j) {
     for (int64_t d = 0; d < p.D; ++d)
       weights[d] = (p.key_weights ? p.key_weights[(j * p.G + g) * p.D + d] : 1.f) * p.scale * kLog2e;
@@ -191,46 +191,59 @@ void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, con
   }
 }
 
+// A block of tokens: at most kBlock, up to a multiple of it, so that a block crosses few pages.
+TokenRange block_at(const Task& task, int64_t begin) {
+  const int64_t end = (begin / kBlock + 1) * kBlock;
+  return {begin, end < task.tokens.end ? end : task.tokens.end};
+}
+
+template <typename T>
+struct Block {
+  TokenRange tokens;
+  BlockRows<T> k[kMaxSources], v[kMaxSources];
+
+  void find(const AttnDecodeParams& p, const Task& task, int64_t begin) {
+    tokens = block_at(task, begin);
+    block_rows(p, p.keys, p.num_keys, task, tokens, k);
+    block_rows(p, p.values, p.num_values, task, tokens, v);
+  }
+};
+
+// next_task: worked on after this one, or -1.
 template <typename P>
-void run_blocks(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w) {
+void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, const Scratch<P>& w) {
   using T = typename P::Element;
   const int64_t len = p.seq_lens[task.b];
-  BlockRows<T> k[2][kMaxSources], v[2][kMaxSources];
-  int64_t k_offsets[kMaxSources];
-  const auto next_block = [&](int64_t begin) {
-    TokenRange block = {begin,
-                        (begin / kBlock + 1) * kBlock};  // on the grid, so that a block crosses few pages
-    if (block.end > task.tokens.end) block.end = task.tokens.end;
-    return block;
-  };
-  TokenRange block = next_block(task.tokens.begin);
-  int now = 0;
-  block_rows(p, p.keys, p.num_keys, task, block, k[now]);
-  block_rows(p, p.values, p.num_values, task, block, v[now]);
-  while (block.begin < task.tokens.end) {
-    const TokenRange next = next_block(block.end);
+  Block<T> blocks[2];
+  Block<T>*now = &blocks[0], *next = &blocks[1];
+  int64_t offsets[kMaxSources];
+  now->find(p, task, task.tokens.begin);
+  while (now->tokens.begin < task.tokens.end) {
+    const bool last = now->tokens.end == task.tokens.end;
+    const Task next_owner = last && next_task >= 0 ? find_task(p, next_task) : task;
+    next->find(p, next_owner, last && next_task >= 0 ? next_owner.tokens.begin : now->tokens.end);
     Ahead ahead;
-    if (next.begin < next.end) {
-      block_rows(p, p.keys, p.num_keys, task, next, k[now ^ 1]);
-      block_rows(p, p.values, p.num_values, task, next, v[now ^ 1]);
-      ahead.add((const char* const*)k[now ^ 1], p.num_keys * kBlock, task.heads * p.D * int64_t(sizeof(T)));
-      ahead.add((const char* const*)v[now ^ 1], p.num_values * kBlock,
-                task.heads * p.Dv * int64_t(sizeof(T)));
+    if (next->tokens.begin < next->tokens.end) {
+      const int64_t heads = next_owner.heads * int64_t(sizeof(T));
+      ahead.add((const char* const*)next->k, p.num_keys * kBlock, heads * p.D);
+      ahead.add((const char* const*)next->v, p.num_values * kBlock, heads * p.Dv);
     }
     for (int64_t head = 0; head < task.heads; ++head) {
-      for (int j = 0; j < p.num_keys; ++j) k_offsets[j] = head * p.keys[j].stride_g;
-      P::scores(w.s, w.query(p, head), w.rows, k[now], k_offsets, ahead, p.num_keys, p.D, w.Dp);
+      for (int j = 0; j < p.num_keys; ++j) offsets[j] = head * p.keys[j].stride_g;
+      P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
       for (int64_t r = 0; r < task.rows; ++r) {
         TokenRange seen = tokens_of_row(p, len, row_of(p, 0, task.row_group * kMaxTaskRows + r).s);
-        if (seen.end > block.end) seen.end = block.end;
-        softmax_row(p, w, head, r, seen, block.begin);
+        if (seen.end > now->tokens.end) seen.end = now->tokens.end;
+        softmax_row(p, w, head, r, seen, now->tokens.begin);
         ahead.lines(P::softmax_lines(p.num_keys, p.D, task.rows));
       }
       for (int j = 0; j < p.num_values; ++j)
-        P::values(w.out(p, head, j), w.s, w.rows, v[now][j], head * p.values[j].stride_g, ahead, p.Dv, w.Dvp);
+        P::values(w.out(p, head, j), w.s, w.rows, now->v[j], head * p.values[j].stride_g, ahead, p.Dv, w.Dvp);
     }
-    block = next;
-    now ^= 1;
+    if (last) break;
+    Block<T>* done = now;
+    now = next;
+    next = done;
   }
 }
 
@@ -272,7 +285,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
 }
 
 template <typename P>
-void decode(const AttnDecodeParams& p, int64_t begin, int64_t end, void* workspace) {
+void decode(const AttnDecodeParams& p, int64_t index, int64_t next_index, void* workspace) {
   const int64_t pad = P::kPad;
   Scratch<P> w;
   w.rows = P::padded_rows(num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows);
@@ -283,17 +296,15 @@ void decode(const AttnDecodeParams& p, int64_t begin, int64_t end, void* workspa
   w.s = w.sum + p.task_heads * w.rows * kLanes;
   w.max = w.s + w.rows * kBlock;
   w.q = (typename P::Query*)(w.max + p.task_heads * w.rows);
-  for (int64_t index = begin; index < end; ++index) {
-    const Task task = find_task(p, index);
-    w.rows = P::padded_rows(task.rows);
-    P::begin_task(w.rows);
-    for (int64_t head = 0; head < task.heads; ++head) fold_key_weights<P>(p, task, w, head);
-    for (int64_t i = 0; i < task.heads * p.num_values * w.rows * w.Dvp; ++i) w.o[i] = 0.f;
-    for (int64_t i = 0; i < task.heads * w.rows * kLanes; ++i) w.sum[i] = 0.f;
-    for (int64_t i = 0; i < task.heads * w.rows; ++i) w.max[i] = minus_infinity();
-    run_blocks<P>(p, task, w);
-    for (int64_t head = 0; head < task.heads; ++head) finish_head<P>(p, task, w, head);
-  }
+  const Task task = find_task(p, index);
+  w.rows = P::padded_rows(task.rows);
+  P::begin_task(w.rows);
+  for (int64_t head = 0; head < task.heads; ++head) fold_key_weights<P>(p, task, w, head);
+  for (int64_t i = 0; i < task.heads * p.num_values * w.rows * w.Dvp; ++i) w.o[i] = 0.f;
+  for (int64_t i = 0; i < task.heads * w.rows * kLanes; ++i) w.sum[i] = 0.f;
+  for (int64_t i = 0; i < task.heads * w.rows; ++i) w.max[i] = minus_infinity();
+  run_blocks<P>(p, task, next_index, w);
+  for (int64_t head = 0; head < task.heads; ++head) finish_head<P>(p, task, w, head);
   P::end();
 }
 
@@ -335,21 +346,21 @@ void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void attn_decode(const AttnDecodeParams& p, int64_t begin, int64_t end, void* workspace) {
+void attn_decode(const AttnDecodeParams& p, int64_t task, int64_t next_task, void* workspace) {
   switch (p.dtype) {
     case DType::f32:
-      return decode<Fp32Products<float>>(p, begin, end, workspace);
+      return decode<Fp32Products<float>>(p, task, next_task, workspace);
     case DType::f16:
-      return decode<Fp32Products<f16>>(p, begin, end, workspace);
+      return decode<Fp32Products<f16>>(p, task, next_task, workspace);
     case DType::bf16:
 #if defined(FUSEDKV_AMX)
       if (num_rows(p) >= kMinAmxRows && p.D % 32 == 0 && p.Dv % 32 == 0)
-        return decode<AmxProducts>(p, begin, end, workspace);
+        return decode<AmxProducts>(p, task, next_task, workspace);
 #endif
 #if defined(__AVX512BF16__)
-      return decode<Bf16Products>(p, begin, end, workspace);
+      return decode<Bf16Products>(p, task, next_task, workspace);
 #else
-      return decode<Fp32Products<bf16>>(p, begin, end, workspace);
+      return decode<Fp32Products<bf16>>(p, task, next_task, workspace);
 #endif
     case DType::f64:
       return;  // the API takes no float64 caches

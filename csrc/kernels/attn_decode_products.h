@@ -349,8 +349,8 @@ struct AmxProducts {
 
   static void end() { tile_release(); }
 
-  // Scores, softmax and the two halves of values take about 3/8, 3/16, 1/4 and 3/16 of the time.
-  static int64_t softmax_lines(int m, int64_t D, int64_t rows) { return 12 * m * (D / 32) / rows; }
+  // Lines to ask for are spread over scores, softmax, pairing and the product of values: a quarter each.
+  static int64_t softmax_lines(int m, int64_t D, int64_t rows) { return 16 * m * (D / 32) / rows; }
 
   static void store_query(Query* q, int64_t r, int64_t rows, const float* x, int64_t Dp) {
     const int64_t n = tile_rows(rows);
@@ -373,9 +373,10 @@ struct AmxProducts {
         if (k0.stride && k1.stride) {
           for (int64_t d = 0; d < D; d += 32) {
             tile_load<kQ>(tile + d * n, 4 * n);
-            ahead.lines(24);
+            ahead.lines(8);
             tile_load<kK>(k0.data + d, k0.stride);
             tile_dpbf16<kS0, kK, kQ>();
+            ahead.lines(8);
             tile_load<kK>(k1.data + d, k1.stride);
             tile_dpbf16<kS1, kK, kQ>();
           }
@@ -422,7 +423,7 @@ struct AmxProducts {
       tile_load<kP>(rounded, 64);
       float* out = o + first * Dp;
       for (int64_t d = 0; d < D; d += 32) {
-        ahead.lines(12);
+        ahead.lines(16);
         tile_load<kO0>(out + d, stride);
         tile_load<kV>(pairs[d / 16], 64);
         tile_dpbf16<kO0, kP, kV>();

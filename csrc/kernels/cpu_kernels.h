@@ -7,15 +7,18 @@
 
 namespace fusedkv {
 
-// Every function works on [begin, end) of its parallel dimension, so that the caller owns the threads.
+// Every function but attn_decode works on [begin, end) of its parallel dimension, so that the caller owns the
+// threads.
 struct CpuKernels {
   const char* level;
   void (*fuse_kv_forward)(const FuseKVParams&, int64_t begin, int64_t end);   // tokens of B * T
   void (*fuse_kv_backward)(const FuseKVParams&, int64_t begin, int64_t end);  // chunks of kFuseChunkTokens
   void (*fuse_kv_reduce_weights)(const FuseKVParams&, int64_t begin,
                                  int64_t end);  // blocks of 8 channels of m * G * D
-  void (*attn_decode)(const AttnDecodeParams&, int64_t begin, int64_t end, void* workspace);  // tasks
-  void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);             // (b, g, row)
+  // One task; next_task is the one that this thread will do then (-1: none), whose beginning it asks for
+  // ahead.
+  void (*attn_decode)(const AttnDecodeParams&, int64_t task, int64_t next_task, void* workspace);
+  void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);  // (b, g, row)
   void (*append_kvcache)(const AppendKVCacheParams&, int64_t begin, int64_t end);  // tokens of B * S
 };
 
