@@ -104,19 +104,21 @@ struct Scratch {
   }
 };
 
-// Also the softmax scale, so that scores come in the log2 domain.
+// q (.) a_j. The softmax scale stays out of it: without weights q is then exact in bf16.
 template <typename P>
 void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
   using T = typename P::Element;
   const int64_t g = task.head_begin + head;
-  alignas(64) float weights[kMaxHeadDim + kLanes] = {}, folded[kMaxHeadDim + 32] = {};
+  alignas(64) float folded[kMaxHeadDim + 32] = {};
   for (int j = 0; j < p.num_keys; ++j) {
-    for (int64_t d = 0; d < p.D; ++d)
-      weights[d] = (p.key_weights ? p.key_weights[(j * p.G + g) * p.D + d] : 1.f) * p.scale * kLog2e;
+    const float* a = p.key_weights ? p.key_weights + (j * p.G + g) * p.D : nullptr;
     for (int64_t r = 0; r < w.rows; ++r) {
       const Row row = row_of(p, g, task.row_group * kMaxTaskRows + (r < task.rows ? r : 0));
       const T* q = (const T*)p.q + task.b * p.q_stride_b + row.s * p.q_stride_s + row.h * p.q_stride_h;
-      for_lanes(p.D, [&](int64_t d, int n) { store(folded + d, mul(load(q + d, n), load(weights + d))); });
+      for_lanes(p.D, [&](int64_t d, int n) {
+        const Vec x = load(q + d, n);
+        store(folded + d, a ? mul(load(a + d, n), x) : x);
+      });
       P::store_query(w.query(p, head) + j * w.rows * w.Dp, r, w.rows, folded, w.Dp);
     }
   }
@@ -128,6 +130,8 @@ template <typename P>
 void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int64_t r, TokenRange seen,
                  int64_t block) {
   float* s = w.s + r * kBlock;
+  const Vec scale = set1(p.scale * kLog2e);
+  for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), scale));
   if (seen.begin > block || seen.end < block + kBlock)
     for (int i = 0; i < kBlock; ++i)
       if (block + i < seen.begin || block + i >= seen.end) s[i] = minus_infinity();
