@@ -2,7 +2,7 @@
 # then the work itself. Stamp files under $(VENV) make second runs incremental.
 #
 #   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
-#   ARGS="--quick"      arguments passed on by `make demo`, `make test` and `make bench`
+#   ARGS="--quick"      arguments passed on by `make demo`, `make test`, `make bench` and `make instructions`
 #   FUSEDKV_CUDA=0      build without CUDA                            TORCH_CUDA_ARCH_LIST="9.0a"
 #   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
 
@@ -25,6 +25,7 @@ CUDA_OBJECTS ?= build/cuda-objects
 CUDA_OBJECTS_ARCHS ?= 8.0;9.0a
 WHEEL_MAX_KB := 40000
 SIMT := build/simt/_C_simt.so
+COUNTER := build/count_instructions
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -32,12 +33,13 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test simt bench performance-doc lint format cuda-objects abi sdist wheel clean distclean
+.PHONY: help build demo test simt instructions bench performance-doc lint format cuda-objects abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
 	@echo "make test          the test suite (ARGS='-k decode -x')"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
+	@echo "make instructions  count what one decode call executes per SIMD level, beside the record (ARGS=--record)"
 	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
 	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
@@ -69,8 +71,8 @@ build: $(NATIVE)
 demo: $(NATIVE)
 	@$(BIN)/fusedkv demo $(ARGS)
 
-test: $(NATIVE) $(SIMT)
-	@FUSEDKV_REQUIRE_SIMT=1 $(BIN)/python -m pytest -q $(ARGS)
+test: $(NATIVE) $(SIMT) $(COUNTER)
+	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q $(ARGS)
 
 simt: $(SIMT)
 
@@ -81,6 +83,15 @@ $(SIMT): $(DEPS) $(NATIVE_SOURCES)
 	    -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=OFF -DFUSEDKV_SIMT=ON
 	@$(BIN)/cmake --build $(@D) --target _C_simt
 	@touch $@
+
+instructions: $(COUNTER)
+	@$(BIN)/python python_tests/instruction_counts.py $(ARGS)
+
+# In the build folder of the module (setup.py), where the kernels are compiled already.
+$(COUNTER): $(NATIVE) scripts/count_instructions.cpp
+	@folder=$$($(BIN)/python -c \
+	    'import sys, sysconfig; print(f"build/cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")'); \
+	    $(BIN)/cmake --build "$$folder" --target count_instructions; cp "$$folder/count_instructions" $@
 
 bench: $(NATIVE)
 	@$(BIN)/fusedkv bench $(if $(ARGS),$(ARGS),--json 'benchmarks/results/cpu_{threads}threads.json')
