@@ -18,8 +18,9 @@ namespace {
 // At least this many bytes of cache per thread: less is not worth waking one.
 constexpr int64_t kGrainBytes = 128 * 1024;
 
-// A token of this many bytes is read as one stretch: fewer heads side by side leave the memory waiting.
-constexpr int64_t kStretchBytes = 2048;
+// What a thread reads of a token and source in one stretch: a page of memory where it can, and so little that
+// this block of tokens and the next one, of all sources, stay in L2.
+constexpr int64_t kStretchBytes = 4096, kStretchBytesOfAllSources = 16384;
 
 // Bytes of cache behind the visible tokens of all sequences.
 int64_t cache_bytes(const AttnDecodeParams& p) {
@@ -38,7 +39,8 @@ int64_t heads_per_task(const AttnDecodeParams& p, int64_t splits, int64_t thread
   const CacheTensor& keys = p.keys[0];
   if (keys.stride_g > p.D) return 1;
   constexpr int64_t kTasksPerThread = 4;
-  const int64_t stretch = (kStretchBytes + p.D * size_of(p.dtype) - 1) / (p.D * size_of(p.dtype));
+  const int64_t bytes = std::min(kStretchBytes, kStretchBytesOfAllSources / (p.num_keys + p.num_values));
+  const int64_t stretch = std::max<int64_t>(bytes / (p.D * size_of(p.dtype)), 1);
   const int64_t tasks = splits * num_row_groups(p) * p.G;
   const int64_t for_threads = tasks / (threads * kTasksPerThread);
   const int64_t most = std::min(stretch, std::max<int64_t>(for_threads, 1));

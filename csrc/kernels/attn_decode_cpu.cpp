@@ -239,7 +239,7 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
         TokenRange seen = tokens_of_row(p, len, row_of(p, 0, task.row_group * kMaxTaskRows + r).s);
         if (seen.end > now->tokens.end) seen.end = now->tokens.end;
         softmax_row(p, w, head, r, seen, now->tokens.begin);
-        ahead.lines(P::softmax_lines(p.num_keys, p.D, task.rows));
+        ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
       }
       for (int j = 0; j < p.num_values; ++j)
         P::values(w.out(p, head, j), w.s, w.rows, now->v[j], head * p.values[j].stride_g, ahead, p.Dv, w.Dvp);

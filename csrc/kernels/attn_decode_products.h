@@ -9,7 +9,7 @@
 //   kPad                  head dims of the scratch are rounded up to this
 //   padded_rows           rows of the scratch
 //   begin_task, end       before the products of a task with so many rows; after the last one
-//   softmax_lines         lines to ask for ahead after the softmax of a row
+//   softmax_bytes         bytes to ask for ahead after the softmax of a row
 //   store_query           row r of q (.) a_j from float
 //   scores                s[r][i] = sum_j q_j[r] . k_j[i]    for kBlock tokens
 //   values                o[r] += sum_i p[r][i] v[i]         o in an order of channels of its own
@@ -49,8 +49,8 @@ class Ahead {
     if (num_sides_ == 1) first_ = rows, rows_ = count / kStreams;
   }
 
-  void lines(int64_t n) {
-    for (due_ += n; due_ >= kStreams && rows_ > 0; due_ -= kStreams) {
+  void bytes(int64_t n) {
+    for (due_ += n; due_ >= 64 * kStreams && rows_ > 0; due_ -= 64 * kStreams) {
       const Side& side = sides_[side_];
       for (int i = 0; i < kStreams; ++i) __builtin_prefetch(first_[i * side.rows] + at_, 0, 2);
       at_ += 64;
@@ -72,7 +72,7 @@ class Ahead {
   int num_sides_ = 0, side_ = 0;
   const char* const* first_ = nullptr;  // row of the first stream
   int64_t rows_ = 0, at_ = 0;           // rows to go, bytes asked for of this one
-  int64_t due_ = 0;                     // lines not yet asked for
+  int64_t due_ = 0;                     // bytes not yet asked for
 };
 
 // Vectors of channels that p V sums side by side: a sum over tokens is one chain of additions, and with few
@@ -110,7 +110,7 @@ struct RowByRow {
 
   static int64_t padded_rows(int64_t rows) { return rows; }
   static void begin_task(int64_t) {}
-  static int64_t softmax_lines(int, int64_t, int64_t) { return 0; }
+  static int64_t softmax_bytes(int, int64_t, int64_t) { return 0; }
   static void end() {}
 
   static void store_query(Query* q, int64_t r, int64_t, const float* x, int64_t Dp) {
@@ -145,7 +145,6 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
   template <int RT>
   static void row_scores(float* s, const float* q, int64_t q_source, int64_t Dp, const BlockRows<T>* k,
                          const int64_t* offsets, Ahead& ahead, int m, int64_t D) {
-    const int64_t per_row = (D * int64_t(sizeof(T)) + 63) / 64;
     for (int first = 0; first < kBlock; first += kLanes) {
       Vec sums[RT][kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -154,7 +153,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
         for (int j = 0; j < m; ++j) {
           const T* key = k[j].row[first + i] + offsets[j];
           const float* qj = q + j * q_source;
-          ahead.lines(per_row);
+          ahead.bytes(D * int64_t(sizeof(T)));
           int64_t d = 0;
           for (; d + kLanes <= D; d += kLanes) {
             const Vec x = load(key + d);
@@ -191,7 +190,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
     for (int r = 0; r < RT; ++r)
       for (int c = 0; c < NC; ++c) acc[r][c] = load(o + r * Dp + c * kLanes);
     for (int i = 0; i < kBlock; ++i) {
-      ahead.lines(NC * kLanes * sizeof(T) / 64);
+      ahead.bytes(NC * kLanes * int64_t(sizeof(T)));
       for (int c = 0; c < NC; ++c) {
         const T* from = v.row[i] + d + c * kLanes;
         const Vec x = n == kLanes ? load(from) : load(from, n);
@@ -220,7 +219,6 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
   template <int RT>
   static void row_scores(float* s, const bf16* q, int64_t q_source, int64_t Dp, const BlockRows<bf16>* k,
                          const int64_t* offsets, Ahead& ahead, int m, int64_t D) {
-    const int64_t per_row = (D * 2 + 63) / 64;
     for (int first = 0; first < kBlock; first += kLanes) {
       Vec sums[RT][kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -229,7 +227,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
         for (int j = 0; j < m; ++j) {
           const bf16* key = k[j].row[first + i] + offsets[j];
           const bf16* qj = q + j * q_source;
-          ahead.lines(per_row);
+          ahead.bytes(D * 2);
           int64_t d = 0;
           for (; d + 32 <= D; d += 32) {
             const __m512bh x = pairs(key + d);
@@ -275,7 +273,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
       }
     }
     for (int i = 0; i < kBlock; i += 2) {
-      ahead.lines(2 * NC);
+      ahead.bytes(2 * NC * 64);
       for (int c = 0; c < NC; ++c) {
         const bf16 *even = v.row[i] + d + c * 32, *odd = v.row[i + 1] + d + c * 32;
         const __m512i x = (__m512i)(n == 32 ? pairs(even) : pairs(even, n));
@@ -349,8 +347,8 @@ struct AmxProducts {
 
   static void end() { tile_release(); }
 
-  // Lines to ask for are spread over scores, softmax, pairing and the product of values: a quarter each.
-  static int64_t softmax_lines(int m, int64_t D, int64_t rows) { return 16 * m * (D / 32) / rows; }
+  // What is asked for is spread over scores, softmax, pairing and the product of values: a quarter each.
+  static int64_t softmax_bytes(int m, int64_t D, int64_t rows) { return 16 * m * D * 2 / rows; }
 
   static void store_query(Query* q, int64_t r, int64_t rows, const float* x, int64_t Dp) {
     const int64_t n = tile_rows(rows);
@@ -373,10 +371,10 @@ struct AmxProducts {
         if (k0.stride && k1.stride) {
           for (int64_t d = 0; d < D; d += 32) {
             tile_load<kQ>(tile + d * n, 4 * n);
-            ahead.lines(8);
+            ahead.bytes(8 * 64);
             tile_load<kK>(k0.data + d, k0.stride);
             tile_dpbf16<kS0, kK, kQ>();
-            ahead.lines(8);
+            ahead.bytes(8 * 64);
             tile_load<kK>(k1.data + d, k1.stride);
             tile_dpbf16<kS1, kK, kQ>();
           }
@@ -408,7 +406,7 @@ struct AmxProducts {
     alignas(64) bf16 pairs[256 / 16][kBlock / 2][32];
     for (int i = 0; i < kBlock; i += 2) {
       const bf16 *even = v.row[i] + offset, *odd = v.row[i + 1] + offset;
-      ahead.lines(D / 32);
+      ahead.bytes(D * 2);
       for (int64_t d = 0; d < D; d += 32) {
         const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(odd + d);
         _mm512_store_si512(pairs[d / 16][i / 2], _mm512_unpacklo_epi16(x, y));
@@ -423,7 +421,7 @@ struct AmxProducts {
       tile_load<kP>(rounded, 64);
       float* out = o + first * Dp;
       for (int64_t d = 0; d < D; d += 32) {
-        ahead.lines(16);
+        ahead.bytes(16 * 64);
         tile_load<kO0>(out + d, stride);
         tile_load<kV>(pairs[d / 16], 64);
         tile_dpbf16<kO0, kP, kV>();
