@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "api/caches.h"
+#include "api/new_tensor.h"
 #include "kernels/append_kvcache.h"
 
 namespace fusedkv::api {
@@ -85,14 +86,14 @@ inline AppendCall append_call(const AppendArguments& x, bool cuda) {
               "rotary_cos and rotary_sin come together; one is missing");
   if (x.rotary_cos) set_rotary(p, *x.rotary_cos, *x.rotary_sin, x.rotary_interleaved, cuda);
   if (!x.query) {
-    call.rotated = torch::stable::new_empty(x.key, {0});
+    call.rotated = empty_tensor(x.key, {0}, dtype_code(x.key));
     return call;
   }
   const Tensor& query = *x.query;
   check_value(x.rotary_cos.has_value(), "query is rotated: pass rotary_cos and rotary_sin");
   check_rank4(query, "query", "(B, S, H, D)");
   call.rotated =
-      torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), query.size(3)});
+      empty_tensor(query, {query.size(0), query.size(1), query.size(2), query.size(3)}, dtype_code(query));
   p.query = append_tensor(query, "query", call.rotated, "query", x.key, cuda);
   check_value(p.query.D == p.key.D, "query has shape ", Shape{query}, "; expected the head dim of key, ",
               p.key.D);

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "api/attn_decode.h"
+#include "api/new_tensor.h"
 #include "kernels/cpu_kernels.h"
 #include "kernels/cpu_workspace.h"
 
@@ -78,8 +79,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   p.split_offsets = offsets;
   p.partial_out = reinterpret_cast<float*>(shared + offset_bytes);
   p.partial_lse = p.partial_out + partials * p.Dv;
-  Tensor out = torch::stable::new_empty(q, {p.B, p.S, p.H, p.Dv});
-  Tensor lse = torch::stable::new_empty(q, {p.B, p.H, p.S}, ScalarType::Float);
+  Tensor out = empty_tensor(q, {p.B, p.S, p.H, p.Dv}, dtype_code(q));
+  Tensor lse = empty_tensor(q, {p.B, p.H, p.S}, aoti_torch_dtype_float32());
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
 
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
 
 // The CPU splits on a fixed grid: there is nothing to plan, and every result is batch-invariant.
 Tensor attn_schedule(Tensor cache_seqlens, int64_t, int64_t, int64_t, int64_t, int64_t, bool) {
-  return torch::stable::new_empty(cache_seqlens, {0});
+  return empty_tensor(cache_seqlens, {0}, dtype_code(cache_seqlens));
 }
 
 }  // namespace

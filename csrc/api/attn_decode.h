@@ -12,7 +12,7 @@ inline void set_caches(const std::vector<Tensor>& caches, const char* name, cons
   check_count(caches.size(), name);
   for (size_t j = 0; j < caches.size(); ++j) {
     const Tensor& x = caches[j];
-    const std::string own = name_of(name, j);
+    const Name own = name_of(name, j);
     check_device(x, own, cuda);
     check_rank4(x, own, "(B, capacity, G, D), or (P, page_size, G, D) with a block_table");
     check_same_shape(x, own, caches[0], name_of(name, 0));

@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   a.partial_out = static_cast<float*>(partial.mutable_data_ptr());
   a.partial_lse = a.partial_out + slots * p.slot_rows * a.Dv;
 
-  const auto use = [&](const Tensor& x, const std::string& name) {
+  const auto use = [&](const Tensor& x, Name name) {
     check_same_gpu(x, name, q, "q");
     scope.uses(x, "an input");
   };

@@ -15,7 +15,7 @@ struct CacheLayout {
   int64_t capacity = 0;  // tokens per sequence
 };
 
-inline CacheLayout cache_layout(const Tensor& cache, const std::string& name, const Tensor& seq_lens,
+inline CacheLayout cache_layout(const Tensor& cache, Name name, const Tensor& seq_lens,
                                 const std::optional<Tensor>& block_table, int64_t B, bool cuda) {
   CacheLayout layout;
   check_int32(seq_lens, "cache_seqlens", 1, cuda);

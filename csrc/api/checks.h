@@ -50,11 +50,26 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << ")";
 }
 
-inline std::string name_of(const char* name, size_t index) {
-  return std::string(name) + "[" + std::to_string(index) + "]";
+// An argument's name, or that of one tensor of a list: text is made of it only when a check fails.
+struct Name {
+  const char* text;
+  int64_t index = -1;  // negative: not one of a list
+
+  Name(const char* text) : text(text) {}
+  Name(const char* text, size_t index) : text(text), index(int64_t(index)) {}
+};
+
+inline std::ostream& operator<<(std::ostream& out, Name name) {
+  out << name.text;
+  if (name.index >= 0) out << "[" << name.index << "]";
+  return out;
 }
 
-inline DType dtype_of(const Tensor& x, const std::string& name) {
+inline Name name_of(const char* name, size_t index) {
+  return {name, index};
+}
+
+inline DType dtype_of(const Tensor& x, Name name) {
   switch (x.scalar_type()) {
     case ScalarType::Double:
       return DType::f64;
@@ -70,32 +85,30 @@ inline DType dtype_of(const Tensor& x, const std::string& name) {
   }
 }
 
-inline void check_device(const Tensor& x, const std::string& name, bool cuda) {
+inline void check_device(const Tensor& x, Name name, bool cuda) {
   check_value(cuda ? x.is_cuda() : x.is_cpu(), name, " is on another device; move all arguments to ",
               cuda ? "one GPU" : "the CPU");
 }
 
-inline void check_same_dtype(const Tensor& x, const std::string& name, const Tensor& like,
-                             const char* like_name) {
+inline void check_same_dtype(const Tensor& x, Name name, const Tensor& like, Name like_name) {
   check_type(x.scalar_type() == like.scalar_type(), name, " and ", like_name,
              " have different dtypes; convert one with .to()");
 }
 
 // A tensor of vectors: 4 dims, the last one contiguous. (A dim of size 1 or an empty tensor may have any
 // stride.)
-inline void check_rank4(const Tensor& x, const std::string& name, const char* expected) {
+inline void check_rank4(const Tensor& x, Name name, const char* expected) {
   check_value(x.dim() == 4, name, " has shape ", Shape{x}, "; expected 4 dims ", expected);
   check_value(x.size(3) <= 1 || x.numel() == 0 || x.stride(3) == 1, name, " has stride ", x.stride(3),
               " in its last dim; expected 1 (call .contiguous())");
 }
 
-inline void check_head_dim(int64_t head_dim, const std::string& name) {
+inline void check_head_dim(int64_t head_dim, Name name) {
   check_value(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, name, " has head dim ", head_dim,
               "; expected a multiple of 8 from 8 to 256");
 }
 
-inline void check_same_shape(const Tensor& x, const std::string& name, const Tensor& like,
-                             const std::string& like_name) {
+inline void check_same_shape(const Tensor& x, Name name, const Tensor& like, Name like_name) {
   bool same = x.dim() == like.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
   check_value(same, name, " has shape ", Shape{x}, "; expected ", Shape{like}, " like ", like_name);

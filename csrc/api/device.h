@@ -95,8 +95,7 @@ inline void uses(const DeviceScope& scope, const std::optional<Tensor>& tensor, 
 }
 
 // All tensors of an op on the GPU of the first.
-inline void check_same_gpu(const Tensor& x, const std::string& name, const Tensor& first,
-                           const char* first_name) {
+inline void check_same_gpu(const Tensor& x, Name name, const Tensor& first, Name first_name) {
   if (!kCuda) return;
   check_value(x.get_device_index() == first.get_device_index(), name, " is on GPU ", x.get_device_index(),
               "; expected GPU ", first.get_device_index(), " as ", first_name);

@@ -19,16 +19,16 @@ inline FuseKVParams fuse_kv_params(const std::vector<Tensor>& sources, const cha
                                    const char* dims = "(B, T, G, D)") {
   check_count(sources.size(), name);
   const Tensor& first = sources[0];
-  const std::string first_name = name_of(name, 0);
+  const Name first_name = name_of(name, 0);
   FuseKVParams p{};
   p.m = int(sources.size());
   for (int j = 0; j < p.m; ++j) {
     const Tensor& x = sources[j];
-    const std::string own = name_of(name, j);
+    const Name own = name_of(name, j);
     check_device(x, own, cuda);
     check_rank4(x, own, dims);
     check_same_shape(x, own, first, first_name);
-    check_same_dtype(x, own, first, first_name.c_str());
+    check_same_dtype(x, own, first, first_name);
     p.sources[j] = token_tensor(x);
   }
   p.dtype = dtype_of(first, first_name);
@@ -115,7 +115,7 @@ inline void set_source_gradients(FuseKVParams& p, const std::vector<Tensor>& gra
              "grad_sources[0] has another dtype than float32 or sources[0]'s");
   for (int j = 0; j < p.m; ++j) {
     const Tensor& x = grads[j];
-    const std::string own = name_of("grad_sources", j);
+    const Name own = name_of("grad_sources", j);
     check_device(x, own, cuda);
     check_same_shape(x, own, sources[0], "sources[0]");
     check_same_dtype(x, own, grads[0], "grad_sources[0]");
