@@ -4,11 +4,13 @@
 //   s = sum_j (q (.) a_j) . K_j          the weights of the keys go into q before the loop over tokens
 //   o = sum_j b_j (.) (softmax(s) V_j)   the weights of the values go into the output after it
 //
-// A task is one (sequence, split of kSplitTokens tokens, KV head, group of up to kMaxTaskRows rows). It walks
-// the split in blocks of kBlock tokens that stay in L1 between the two products, reads each key and value
-// once for all its rows (memory is what decode waits for), and keeps an online softmax per row in the log2
-// domain. Splits are fixed, and a second pass merges them in their order: bits depend neither on threads nor
-// on the rest of the batch.
+// A task is one (sequence, split of kSplitTokens tokens, group of up to kMaxTaskRows rows, block of KV
+// heads). It walks its split in blocks of kBlock tokens, and in each block its heads: the heads of a token
+// lie together, so that memory is read page by page although each head is worked on by itself. While it works
+// on a block it asks for the next one (Ahead), at the end of a task for the beginning of its thread's next
+// task. Each key and value is read once for all rows, since memory is what decode waits for; an online
+// softmax per row keeps the running maximum in the log2 domain. Splits are fixed, and a second pass merges
+// them in their order: bits depend neither on threads nor on the rest of the batch.
 
 #include "kernels/attn_decode.h"
 
@@ -22,8 +24,11 @@ namespace {
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 constexpr int64_t kMaxHeadDim = 256;
 
+#if defined(FUSEDKV_AMX)
 // From this many query rows on, tiles are faster than pairs.
 constexpr int64_t kMinAmxRows = 2;
+#endif
+
 inline float minus_infinity() {
   return -__builtin_inff();
 }
