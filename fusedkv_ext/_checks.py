@@ -7,6 +7,7 @@ first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_SOURCES = 32
 MAX_WINDOW = 2**31  # lengths are int32
+_STRIDED = torch.strided
 
 
 def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
@@ -33,20 +35,59 @@ def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
 
 def check_flag(name: str, flag: object) -> bool:
     """A tensor as a flag would mean a synchronisation, or an error from deep inside torch."""
+    if flag is True or flag is False:
+        return flag
     if not isinstance(flag, (bool, int, torch.SymBool)):
         raise TypeError(f"{name} is {type(flag).__name__}; expected a bool")
     return bool(flag)
 
 
-def as_tensors(name: str, tensors: object) -> list[Tensor]:
-    """A lone tensor or a sequence of 1 to 32 tensors, as a list."""
+def as_list(name: str, tensors: object) -> list[Any]:
+    """A lone tensor or a sequence of 1 to 32 of whatever, as a list."""
     if isinstance(tensors, Tensor):
-        return [check_tensor(name, tensors)]
+        return [tensors]
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name} is {type(tensors).__name__}; expected a tensor or a list of tensors")
     if not 1 <= len(tensors) <= MAX_SOURCES:
         raise ValueError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_SOURCES}")
-    return [check_tensor(name, x, j) for j, x in enumerate(tensors)]
+    return list(tensors)
+
+
+def as_tensors(name: str, tensors: object) -> list[Tensor]:
+    """As ``as_list``, of dense tensors."""
+    if isinstance(tensors, Tensor):
+        return [check_tensor(name, tensors)]
+    return [check_tensor(name, x, j) for j, x in enumerate(as_list(name, tensors))]
+
+
+def plain_on_cpu(tensors: Sequence[object]) -> bool:
+    """Whether all are dense CPU tensors without a gradient: what ``check_inputs`` asks for, in one pass and
+    without its messages, for calls that take microseconds."""
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if not isinstance(x, Tensor) or not x.is_cpu or x.layout is not _STRIDED or x.is_nested:
+            return False
+        if grad and x.requires_grad:
+            return False
+    return True
+
+
+def check_inputs(
+    op: str,
+    arguments: Mapping[str, Any],
+    optional: Mapping[str, Any],
+    instead: str,
+    lists: Sequence[str] = (),
+) -> None:
+    """All dense tensors, ``lists`` of them, or None where optional; on one device; without a gradient."""
+    arguments = {**arguments, **{name: x for name, x in optional.items() if x is not None}}
+    for name, x in arguments.items():
+        if name in lists:
+            as_tensors(name, x)
+        else:
+            check_tensor(name, x)
+    check_same_device(arguments)
+    check_no_grad(op, arguments, instead)
 
 
 def _each(arguments: Arguments) -> Iterator[tuple[str, int | None, Tensor]]:
@@ -72,6 +113,28 @@ def check_same_device(arguments: Arguments) -> None:
             raise ValueError(
                 f"{_label(name, j)} is on {x.device} and {first_label} on {first}; expected one device"
             )
+
+
+def check_rank4(arguments: Arguments) -> None:
+    for name, j, x in _each(arguments):
+        if x.dim() != 4:
+            raise ValueError(f"{_label(name, j)} has shape {tuple(x.shape)}; expected 4 dims")
+
+
+def check_contents(cache_seqlens: Tensor, block_table: Tensor | None, cache: Tensor) -> None:
+    """Lengths and pages, for ``debug_checks``; the CPU op always checks them itself."""
+    if not cache_seqlens.is_cuda:
+        return
+    capacity = cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"cache_seqlens[{b}] = {length}; expected 0 to {capacity}, what the cache holds")
+        pages = [] if block_table is None else block_table[b, : -(-length // cache.shape[1])].tolist()
+        for i, page in enumerate(pages):
+            if not 0 <= page < cache.shape[0]:
+                raise ValueError(
+                    f"block_table[{b}, {i}] = {page}; expected a page from 0 to {cache.shape[0] - 1}"
+                )
 
 
 def check_sources(name: str, sources: Sequence[Tensor], like_name: str, like: Tensor) -> None:
@@ -135,18 +198,23 @@ def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: 
 def check_window(causal: object, window_size: object) -> tuple[int, int]:
     """(left, right) with the causal bound in it; -1 is unbounded."""
     causal = check_flag("causal", causal)
-    if (
-        not isinstance(window_size, (tuple, list))
-        or len(window_size) != 2
-        or any(isinstance(size, bool) or not isinstance(size, int) for size in window_size)
-    ):
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
     left, right = window_size
+    if not (_is_int(left) and _is_int(right)):
+        raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
     if left < -1 or right < -1:
         raise ValueError(f"window_size is {window_size!r}; expected sizes >= 0, or -1 for unbounded")
     # A window past every length is unbounded; kernels may then add positions to the rest without overflow.
-    left, right = (-1 if size >= MAX_WINDOW else size for size in (left, right))
+    if left >= MAX_WINDOW:
+        left = -1
+    if right >= MAX_WINDOW:
+        right = -1
     return left, 0 if causal else right
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def check_scale(softmax_scale: object, head_dim: int) -> float:

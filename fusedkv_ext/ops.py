@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import _checks, _fakes  # noqa: F401  (registers the fakes of torch.ops.fusedkv)
-from fusedkv_ext._checks import Arguments, Tensors
+from fusedkv_ext._checks import Tensors
 from fusedkv_ext.dense import dense_attention, dense_lse
 from fusedkv_ext.recompute import recomputed
 
@@ -259,35 +259,35 @@ def fused_kv_attn_with_kvcache(
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
-    q = _checks.check_tensor("q", q)
-    key_caches = _checks.as_tensors("key_caches", key_caches)
-    value_caches = _checks.as_tensors("value_caches", value_caches)
-    (q,) = _autocast([q], like=key_caches[0])
+    key_caches = _checks.as_list("key_caches", key_caches)
+    value_caches = _checks.as_list("value_caches", value_caches)
+    optional = [x for x in (key_weights, value_weights, block_table) if x is not None]
+    if not _checks.plain_on_cpu([q, *key_caches, *value_caches, cache_seqlens, *optional]):
+        _checks.check_inputs(
+            "fused_kv_attn_with_kvcache",
+            {"q": q, "key_caches": key_caches, "value_caches": value_caches, "cache_seqlens": cache_seqlens},
+            {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table},
+            "use fused_kv_attn_func to train, torch.no_grad() to decode",
+            lists=("key_caches", "value_caches"),
+        )
+    q = _autocast_like(q, key_caches[0])
+    if not q.dim() == key_caches[0].dim() == value_caches[0].dim() == 4:
+        _checks.check_rank4({"q": q, "key_caches": key_caches[:1], "value_caches": value_caches[:1]})
     left, right = _checks.check_window(causal, window_size)
-    for name, x in (("q", q), ("key_caches[0]", key_caches[0]), ("value_caches[0]", value_caches[0])):
-        _check_rank4(name, x)
     scale = _checks.check_scale(softmax_scale, q.shape[3])
     return_lse = _checks.check_flag("return_lse", return_lse)
-    key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)
-    tensors = {
-        "q": q,
-        "key_caches": key_caches,
-        "value_caches": value_caches,
-        "key_weights": key_weights,
-        "value_weights": value_weights,
-    }
-    _check_table(tensors, cache_seqlens, block_table, key_caches[0])
-    _checks.check_no_grad(
-        "fused_kv_attn_with_kvcache", tensors, "use fused_kv_attn_func to train, torch.no_grad() to decode"
-    )
     batch_invariant = _checks.check_flag("batch_invariant", batch_invariant)
+    key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)
     if schedule is not None:
         _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, batch_invariant)
-    arguments = (*tensors.values(), cache_seqlens, block_table, scale, left, right)
-    if return_lse or batch_invariant:
-        out, lse = _call(_ops.attn_with_kvcache.default, *arguments, schedule, batch_invariant)
-        return (out, lse) if return_lse else out
-    return attend_cached(*arguments, schedule, host_seqlens)
+    sources = (key_caches, value_caches, key_weights, value_weights)
+    arguments = (q, *sources, cache_seqlens, block_table, scale, left, right, schedule)
+    if not (return_lse or batch_invariant):
+        return attend_cached(*arguments, host_seqlens)
+    if _debug_checks:
+        _checks.check_contents(cache_seqlens, block_table, key_caches[0])
+    out, lse = _call(_ops.attn_with_kvcache.default, *arguments, batch_invariant)
+    return (out, lse) if return_lse else out
 
 
 def attend_cached(
@@ -314,10 +314,10 @@ def attend_cached(
         inputs = {"q": q, "key_weights": key_weights, "value_weights": value_weights}
         _checks.check_no_grad("attention over a cache", inputs, "call under torch.no_grad()")
     if _debug_checks:
-        _check_table({"q": q}, cache_seqlens, block_table, key_caches[0])
+        _checks.check_contents(cache_seqlens, block_table, key_caches[0])
         if schedule is not None:
             _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, False)
-    if folds_cached(q, key_caches, value_caches, q.device.type):
+    if folds_cached(q, key_caches, value_caches, _device_type(q)):
         return _call(_ops.attn_with_kvcache.default, *arguments, scale, left, right, schedule, False)[0]
     return _prefill_with_kvcache(*arguments, scale, left, right, _lengths(cache_seqlens, host_seqlens))
 
@@ -387,23 +387,19 @@ def append_kvcache(
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
-    tensors = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
-    for name, x in tensors.items():
-        _checks.check_tensor(name, x)
-    for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if not torch.compiler.is_compiling() and x.is_neg():
-            raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
-    _check_rank4("key_cache", key_cache)
-    for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
-        if x is not None and not _checks.check_tensor(name, x).is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
-    if query is not None:
-        _checks.check_tensor("query", query)
-    tensors.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin, query=query)
-    _check_table(tensors, cache_seqlens, block_table, key_cache)
-    _checks.check_no_grad("append_kvcache", tensors, "append under torch.no_grad()")
-    if rotary_cos is not None and rotary_sin is not None:
-        rotary_cos, rotary_sin = rotary_cos.float().contiguous(), rotary_sin.float().contiguous()
+    tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "query": query}
+    optional = [x for x in tables.values() if x is not None]
+    if not _checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
+        caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
+        arguments = {"key": key, "value": value, **caches}
+        _checks.check_inputs("append_kvcache", arguments, tables, "append under torch.no_grad()")
+    if not torch.compiler.is_compiling() and (key_cache.is_neg() or value_cache.is_neg()):
+        name = "key_cache" if key_cache.is_neg() else "value_cache"
+        raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
+    if rotary_cos is not None:
+        rotary_cos = _rotary_table("rotary_cos", rotary_cos)
+    if rotary_sin is not None:
+        rotary_sin = _rotary_table("rotary_sin", rotary_sin)
     interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
     cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)
     rotated = append_cached(*cached, rotary_cos, rotary_sin, interleaved, query)
@@ -430,7 +426,7 @@ def append_cached(
         inputs = {"key": key, "value": value, "query": query}
         _checks.check_no_grad("append_kvcache", inputs, "append under torch.no_grad()")
     if _debug_checks:
-        _check_table({"key": key}, cache_seqlens, block_table, key_cache)
+        _checks.check_contents(cache_seqlens, block_table, key_cache)
     cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)
     return _call(_ops.append_kvcache.default, *cached, rotary_cos, rotary_sin, rotary_interleaved, query)
 
@@ -452,13 +448,35 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
         raise kind(match[2]) from None
 
 
-def _autocast(tensors: Sequence[Tensor], like: Tensor | None = None) -> list[Tensor]:
-    """Under autocast, float tensors in its dtype (or in that of ``like``, a cache, which is not copied)."""
-    device_type = tensors[0].device.type
+def _device_type(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type  # the flag is the cheaper one
+
+
+def _autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Under autocast, float tensors in its dtype."""
+    device_type = _device_type(tensors[0])
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type) if like is None else like.dtype
-    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+    dtype = torch.get_autocast_dtype(device_type)
+    return [_lowered(x, dtype) for x in tensors]
+
+
+def _autocast_like(q: Tensor, cache: Tensor) -> Tensor:
+    """Under autocast, queries in the dtype of a cache, which is not copied."""
+    device_type = _device_type(q)
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return q
+    return _lowered(q, cache.dtype)
+
+
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _rotary_table(name: str, x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
+    return x.float().contiguous()
 
 
 def _attention_weights(
@@ -540,31 +558,6 @@ def _recomputing(
     weights = [None if x is None else x.detach() for x in (key_weights, value_weights)]
     inputs = [x for x in (*keys, *values, *weights) if x is not None]
     return recomputed(lambda: _fuse_both(keys, values, *weights), (k, v), inputs)
-
-
-def _check_rank4(name: str, x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dims")
-
-
-def _check_table(tensors: Arguments, cache_seqlens: Any, block_table: Any, cache: Tensor) -> None:
-    """Types and devices of lengths and block table; values on request for CUDA (the CPU op always checks)."""
-    _checks.check_tensor("cache_seqlens", cache_seqlens)
-    if block_table is not None:
-        _checks.check_tensor("block_table", block_table)
-    _checks.check_same_device({**tensors, "cache_seqlens": cache_seqlens, "block_table": block_table})
-    if not _debug_checks or not cache_seqlens.is_cuda:
-        return
-    capacity = cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
-    for b, length in enumerate(cache_seqlens.tolist()):
-        if not 0 <= length <= capacity:
-            raise ValueError(f"cache_seqlens[{b}] = {length}; expected 0 to {capacity}, what the cache holds")
-        pages = [] if block_table is None else block_table[b, : -(-length // cache.shape[1])].tolist()
-        for i, page in enumerate(pages):
-            if not 0 <= page < cache.shape[0]:
-                raise ValueError(
-                    f"block_table[{b}, {i}] = {page}; expected a page from 0 to {cache.shape[0] - 1}"
-                )
 
 
 def _check_schedule(
