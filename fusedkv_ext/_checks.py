@@ -44,9 +44,9 @@ def check_flag(name: str, flag: object) -> bool:
 
 def as_list(name: str, tensors: object) -> list[Any]:
     """A lone tensor or a sequence of 1 to 32 of whatever, as a list."""
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    if not isinstance(tensors, (list, tuple)):
+    if not isinstance(tensors, (list, tuple)):  # first: the cheaper question, and the usual answer
+        if isinstance(tensors, Tensor):
+            return [tensors]
         raise TypeError(f"{name} is {type(tensors).__name__}; expected a tensor or a list of tensors")
     if not 1 <= len(tensors) <= MAX_SOURCES:
         raise ValueError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_SOURCES}")

@@ -270,7 +270,8 @@ def fused_kv_attn_with_kvcache(
             "use fused_kv_attn_func to train, torch.no_grad() to decode",
             lists=("key_caches", "value_caches"),
         )
-    q = _autocast_like(q, key_caches[0])
+    if q.dtype != key_caches[0].dtype:
+        q = _autocast_like(q, key_caches[0])
     if not q.dim() == key_caches[0].dim() == value_caches[0].dim() == 4:
         _checks.check_rank4({"q": q, "key_caches": key_caches[:1], "value_caches": value_caches[:1]})
     left, right = _checks.check_window(causal, window_size)
