@@ -268,7 +268,7 @@ def fused_kv_attn_with_kvcache(
             {"q": q, "key_caches": key_caches, "value_caches": value_caches, "cache_seqlens": cache_seqlens},
             {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table},
             "use fused_kv_attn_func to train, torch.no_grad() to decode",
-            lists=("key_caches", "value_caches"),
+            ("key_caches", "value_caches"),
         )
     if q.dtype != key_caches[0].dtype:
         q = _autocast_like(q, key_caches[0])
@@ -281,14 +281,13 @@ def fused_kv_attn_with_kvcache(
     key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)
     if schedule is not None:
         _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, batch_invariant)
-    sources = (key_caches, value_caches, key_weights, value_weights)
-    arguments = (q, *sources, cache_seqlens, block_table, scale, left, right, schedule)
+    arguments = (q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table)
     if not (return_lse or batch_invariant):
-        return attend_cached(*arguments, host_seqlens)
+        return attend_cached(*arguments, scale, left, right, schedule, host_seqlens)
     if _debug_checks:
         _checks.check_contents(cache_seqlens, block_table, key_caches[0])
-    out, lse = _call(_ops.attn_with_kvcache.default, *arguments, batch_invariant)
-    return (out, lse) if return_lse else out
+    both = _call(_ops.attn_with_kvcache.default, *arguments, scale, left, right, schedule, batch_invariant)
+    return both if return_lse else both[0]
 
 
 def attend_cached(
