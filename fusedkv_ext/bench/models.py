@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedkv_ext as fkv
 from fusedkv_ext import attention, reference
@@ -28,13 +29,17 @@ from fusedkv_ext.bench.settings import DTYPES, Settings, Shape
 PLANS = ("vanilla", "fusedkv-lite", "fusedkv")
 TTFT, STEP, TPOT = "time to first token", "training step", "time per output token"
 TINY_STEP, TINY_ATTENTION = "decode step, tiny model", "attention layer, tiny model"
+OPERATIONS = "the operations in it"
 CHECK_TOKENS = 48
 ROOM = 48  # tokens that a cache may grow by
 
 
 def build(shape: Shape, plan: str, dtype: torch.dtype = torch.float32) -> fkv.Decoder:
     torch.manual_seed(1)
-    return fkv.Decoder(fkv.DecoderConfig(**shape, plan=plan)).to(dtype)
+    # As outside of a benchmark. Parameters made in inference mode would have no versions, by which FusedKV
+    # knows that its weights are still those that it put in order before.
+    with torch.inference_mode(False):
+        return fkv.Decoder(fkv.DecoderConfig(**shape, plan=plan)).to(dtype)
 
 
 def sizes(shape: Shape) -> str:
@@ -204,9 +209,36 @@ def _attend(model: fkv.Decoder, x: Tensor, cache: fkv.KVCache) -> Tensor:
     return model.model.layers[-1].self_attn(x, cache=cache)[0]
 
 
+def _operations_of(model: fkv.Decoder, x: Tensor, cache: fkv.KVCache) -> Callable[[], Tensor]:
+    """What ``_attend`` cannot do without, one after the other: torch's modules and our native operations,
+    each with the arguments that it got in one run of ``_attend``."""
+    calls: list[Callable[[], Tensor]] = []
+    parts = [m for m in model.model.layers[-1].self_attn.children() if not isinstance(m, fkv.FusionWeights)]
+
+    def native(op: Callable[..., Any], *args: Any) -> Any:
+        calls.append(partial(op, *args))
+        return op(*args)
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls.append(partial(module, *args))
+
+    hooks = [part.register_forward_pre_hook(keep) for part in parts]
+    with torch.inference_mode(), mock.patch.object(attention.ops, "_call", native):
+        _attend(model, x, cache)
+    for hook in hooks:
+        hook.remove()
+
+    def run() -> Tensor:
+        for call in calls:
+            out = call()
+        return out
+
+    return run
+
+
 def overhead_cell(op: str, s: Settings) -> Cell:
     """A model so small that its arithmetic is nothing: what a step costs the host. ``op``: the whole step, or
-    the attention module of the last layer alone (projections of that size included)."""
+    the attention module of the last layer alone, beside the operations in it."""
     entries, dtype = [], DTYPES[s.host_dtype]
     token = torch.randint(s.tiny_shape["vocab_size"], (1, 1))
     x = torch.randn(1, 1, s.tiny_shape["hidden_size"]).to(dtype)
@@ -214,13 +246,13 @@ def overhead_cell(op: str, s: Settings) -> Cell:
     for plan in PLANS:
         model = build(s.tiny_shape, plan, dtype)
         cache = filled_cache(model, 1, 16)
-        run = _step(model, cache, token)
+        run, peers = _step(model, cache, token), {}
         if op == TINY_ATTENTION:
             cache.advance(1)
-            run = partial(_attend, model, x, cache)
+            run, peers = partial(_attend, model, x, cache), {OPERATIONS: _operations_of(model, x, cache)}
         params = {"plan": plan, "layers": s.tiny_shape["num_hidden_layers"]}
         check = partial(_outside_inference, check_logits, model)
-        entries.append(Entry(op, plan, params, dtype, run, check, calls=calls))
+        entries.append(Entry(op, plan, params, dtype, run, check, peers=peers, calls=calls))
     return Cell("model", entries, cold=False, base="vanilla")
 
 
