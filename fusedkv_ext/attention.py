@@ -205,7 +205,8 @@ class FusedKVAttention(nn.Module):
         Raises ValueError for wrong shapes, missing sources or a cache of another plan.
         """
         self._check(x, sources, cache, last)
-        rope, rotary = self.rope, None
+        modules = self._modules  # as attributes each would be looked for in three places, at every token
+        rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
             if cache is None or self.needs_positions:
                 position_embeddings = rope.cos_sin(self._positions(x, sources, cache))
@@ -217,10 +218,10 @@ class FusedKVAttention(nn.Module):
             if position_embeddings is not None:
                 cos, sin = position_embeddings
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
-        q = self._rotated(self.q_proj(x), self.q_norm, position_embeddings)
+        q = self._rotated(modules["q_proj"](x), modules.get("q_norm"), position_embeddings)
         if cache is None:
             out = self._attend(q, kv, sources)
-            return self.o_proj(out.flatten(2)), kv
+            return modules["o_proj"](out.flatten(2)), kv
         if rotary is None:
             cache.append(self.layer, kv.key, kv.value)
         else:
@@ -228,7 +229,7 @@ class FusedKVAttention(nn.Module):
             interleaved = self.interleaved
             q = cache.append(self.layer, key, value, query=q, rotary=rotary, rotary_interleaved=interleaved)
             kv = _NOTHING
-        return self.o_proj(self._attend_cached(q, cache).flatten(2)), kv
+        return modules["o_proj"](self._attend_cached(q, cache).flatten(2)), kv
 
     def _check(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, last: int | None) -> None:
         hidden, plan = self.hidden_size, self.plan
@@ -261,9 +262,9 @@ class FusedKVAttention(nn.Module):
     ) -> KV:
         """What this layer stores of the tokens x: projected, normalised, rotated, mixed."""
         key = value = None
-        k_proj, v_proj = self.k_proj, self.v_proj
+        k_proj, v_proj = self._modules.get("k_proj"), self._modules.get("v_proj")
         if k_proj is not None:
-            key = self._rotated(k_proj(x), self.k_norm, position_embeddings)
+            key = self._rotated(k_proj(x), self._modules.get("k_norm"), position_embeddings)
             if self._keys.mixes:
                 available = (*(source.key for source in sources), key)
                 key = _mixed(available, self._keys.mixes, self.kv_fusion and self.kv_fusion.key_weights)
@@ -329,7 +330,7 @@ class FusedKVAttention(nn.Module):
     def _weights(self, keys: _Sum, values: _Sum) -> tuple[Tensor | None, Tensor | None]:
         if keys.segment is None and values.segment is None:
             return None, None
-        fusion = self.kv_fusion
+        fusion = self._modules.get("kv_fusion")
         return (
             None if keys.segment is None else fusion.key_weights(keys.segment),
             None if values.segment is None else fusion.value_weights(values.segment),
