@@ -18,6 +18,7 @@ import torch
 
 import fusedkv_ext.autograd
 import fusedkv_ext.ops
+from fusedkv_ext import _native
 
 MAX_THREADS = min(2, os.cpu_count() or 1)
 
@@ -94,3 +95,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def device(backend: str) -> torch.device:
     """Where the backend wants its tensors."""
     return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+@pytest.fixture(params=_native.cpu_levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per level and goes back to the usual one afterwards."""
+    before = _native.cpu_level()
+    _native.set_cpu_level(request.param)
+    yield request.param
+    _native.set_cpu_level(before)

@@ -25,15 +25,6 @@ def nothing_kept() -> Iterator[None]:
     _native.release_kept_memory()
 
 
-@pytest.fixture(params=_native.cpu_levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per level and goes back to the usual one afterwards."""
-    before = _native.cpu_level()
-    _native.set_cpu_level(request.param)
-    yield request.param
-    _native.set_cpu_level(before)
-
-
 def ones(tokens: int, heads: int = 8, dim: int = 128, dtype: torch.dtype = torch.float32) -> Tensor:
     """(1, tokens, heads, dim): 4 KiB per token as it comes."""
     return torch.ones(1, tokens, heads, dim, dtype=dtype)

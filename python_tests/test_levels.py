@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,6 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Head dims around the widths of vectors: a part of one, one and a part, several and a part.
 DIMS = [8, 16, 24, 40, 72, 104, 128, 200, 248, 256]
-
-
-@pytest.fixture(params=_native.cpu_levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per level and goes back to the usual one afterwards."""
-    before = _native.cpu_level()
-    _native.set_cpu_level(request.param)
-    yield request.param
-    _native.set_cpu_level(before)
 
 
 def test_portable_is_there_and_last() -> None:

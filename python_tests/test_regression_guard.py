@@ -26,15 +26,6 @@ from fusedkv_ext import _native, fused_kv_attn_with_kvcache
 PAGE = mmap.PAGESIZE
 
 
-@pytest.fixture(params=_native.cpu_levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per level and goes back to the usual one afterwards."""
-    before = _native.cpu_level()
-    _native.set_cpu_level(request.param)
-    yield request.param
-    _native.set_cpu_level(before)
-
-
 # ---- instructions ------------------------------------------------------------------------------------------
 
 
