@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,16 @@ def test_no_level_touches_memory_outside_its_inputs(tmp_path: Path) -> None:
     )
     last = done.stdout.strip().splitlines()[-1:] or ["the start"]
     assert done.returncode == 0, f"stopped at {last[0]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_row_that_sees_nothing_is_zero_whatever_the_values_are(
+    level: str, dtype: torch.dtype, heads: int
+) -> None:
+    q, key = torch.randn(1, 2, heads, 32).to(dtype), torch.randn(1, 4, 1, 32).to(dtype)
+    value = torch.full_like(key, float("nan"))
+    length = torch.tensor([1], dtype=torch.int32)  # the first query token is padding
+    out, lse = fused_kv_attn_with_kvcache(q, key, value, cache_seqlens=length, return_lse=True)
+    assert (out[:, 0] == 0).all() and (lse[..., 0] == -math.inf).all()
+    assert out[:, 1].isnan().all()

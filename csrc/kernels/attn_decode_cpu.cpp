@@ -267,7 +267,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
     const float highest = w.max[head * w.rows + r],
                 sum = reduce_add(load(w.sum + (head * w.rows + r) * kLanes));
     const bool empty = highest == minus_infinity() && sum == 0.f;
-    const Vec inverse = set1(empty ? 0.f : 1.f / sum);
+    const Vec inverse = set1(1.f / sum);
     for (int j = 0; j < p.num_values; ++j) {
       float* o = w.out(p, head, j) + r * w.Dvp;
       P::order_channels(o, w.Dvp);
@@ -278,6 +278,8 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
         store(out + d, j == 0 ? x : add(x, load(out + d)));
       });
     }
+    // A row that sees nothing is 0, even where 0 times the values is not.
+    if (empty) __builtin_memset(out, 0, sizeof(out));
     const float lse = empty ? minus_infinity() : highest + __builtin_log2f(sum);
     const int64_t row = task.row_group * kMaxTaskRows + r;
     if (task.splits == 1) {
