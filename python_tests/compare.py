@@ -1,8 +1,8 @@
 """The one error criterion of the tests.
 
 A result passes when its error against the oracle in float64 is at most twice the error that the same maths
-has when torch does it in the working dtype, plus ``ROUNDINGS[dtype] * eps(dtype) * magnitude of the exact
-result``. Both the largest and the root-mean-square error are held to it: the first finds a single wrong
+has when torch does it in the working dtype, plus a few roundings of the magnitude of the exact result
+(``allowed_error`` of ``fusedkv_ext.bench.criterion``, by which benchmarks judge too). Both the largest and the root-mean-square error are held to it: the first finds a single wrong
 element, the second a small error in all of them. NaN and infinities must sit exactly where the oracle has
 them.
 """
@@ -14,12 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FACTOR = 2.0
-
-# Roundings of the size of the output's own that a faultless kernel makes. 16-bit dtypes are summed in
-# float32: the output's is the only one. In float32 those of the scores, of exp and of the sums come on top,
-# and torch may be lucky in all of them. In float64 the oracle makes as many as the kernel.
-ROUNDINGS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 6, torch.float64: 8}
+from fusedkv_ext.bench.criterion import allowed_error
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -111,9 +106,8 @@ def _assert_close(got: Tensor, exact: Tensor, same_maths: Tensor, name: str, ter
     error = torch.where(finite, got - exact, 0.0).abs()
     usual = torch.where(finite & torch.isfinite(same_maths), same_maths - exact, 0.0).abs()
     size = torch.where(finite, exact, 0.0).abs()
-    atol = ROUNDINGS[got_as_is.dtype] * torch.finfo(got_as_is.dtype).eps * terms**0.5
     for measure, of in (("largest", torch.amax), ("root-mean-square", lambda x: x.square().mean().sqrt())):
-        limit = FACTOR * of(usual) + atol * of(size)
+        limit = allowed_error(got_as_is.dtype, float(of(usual)), float(of(size)), terms)
         if of(error) > limit:
             where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
             raise AssertionError(

@@ -1,4 +1,4 @@
-"""The error criterion of what is timed and of `fusedkv info --verify`.
+"""The error criterion of what is timed, of `fusedkv info --verify` and of the tests.
 
 A result passes when its error against the oracle in float64 is at most twice the error that the same maths
 has when torch does it in the working dtype, plus ``ROUNDINGS[dtype] * eps(dtype) * magnitude of the exact
@@ -15,8 +15,9 @@ from torch import Tensor
 
 FACTOR = 2.0
 
-# Roundings of the size of the output's own that a faultless kernel makes: 16-bit dtypes are summed in
-# float32, so that the output's is the only one; in float32 those of scores, exp and sums come on top.
+# Roundings of the size of the output's own that a faultless kernel makes. 16-bit dtypes are summed in
+# float32: the output's is the only one. In float32 those of the scores, of exp and of the sums come on top,
+# and torch may be lucky in all of them. In float64 the oracle makes as many as the kernel.
 ROUNDINGS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 6, torch.float64: 8}
 
 Outputs = Tensor | Sequence[Tensor]
