@@ -2,9 +2,9 @@
 
 A result passes when its error against the oracle in float64 is at most twice the error that the same maths
 has when torch does it in the working dtype, plus a few roundings of the magnitude of the exact result
-(``allowed_error`` of ``fusedkv_ext.bench.criterion``, by which benchmarks judge too). Both the largest and the root-mean-square error are held to it: the first finds a single wrong
-element, the second a small error in all of them. NaN and infinities must sit exactly where the oracle has
-them.
+(``allowed_error`` of ``fusedkv_ext.bench.criterion``, by which benchmarks judge too). Both the largest and
+the root-mean-square error are held to it: the first finds a single wrong element, the second a small error
+in all of them. NaN and infinities must sit exactly where the oracle has them.
 """
 
 from __future__ import annotations
