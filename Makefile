@@ -33,7 +33,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test simt instructions bench performance-doc lint format cuda-objects abi sdist wheel clean distclean
+.PHONY: help build demo test simt instructions bench performance-doc docs lint format cuda-objects abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
@@ -43,6 +43,7 @@ help:
 	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
 	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
+	@echo "make docs          that, and docs/methods.md from the registry and docs/experiments.md from the experiments"
 	@echo "make lint          ruff on Python, clang-format on csrc"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
@@ -98,6 +99,10 @@ bench: $(NATIVE)
 
 performance-doc: $(NATIVE)
 	@$(BIN)/python -m fusedkv_ext.bench.report .
+
+docs: performance-doc
+	@$(BIN)/python -m fusedkv_ext.plan.page .
+	@$(BIN)/python -m fusedkv_ext.experiments.page .
 
 lint: $(DEPS)
 	@$(BIN)/ruff check .

@@ -67,7 +67,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
         (["train", "--set", "run.steps"], 2, "--set takes KEY=VALUE, got 'run.steps'"),
         (["train", "--steps", "many"], 2, "run.steps must be an integer, got 'many'"),
         (["train", "--config", "nowhere.toml"], 2, "nowhere.toml does not exist"),
-        (["train", "--plan", "fuzedkv"], 2, "unknown plan 'fuzedkv'; known: vanilla, fusedkv"),
+        (["train", "--plan", "fuzedkv"], 2, "unknown plan 'fuzedkv'; known: vanilla, gqa"),
         (["train", "--set", "model.plan_options.colour=red"], 2, "has no option 'colour'; its options:"),
         (["train", "--text", "/nowhere"], 1, "text: /nowhere does not exist"),
         (["train", "--stop-after", "0"], 2, "--stop-after must be >= 1"),

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 80
 # Lower layers first. A module imports from layers before its own and from its own folder, never from later
 # ones.
 LAYERS = [
-    {"reference"},
+    {"reference", "documents"},
     {"_native"},
     {"_checks", "_fakes", "dense", "recompute"},
     {"ops"},
@@ -37,6 +37,7 @@ LAYERS = [
     {"train"},
     {"bench"},
     {"demo"},
+    {"experiments"},
     {"commands"},
     {"cli"},
 ]

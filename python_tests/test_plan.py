@@ -11,24 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedkv_ext.plan import METHODS, CachePlan, Fusion, LayerPlan, Segment, method
+from fusedkv_ext.plan import METHODS, CachePlan, Fusion, LayerPlan, Segment, method, page
 
 METHODS_PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 
 
 def own(i: int) -> LayerPlan:
     return LayerPlan(Segment((i,)), Segment((i,)))
-
-
-@pytest.fixture(scope="module")
-def page() -> dict:
-    """The functions of docs/methods.md."""
-    namespace: dict = {}
-    for block in re.findall(
-        r"```python\n(.*?)```", METHODS_PAGE.read_text(encoding="utf-8"), flags=re.DOTALL
-    ):
-        exec(block, namespace)
-    return namespace
 
 
 # --- Named plans ---
@@ -46,7 +35,12 @@ def test_registry_entries_are_complete(name):
     assert re.search(r"arXiv:\d{4}\.\d{5}", entry.paper)
     assert "K_i" in entry.equation and "V_i" in entry.equation
     assert entry.summary
-    assert f'CachePlan.named("{name}", L' in METHODS_PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_methods_is_what_the_registry_gives():
+    text = METHODS_PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, page.BLOCKS) == text, "make docs"
+    assert all(f'CachePlan.named("{name}", L)' in text for name in METHODS)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 5, 8])
@@ -146,7 +140,7 @@ def test_names_are_read_kindly():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("nope", 4), {}, ValueError, "unknown plan 'nope'; known: vanilla, fusedkv"),
+        (("nope", 4), {}, ValueError, "unknown plan 'nope'; known: vanilla, gqa"),
         ((None, 4), {}, TypeError, "name must be a str"),
         (("yoco", 0), {}, ValueError, "num_layers must be at least 1, got 0"),
         (("yoco", "8"), {}, TypeError, "num_layers must be an int, got '8'"),
@@ -179,52 +173,98 @@ def test_a_method_is_one_entry():
     def build(num_layers, *, first=0):
         return [LayerPlan(Segment((first,)), Segment((first,))) for _ in range(num_layers)]
 
-    method("first-only", paper="none", equation="K_i = K_1, V_i = V_1")(build)
+    entry = dict(paper="none", keys="K_i = K_1", values="V_i = V_1", cache="1/L")
+    method("first-only", **entry)(build)
     try:
         assert CachePlan.named("first-only", 4).storage_layers == (0,)
         with pytest.raises(ValueError, match="no option 'last'; its options: first"):
             CachePlan.named("first-only", 4, last=1)
         with pytest.raises(ValueError, match="registered twice"):
-            method("first-only", paper="none", equation="none")(build)
+            method("first-only", **entry)(build)
     finally:
         del METHODS["first-only"]
 
 
-# --- Every other method of docs/methods.md ---
+# --- What each method stores and reads ---
 
-# Function, arguments, ratio to vanilla, and for one layer: that layer, key sources, value sources, layers
-# it needs.
-HAND_MADE = [
-    ("fusedkv_lite_rev", (8, 4), F(1, 2), (6, (0,), (3,), (0, 3))),
-    ("dense_fusion", (8, 4), F(1, 2), (6, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3))),
-    ("v_only_yoco", (8,), F(3, 4), (6, (6,), (3,), (3,))),
-    ("v_only_cla", (8,), F(3, 4), (5, (5,), (4,), (4,))),
-    ("skipv1", (8,), F(3, 4) + F(1, 32), (5, (5,), (5, 0), (0,))),
-    ("skipv1", (8, F(1, 4)), F(1, 2) + F(1, 2) * F(1 * 4 + 7 * 3, 8 * 4), (5, (5,), (5, 0), (0,))),
-    ("skipv1", (8, F(3, 4)), F(1, 2) + F(1, 2) * F(1 * 4 + 7 * 1, 8 * 4), (5, (5,), (5, 0), (0,))),
-    ("skipv1_yoco", (8,), F(1, 2) + F(1, 32), (6, (3,), (6, 0), (0, 3))),
-    ("skipkv1", (8,), F(1, 2) + F(1, 16), (6, (6, 0), (6, 0), (0,))),
-    ("resformer", (8,), F(1), (6, (6,), (0, 6), (0,))),
-    ("svformer", (8,), F(1, 2) + F(1, 16), (6, (6,), (0,), (0,))),
-    ("yoco_plus_plus", (8,), F(1, 2), (2, (0, 2), (0, 2), (0,))),
+# Name, options, ratio to vanilla, and for one layer: that layer, key sources, value sources, layers it needs.
+EIGHT_LAYERS = [
+    ("vanilla", {}, F(1), (6, (6,), (6,), ())),
+    ("gqa", {}, F(1), (6, (6,), (6,), ())),
+    ("mqa", {}, F(1), (6, (6,), (6,), ())),
+    ("fusedkv", {}, F(1, 2), (6, (0, 3), (0, 3), (0, 3))),
+    ("fusedkv-lite", {}, F(1, 2), (6, (3,), (0,), (0, 3))),
+    ("fusedkv-lite-learnable", {}, F(1, 2), (6, (3,), (0,), (0, 3))),
+    ("fusedkv-lite-rev", {}, F(1, 2), (6, (0,), (3,), (0, 3))),
+    ("dense-fusion", {}, F(1, 2), (6, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3))),
+    ("dense-fusion", {"storage_layers": 2}, F(1, 4), (6, (0, 1), (0, 1), (0, 1))),
+    ("yoco", {}, F(1, 2), (6, (3,), (3,), (3,))),
+    ("yoco++", {}, F(1, 2), (2, (0, 2), (0, 2), (0,))),
+    ("yoco++", {"storage_layers": 6}, F(3, 4), (7, (5,), (5,), (5,))),
+    ("cla", {}, F(1, 2), (5, (4,), (4,), (4,))),
+    ("cla", {"factor": 3}, F(3, 8), (5, (3,), (3,), (3,))),
+    ("yoco-v", {}, F(3, 4), (6, (6,), (3,), (3,))),
+    ("cla-v", {}, F(3, 4), (5, (5,), (4,), (4,))),
+    ("cla-v", {"factor": 3}, F(1, 2) + F(3, 16), (5, (5,), (3,), (3,))),
+    ("skipv1", {}, F(3, 4) + F(1, 32), (5, (5,), (5, 0), (0,))),
+    ("skipv1", {"skip": "1/4"}, F(1, 2) + F(1, 2) * F(1 * 4 + 7 * 3, 8 * 4), (5, (5,), (5, 0), (0,))),
+    ("skipv1", {"skip": 0.75}, F(1, 2) + F(1, 2) * F(1 * 4 + 7 * 1, 8 * 4), (5, (5,), (5, 0), (0,))),
+    ("skipv1-yoco", {}, F(1, 2) + F(1, 32), (6, (3,), (6, 0), (0, 3))),
+    ("skipkv1", {}, F(1, 2) + F(1, 16), (6, (6, 0), (6, 0), (0,))),
+    ("resformer", {}, F(1), (6, (6,), (0, 6), (0,))),
+    ("svformer", {}, F(1, 2) + F(1, 16), (6, (6,), (0,), (0,))),
 ]
 
 
-@pytest.mark.parametrize(("function", "arguments", "ratio", "row"), HAND_MADE)
-def test_methods_written_as_segments(page, function, arguments, ratio, row):
-    plan = page[function](*arguments)
-    vanilla = CachePlan.named("vanilla", plan.num_layers)
+def test_every_method_is_in_the_table_above():
+    assert {name for name, *_ in EIGHT_LAYERS} == set(METHODS)
+
+
+@pytest.mark.parametrize(("name", "options", "ratio", "row"), EIGHT_LAYERS)
+def test_sources_and_size_of_each_method(name, options, ratio, row):
+    plan, vanilla = CachePlan.named(name, 8, **options), CachePlan.named("vanilla", 8)
     assert plan.cache_ratio == ratio
     sizes = [p.bytes_per_token(4, 16, torch.float16) for p in (plan, vanilla)]
     assert F(*sizes) == ratio and sizes[1] == 8 * 2 * 4 * 16 * 2
     i, keys, values, needed = row
-    assert (plan.key_sources(i), plan.value_sources(i), plan.source_layers(i)) == (keys, values, needed)
+    assert (plan.key_sources(i), sorted(plan.value_sources(i))) == (keys, sorted(values))
+    assert plan.source_layers(i) == needed
     assert CachePlan.from_json(plan.to_json(indent=1)) == plan
 
 
-def test_skipv1_figures_of_the_paper(page):
+@pytest.mark.parametrize("name", METHODS)
+def test_every_variant_differs_from_the_default(name):
+    plans = [CachePlan.named(name, 8, **options) for options in ({}, *METHODS[name].variants)]
+    assert len(set(plans)) == len(plans)
+
+
+def test_kv_heads_that_methods_are_compared_with():
+    wanted = {name: METHODS[name].kv_heads(8) for name in METHODS}
+    assert wanted == dict.fromkeys(METHODS, 8) | {"gqa": 4, "mqa": 1}
+    assert METHODS["gqa"].kv_heads(1) == 1
+
+
+def test_the_top_of_a_prompt_is_skipped_where_the_top_layers_only_read():
+    """Prefill ends at the last layer that stores; off (all layers) where the last one does."""
+    ends = {name: CachePlan.named(name, 8).prefill_layers for name in METHODS}
+    early = dict.fromkeys(
+        (
+            "fusedkv",
+            "fusedkv-lite",
+            "fusedkv-lite-learnable",
+            "fusedkv-lite-rev",
+            "dense-fusion",
+            "yoco",
+            "yoco++",
+        ),
+        4,
+    )
+    assert ends == dict.fromkeys(METHODS, 8) | early | {"cla": 7}
+
+
+def test_skipv1_figures_of_the_paper():
     """SkipV1Former with GQA, 355M: 24 layers, 98304 -> 74752 bytes per token."""
-    vanilla, skip = CachePlan.named("vanilla", 24), page["skipv1"](24)
+    vanilla, skip = CachePlan.named("vanilla", 24), CachePlan.named("skipv1", 24)
     for heads, dtype in ((16, torch.bfloat16), (8, torch.float32)):  # the two shapes that have these sizes
         assert vanilla.bytes_per_token(heads, 64, dtype) == 98304
         assert skip.bytes_per_token(heads, 64, dtype) == 74752
@@ -236,8 +276,8 @@ def test_fusedkv_figures_of_the_paper():
         assert CachePlan.named(name, 24).cache_ratio == F(1, 2)
 
 
-def test_yoco_plus_plus_mixes_before_it_stores(page):
-    plan = page["yoco_plus_plus"](8)
+def test_yoco_plus_plus_mixes_before_it_stores():
+    plan = CachePlan.named("yoco++", 8)
     assert plan.storage_layers == (0, 1, 2, 3) and plan.prefill_layers == 4
     assert plan.stored_key_heads(2, 2) == (0, 1)
     assert plan.layers[2].keys[0].fusion.init == (0.0, 1.0)
@@ -248,8 +288,8 @@ def test_yoco_plus_plus_mixes_before_it_stores(page):
 # --- Heads ---
 
 
-def test_stored_heads_and_segments_of_a_split_layer(page):
-    plan = page["skipv1"](4)
+def test_stored_heads_and_segments_of_a_split_layer():
+    plan = CachePlan.named("skipv1", 4)
     assert plan.stored_key_heads(2, 4) == (0, 1, 2, 3)
     assert plan.stored_value_heads(2, 4) == (0, 1)
     low, high = plan.segments(2, 4)
@@ -270,8 +310,8 @@ def test_segments_are_the_common_refinement():
     assert plan.stored_value_heads(1, 8) == (4, 5, 6, 7)
 
 
-def test_shares_that_are_no_whole_heads(page):
-    plan = page["skipv1"](4)
+def test_shares_that_are_no_whole_heads():
+    plan = CachePlan.named("skipv1", 4)
     message = r"layer 1 values: heads 0\.\.1/2 of 3 KV heads are not whole heads; .*multiple of 2"
     for ask in (
         lambda: plan.bytes_per_token(3, 16, torch.float32),
@@ -530,8 +570,8 @@ def test_table_joins_only_equal_neighbours():
     assert "own attention alone" not in str(CachePlan.named("vanilla", 4))
 
 
-def test_table_of_split_heads(page):
-    text = str(page["skipv1"](24))
+def test_table_of_split_heads():
+    text = str(CachePlan.named("skipv1", 24))
     assert "1-23    K, V[0:1/2]  own   [0:1/2] own, [1/2:1] V0" in text
     assert "24 key and 12.5 value tensors of vanilla's 48: 73/96 (76.0%) of vanilla" in text
-    assert "scalar, start at 0.5, 0.5, fixed" in str(page["resformer"](4))
+    assert "scalar, start at 0.5, 0.5, fixed" in str(CachePlan.named("resformer", 4))

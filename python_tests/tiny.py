@@ -20,34 +20,6 @@ def _own(i: int) -> LayerPlan:
     return LayerPlan(Segment((i,)), Segment((i,)))
 
 
-def _skipv1() -> CachePlan:
-    """SkipV1Former: the second half of the value heads of later layers are those of layer 0."""
-    halves = [(Segment((i,), FIRST), Segment((0,), SECOND)) for i in range(1, LAYERS)]
-    later = [LayerPlan(Segment((i,)), values) for i, values in enumerate(halves, start=1)]
-    return CachePlan("skipv1", (_own(0), *later))
-
-
-def _resformer() -> CachePlan:
-    """Value residual: a layer mixes its values with those of layer 0 before it stores them."""
-    mix = Fusion("scalar", (0.3, 0.7))
-    later = [LayerPlan(Segment((i,)), Segment((0, i), fusion=mix)) for i in range(1, LAYERS)]
-    return CachePlan("resformer", (_own(0), *later))
-
-
-def _yoco_pp() -> CachePlan:
-    """YOCO++: layer 1 stores a mix with layer 0, and the layers above read that mix."""
-    mix = Fusion("scalar", (0.5, 1.0), multiplier=2.0)
-    mixing = LayerPlan(Segment((0, 1), fusion=mix), Segment((0, 1), fusion=mix))
-    reading = LayerPlan(Segment((1,)), Segment((1,)))
-    return CachePlan("yoco++", (_own(0), mixing, reading, reading))
-
-
-def _svformer() -> CachePlan:
-    """All keys, and the values of layer 0 only: layers that store one side."""
-    later = [LayerPlan(Segment((i,)), Segment((0,))) for i in range(1, LAYERS)]
-    return CachePlan("svformer", (_own(0), *later))
-
-
 def _patchwork() -> CachePlan:
     """Everything at once: sides cut differently, one half mixed before storing, sums without weights."""
     per_head, per_channel = Fusion("head", "normal"), Fusion("channel", "normal")
@@ -64,15 +36,23 @@ def _patchwork() -> CachePlan:
 
 
 PLANS: dict[str, CachePlan] = {name: CachePlan.named(name, LAYERS) for name in NAMED}
-PLANS |= {plan.name: plan for plan in (_skipv1(), _resformer(), _yoco_pp(), _svformer(), _patchwork())}
+PLANS["patchwork"] = _patchwork()
+# Plans that cut heads into shares need more KV heads than one.
+CUT = {
+    name
+    for name, plan in PLANS.items()
+    if any(s.heads != (0, 1) for layer in plan.layers for s in layer.keys + layer.values)
+}
 
 
 def randomise_fusion(module: nn.Module) -> None:
     """Moves fusion weights off their initial values: a source with weight 0 or 1 could hide a mistake."""
     for part in module.modules():
         if isinstance(part, FusionWeights):
-            for parameter in part.parameters():
-                torch.nn.init.uniform_(parameter, 0.2, 0.8)
+            for fused in part._fused:
+                low, high = (weight / fused.fusion.multiplier for weight in (0.2, 0.8))
+                for name in fused.names:
+                    torch.nn.init.uniform_(part.get_parameter(name), low, high)
 
 
 def tiny_config(plan: CachePlan | str, **changes: object) -> DecoderConfig:

@@ -9,12 +9,12 @@ ROOT/benchmarks/results/FILE and draws the pictures of ROOT/docs/img. KIND is on
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedkv_ext import documents
 from fusedkv_ext.bench import goals
 from fusedkv_ext.bench.decode import BATCH, CONTEXT, SHORT
 from fusedkv_ext.bench.settings import FAMILIES
@@ -25,7 +25,6 @@ Record = dict[str, Any]
 DOCUMENTS = ("docs/performance.md", "README.md")
 PICTURES = {"docs/img/cpu_decode.png": "cpu_2threads.json"}
 RESULTS = "benchmarks/results"
-_MARKED = re.compile(r"(<!-- generated: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _CURVES = (CONTEXT, BATCH)
 
 
@@ -247,14 +246,10 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
 def filled(text: str, results: Path) -> str:
     """A document with every generated block made anew from the files of the folder ``results``."""
 
-    def block(match: re.Match[str]) -> str:
-        begin, kind, name, end = match.groups()
-        if kind not in BLOCKS:
-            raise ValueError(f"unknown generated block {kind!r}; known: {', '.join(BLOCKS)}")
-        result = json.loads((results / name).read_text())
-        return f"{begin}{BLOCKS[kind](result)}{end}"
+    def of_file(block: Callable[[Result], str]) -> Callable[[str], str]:
+        return lambda name: block(json.loads((results / name).read_text()))
 
-    return _MARKED.sub(block, text)
+    return documents.filled(text, {kind: of_file(block) for kind, block in BLOCKS.items()})
 
 
 def main(root: Path) -> None:

@@ -8,14 +8,14 @@ for values separately, and each segment names its source layers. Two rules give 
 * Heads of segments that name only other layers are not stored: the layer mixes what others stored when it
   reads (FusedKV).
 
-Layers count from 0 here; the papers count from 1. Papers: FusedKV arXiv:2512.03870, YOCO arXiv:2405.05254,
-CLA arXiv:2405.12981. docs/methods.md writes further methods down as segments; methods.py has those with a
-name.
+Layers count from 0 here; the papers count from 1. methods.py has the published methods by name, and
+docs/methods.md shows them.
 """
 
 from fusedkv_ext.plan.cache_plan import CachePlan
-from fusedkv_ext.plan.methods import METHODS, Method, method
+from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.plan.pieces import GRANULARITIES, Fusion, LayerPlan, ResolvedSegment, Segment
+from fusedkv_ext.plan.registry import Method, method
 
 __all__ = [
     "GRANULARITIES",

@@ -1,56 +1,27 @@
-"""The registry of methods: one builder per method, and nothing else to touch when a method is added.
+"""The registry of methods: one entry per method, and nothing else to touch when a method is added.
 
 A builder takes the number of layers and keyword options and returns the rows of the layers, from layer 0 on.
-``CachePlan.named``, the command line, the tests and the documentation's table read ``METHODS``.
+``CachePlan.named``, the command line, the tests, the experiments and docs/methods.md read ``METHODS``.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from fractions import Fraction
 
-from fusedkv_ext.plan.pieces import Fusion, LayerPlan, Segment, whole_number
+from fusedkv_ext.plan.pieces import Fusion, LayerPlan, Segment, share, whole_number
+from fusedkv_ext.plan.registry import METHODS, method
 
+__all__ = ["METHODS"]
 
-@dataclass(frozen=True)
-class Method:
-    """A published method: its builder and where it comes from.
-
-    equation: in the papers' letters, layers counted from 1. options: the builder's keywords, with defaults.
-    """
-
-    name: str
-    build: Callable[..., Iterable[LayerPlan]]
-    paper: str
-    equation: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        parameters = inspect.signature(self.build).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-    @property
-    def summary(self) -> str:
-        """The builder's docstring: what the method is and what its options mean."""
-        return inspect.getdoc(self.build) or ""
-
-
-METHODS: dict[str, Method] = {}
 FUSEDKV_PAPER = "FusedKV, arXiv:2512.03870"
+SKIPV1_PAPER = "SkipV1Former, arXiv:2510.16807"
+VALUE_RESIDUAL_PAPER = "Value residual learning, arXiv:2410.17897"
+CLA_PAPER = "CLA, arXiv:2405.12981"
+YOCO_PAPER = "YOCO, arXiv:2405.05254"
 
 
-def method(name: str, *, paper: str, equation: str) -> Callable[[Callable], Callable]:
-    """Registers a builder ``(num_layers, *, options) -> LayerPlans`` as ``CachePlan.named(name, ...)``."""
-
-    def register(build: Callable[..., Iterable[LayerPlan]]) -> Callable[..., Iterable[LayerPlan]]:
-        if name in METHODS:
-            raise ValueError(f"plan {name!r} is registered twice")
-        METHODS[name] = Method(name, build, paper, equation)
-        return build
-
-    return register
+# Pieces that several methods are made of
 
 
 def _take(
@@ -60,16 +31,26 @@ def _take(
     return LayerPlan(Segment((key,), fusion=key_fusion), Segment((value,), fusion=value_fusion))
 
 
-def _storing_first(
-    num_layers: int, storage_layers: int | None, reader: Callable[[int], LayerPlan]
-) -> list[LayerPlan]:
-    """The first n layers keep their own K and V, the others are ``reader(n)``."""
+def _own(num_layers: int) -> list[LayerPlan]:
+    return [_take(i, i) for i in range(num_layers)]
+
+
+def _middle(num_layers: int, storage_layers: int | None) -> int:
+    """n: ``storage_layers``, by default half of the layers."""
     n = max(1, num_layers // 2)
     if storage_layers is not None:
         n = whole_number(storage_layers, "storage_layers", minimum=1)
     if n > num_layers:
         raise ValueError(f"storage_layers must be at most the number of layers {num_layers}, got {n}")
-    return [*(_take(i, i) for i in range(n)), *[reader(n)] * (num_layers - n)]
+    return n
+
+
+def _storing_first(
+    num_layers: int, storage_layers: int | None, reader: Callable[[int], LayerPlan]
+) -> list[LayerPlan]:
+    """The first n layers keep their own K and V, the others are ``reader(n)``."""
+    n = _middle(num_layers, storage_layers)
+    return [*_own(n), *[reader(n)] * (num_layers - n)]
 
 
 def _initial(init: str, sources: tuple[int, ...], hot: int) -> tuple[float, ...] | str:
@@ -83,16 +64,74 @@ def _initial(init: str, sources: tuple[int, ...], hot: int) -> tuple[float, ...]
     raise ValueError(f"init must be one of lite, normal, half, uniform, got {init!r}")
 
 
-@method("vanilla", paper="GQA, arXiv:2305.13245", equation="K_i, V_i own")
+def _skip_first(i: int, skip: Fraction | str) -> tuple[Segment, ...]:
+    """The heads of layer i, the last share ``skip`` of which are those of layer 0."""
+    skip = share(skip)
+    if not 0 < skip < 1:
+        raise ValueError(f'skip must be a share between 0 and 1, such as "1/2", got {skip}')
+    return (Segment((i,), (Fraction(0), 1 - skip)), Segment((0,), (1 - skip, Fraction(1))))
+
+
+# Baselines
+
+
+@method(
+    "vanilla",
+    paper="MHA, arXiv:1706.03762",
+    keys="K_i",
+    values="V_i",
+    cache="1",
+)
 def _vanilla(num_layers: int) -> list[LayerPlan]:
-    """Every layer stores its own keys and values: MHA, GQA or MQA by the number of KV heads."""
-    return [_take(i, i) for i in range(num_layers)]
+    """Every layer stores its own keys and values."""
+    return _own(num_layers)
+
+
+@method(
+    "gqa",
+    paper="GQA, arXiv:2305.13245",
+    keys="K_i",
+    values="V_i",
+    cache="1; compared with half of the KV heads",
+    kv_heads=lambda heads: max(1, heads // 2),
+)
+def _gqa(num_layers: int) -> list[LayerPlan]:
+    """Vanilla with groups of query heads per KV head: a matter of num_key_value_heads,
+    which all methods have. Experiments give it half of the KV heads of the others.
+    """
+    return _own(num_layers)
+
+
+@method(
+    "mqa",
+    paper="MQA, arXiv:1911.02150",
+    keys="K_i",
+    values="V_i",
+    cache="1; compared with one KV head",
+    kv_heads=lambda heads: 1,
+)
+def _mqa(num_layers: int) -> list[LayerPlan]:
+    """Vanilla with one KV head for all query heads. Experiments give it one."""
+    return _own(num_layers)
+
+
+# FusedKV and its ablations
 
 
 @method(
     "fusedkv",
     paper=FUSEDKV_PAPER,
-    equation="K_i = a_1 (.) K_1 + a_n (.) K_n, V_i = b_1 (.) V_1 + b_n (.) V_n for i > n",
+    keys="K_i = a_1 (.) K_1 + a_n (.) K_n, i > n",
+    values="V_i = b_1 (.) V_1 + b_n (.) V_n, i > n",
+    cache="n/L",
+    variants=(
+        {"init": "half"},
+        {"init": "normal"},
+        {"granularity": "shared_channel"},
+        {"granularity": "head"},
+        {"granularity": "scalar"},
+        {"granularity": "shared_channel", "init": "normal", "tie_values": True},
+    ),
 )
 def _fusedkv(
     num_layers: int,
@@ -119,7 +158,7 @@ def _fusedkv(
     return _storing_first(num_layers, storage_layers, reader)
 
 
-@method("fusedkv-lite", paper=FUSEDKV_PAPER, equation="K_i = K_n, V_i = V_1 for i > n")
+@method("fusedkv-lite", paper=FUSEDKV_PAPER, keys="K_i = K_n, i > n", values="V_i = V_1, i > n", cache="n/L")
 def _fusedkv_lite(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
     """Layers above the first n take the keys of layer n and the values of layer 1.
 
@@ -128,7 +167,13 @@ def _fusedkv_lite(num_layers: int, *, storage_layers: int | None = None) -> list
     return _storing_first(num_layers, storage_layers, lambda n: _take(n - 1, 0))
 
 
-@method("fusedkv-lite-learnable", paper=FUSEDKV_PAPER, equation="K_i = a (.) K_n, V_i = b (.) V_1 for i > n")
+@method(
+    "fusedkv-lite-learnable",
+    paper=FUSEDKV_PAPER,
+    keys="K_i = a (.) K_n, i > n",
+    values="V_i = b (.) V_1, i > n",
+    cache="n/L",
+)
 def _fusedkv_lite_learnable(
     num_layers: int,
     *,
@@ -150,7 +195,43 @@ def _fusedkv_lite_learnable(
     return _storing_first(num_layers, storage_layers, lambda n: _take(n - 1, 0, key, value))
 
 
-@method("yoco", paper="YOCO, arXiv:2405.05254", equation="K_i = K_n, V_i = V_n for i > n")
+@method(
+    "fusedkv-lite-rev", paper=FUSEDKV_PAPER, keys="K_i = K_1, i > n", values="V_i = V_n, i > n", cache="n/L"
+)
+def _fusedkv_lite_rev(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
+    """FusedKV's ablation: the sources of keys and values exchanged; the paper finds it clearly worse.
+
+    storage_layers: n, default num_layers // 2.
+    """
+    return _storing_first(num_layers, storage_layers, lambda n: _take(0, n - 1))
+
+
+@method(
+    "dense-fusion",
+    paper=FUSEDKV_PAPER,
+    keys="K_i = sum_{j <= n} a_j K_j, i > n",
+    values="V_i = sum_{j <= n} b_j V_j, i > n",
+    cache="n/L",
+)
+def _dense_fusion(
+    num_layers: int, *, storage_layers: int | None = None, granularity: str = "scalar"
+) -> list[LayerPlan]:
+    """FusedKV's probe: layers above the first n weigh the keys and the values of all of them, from 1/n each.
+
+    storage_layers: n, default num_layers // 2. granularity: see Fusion.
+    """
+
+    def reader(n: int) -> LayerPlan:
+        every = Segment(tuple(range(n)), fusion=Fusion(granularity, (1 / n,) * n))
+        return LayerPlan(every, every)
+
+    return _storing_first(num_layers, storage_layers, reader)
+
+
+# Whole keys and values of another layer
+
+
+@method("yoco", paper=YOCO_PAPER, keys="K_i = K_n, i > n", values="V_i = V_n, i > n", cache="n/L")
 def _yoco(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
     """Layers above the first n take the keys and the values of layer n.
 
@@ -160,8 +241,140 @@ def _yoco(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPl
     return _storing_first(num_layers, storage_layers, lambda n: _take(n - 1, n - 1))
 
 
-@method("cla", paper="CLA, arXiv:2405.12981", equation="K_i = K_j, V_i = V_j with j = i - (i - 1) mod factor")
+@method(
+    "yoco++",
+    paper="YOCO++, arXiv:2604.13556",
+    keys="K_i = s (w_0 K_1 + w_1 K_i), 1 < i <= n; K_i = K_n, i > n",
+    values="V_i = s (u_0 V_1 + u_1 V_i), 1 < i <= n; V_i = V_n, i > n",
+    cache="n/L",
+)
+def _yoco_plus_plus(
+    num_layers: int, *, storage_layers: int | None = None, multiplier: float = 35.0
+) -> list[LayerPlan]:
+    """yoco whose storage layers store a mix with the first layer: learnable scalars, at first 0 and 1.
+
+    storage_layers: n, default num_layers // 2. multiplier: s, a learning-rate multiplier: weights start at
+    w_0 = 0, w_1 = 1/s.
+    """
+    n = _middle(num_layers, storage_layers)
+    fusion = Fusion("scalar", (0.0, 1.0), multiplier=multiplier)  # the weights as used: s w_0 and s w_1
+    mixed = [Segment((0, i), fusion=fusion) for i in range(1, n)]
+    return [*_own(1), *(LayerPlan(mix, mix) for mix in mixed), *[_take(n - 1, n - 1)] * (num_layers - n)]
+
+
+@method(
+    "cla",
+    paper=CLA_PAPER,
+    keys="K_i = K_j, j = i - (i - 1) mod factor",
+    values="V_i = V_j",
+    cache="1/factor, rounded up to whole layers",
+    variants=({"factor": 3},),
+)
 def _cla(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
     """The first of every ``factor`` layers in a row stores keys and values, the others take them over."""
     factor = whole_number(factor, "factor", minimum=1)
     return [_take(i - i % factor, i - i % factor) for i in range(num_layers)]
+
+
+@method(
+    "yoco-v", paper=f"compared in {SKIPV1_PAPER}", keys="K_i", values="V_i = V_n, i > n", cache="1/2 + n/(2L)"
+)
+def _yoco_v(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
+    """V-only YOCO: all layers store keys, those above the first n take the values of layer n.
+
+    storage_layers: n, default num_layers // 2.
+    """
+    n = _middle(num_layers, storage_layers)
+    return [_take(i, min(i, n - 1)) for i in range(num_layers)]
+
+
+@method(
+    "cla-v",
+    paper=f"compared in {SKIPV1_PAPER}",
+    keys="K_i",
+    values="V_i = V_j, j = i - (i - 1) mod factor",
+    cache="1/2 + 1/(2 factor), rounded up to whole layers",
+)
+def _cla_v(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
+    """V-only CLA: all layers store keys, the first of every ``factor`` layers in a row stores values."""
+    factor = whole_number(factor, "factor", minimum=1)
+    return [_take(i, i - i % factor) for i in range(num_layers)]
+
+
+# Heads and values of the first layer
+
+
+@method(
+    "skipv1",
+    paper=SKIPV1_PAPER,
+    keys="K_i",
+    values="heads 1..(1 - skip)H: V_i; the others: those heads of V_1; i > 1",
+    cache="1 - skip/2 + skip/(2L)",
+    variants=({"skip": "1/4"}, {"skip": "3/4"}),
+)
+def _skipv1(num_layers: int, *, skip: Fraction | str = "1/2") -> list[LayerPlan]:
+    """Layers above the first take a share of their value heads, the last ones, over from the first layer.
+
+    skip: that share of the heads, such as "1/4". With grouped heads it is a share of the KV heads.
+    """
+    later = [LayerPlan(Segment((i,)), _skip_first(i, skip)) for i in range(1, num_layers)]
+    return [*_own(1), *later]
+
+
+@method(
+    "skipv1-yoco",
+    paper=SKIPV1_PAPER,
+    keys="K_i = K_n, i > n",
+    values="V_i as in skipv1",
+    cache="n/(2L) + (1 - skip)/2 + skip/(2L)",
+)
+def _skipv1_yoco(
+    num_layers: int, *, storage_layers: int | None = None, skip: Fraction | str = "1/2"
+) -> list[LayerPlan]:
+    """skipv1, and the layers above the first n take the keys of layer n.
+
+    storage_layers: n, default num_layers // 2. skip: as in skipv1.
+    """
+    n = _middle(num_layers, storage_layers)
+    later = [LayerPlan(Segment((min(i, n - 1),)), _skip_first(i, skip)) for i in range(1, num_layers)]
+    return [*_own(1), *later]
+
+
+@method(
+    "skipkv1",
+    paper=SKIPV1_PAPER,
+    keys="heads 1..(1 - skip)H: K_i; the others: those heads of K_1; i > 1",
+    values="the same of V_i and V_1",
+    cache="1 - skip + skip/L",
+)
+def _skipkv1(num_layers: int, *, skip: Fraction | str = "1/2") -> list[LayerPlan]:
+    """SkipV1Former's ablation: keys are taken over from the first layer like values; worse than MHA there.
+
+    skip: as in skipv1.
+    """
+    later = [LayerPlan(_skip_first(i, skip), _skip_first(i, skip)) for i in range(1, num_layers)]
+    return [*_own(1), *later]
+
+
+@method(
+    "resformer",
+    paper=VALUE_RESIDUAL_PAPER,
+    keys="K_i",
+    values="V_i = l V_i + (1 - l) V_1, i > 1, mixed before storing",
+    cache="1",
+    variants=({"learnable": True},),
+)
+def _resformer(num_layers: int, *, share: float = 0.5, learnable: bool = False) -> list[LayerPlan]:
+    """Layers above the first mix their values with those of the first layer before they store them.
+
+    share: l. learnable: two scalars per layer that start at l and 1 - l; else these stay.
+    """
+    fusion = Fusion("scalar", (1 - share, share), learnable=learnable)
+    later = [LayerPlan(Segment((i,)), Segment((0, i), fusion=fusion)) for i in range(1, num_layers)]
+    return [*_own(1), *later]
+
+
+@method("svformer", paper=VALUE_RESIDUAL_PAPER, keys="K_i", values="V_i = V_1", cache="1/2 + 1/(2L)")
+def _svformer(num_layers: int) -> list[LayerPlan]:
+    """All layers store keys and take the values of the first layer."""
+    return [_take(i, 0) for i in range(num_layers)]

@@ -22,7 +22,7 @@ def whole_number(value: Any, what: str, minimum: int = 0) -> int:
     return number
 
 
-def _share(value: Any) -> Fraction:
+def share(value: Any) -> Fraction:
     """A bound of a head range: Fraction, int, "1/2" or a decimal (0.1 is one tenth, not its binary value)."""
     try:
         return value if isinstance(value, Fraction) else Fraction(str(value))
@@ -103,7 +103,7 @@ class Segment:
             raise ValueError(f"sources must name each layer once, got {sources}; add up the weights instead")
         if not isinstance(self.heads, (tuple, list)) or len(self.heads) != 2:
             raise TypeError(f"heads must be a pair (start, stop), got {self.heads!r}")
-        start, stop = (_share(bound) for bound in self.heads)
+        start, stop = (share(bound) for bound in self.heads)
         object.__setattr__(self, "heads", (start, stop))
         if not 0 <= start < stop <= 1:
             raise ValueError(f"heads must be a range with 0 <= start < stop <= 1, got {start}..{stop}")

@@ -1,0 +1,1 @@
+"""Experiments: methods compared under one budget, probes, evaluation."""

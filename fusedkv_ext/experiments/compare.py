@@ -1,0 +1,246 @@
+"""Methods trained under one budget: equal data order, tokens and width, several seeds, one rule for the rate.
+
+Every run is a folder of its own with its metrics.jsonl and checkpoints; what is there already is not done
+again, so a comparison that was killed goes on where it was. Learning rates: all seeds at the first rate, one
+seed at each other; the rate of a method is the one whose first seed ended lowest, and the remaining seeds run
+at that rate, too. The rule is the same for all methods.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedkv_ext.demo.measure import in_turns
+from fusedkv_ext.experiments.entries import Entry
+from fusedkv_ext.train import checkpoints, loop
+from fusedkv_ext.train.config import ConfigError, TrainConfig
+from fusedkv_ext.train.data import TokenData
+from fusedkv_ext.train.metrics import read_metrics
+from fusedkv_ext.train.progress import SilentProgress
+from fusedkv_ext.train.tokenizer import load_tokenizer
+from fusedkv_ext.train.trainer import Trainer, TrainingDiverged, build_model, resolve_device
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods get. rates: learning rates, the first one is run with all seeds.
+
+    equal: "width": the same sizes for all; "parameters": the FFN of each is widened or narrowed until the
+    model has as many parameters as the first method's.
+    """
+
+    config: TrainConfig
+    seeds: int
+    rates: tuple[float, ...]
+    equal: str = "width"
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """One training run of a comparison."""
+
+    entry: Entry
+    rate: float
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        return root / "runs" / self.entry.folder / f"lr{self.rate:g}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.entry.label} lr {self.rate:g} seed {self.seed}"
+
+
+Results = dict[RunKey, dict[str, Any]]
+
+
+def parameters(config: TrainConfig, vocab_size: int) -> int:
+    """Number of parameters of the model of a configuration, which is not allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(config, vocab_size).parameters())
+
+
+def configs(entries: Sequence[Entry], budget: Budget, vocab_size: int) -> dict[Entry, TrainConfig]:
+    """The configuration of each method, without seed and rate."""
+    found = {entry: entry.config(budget.config) for entry in entries}
+    if budget.equal == "width":
+        return found
+    target = parameters(found[entries[0]], vocab_size)
+    return {entry: _resized(config, target, vocab_size) for entry, config in found.items()}
+
+
+def _resized(config: TrainConfig, target: int, vocab_size: int) -> TrainConfig:
+    """The FFN width with which the model comes nearest to `target` parameters."""
+    model = config.model
+    width = model.intermediate_size or -(-model.hidden_size * 8 // 3 // 64) * 64
+    per_channel = 3 * model.hidden_size * model.num_hidden_layers
+    missing = target - parameters(config, vocab_size)
+    return config.updated([("model.intermediate_size", max(1, width + round(missing / per_channel)))])
+
+
+def plan_runs(entries: Sequence[Entry], budget: Budget, results: Results) -> list[RunKey]:
+    """The runs that can be started now, in order; with all results there, those that are missing to the end.
+
+    The runs at a method's best rate are known when its runs with the first seed have ended.
+    """
+    first, *others = budget.rates
+    keys = [RunKey(entry, first, seed) for seed in range(budget.seeds) for entry in entries]
+    keys += [RunKey(entry, rate, 0) for rate in others for entry in entries]
+    for entry in entries:
+        rate = best_rate(entry, budget, results)
+        if rate is not None and rate != first:
+            keys += [RunKey(entry, rate, seed) for seed in range(1, budget.seeds)]
+    return [key for key in keys if key not in results]
+
+
+def best_rate(entry: Entry, budget: Budget, results: Results) -> float | None:
+    """The rate whose run with the first seed ended lowest; None while one is missing or if all diverged."""
+    losses = {}
+    for rate in budget.rates:
+        result = results.get(RunKey(entry, rate, 0))
+        if result is None:
+            return None
+        if result["valid_loss"] is not None:
+            losses[rate] = result["valid_loss"]
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def read_result(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The result of a finished run, None where there is none. ConfigError if it is that of other settings."""
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if TrainConfig.from_dict(result["config"]) != config:
+        raise ConfigError(
+            f"{folder} holds a run with other settings; choose another --out, or delete that folder"
+        )
+    return result
+
+
+def train_run(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
+    """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
+    torch.set_num_threads(threads)
+    config = loop.absolute_paths(config)
+    result = read_result(folder, config)
+    if result is not None:
+        return result
+    if checkpoints.latest(folder / "checkpoints") is not None:
+        run, _ = loop.resume(folder)
+        if run.trainer.config != config:
+            raise ConfigError(
+                f"{folder} holds a run with other settings; choose another --out, or delete that folder"
+            )
+    else:
+        run = loop.start(config, folder)
+    result = {
+        "config": config.to_dict(),
+        "parameters": run.trainer.num_parameters,
+        "data": run.trainer.data.info.key,
+    }
+    try:
+        ended = loop.run(run, SilentProgress())
+        result |= {"valid_loss": ended.valid_loss, "valid_bits_per_byte": ended.valid_bits_per_byte}
+    except TrainingDiverged as error:  # a result, too: this rate is too high for this method
+        result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
+    scratch = folder / f".{RESULT}.{os.getpid()}"
+    scratch.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(scratch, folder / RESULT)
+    return result
+
+
+def _config_of(key: RunKey, methods: dict[Entry, TrainConfig]) -> TrainConfig:
+    config = methods[key.entry].updated([("optim.lr", key.rate), ("run.seed", key.seed)])
+    return loop.absolute_paths(config)
+
+
+def load(budget: Budget) -> TokenData:
+    """The text of a comparison as tokens."""
+    return loop.load_data(budget.config, load_tokenizer(budget.config.data.tokenizer))
+
+
+def run_all(
+    entries: Sequence[Entry], budget: Budget, root: Path, *, jobs: int, threads: int
+) -> Iterator[tuple[RunKey, dict[str, Any], int]]:
+    """Trains everything that is missing below `root`; yields (run, result, runs left that are known of).
+
+    jobs: runs at a time, each a process with `threads` threads.
+    """
+    methods = configs(entries, budget, load(budget).info.vocab_size)  # reads the text once for all processes
+    results: Results = {}
+    running: dict[Future[dict[str, Any]], RunKey] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        try:
+            while True:
+                for key in plan_runs(entries, budget, results):
+                    if key in running.values():
+                        continue
+                    config, folder = _config_of(key, methods), key.folder(root)
+                    found = read_result(folder, config)
+                    if found is not None:
+                        results[key] = found
+                        yield key, found, len(plan_runs(entries, budget, results))
+                    elif len(running) < jobs:
+                        running[pool.submit(train_run, config, folder, threads)] = key
+                if not running:
+                    if not plan_runs(entries, budget, results):
+                        return
+                    continue
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    key = running.pop(future)
+                    results[key] = future.result()
+                    yield key, results[key], len(plan_runs(entries, budget, results))
+        except BaseException:
+            _stop(pool)
+            raise
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """Ends the processes at once: their runs go on from their checkpoints next time."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+
+
+def curves(
+    entries: Sequence[Entry], budget: Budget, results: Results, root: Path
+) -> dict[str, list[tuple[float, float]]]:
+    """Validation loss in bits per byte over tokens, mean over the seeds; without methods that diverged."""
+    found = {}
+    for entry in entries:
+        rate = best_rate(entry, budget, results)
+        if rate is None:
+            continue
+        points: dict[int, list[float]] = {}
+        for seed in range(budget.seeds):
+            for record in read_metrics(RunKey(entry, rate, seed).folder(root) / "metrics.jsonl"):
+                if record["kind"] == "valid":
+                    points.setdefault(record["tokens"], []).append(record["bits_per_byte"])
+        found[entry.label] = [(tokens, statistics.fmean(losses)) for tokens, losses in sorted(points.items())]
+    return found
+
+
+def tokens_per_second(
+    methods: Mapping[Entry, TrainConfig], data: TokenData, repeats: int = 7
+) -> dict[Entry, float]:
+    """Training speed of each method: median of steps that are done in turns, so that noise hits all alike."""
+    trainers = {}
+    for entry, config in methods.items():
+        device = resolve_device(config.run.device)
+        trainers[entry] = Trainer(build_model(config, data.info.vocab_size), data, config, device)
+    calls = {entry.label: trainer.train_step for entry, trainer in trainers.items()}
+    seconds = in_turns(calls, repeats, next(iter(trainers.values())).device)
+    return {entry: trainer.tokens_per_step / seconds[entry.label] for entry, trainer in trainers.items()}

@@ -1,0 +1,215 @@
+"""The result of a comparison: mean and spread over seeds, tables, which of the papers' orderings hold."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fusedkv_ext.experiments.compare import Budget, Results, RunKey, best_rate
+from fusedkv_ext.experiments.entries import Entry
+from fusedkv_ext.plan import METHODS
+from fusedkv_ext.train.config import TrainConfig
+from fusedkv_ext.train.trainer import resolve_plan
+
+FORMAT = 1
+Result = dict[str, Any]
+
+
+def cache_bytes_per_token(config: TrainConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Of the plan of a configuration, all layers, one sequence."""
+    model = config.model
+    return resolve_plan(model).bytes_per_token(model.num_key_value_heads, model.head_dim, dtype)
+
+
+def summarise(
+    budget: Budget,
+    methods: Mapping[Entry, TrainConfig],
+    results: Results,
+    tokens_per_s: Mapping[Entry, float],
+    data: Mapping[str, Any],
+) -> Result:
+    """One JSON object: conditions, and a row per method with its losses, ordered as the methods are.
+
+    Differences are to the first method and paired by seed: equal seeds see the same text in the same order.
+    """
+    entries = list(methods)
+    baseline = _losses(entries[0], budget, results)
+    rows = []
+    for entry, config in methods.items():
+        losses = _losses(entry, budget, results)
+        gaps = [loss - base for loss, base in zip(losses, baseline, strict=False)]
+        some = results[RunKey(entry, budget.rates[0], 0)]
+        rows.append(
+            {
+                "label": entry.label,
+                "method": entry.method,
+                "options": dict(entry.options),
+                "paper": METHODS[entry.method].paper,
+                "parameters": some["parameters"],
+                "kv_heads": config.model.num_key_value_heads,
+                "intermediate_size": config.model.intermediate_size,
+                "cache_bytes_per_token": cache_bytes_per_token(config),
+                "rates": {f"{rate:g}": _loss(results, RunKey(entry, rate, 0)) for rate in budget.rates},
+                "rate": best_rate(entry, budget, results),
+                "losses": losses,
+                **_spread("loss", losses),
+                **_spread("gap", gaps),
+                "tokens_per_s": tokens_per_s.get(entry),
+            }
+        )
+    return {
+        "format": FORMAT,
+        "kind": "comparison",
+        "baseline": entries[0].label,
+        "seeds": budget.seeds,
+        "equal": budget.equal,
+        "tokens": budget.config.run.steps * budget.config.run.batch_size * budget.config.data.seq_len,
+        "config": budget.config.to_dict(),
+        "data": dict(data),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "rows": rows,
+    }
+
+
+def _loss(results: Results, key: RunKey) -> float | None:
+    return results[key]["valid_bits_per_byte"] if key in results else None
+
+
+def _losses(entry: Entry, budget: Budget, results: Results) -> list[float]:
+    """Validation loss in bits per byte at the method's rate, seed by seed; shorter where runs diverged."""
+    rate = best_rate(entry, budget, results)
+    if rate is None:
+        return []
+    losses = [_loss(results, RunKey(entry, rate, seed)) for seed in range(budget.seeds)]
+    return [loss for loss in losses if loss is not None]
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; None where there are too few values."""
+    return {
+        f"{name}_mean": statistics.fmean(values) if values else None,
+        f"{name}_sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+TITLES = (
+    "method",
+    "bits/byte",
+    "to {baseline}",
+    "cache B/token",
+    "of it",
+    "parameters",
+    "lr",
+    "training tokens/s",
+)
+
+
+def cells(result: Result, row: Mapping[str, Any]) -> list[str]:
+    """One row of the table, as text."""
+    first = result["rows"][0]
+    speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "not measured"
+    return [
+        row["label"],
+        _plus_minus(row["loss_mean"], row["loss_sd"], "{:.3f}"),
+        _plus_minus(row["gap_mean"], row["gap_sd"], "{:+.3f}") if row is not first else "",
+        f"{row['cache_bytes_per_token']:,}",
+        f"{row['cache_bytes_per_token'] / first['cache_bytes_per_token']:.3f}",
+        f"{row['parameters']:,}",
+        f"{row['rate']:g}" if row["rate"] else "diverged",
+        speed,
+    ]
+
+
+def _plus_minus(mean: float | None, deviation: float | None, form: str) -> str:
+    if mean is None:
+        return "diverged"
+    return form.format(mean) + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def ordered(result: Result) -> list[dict[str, Any]]:
+    """Rows by loss, the best first; diverged ones last."""
+    return sorted(result["rows"], key=lambda row: math.inf if row["loss_mean"] is None else row["loss_mean"])
+
+
+def text_table(result: Result) -> str:
+    """For the screen."""
+    titles = [title.format(baseline=result["baseline"]) for title in TITLES]
+    lines = [titles, *(cells(result, row) for row in ordered(result))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def markdown_table(result: Result) -> str:
+    """For a document."""
+    titles = [title.format(baseline=result["baseline"]) for title in TITLES]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *(cells(result, row) for row in ordered(result))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# The orderings that the papers report: (what is claimed, better, worse). Lower loss is better.
+CLAIMS = (
+    ("FusedKV < Lite", "fusedkv", "fusedkv-lite"),
+    ("Lite < vanilla", "fusedkv-lite", "vanilla"),
+    ("FusedKV < vanilla", "fusedkv", "vanilla"),
+    ("Lite-Learnable < Lite", "fusedkv-lite-learnable", "fusedkv-lite"),
+    ("Lite < Lite-Rev", "fusedkv-lite", "fusedkv-lite-rev"),
+    ("vanilla < YOCO", "vanilla", "yoco"),
+    ("vanilla < CLA", "vanilla", "cla"),
+    ("vanilla < GQA at half the cache", "vanilla", "gqa"),
+    ("FusedKV < YOCO at equal cache", "fusedkv", "yoco"),
+    ("YOCO++ < FusedKV at equal cache", "yoco++", "fusedkv"),
+    ("YOCO++ < vanilla", "yoco++", "vanilla"),
+    ("SkipV1 < vanilla", "skipv1", "vanilla"),
+    ("SkipV1 < V-only YOCO", "skipv1", "yoco-v"),
+    ("SkipV1 < V-only CLA", "skipv1", "cla-v"),
+    ("vanilla < SkipKV1", "vanilla", "skipkv1"),
+    ("SkipV1-YOCO < YOCO", "skipv1-yoco", "yoco"),
+    ("ResFormer < vanilla", "resformer", "vanilla"),
+)
+
+
+def verdicts(result: Result) -> list[dict[str, Any]]:
+    """For each claim whose two methods are in the result: the paired difference, and if it holds.
+
+    holds: "yes" if the mean difference has the claimed sign and is larger than its standard error times the
+    two-sided 95 % quantile of Student's t, "no" the same with the other sign, else "not decided".
+    """
+    rows = {row["label"]: row for row in result["rows"]}
+    found = []
+    for claim, better, worse in CLAIMS:
+        if better not in rows or worse not in rows:
+            continue
+        pairs = list(zip(rows[better]["losses"], rows[worse]["losses"], strict=False))
+        gaps = [low - high for low, high in pairs]
+        if len(gaps) < 2:
+            continue
+        mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+        limit = _t_quantile(len(gaps) - 1) * error
+        holds = "yes" if mean < -limit else "no" if mean > limit else "not decided"
+        found.append({"claim": claim, "gap": mean, "error": error, "limit": limit, "holds": holds})
+    return found
+
+
+def _t_quantile(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t: a table up to 10 degrees of freedom, 2.23 beyond (cautious)."""
+    table = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+    return table[min(freedom, len(table)) - 1]
+
+
+def verdicts_table(result: Result) -> str:
+    lines = [["the papers' ordering", "difference", "± (95 %)", "here"], ["---", "---:", "---:", "---"]]
+    for row in verdicts(result):
+        lines.append([row["claim"], f"{row['gap']:+.3f}", f"{row['limit']:.3f}", row["holds"]])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

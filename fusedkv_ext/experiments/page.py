@@ -1,0 +1,96 @@
+"""The generated parts and the pictures of docs/experiments.md.
+
+    python -m fusedkv_ext.experiments.page ROOT
+
+makes them anew from ROOT/benchmarks/results/experiments.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fusedkv_ext.documents import filled
+from fusedkv_ext.experiments import comparison, comparison_plots
+from fusedkv_ext.experiments.comparison import Result
+
+DOCUMENT = "docs/experiments.md"
+RESULTS = "benchmarks/results/experiments"
+PICTURES = "docs/img"
+
+
+def conditions(result: Result) -> str:
+    """One paragraph: what all methods got."""
+    config, data = result["config"], result["data"]
+    model, run, optim, seq_len = config["model"], config["run"], config["optim"], config["data"]["seq_len"]
+    sentences = (
+        f"{model['num_hidden_layers']} layers, {model['hidden_size']} wide, "
+        f"{model['num_attention_heads']} heads of {model['head_dim']}, {data['vocab_size']} tokens (bytes);",
+        f"{run['steps']} steps of {run['batch_size']} x {seq_len} = {result['tokens'] / 1e6:.2f} M tokens;",
+        f"AdamW, weight decay {optim['weight_decay']:g}, {optim['warmup_steps']} steps of warm-up, cosine to",
+        f"{optim['final_lr']:g} of the learning rate; rates tried: {', '.join(result['rows'][0]['rates'])};",
+        f"{result['seeds']} seeds; equal {result['equal']}.",
+        f"Text: {data['origin']}, {data['train_bytes'] / 1e6:.1f} MB; validation on",
+        f"{run['valid_batches'] * run['batch_size'] * seq_len / 1e3:.0f} k tokens of held-out files.",
+        f"torch {result['torch']}.",
+    )
+    return " ".join(sentences) + "\n"
+
+
+def losses(result: Result) -> str:
+    """The table of all methods, the best first."""
+    return comparison.markdown_table(result) + "\n"
+
+
+def orderings(result: Result) -> str:
+    """Which of the papers' orderings are seen."""
+    return comparison.verdicts_table(result) + "\n"
+
+
+def rates(result: Result) -> str:
+    """The learning-rate sweep: the loss of the first seed at each rate."""
+    tried = list(result["rows"][0]["rates"])
+    lines = [["method", *tried], ["---"] + ["---:"] * len(tried)]
+    for row in result["rows"]:
+        found = (row["rates"][rate] for rate in tried)
+        lines.append([row["label"], *("diverged" if loss is None else f"{loss:.3f}" for loss in found)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+BLOCKS: dict[str, Callable[[Result], str]] = {
+    "comparison-conditions": conditions,
+    "comparison-losses": losses,
+    "comparison-orderings": orderings,
+    "comparison-rates": rates,
+}
+
+
+def made(text: str, results: Path) -> str:
+    """The document with its generated parts made anew from the files of the folder ``results``."""
+
+    def of_file(block: Callable[[Result], str]) -> Callable[[str], str]:
+        return lambda name: block(json.loads((results / name).read_text(encoding="utf-8")))
+
+    return filled(text, {kind: of_file(block) for kind, block in BLOCKS.items()})
+
+
+def main(root: Path) -> None:
+    """Makes the page of the repository at ``root`` and its pictures anew."""
+    from fusedkv_ext.demo.plots import save
+
+    path = root / DOCUMENT
+    path.write_text(made(path.read_text(encoding="utf-8"), root / RESULTS), encoding="utf-8")
+    print(f"wrote {path}")
+    for file in sorted((root / RESULTS).glob("comparison_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        for name, figure in (
+            ("cache", comparison_plots.loss_over_cache(result)),
+            ("tokens", comparison_plots.loss_over_tokens(result["curves"])),
+        ):
+            print(f"wrote {save(figure, root / PICTURES / f'{file.stem}_{name}.png')}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
