@@ -8,6 +8,7 @@ keys and values for all positions but attends only from those (YOCO's early exit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,6 +21,7 @@ from fusedkv_ext.attention import FusedKVAttention, RMSNorm
 from fusedkv_ext.cache import KV, KVCache
 from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.generation import Sampling, generate
+from fusedkv_ext.moe import Experts, MoE
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.rope import RotaryEmbedding
 
@@ -41,14 +43,23 @@ POSITIVE_FIELDS = (
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder; field names and meanings as in HF's Qwen3Config, plus ``plan``.
+    """Sizes of a decoder; field names and meanings as in HF's Qwen3Config and Qwen3MoeConfig, plus ``plan``.
 
     head_dim: default hidden_size / num_attention_heads. plan: a CachePlan, or the name of one, made for
     num_hidden_layers. sliding_window: tokens that a sliding layer sees, itself included. layer_types: one of
     "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
-    full. rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
+    full. A full layer may not read the cache of a sliding one, of which serving stacks keep the window only;
+    it may mix with a sliding one before it stores, which takes the new tokens alone.
+    rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
     standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
     recompute_fusion: training keeps no fused keys and values for the backward, which fuses again.
+
+    num_experts: experts per feed-forward network, 0 for a dense one. num_experts_per_tok: experts that each
+    token goes through. moe_intermediate_size: of one expert; default intermediate_size /
+    num_experts_per_tok, as many products per token as the dense network has. norm_topk_prob: see ``MoE``
+    (HF's default is False, its Qwen3 checkpoints have True). router_aux_loss_coef: weight of ``balance_loss``
+    in the training loss. Layer i, from 0, has experts if i + 1 is a multiple of decoder_sparse_step and i is
+    not in mlp_only_layers.
 
     Raises ValueError naming the field that cannot be.
     """
@@ -73,13 +84,20 @@ class DecoderConfig:
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
     recompute_fusion: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.001
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in POSITIVE_FIELDS:
             value = getattr(self, name)
             if name == "head_dim" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_int(value, 1):
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
@@ -97,6 +115,8 @@ class DecoderConfig:
                 f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
             )
         self._check_layer_types()
+        self._check_windows()
+        self._check_experts()
 
     def _check_layer_types(self) -> None:
         if self.layer_types is None:
@@ -111,6 +131,53 @@ class DecoderConfig:
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("sliding_window must be given when layer_types has sliding_attention")
 
+    def _check_windows(self) -> None:
+        """Whether every layer finds in the caches that it reads all that it sees."""
+        for i, layer in enumerate(self.plan.layers):
+            # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
+            read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
+            for j in sorted(read):
+                if (self.layer_types[i], self.layer_types[j]) == LAYER_TYPES:
+                    raise ValueError(
+                        f"layer_types: layer {i} has full attention but reads the cache of layer {j}, of "
+                        f"which servers keep a sliding window of {self.sliding_window} tokens (plan "
+                        f"{self.plan.name!r}); make layer {j} full_attention or layer {i} sliding_attention"
+                    )
+
+    def _check_experts(self) -> None:
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers or ()))
+        if not _is_int(self.num_experts, 0):
+            raise ValueError(f"num_experts must be an int, 0 (dense) or more, got {self.num_experts!r}")
+        if self.num_experts == 0:
+            return
+        k, layers = self.num_experts_per_tok, self.num_hidden_layers
+        if not _is_int(k, 1) or k > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be an int from 1 to num_experts={self.num_experts}, got {k!r}"
+            )
+        if self.moe_intermediate_size is None:
+            object.__setattr__(self, "moe_intermediate_size", max(1, self.intermediate_size // k))
+        for name in ("moe_intermediate_size", "decoder_sparse_step"):
+            if not _is_int(getattr(self, name), 1):
+                raise ValueError(f"{name} must be a positive int, got {getattr(self, name)!r}")
+        coef = self.router_aux_loss_coef
+        if not isinstance(coef, (int, float)) or not 0 <= coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be a finite number, at least 0, got {coef!r}")
+        if not all(_is_int(i, 0) and i < layers for i in self.mlp_only_layers):
+            raise ValueError(
+                f"mlp_only_layers must be layers, from 0 to {layers - 1}, got {self.mlp_only_layers}"
+            )
+        if not any(map(self.has_experts, range(layers))):
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but decoder_sparse_step={self.decoder_sparse_step} and "
+                f"mlp_only_layers={self.mlp_only_layers} leave no layer with experts; num_experts=0 is dense"
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward network of layer ``layer`` (from 0) is a mixture of experts."""
+        sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return sparse and layer not in self.mlp_only_layers
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for JSON; with the version of this format."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -120,6 +187,7 @@ class DecoderConfig:
             **data,
             "plan": self.plan.to_dict(),
             "layer_types": list(self.layer_types),
+            "mlp_only_layers": list(self.mlp_only_layers),
         }
 
     @classmethod
@@ -147,6 +215,10 @@ class DecoderConfig:
             raise ValueError(f"config is incomplete: {error}") from error
 
 
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -161,7 +233,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does.
+
+    Third result: the layer's ``balance_loss``, None for a dense network and in evaluation mode.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
         super().__init__()
@@ -180,7 +255,16 @@ class DecoderLayer(nn.Module):
             sliding_window=config.sliding_window if sliding else None,
             recompute_fusion=config.recompute_fusion,
         )
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        if config.has_experts(layer):
+            self.mlp = MoE(
+                config.hidden_size,
+                config.moe_intermediate_size,
+                config.num_experts,
+                config.num_experts_per_tok,
+                config.norm_topk_prob,
+            )
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -192,16 +276,23 @@ class DecoderLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
-    ) -> tuple[Tensor, KV]:
+    ) -> tuple[Tensor, KV, Tensor | None]:
         out, kv = self.self_attn(
             self.input_layernorm(x), sources, position_embeddings=position_embeddings, cache=cache, last=last
         )
         x = out + (x if last is None else x[:, -last:])
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        mlp = self.mlp
+        out = mlp(self.post_attention_layernorm(x))
+        out, balance = out if isinstance(mlp, MoE) else (out, None)
+        return x + out, kv, balance
 
 
 class DecoderModel(nn.Module):
-    """Embeddings, layers and the final norm: token ids (B, S) -> hidden states (B, S or keep, hidden)."""
+    """Embeddings, layers and the final norm: token ids (B, S) -> hidden states (B, S or keep, hidden).
+
+    Second result: the mean ``balance_loss`` of the layers with experts, None where no layer has one. It is
+    returned, like keys and values, and not left on a module, which FSDP and checkpointing would lose.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -221,7 +312,9 @@ class DecoderModel(nn.Module):
             for sources, layer in zip(self._sources, self.layers, strict=True)
         ]
 
-    def forward(self, ids: Tensor, *, cache: KVCache | None = None, keep: int = 0) -> Tensor:
+    def forward(
+        self, ids: Tensor, *, cache: KVCache | None = None, keep: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         steps = ids.shape[1]
         position_embeddings = None
         if cache is not None:
@@ -234,22 +327,27 @@ class DecoderModel(nn.Module):
         read_later = set().union(*wanted)
         x = self.embed_tokens(ids)
         kvs: list[KV | None] = []
+        balances: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             last = keep if i == self.exit_layer and 0 < keep < steps else None
             sources = [kvs[j] for j in wanted[i]]
-            x, kv = layer(x, sources, position_embeddings=position_embeddings, cache=cache, last=last)
+            x, kv, balance = layer(
+                x, sources, position_embeddings=position_embeddings, cache=cache, last=last
+            )
             if last is not None and position_embeddings is not None:
                 cos, sin = position_embeddings
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
             kvs.append(kv if i in read_later else None)
-        return self.norm(x)
+            if balance is not None:
+                balances.append(balance)
+        return self.norm(x), torch.stack(balances).mean() if balances else None
 
 
 class Decoder(nn.Module):
     """A causal language model whose cache follows ``config.plan``.
 
-    State-dict names are those of HF's Qwen3ForCausalLM, plus ``self_attn.kv_fusion.*`` and minus projections
-    of what the plan does not store.
+    State-dict names are those of HF's Qwen3ForCausalLM, with experts those of its Qwen3MoeForCausalLM, plus
+    ``self_attn.kv_fusion.*`` and minus projections of what the plan does not store.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -279,6 +377,8 @@ class Decoder(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, RMSNorm):
                 module.reset_parameters()
+            elif isinstance(module, Experts):
+                module.reset_parameters(self.config.initializer_range, generator)
             elif isinstance(module, FusionWeights):
                 module.reset_parameters(generator)
 
@@ -297,8 +397,10 @@ class Decoder(nn.Module):
         Args:
             ids: (B, S) integers; with a cache the next S tokens of each sequence.
             labels: (B, S), usually ids themselves: position t is judged by labels[t + 1], -100 is left out.
-                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model). Not
-                together with ``logits_to_keep``.
+                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model). In
+                training mode a model with experts adds router_aux_loss_coef times its mean ``balance_loss``;
+                in evaluation mode the loss is the cross-entropy alone. Not together with
+                ``logits_to_keep``.
             cache: from ``make_cache``; it is advanced and filled. Not differentiable: call under
                 ``torch.no_grad`` or ``torch.inference_mode``.
             logits_to_keep: logits of the last that many positions only, 0 for all. Layers that only read then
@@ -317,13 +419,16 @@ class Decoder(nn.Module):
         self._check(ids, labels, cache, logits_to_keep, lengths, advance)
         if cache is not None and advance:
             cache.advance(ids.shape[1] if lengths is None else lengths)
-        hidden = self.model(ids, cache=cache, keep=logits_to_keep)
+        hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep)
         logits = self.lm_head(hidden)
         if labels is None:
             return logits
         judged = logits[:, :-1].flatten(0, 1)
         judged = judged.to(torch.promote_types(judged.dtype, torch.float32))
-        return logits, F.cross_entropy(judged, labels[:, 1:].flatten())
+        loss = F.cross_entropy(judged, labels[:, 1:].flatten())
+        if balance is not None:
+            loss = loss + self.config.router_aux_loss_coef * balance
+        return logits, loss
 
     def make_cache(
         self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None

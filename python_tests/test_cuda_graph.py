@@ -29,7 +29,7 @@ VARIANTS = {
     "groups of heads, tied": dict(num_attention_heads=6, tie_word_embeddings=True),
     "windows, interleaved": dict(
         sliding_window=4,
-        layer_types=("full_attention", "sliding_attention", "sliding_attention", "full_attention"),
+        layer_types=("full_attention", "full_attention", "full_attention", "sliding_attention"),
         rope_interleaved=True,
     ),
     "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
@@ -124,6 +124,13 @@ def test_same_tokens_with_every_kind_of_layer(
             expected = model.generate(ids, NEW, page_size=page_size, cuda_graph=False)
             assert torch.equal(model.generate(ids, NEW, page_size=page_size), expected)
     assert recorded.captures == 4
+
+
+def test_experts_in_bf16_are_chosen_anew_at_every_step(recorded: RecordedSteps) -> None:
+    model, prompts = tiny_decoder("fusedkv", num_experts=4).bfloat16(), some_prompts()
+    expected = model.generate(prompts, NEW, cuda_graph=False)
+    assert torch.equal(model.generate(prompts, NEW), expected)
+    assert recorded.captures == 1 and recorded.replays == NEW - 1
 
 
 def test_stop_tokens_streams_and_sampling_stay_outside(recorded: RecordedSteps) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_near
-from tiny import CUT, LAYERS, NAMED, PLANS, tiny_config, tiny_decoder
+from tiny import CUT, LAYERS, NAMED, PLANS, hybrid, tiny_config, tiny_decoder
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,8 +24,10 @@ ROUNDINGS = 64  # two paths through four layers differ by a few more roundings t
 HYBRID = ("full_attention", "sliding_attention", "full_attention", "sliding_attention")
 VARIANTS = {
     "plain": {},
-    "windows, interleaved": dict(sliding_window=4, layer_types=HYBRID, rope_interleaved=True),
-    "one KV head": dict(num_key_value_heads=1, qk_norm=False, attention_bias=True, tie_word_embeddings=True),
+    "some windows, interleaved": dict(rope_interleaved=True),  # which, depends on the plan
+    "one head, windows": dict(
+        num_key_value_heads=1, sliding_window=5, qk_norm=False, attention_bias=True, tie_word_embeddings=True
+    ),
 }
 
 
@@ -34,10 +37,18 @@ def one_thread(with_threads: Callable[[int], None]) -> None:
     with_threads(1)
 
 
-# One KV head cannot be cut into shares, as some of the plans want.
+# A single KV head cannot be cut into shares, as some of the plans want.
 CASES = [
-    (plan, variant) for plan in PLANS for variant in VARIANTS if plan not in CUT or variant != "one KV head"
+    (plan, variant)
+    for plan in PLANS
+    for variant in VARIANTS
+    if plan not in CUT or variant != "one head, windows"
 ]
+
+
+def variant_of(plan: str, variant: str) -> Decoder:
+    windows = hybrid(plan) if variant.startswith("some windows") else {}
+    return tiny_decoder(plan, **VARIANTS[variant], **windows)
 
 
 def some_ids(*shape: int) -> Tensor:
@@ -89,7 +100,7 @@ def test_loss_of_a_bf16_model_is_fp32() -> None:
 
 @pytest.mark.parametrize(("plan", "variant"), CASES)
 def test_early_exit_is_exact(plan: str, variant: str) -> None:
-    model, ids = tiny_decoder(plan, **VARIANTS[variant]), some_ids(2, 13)
+    model, ids = variant_of(plan, variant), some_ids(2, 13)
     with torch.no_grad():
         full = model(ids)
         for keep in (1, 3, 13, 40):
@@ -123,7 +134,7 @@ def test_early_exit_runs_readers_on_the_wanted_rows_alone(plan: str) -> None:
 def test_cached_in_pieces_and_left_padded_are_the_full_pass(
     plan: str, variant: str, page_size: int | None
 ) -> None:
-    model = tiny_decoder(plan, **VARIANTS[variant])
+    model = variant_of(plan, variant)
     rows = [some_ids(n + 6) for n in (9, 1, 5)]
     with torch.no_grad():
         full = [model(row[None])[0] for row in rows]
@@ -209,8 +220,9 @@ def test_fusedkv_starts_as_its_lite_twin() -> None:
 
 @pytest.mark.parametrize("plan", [*NAMED, "skipv1", "yoco++"])
 def test_config_survives_json(plan: str) -> None:
+    experts = dict(num_experts=4, decoder_sparse_step=2, mlp_only_layers=[1])
     config = tiny_config(
-        PLANS[plan], sliding_window=4, layer_types=HYBRID, rope_scaling={"type": "linear", "factor": 2.0}
+        PLANS[plan], **hybrid(plan), **experts, rope_scaling={"type": "linear", "factor": 2.0}
     )
     assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -235,11 +247,77 @@ def test_config_fills_in_what_is_left_open() -> None:
         ({"layer_types": ("full_attention",)}, "layer_types must name .* for each of 4 layers"),
         ({"layer_types": ("local",) * 4}, "layer_types must name"),
         ({"layer_types": HYBRID}, "sliding_window must be given"),
+        ({"num_experts": -1}, r"num_experts must be an int, 0 \(dense\) or more, got -1"),
+        ({"num_experts": True}, "num_experts must be an int"),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok must be .* num_experts=4, got 5"),
+        ({"num_experts": 4, "num_experts_per_tok": 0}, "num_experts_per_tok must be"),
+        (
+            {"num_experts": 4, "moe_intermediate_size": 0},
+            "moe_intermediate_size must be a positive int, got 0",
+        ),
+        ({"num_experts": 4, "decoder_sparse_step": 0}, "decoder_sparse_step must be a positive int, got 0"),
+        ({"num_experts": 4, "router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be .*, got -1.0"),
+        ({"num_experts": 4, "router_aux_loss_coef": "1"}, "router_aux_loss_coef must be .*, got '1'"),
+        (
+            {"num_experts": 4, "mlp_only_layers": (4,)},
+            r"mlp_only_layers must be layers, from 0 to 3, got \(4,\)",
+        ),
+        (
+            {"num_experts": 4, "decoder_sparse_step": 5},
+            "decoder_sparse_step=5 .* leave no layer with experts",
+        ),
     ],
 )
 def test_configs_that_cannot_be(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(**({"plan": "vanilla"} | changes))
+
+
+SLIDING_FIRST = ("sliding_attention", *["full_attention"] * (LAYERS - 1))
+
+
+@pytest.mark.parametrize(
+    ("plan", "types", "reader", "source"),
+    [
+        ("fusedkv", HYBRID, 2, 1),
+        ("fusedkv", SLIDING_FIRST, 2, 0),
+        ("fusedkv-lite", SLIDING_FIRST, 2, 0),
+        ("yoco", HYBRID, 2, 1),
+        ("cla", SLIDING_FIRST, 1, 0),
+        ("skipv1", SLIDING_FIRST, 1, 0),  # half of the value heads are enough
+        ("yoco++", HYBRID, 2, 1),
+    ],
+)
+def test_a_full_layer_cannot_read_what_a_window_keeps(
+    plan: str, types: tuple[str, ...], reader: int, source: int
+) -> None:
+    """Where a sliding layer's cache is its window, older tokens are gone when a full layer wants them."""
+    message = (
+        f"layer {reader} has full attention but reads the cache of layer {source}, of which servers keep a "
+        rf"sliding window of 4 tokens \(plan '{re.escape(plan)}'\); make layer {source} full_attention or "
+        f"layer {reader} sliding_attention"
+    )
+    with pytest.raises(ValueError, match=message):
+        tiny_config(plan, sliding_window=4, layer_types=types)
+    source_is_full = (*types[:source], "full_attention", *types[source + 1 :])
+    readers_slide = (*types[:reader], *["sliding_attention"] * (LAYERS - reader))
+    for mended in (source_is_full, readers_slide):
+        assert tiny_config(plan, sliding_window=4, layer_types=mended).layer_types == mended
+
+
+@pytest.mark.parametrize("plan", ["resformer", "yoco++"])
+def test_a_full_layer_may_mix_with_a_sliding_one_before_it_stores(plan: str) -> None:
+    """It takes its source's new tokens, which no window has dropped, and never looks into its cache."""
+    model = tiny_decoder(plan, sliding_window=4, layer_types=SLIDING_FIRST)
+    ids = some_ids(1, 12)
+    with torch.no_grad():
+        full, cache = model(ids), model.make_cache(1, 12)
+        steps = []
+        for t in range(12):
+            steps.append(model(ids[:, t : t + 1], cache=cache))
+            if t >= 3:  # what the next token's window of four does not reach
+                cache.keys(0)[:, : t - 2], cache.values(0)[:, : t - 2] = torch.nan, torch.nan
+    assert_near(torch.cat(steps, dim=1), full, ROUNDINGS)
 
 
 def test_configs_from_elsewhere() -> None:
@@ -252,6 +330,10 @@ def test_configs_from_elsewhere() -> None:
         DecoderConfig.from_dict({key: data[key] for key in data if key != "vocab_size"})
     with pytest.raises(ValueError, match="not the config of a fusedkv_ext decoder"):
         DecoderConfig.from_dict({"model_type": "qwen3"})
+    newer = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    newer += ("router_aux_loss_coef", "decoder_sparse_step", "mlp_only_layers")
+    older = {key: data[key] for key in data if key not in newer}
+    assert len(older) == len(data) - len(newer) and DecoderConfig.from_dict(older) == tiny_config("yoco")
 
 
 def test_calls_that_cannot_be() -> None:

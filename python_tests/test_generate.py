@@ -6,21 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import NAMED, PLANS, tiny_decoder
+from tiny import NAMED, PLANS, hybrid, tiny_decoder
 from torch import Tensor
 
 from fusedkv_ext.generation import Sampling
 
 LENGTHS = (7, 1, 11, 4)
 NEW = 8
-VARIANTS = {
-    "plain": {},
-    "windows, interleaved": dict(
-        sliding_window=4,
-        layer_types=("full_attention", "sliding_attention", "sliding_attention", "full_attention"),
-        rope_interleaved=True,
-    ),
-}
+VARIANTS = ("plain", "windows, interleaved")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +29,8 @@ def some_prompts() -> list[Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_greedy_tokens_do_not_depend_on_the_cache(plan: str, variant: str) -> None:
-    model, prompts = tiny_decoder(plan, **VARIANTS[variant]), some_prompts()
+    changes = {} if variant == "plain" else dict(rope_interleaved=True, **hybrid(plan))
+    model, prompts = tiny_decoder(plan, **changes), some_prompts()
     slow = model.generate(prompts, NEW, use_cache=False)
     assert slow.shape == (4, 11 + NEW) and slow.dtype == torch.int64
     for b, prompt in enumerate(prompts):

@@ -30,6 +30,7 @@ LAYERS = [
     {"fusion"},
     {"cache"},
     {"attention"},
+    {"moe"},
     {"cuda_graph"},
     {"generation"},
     {"decoder"},

@@ -79,7 +79,13 @@ def run_in(folder: Path, config: TrainConfig, **options: int) -> loop.RunResult:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"run.precision": "bf16"}, {"run.accumulate": 2, "model.plan": "yoco"}]
+    "change",
+    [
+        {},
+        {"run.precision": "bf16"},
+        {"run.accumulate": 2, "model.plan": "yoco"},
+        {"model.num_experts": 4, "model.router_aux_loss_coef": 0.1, "run.precision": "bf16"},
+    ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     config: TrainConfig, tmp_path: Path, change: dict[str, object]
@@ -308,6 +314,40 @@ def test_learning_rate_warms_up_then_follows_a_cosine_down() -> None:
     assert middle == pytest.approx(0.55, abs=1e-3)
 
 
+def test_layer_types_repeat_over_the_layers_and_experts_are_made() -> None:
+    changes = [
+        ("model.num_hidden_layers", "5"), ("model.plan", "vanilla"), ("model.sliding_window", "16"),
+        ("model.layer_types", "sliding_attention, full_attention"),
+        ("model.num_experts", "8"), ("model.mlp_only_layers", "0, 3"),
+    ]  # fmt: skip
+    config = TrainConfig().updated(changes, as_text=True)
+    made = build_model(config, 256).config
+    assert made.layer_types == ("sliding_attention", "full_attention") * 2 + ("sliding_attention",)
+    assert [made.has_experts(i) for i in range(5)] == [False, True, True, False, True]
+    assert made.moe_intermediate_size == made.intermediate_size // 2
+    default = build_model(config.updated([("model.layer_types", [])]), 256).config
+    assert default.layer_types == ("sliding_attention",) * 5
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 9}, "model.layer_types has 9 entries for 8 layers"),
+        ({"layer_types": ["sliding_attention"]}, "model: sliding_window must be given"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+            "model: layer_types: layer 4 has full attention but reads the cache of layer 3",
+        ),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "model: num_experts_per_tok must be"),
+    ],
+)
+def test_models_that_cannot_be_are_errors_of_the_configuration(change: dict, message: str) -> None:
+    config = TrainConfig().updated((f"model.{name}", value) for name, value in change.items())
+    with pytest.raises(ConfigError, match=message):
+        build_model(config, 256)
+
+
 def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(config: TrainConfig) -> None:
     state = torch.random.get_rng_state()
     a, b = build_model(config, 256), build_model(config, 256)
@@ -347,6 +387,8 @@ def test_values_are_read_as_the_type_of_their_key() -> None:
         ("run.steps", "0", "run.steps must be >= 1, got 0"),
         ("model.qk_norm", "maybe", "model.qk_norm must be true or false"),
         ("model.sliding_window", "x", "model.sliding_window must be an integer or none"),
+        ("model.num_experts", "-1", "model.num_experts must be >= 0, got -1"),
+        ("model.mlp_only_layers", "1,x", "model.mlp_only_layers must be a list of integers, got '1,x'"),
         ("optim.lr", "nan", "optim.lr must be > 0, got nan"),
         ("run.precision", "fp8", 'run.precision must be "fp32" or "bf16"'),
         ("run.accumulate", "3", r"run.batch_size \(16\) must be a multiple of run.accumulate \(3\)"),

@@ -45,6 +45,15 @@ CUT = {
 }
 
 
+def hybrid(plan: CachePlan | str) -> dict[str, object]:
+    """Windows on every other layer, but for those whose cache another layer reads: these see everything."""
+    plan = PLANS[plan] if isinstance(plan, str) else plan
+    read = {j for i in range(plan.num_layers) for j in plan.source_layers(i)}
+    sliding = [i % 2 == 1 and i not in read for i in range(plan.num_layers)]
+    types = tuple("sliding_attention" if slides else "full_attention" for slides in sliding)
+    return dict(sliding_window=4, layer_types=types)
+
+
 def randomise_fusion(module: nn.Module) -> None:
     """Moves fusion weights off their initial values: a source with weight 0 or 1 could hide a mistake."""
     for part in module.modules():

@@ -37,7 +37,15 @@ class ModelSection:
     attention_bias: bool = False
     tie_word_embeddings: bool = True
     sliding_window: int | None = None
+    layer_types: list[str] = field(default_factory=list)  # repeated over the layers; empty: as DecoderConfig
     recompute_fusion: bool = False  # fuse again in the backward instead of keeping fused keys and values
+    num_experts: int = 0  # 0: a dense feed-forward network
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 0  # 0: intermediate_size / num_experts_per_tok
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.001
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -196,9 +204,9 @@ def literal(text: str) -> Any:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("none" if arm is type(None) else _type_name(arm) for arm in get_args(hint))
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(
-        hint, "a list of texts" if get_origin(hint) is list else "a table"
-    )
+    if get_origin(hint) is list:
+        return "a list of integers" if get_args(hint) == (int,) else "a list of texts"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a table")
 
 
 def _coerce(key: str, value: Any, hint: Any, as_text: bool) -> Any:
@@ -225,7 +233,7 @@ def _from_text(text: str, kind: Any) -> Any:
     if kind is type(None) and text.lower() == "none":
         return None
     if get_origin(kind) is list:
-        return [part.strip() for part in text.split(",") if part.strip()]
+        return [_from_text(part.strip(), *get_args(kind)) for part in text.split(",") if part.strip()]
     return _from_value(literal(text), kind)
 
 
@@ -235,9 +243,7 @@ def _from_value(value: Any, kind: Any) -> Any:
     expected = get_origin(kind) or kind
     if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):
         raise TypeError
-    if expected is list and not all(isinstance(part, str) for part in value):
-        raise TypeError
-    return value
+    return [_from_value(part, *get_args(kind)) for part in value] if expected is list else value
 
 
 # (key, test, what is expected). Limits between two keys are checked in `_validate`.
@@ -245,7 +251,8 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     *((f"model.{name}", lambda value: value >= 1, ">= 1") for name in (
         "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
         "max_position_embeddings")),
-    ("model.intermediate_size", lambda value: value >= 0, ">= 0"),
+    *((f"model.{name}", lambda value: value >= 0, ">= 0") for name in (
+        "intermediate_size", "num_experts", "moe_intermediate_size")),
     ("data.seq_len", lambda value: value >= 2, ">= 2"),
     ("data.valid_fraction", lambda value: 0 < value < 1, "between 0 and 1"),
     ("optim.lr", lambda value: 0 < value < float("inf"), "> 0"),

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +78,31 @@ def resolve_plan(section: ModelSection) -> CachePlan:
         raise ConfigError(f"model.plan: {error}") from error
 
 
+def resolve_layer_types(section: ModelSection) -> tuple[str, ...] | None:
+    """`model.layer_types`, repeated until every layer has one; None where the list is empty."""
+    pattern, layers = section.layer_types, section.num_hidden_layers
+    if len(pattern) > layers:
+        raise ConfigError(
+            f"model.layer_types has {len(pattern)} entries for {layers} layers; give at most one per layer"
+        )
+    return tuple(pattern[i % len(pattern)] for i in range(layers)) if pattern else None
+
+
 def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
-    """A decoder with initial weights drawn from `run.seed`; torch's global generator is left as it was."""
+    """A decoder with initial weights drawn from `run.seed`; torch's global generator is left as it was.
+
+    Raises ConfigError for sections that `DecoderConfig` does not take.
+    """
     section = config.model
-    width = section.intermediate_size or -(-section.hidden_size * 8 // 3 // 64) * 64
-    decoder_config = DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=section.hidden_size,
-        intermediate_size=width,
-        num_hidden_layers=section.num_hidden_layers,
-        num_attention_heads=section.num_attention_heads,
-        num_key_value_heads=section.num_key_value_heads,
-        head_dim=section.head_dim,
-        plan=resolve_plan(section),
-        rope_theta=section.rope_theta,
-        rms_norm_eps=section.rms_norm_eps,
-        qk_norm=section.qk_norm,
-        attention_bias=section.attention_bias,
-        tie_word_embeddings=section.tie_word_embeddings,
-        max_position_embeddings=section.max_position_embeddings,
-        sliding_window=section.sliding_window,
-        recompute_fusion=section.recompute_fusion,
-    )
+    values = {item.name: getattr(section, item.name) for item in fields(section)}
+    del values["plan_options"]
+    values["intermediate_size"] = section.intermediate_size or -(-section.hidden_size * 8 // 3 // 64) * 64
+    values["moe_intermediate_size"] = section.moe_intermediate_size or None
+    values |= {"plan": resolve_plan(section), "layer_types": resolve_layer_types(section)}
+    try:
+        decoder_config = DecoderConfig(vocab_size=vocab_size, **values)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return Decoder(decoder_config)
