@@ -14,7 +14,7 @@ from types import ModuleType
 
 from fusedkv_ext.train.config import ConfigError
 
-COMMANDS = ("demo", "train", "generate", "plan", "info", "plot", "bench", "compare")
+COMMANDS = ("demo", "train", "generate", "plan", "info", "plot", "bench", "compare", "probe", "grads")
 
 
 def _module(name: str) -> ModuleType:

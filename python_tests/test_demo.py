@@ -16,6 +16,7 @@ from fusedkv_ext.train.progress import SilentProgress
 
 pytest.importorskip("matplotlib")
 
+from fusedkv_ext import figures
 from fusedkv_ext.demo import measure, plots, report, training
 from fusedkv_ext.demo.run import run_demo
 from fusedkv_ext.demo.settings import PLANS, DemoSettings, quick
@@ -186,8 +187,8 @@ def test_curves_of_unfinished_runs_are_drawn(tmp_path: Path) -> None:
         {"kind": "train", "step": i, "tokens": i * 100, "loss": 5 / i, "bits_per_byte": 7 / i} for i in (1, 2)
     ]
     for unit in ("bits", "nats"):
-        figure = plots.loss_curves({"short": records, "fusedkv": records[:1]}, unit=unit)
-        plots.save(figure, tmp_path / f"{unit}.png")
+        figure = figures.loss_curves({"short": records, "fusedkv": records[:1]}, unit=unit)
+        figures.save(figure, tmp_path / f"{unit}.png")
     assert not list(tmp_path.glob(".*"))
 
 

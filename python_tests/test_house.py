@@ -36,6 +36,7 @@ LAYERS = [
     {"decoder"},
     {"checkpoint"},
     {"train"},
+    {"figures"},
     {"bench"},
     {"demo"},
     {"experiments"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from fusedkv_ext.decoder import Decoder, DecoderConfig
 from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
+from fusedkv_ext.train.config import TrainConfig
 
 LAYERS = 4
 NAMED = CachePlan.names()
@@ -85,3 +88,56 @@ def tiny_decoder(plan: CachePlan | str, **changes: object) -> Decoder:
     model = Decoder(tiny_config(plan, **changes))
     randomise_fusion(model)
     return model
+
+
+def tiny_run(folder: Path, **changes: object) -> TrainConfig:
+    """Training of a tiny model for a few steps, on a text that is written into `folder`."""
+    text = folder / "text"
+    text.mkdir(exist_ok=True)
+    for i in range(8):
+        (text / f"{i}.txt").write_text(f"{i} the quick brown fox jumps over the lazy dog {i}\n" * 40)
+    values = {
+        "model.num_hidden_layers": LAYERS,
+        "model.hidden_size": 32,
+        "model.num_attention_heads": 2,
+        "model.num_key_value_heads": 2,
+        "model.head_dim": 16,
+        "data.text": [str(text)],
+        "data.cache_dir": str(folder / "cache"),
+        "data.seq_len": 32,
+        "optim.warmup_steps": 2,
+        "run.batch_size": 4,
+        "run.steps": 6,
+        "run.log_every": 1,
+        "run.valid_batches": 2,
+        "run.save_every": 2,
+        "run.device": "cpu",
+    }
+    return TrainConfig().updated({**values, **changes}.items())
+
+
+def killed_after(calls: int) -> Callable[[], bool]:
+    """A `should_stop` that ends the process, as it were, when it is asked once more than that."""
+    left = iter([False] * calls)
+
+    def should_stop() -> bool:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return False
+
+    return should_stop
+
+
+def options(config: TrainConfig) -> list[str]:
+    """The command line of `fusedkv probe` and `fusedkv grads` that asks for one seed of `config`, whatever
+    their own defaults are; of its plan it says nothing.
+    """
+    values = {
+        f"{section}.{name}": value
+        for section, keys in config.to_dict().items()
+        for name, value in keys.items()
+        if f"{section}.{name}" not in ("model.plan", "model.plan_options", "data.text", "run.steps")
+    }
+    texts = {key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()}
+    flags = [part for key, text in texts.items() for part in ("--set", f"{key}={text}")]
+    return ["--text", *config.data.text, "--steps", str(config.run.steps), "--seeds", "1", *flags]

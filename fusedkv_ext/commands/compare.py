@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(result: Result, curves: dict[str, list[tuple[float, float]]], out: Path) -> None:
-    from fusedkv_ext.demo.plots import save
     from fusedkv_ext.experiments import comparison_plots
+    from fusedkv_ext.figures import save
 
     (out / "comparison.json").write_text(json.dumps({**result, "curves": curves}, indent=1), encoding="utf-8")
     save(comparison_plots.loss_over_cache(result), out / "loss_over_cache.png")

@@ -1,34 +1,53 @@
-"""fusedkv plot: draw the loss curves of one or several runs into one picture.
+"""fusedkv plot: draw the loss curves of runs into one picture, or the result of a probe or of gradient norms.
 
-The name of a curve is the name of the file's folder, or the plan where folders do not differ.
+What is drawn is seen from the file. The name of a loss curve is the name of the file's folder, or its path
+where folders do not differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fusedkv_ext.train.config import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = ("probe.json", "grads.json")  # what a folder is looked through for, before metrics.jsonl
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl files, or the folders of runs")
     parser.add_argument(
-        "--out", type=Path, default=Path("loss.png"), help="picture to write: .png, .svg or .pdf"
+        "files", nargs="+", type=Path, metavar="FILE",
+        help="metrics.jsonl files, a probe.json or a grads.json, or the folders of such",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, help="picture to write: .png, .svg or .pdf (default: KIND.png, such as loss.png)"
     )
     parser.add_argument(
-        "--unit", choices=("bits", "nats"), default="bits", help="bits per byte, or nats per token"
-    )
+        "--unit", choices=("bits", "nats"), default="bits",
+        help="of loss curves: bits per byte, or nats per token",
+    )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--out must end in .png, .svg or .pdf, got {args.out}")
-    from fusedkv_ext.demo import plots
+def _file_in(path: Path) -> Path:
+    """The file that a folder is drawn from."""
+    if not path.is_dir():
+        return path
+    for name in (*RESULTS, "metrics.jsonl"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"{path} holds neither {' nor '.join(RESULTS)} nor metrics.jsonl")
+
+
+def _loss(files: Sequence[Path], unit: str) -> tuple[Figure, list[str]]:
+    from fusedkv_ext.figures import loss_curves
     from fusedkv_ext.train.metrics import read_metrics
 
-    files = [path / "metrics.jsonl" if path.is_dir() else path for path in args.metrics]
     curves = {}
     for path in files:
         records = read_metrics(path)
@@ -36,7 +55,45 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} holds no training records yet")
         name = path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem
         curves[name if name not in curves else str(path)] = records
-    figure = plots.loss_curves(curves, unit=args.unit)
-    plots.save(figure, args.out)
-    print(json.dumps({"out": str(args.out), "curves": list(curves)}) if args.json else f"wrote {args.out}")
+    return loss_curves(curves, unit=unit), list(curves)
+
+
+def _result(path: Path) -> tuple[str, Figure]:
+    """(kind, picture) of a result file."""
+    from fusedkv_ext.experiments import figures, gradients, probe
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected a {' or a '.join(RESULTS)}")
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected a {' or a '.join(RESULTS)}") from error
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "probe":
+        return kind, figures.probe_maps(probe.read_probe(path, content))
+    if kind == "grads":
+        return kind, figures.gradient_norms(gradients.read_gradients(path, content))
+    raise ValueError(
+        f"{path} has the kind {kind!r}; expected the probe.json of `fusedkv probe` or the grads.json of "
+        "`fusedkv grads`"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is not None and args.out.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--out must end in .png, .svg or .pdf, got {args.out}")
+    from fusedkv_ext.figures import save
+
+    files = [_file_in(path) for path in args.files]
+    results = [path for path in files if path.suffix == ".json"]
+    if results and len(files) > 1:
+        raise ConfigError(f"{results[0]} is a picture of its own; draw it alone, or give metrics.jsonl only")
+    said: dict[str, Any] = {}
+    if results:
+        kind, figure = _result(results[0])
+    else:
+        kind = "loss"
+        figure, said["curves"] = _loss(files, args.unit)
+    out = save(figure, args.out or Path(f"{kind}.png"))
+    print(json.dumps({"out": str(out), "kind": kind, **said}) if args.json else f"wrote {out}")
     return 0

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
+def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
     """What the command line changes in a configuration, in rising priority: file, --set, options."""
     pairs = []
     for entry in args.set:
@@ -62,10 +62,9 @@ def _changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
         if not equals:
             raise ConfigError(f"--set takes KEY=VALUE, got {entry!r}")
         pairs.append((key.strip(), value.strip()))
-    pairs += [
-        (key, getattr(args, name)) for name, key in _SHORTCUTS.items() if getattr(args, name) is not None
-    ]
-    lists = [(f"data.{name}", getattr(args, name)) for name in ("text", "valid_text") if getattr(args, name)]
+    given = vars(args)  # commands that train more than one model have not all of the options
+    pairs += [(key, given[name]) for name, key in _SHORTCUTS.items() if given.get(name) is not None]
+    lists = [(f"data.{name}", given[name]) for name in ("text", "valid_text") if given.get(name)]
     table = load_toml(args.config) if args.config else None
 
     def change(config: TrainConfig) -> TrainConfig:
@@ -85,7 +84,7 @@ def _print_keys() -> int:
 
 
 @contextmanager
-def _stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
+def stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once."""
     caught: list[int] = []
     announced = False
@@ -110,7 +109,7 @@ def _stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _deterministic(device: torch.device) -> None:
+def deterministic(device: torch.device) -> None:
     """CUDA has faster kernels whose sums run in any order; resuming bit for bit needs the others."""
     if device.type == "cuda":
         import torch
@@ -124,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         return _print_keys()
     if args.stop_after is not None and args.stop_after < 1:
         raise ConfigError(f"--stop-after must be >= 1, got {args.stop_after}")
-    change = _changes(args)
+    change = changes(args)
     from fusedkv_ext.train import checkpoints, loop
     from fusedkv_ext.train.progress import make_progress
 
@@ -138,13 +137,13 @@ def run(args: argparse.Namespace) -> int:
         else:
             this = loop.start(change(TrainConfig()), args.out)
         trainer = this.trainer
-        _deterministic(trainer.device)
+        deterministic(trainer.device)
         progress.line(f"text: {trainer.data.info}")
         progress.line(
             f"model: {trainer.config.model.plan}, {trainer.num_parameters:,} parameters, {trainer.device}, "
             f"{trainer.config.run.precision}, {trainer.tokens_per_step:,} tokens per step"
         )
-        with _stop_signals(progress) as should_stop:
+        with stop_signals(progress) as should_stop:
             result = loop.run(this, progress, stop_after=args.stop_after, should_stop=should_stop)
             interrupted = should_stop()
     finally:

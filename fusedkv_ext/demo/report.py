@@ -66,7 +66,11 @@ def cells(result: DemoResult) -> list[list[str]]:
 
 def table(result: DemoResult) -> str:
     """The table as text, columns aligned."""
-    rows = cells(result)
+    return aligned(cells(result))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first of them a header: the first column flush left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fusedkv_ext import figures
 from fusedkv_ext.checkpoint import save_pretrained
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.demo import measure, plots, report
@@ -143,11 +144,11 @@ def _draw(
         (f"Decoding at {context} tokens", "ms per token", {m.name: m.token_ms for m in result.models}),
     ]
     curves = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
-    figures = {
+    pictures = {
         "loss": (
             "Loss",
             "Training (lines) and validation loss (dots) in bits per byte over training tokens.",
-            plots.loss_curves(curves),
+            figures.loss_curves(curves),
         ),
         "cache": (
             "Cache and time",
@@ -161,12 +162,12 @@ def _draw(
             plots.fusion_weights(_fused_sources(models[PLANS[-1]])),
         ),
     }
-    for name, (_, _, figure) in figures.items():
-        plots.save(figure, out / f"{name}.png")
-    pictures = [
-        (heading, text, (out / f"{name}.png").read_bytes()) for name, (heading, text, _) in figures.items()
+    for name, (_, _, figure) in pictures.items():
+        figures.save(figure, out / f"{name}.png")
+    shown = [
+        (heading, text, (out / f"{name}.png").read_bytes()) for name, (heading, text, _) in pictures.items()
     ]
-    report.write(out / "report.html", report.page(result, pictures))
+    report.write(out / "report.html", report.page(result, shown))
     report.write_json(out / "results.json", result)
 
 
@@ -180,7 +181,7 @@ def run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.De
 
 
 def _run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.DemoResult:
-    plots.need_matplotlib()
+    figures.need_matplotlib()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     progress.line("reading the text (once; later runs find it encoded)")

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from fusedkv_ext.demo.measure import in_turns
+from fusedkv_ext.experiments import runs
 from fusedkv_ext.experiments.entries import Entry
-from fusedkv_ext.train import checkpoints, loop
+from fusedkv_ext.train import loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 from fusedkv_ext.train.data import TokenData
 from fusedkv_ext.train.metrics import read_metrics
@@ -132,26 +133,10 @@ def read_result(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
 def train_run(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
     """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
     torch.set_num_threads(threads)
-    config = loop.absolute_paths(config)
-    result = read_result(folder, config)
-    if result is not None:
-        return result
-    if checkpoints.latest(folder / "checkpoints") is not None:
-        run, _ = loop.resume(folder)
-        if run.trainer.config != config:
-            raise ConfigError(
-                f"{folder} holds a run with other settings; choose another --out, or delete that folder"
-            )
-    else:
-        run = loop.start(config, folder)
-    result = {
-        "config": config.to_dict(),
-        "parameters": run.trainer.num_parameters,
-        "data": run.trainer.data.info.key,
-    }
+    result: dict[str, Any] = {"config": config.to_dict()}
     try:
-        ended = loop.run(run, SilentProgress())
-        result |= {"valid_loss": ended.valid_loss, "valid_bits_per_byte": ended.valid_bits_per_byte}
+        done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
+        result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
     except TrainingDiverged as error:  # a result, too: this rate is too high for this method
         result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
     scratch = folder / f".{RESULT}.{os.getpid()}"

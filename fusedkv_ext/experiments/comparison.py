@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.experiments.compare import Budget, Results, RunKey, best_rate
+from fusedkv_ext.experiments.compare import Budget, Results, RunKey, best_rate, parameters
 from fusedkv_ext.experiments.entries import Entry
 from fusedkv_ext.plan import METHODS
 from fusedkv_ext.train.config import TrainConfig
@@ -43,14 +43,13 @@ def summarise(
     for entry, config in methods.items():
         losses = _losses(entry, budget, results)
         gaps = [loss - base for loss, base in zip(losses, baseline, strict=False)]
-        some = results[RunKey(entry, budget.rates[0], 0)]
         rows.append(
             {
                 "label": entry.label,
                 "method": entry.method,
                 "options": dict(entry.options),
                 "paper": METHODS[entry.method].paper,
-                "parameters": some["parameters"],
+                "parameters": parameters(config, data["vocab_size"]),
                 "kv_heads": config.model.num_key_value_heads,
                 "intermediate_size": config.model.intermediate_size,
                 "cache_bytes_per_token": cache_bytes_per_token(config),

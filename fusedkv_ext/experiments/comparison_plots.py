@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.train.extras import need
+from fusedkv_ext.figures import line_style, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,6 @@ _FAMILIES = {
     "resformer": "#CC79A7",
     "svformer": "#CC79A7",
 }
-_STYLES = ("-", "--", "-.", ":")
 
 
 def _colour(label: str) -> str:
@@ -35,13 +34,9 @@ def _colour(label: str) -> str:
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = need("matplotlib.figure", "Drawing").Figure(
-        figsize=(width, height), layout="constrained", dpi=150
-    )
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#E4E4E4", linewidth=0.6)
-    axes.set_axisbelow(True)
+    figure, axes = new_figure(width, height)
+    tidy(axes)
+    axes.grid(True, axis="x", color="#DDDDDD", linewidth=0.6)
     return figure, axes
 
 
@@ -65,7 +60,7 @@ def loss_over_tokens(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
     for index, (name, points) in enumerate(curves.items()):
         tokens = [point[0] / 1e6 for point in points]
         losses = [point[1] for point in points]
-        style = _STYLES[index % len(_STYLES)]
+        style = line_style(index)
         axes.plot(tokens, losses, style, color=_colour(name), linewidth=1.3, marker="o", markersize=2.5)
         ends.append((losses[-1], name, _colour(name)))
     late = [point[1] for points in curves.values() for point in points[len(points) // 2 :]]

@@ -78,7 +78,7 @@ def made(text: str, results: Path) -> str:
 
 def main(root: Path) -> None:
     """Makes the page of the repository at ``root`` and its pictures anew."""
-    from fusedkv_ext.demo.plots import save
+    from fusedkv_ext.figures import save
 
     path = root / DOCUMENT
     path.write_text(made(path.read_text(encoding="utf-8"), root / RESULTS), encoding="utf-8")

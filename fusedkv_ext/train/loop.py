@@ -181,6 +181,8 @@ def run(
         while trainer.step < end and not should_stop():
             result = trainer.train_step()
             pending.append(result.loss)
+            if result.observed is not None:
+                log.write({**result.observed, "step": result.step})
             text = ""
             if result.step % config.log_every == 0 or result.step == end:
                 train_loss = sum(pending) / len(pending)

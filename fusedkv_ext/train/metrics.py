@@ -1,8 +1,9 @@
 """Metrics of a run: one JSON object per line, readable while the run goes on and after it was killed.
 
 Records have a `kind`: "run" (once per start: names, sizes, configuration), "train" (means since the last such
-record) and "valid". Losses are natural-log cross entropy per predicted token; `bits_per_byte` is the same
-loss per byte of text. `seconds` counts training time over all starts, validation and saving left out.
+record) and "valid"; `Trainer.observe` adds others: "grads" (norms of gradients, experiments/gradients.py).
+Losses are natural-log cross entropy per predicted token; `bits_per_byte` is the same loss per byte of text.
+`seconds` counts training time over all starts, validation and saving left out.
 """
 
 from __future__ import annotations

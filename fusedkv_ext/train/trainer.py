@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +22,7 @@ from fusedkv_ext.fusion import param_groups
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.train.config import ConfigError, ModelSection, OptimSection, TrainConfig
 from fusedkv_ext.train.data import TokenData, check_length, training_batch, validation_batches
-from fusedkv_ext.train.metrics import bits_per_byte
+from fusedkv_ext.train.metrics import Record, bits_per_byte
 
 
 class TrainingDiverged(RuntimeError):
@@ -37,6 +37,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    observed: Record | None = None  # what `Trainer.observe` returned
 
 
 def learning_rate(step: int, optim: OptimSection, steps: int) -> float:
@@ -130,6 +131,9 @@ class Trainer:
         )
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # spent in them, over all starts
+        # Called with a step's number and the model, its gradients not yet clipped; what it returns goes to
+        # the metrics. No part of the run's state: whoever resumes a run sets it again.
+        self.observe: Callable[[int, nn.Module], Record | None] | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -170,6 +174,7 @@ class Trainer:
                 part_loss = self.model(ids, labels=ids)[1] / run.accumulate
             part_loss.backward()
             loss += part_loss.item()
+        observed = self.observe(self.step + 1, self.model) if self.observe else None
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
         rate = learning_rate(self.step, optim, run.steps)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -183,7 +188,7 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.seconds += time.perf_counter() - started
-        return StepResult(self.step, loss, norm, rate)
+        return StepResult(self.step, loss, norm, rate, observed)
 
     @torch.no_grad()
     def evaluate(self, max_batches: int | None = None) -> float:

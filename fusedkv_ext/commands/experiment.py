@@ -1,0 +1,62 @@
+"""What the commands that train several runs share: their options, and a session that may be interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusedkv_ext.commands.train import changes, deterministic, stop_signals
+from fusedkv_ext.train.config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from fusedkv_ext.train.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path(out),
+        help="folder of the runs and the result; the same command again goes on (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
+    )
+    parser.add_argument("--steps", metavar="N", help="optimizer steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, metavar="K", help="runs, with seeds from run.seed on")
+    parser.add_argument("--config", metavar="FILE", help="TOML with the sections model, data, optim, run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example optim.lr=1e-3"
+    )
+
+
+def configuration(args: argparse.Namespace, defaults: Mapping[str, Any]) -> TrainConfig:
+    """The command's defaults with what the command line changes."""
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {args.seeds}")
+    return changes(args)(TrainConfig().updated(defaults.items()))
+
+
+@contextmanager
+def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Progress, Callable[[], bool]]]:
+    """A progress, and the question whether to stop; finds out what is missing before anything is trained."""
+    from fusedkv_ext.figures import need_matplotlib
+    from fusedkv_ext.train.progress import make_progress
+    from fusedkv_ext.train.trainer import resolve_device
+
+    need_matplotlib()
+    deterministic(resolve_device(config.run.device))
+    progress = make_progress(sys.stderr if args.json else sys.stdout)
+    try:
+        with stop_signals(progress) as should_stop:
+            yield progress, should_stop
+    finally:
+        progress.close()
+
+
+def stopped(args: argparse.Namespace) -> int:
+    """Says how to go on; returns the exit code."""
+    print(f"stopped; the same command with --out {args.out} goes on", file=sys.stderr)
+    return 130

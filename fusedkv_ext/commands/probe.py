@@ -1,0 +1,35 @@
+"""fusedkv probe: train the dense-fusion probe and draw which source layers its keys and values come from.
+
+Writes probe.json, probe.png and the runs into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from fusedkv_ext.commands import experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.add_arguments(parser, out="probe")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.demo.report import write
+    from fusedkv_ext.experiments import figures, probe, runs
+    from fusedkv_ext.figures import save
+
+    config = experiment.configuration(args, probe.DEFAULTS)
+    try:
+        with experiment.session(args, config) as (progress, should_stop):
+            found = probe.run_probe(config, args.seeds, args.out, progress, should_stop)
+    except runs.Stopped:
+        return experiment.stopped(args)
+    text = runs.dumps(found.to_dict())
+    write(args.out / "probe.json", text)
+    save(figures.probe_maps(found), args.out / "probe.png")
+    if args.json:
+        print(text, end="")
+    else:
+        print(f"\n{probe.table(found)}\nwrote {args.out}/probe.json and probe.png")
+    return 0
