@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusedkv_ext.experiments.configs import find, names
 from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys, load_toml
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="NAME", help="cache plan, see `fusedkv plan` (default: fusedkv)")
     parser.add_argument("--steps", metavar="N", help="optimizer steps of the whole run")
     parser.add_argument("--seed", metavar="N", help="of the weights and of the order of the text")
-    parser.add_argument("--config", metavar="FILE", help="TOML with the sections model, data, optim, run")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"TOML with the sections model, data, optim, run, or one that is here: {', '.join(names())}",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example optim.lr=1e-3"
     )
@@ -65,7 +70,7 @@ def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
     given = vars(args)  # commands that train more than one model have not all of the options
     pairs += [(key, given[name]) for name, key in _SHORTCUTS.items() if given.get(name) is not None]
     lists = [(f"data.{name}", given[name]) for name in ("text", "valid_text") if given.get(name)]
-    table = load_toml(args.config) if args.config else None
+    table = load_toml(find(args.config)) if args.config else None
 
     def change(config: TrainConfig) -> TrainConfig:
         if table is not None:
@@ -123,8 +128,15 @@ def run(args: argparse.Namespace) -> int:
         return _print_keys()
     if args.stop_after is not None and args.stop_after < 1:
         raise ConfigError(f"--stop-after must be >= 1, got {args.stop_after}")
+    from fusedkv_ext.train import distributed
+
+    with distributed.session():
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     change = changes(args)
-    from fusedkv_ext.train import checkpoints, loop
+    from fusedkv_ext.train import checkpoints, distributed, loop
     from fusedkv_ext.train.progress import make_progress
 
     progress = make_progress(sys.stderr if args.json else sys.stdout)
@@ -145,9 +157,12 @@ def run(args: argparse.Namespace) -> int:
         )
         with stop_signals(progress) as should_stop:
             result = loop.run(this, progress, stop_after=args.stop_after, should_stop=should_stop)
-            interrupted = should_stop()
+            interrupted = distributed.any_rank(should_stop())
     finally:
         progress.close()
+    code = 130 if interrupted and not result.finished else 0
+    if distributed.rank():
+        return code
     if args.json:
         print(json.dumps(result.to_dict()))
     else:
@@ -156,4 +171,4 @@ def run(args: argparse.Namespace) -> int:
             f"{result.valid_loss:.4f}, {result.valid_bits_per_byte:.3f} bits/byte; "
             f"checkpoint {result.checkpoint}"
         )
-    return 130 if interrupted and not result.finished else 0
+    return code

@@ -61,12 +61,17 @@ def resolve(path: str | Path) -> Path:
     return found
 
 
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:08d}"
+
+
 def save(
     root: Path, model: Decoder, state: dict[str, Any], *, tokenizer: Tokenizer | None = None, keep: int = 2
 ) -> Path:
     """Writes `root/step-N` for N = state["step"] and deletes all but the newest `keep` checkpoints."""
     root.mkdir(parents=True, exist_ok=True)
-    target = root / f"step-{state['step']:08d}"
+    target = folder_of(root, state["step"])
     if not target.exists():  # otherwise a run that was stopped right after saving saves the same state again
         scratch = root / f".partial-{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)

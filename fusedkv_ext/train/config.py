@@ -57,6 +57,7 @@ class DataSection:
     valid_text: list[str] = field(default_factory=list)
     valid_fraction: float = 0.02
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
+    vocab_size: int = 0  # ids that the tokenizer is expected to have, within a tenth; 0: any number
     seq_len: int = 256
     cache_dir: str = ""  # empty: $XDG_CACHE_HOME/fusedkv
 
@@ -253,6 +254,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
         "max_position_embeddings")),
     *((f"model.{name}", lambda value: value >= 0, ">= 0") for name in (
         "intermediate_size", "num_experts", "moe_intermediate_size")),
+    ("data.vocab_size", lambda value: value >= 0, ">= 0"),
     ("data.seq_len", lambda value: value >= 2, ">= 2"),
     ("data.valid_fraction", lambda value: 0 < value < 1, "between 0 and 1"),
     ("optim.lr", lambda value: 0 < value < float("inf"), "> 0"),

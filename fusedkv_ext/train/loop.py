@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.train import checkpoints
+from fusedkv_ext.train import checkpoints, distributed
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 from fusedkv_ext.train.data import TokenData, prepare
 from fusedkv_ext.train.extras import need
-from fusedkv_ext.train.metrics import MetricsLog, Record
+from fusedkv_ext.train.metrics import MetricsLog, NoMetricsLog, Record
 from fusedkv_ext.train.progress import Progress
 from fusedkv_ext.train.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from fusedkv_ext.train.trainer import StepResult, Trainer, TrainingDiverged, build_model, resolve_device
@@ -53,12 +53,16 @@ class Run:
         return self.folder / "checkpoints"
 
     def save(self) -> Path:
+        """The checkpoint of this step. Under torchrun rank 0 writes it; all processes hold the same state."""
         trainer = self.trainer
+        if distributed.rank():
+            return checkpoints.folder_of(self.checkpoint_root, trainer.step)
         state = {
             **trainer.state_dict(),
             "config": trainer.config.to_dict(),
             "data_key": trainer.data.info.key,
             "threads": torch.get_num_threads(),
+            "processes": distributed.world_size(),
             "torch": str(torch.__version__),  # a plain string: only plain types are loaded again
         }
         return checkpoints.save(
@@ -67,9 +71,25 @@ class Run:
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
-    data = config.data
-    return prepare(
-        tokenizer, data.text, data.valid_text, valid_fraction=data.valid_fraction, cache_dir=data.cache_dir
+    """The token files of a configuration; rank 0 makes them, the others find them.
+
+    Raises ConfigError when the tokenizer is not of the size that `data.vocab_size` expects.
+    """
+    data, size = config.data, tokenizer.vocab_size
+    if data.vocab_size and abs(size - data.vocab_size) > data.vocab_size / 10:
+        raise ConfigError(
+            f"this configuration is for a vocabulary of about {data.vocab_size:,} (data.vocab_size), but "
+            f"{data.tokenizer or 'without data.tokenizer the vocabulary is bytes and'} has {size:,}; give "
+            "another one with --tokenizer, or train with this one by --set data.vocab_size=0"
+        )
+    return distributed.rank_zero_first(
+        lambda: prepare(
+            tokenizer,
+            data.text,
+            data.valid_text,
+            valid_fraction=data.valid_fraction,
+            cache_dir=data.cache_dir,
+        )
     )
 
 
@@ -97,13 +117,34 @@ def start(config: TrainConfig, folder: Path) -> Run:
         raise ConfigError(
             f"{folder} already holds a run; add --resume to go on with it, or choose another --out"
         )
+    distributed.check_batch(config)  # now, not after hours of encoding
     need("safetensors", "Writing checkpoints")  # to say so now, not at the first checkpoint
     config = absolute_paths(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     data = load_data(config, tokenizer)
     model = build_model(config, tokenizer.vocab_size)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    return Run(Trainer(model, data, config, resolve_device(config.run.device)), tokenizer, folder)
+    if distributed.rank() == 0:  # of a run that was killed before its first checkpoint
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    trainer = Trainer(model, data, config, resolve_device(config.run.device))
+    _check_alike(trainer)
+    return Run(trainer, tokenizer, folder)
+
+
+def _check_alike(trainer: Trainer) -> None:
+    """Raises ConfigError when the processes of torchrun do not begin with the same state."""
+    if distributed.world_size() == 1:
+        return
+    # Sums of integers: the same whatever the order in which a machine adds.
+    bits = [int(weight.detach().flatten().view(torch.uint8).sum()) for weight in trainer.model.parameters()]
+    distributed.check_alike(
+        {
+            "step": trainer.step,
+            "configuration": trainer.config,
+            "text": trainer.data.info.key,
+            "weights": bits,
+            "version of torch": torch.__version__,
+        }
+    )
 
 
 def resume(
@@ -117,7 +158,8 @@ def resume(
     newest = checkpoints.latest(folder / "checkpoints")
     if newest is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint to resume")
-    checkpoints.clean(folder / "checkpoints")
+    if distributed.rank() == 0:
+        checkpoints.clean(folder / "checkpoints")
     model, state = checkpoints.load(newest)
     saved = TrainConfig.from_dict(state["config"])
     config = absolute_paths(change(saved))
@@ -134,9 +176,11 @@ def resume(
         )
     trainer = Trainer(model, data, config, resolve_device(config.run.device))
     trainer.load_state_dict(state)
-    log = MetricsLog(folder / "metrics.jsonl")
-    log.forget_after(trainer.step)
-    log.close()
+    _check_alike(trainer)
+    if distributed.rank() == 0:
+        log = MetricsLog(folder / "metrics.jsonl")
+        log.forget_after(trainer.step)
+        log.close()
     return Run(trainer, tokenizer, folder), _differences(state, saved, config)
 
 
@@ -145,6 +189,9 @@ def _differences(state: dict[str, Any], saved: TrainConfig, config: TrainConfig)
     notes = []
     if state["threads"] != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} threads, {state['threads']} before")
+    processes = state.get("processes", 1)
+    if processes != distributed.world_size():
+        notes.append(f"{distributed.world_size()} processes, {processes} before")
     if state["torch"] != torch.__version__:
         notes.append(f"torch {torch.__version__}, {state['torch']} before")
     if _what_matters(config) != _what_matters(saved):
@@ -168,17 +215,19 @@ def run(
     """Trains to the configured number of steps, or stops early with a checkpoint.
 
     stop_after: number of steps (counted from the run's beginning) after which to stop. should_stop: asked
-    after each step. Raises TrainingDiverged naming the checkpoint to go back to.
+    after each step; what one process of torchrun answers stops them all after the same step. Raises
+    TrainingDiverged naming the checkpoint to go back to.
     """
     trainer, config = this.trainer, this.trainer.config.run
     end = min(config.steps, stop_after or config.steps)
-    log = MetricsLog(this.folder / "metrics.jsonl")
+    log = NoMetricsLog() if distributed.rank() else MetricsLog(this.folder / "metrics.jsonl")
     log.write(_describe(this))
     progress.task("train", config.steps, trainer.step)
     pending: list[float] = []
+    stopped = False
     started, train_loss, valid_loss = (trainer.step, trainer.seconds), None, None
     try:
-        while trainer.step < end and not should_stop():
+        while trainer.step < end and not (stopped := distributed.any_rank(should_stop())):
             result = trainer.train_step()
             pending.append(result.loss)
             if result.observed is not None:
@@ -197,6 +246,8 @@ def run(
                 valid_loss = _validate(trainer, log, progress)
             if result.step % config.save_every == 0:
                 this.save()
+        if stopped:
+            this.save()  # before the validation: whoever sent the signal may not wait for that
         valid_loss = _validate(trainer, log, progress) if valid_loss is None else valid_loss
         saved = this.save()
     except TrainingDiverged as error:
@@ -227,6 +278,7 @@ def _describe(this: Run) -> dict[str, Any]:
         "parameters": trainer.num_parameters,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "data": asdict(trainer.data.info),
@@ -269,7 +321,7 @@ def valid_record(trainer: Trainer, loss: float) -> Record:
     }
 
 
-def _validate(trainer: Trainer, log: MetricsLog, progress: Progress) -> float:
+def _validate(trainer: Trainer, log: MetricsLog | NoMetricsLog, progress: Progress) -> float:
     record = valid_record(trainer, trainer.evaluate())
     log.write(record)
     progress.line(

@@ -54,6 +54,14 @@ class MetricsLog:
         os.replace(scratch, self.path)
 
 
+class NoMetricsLog:
+    """Keeps nothing: what all processes but the first write to."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(path: str | Path) -> list[Record]:
     """All records of a file. A torn last line, left by a killed process, is passed over.
 

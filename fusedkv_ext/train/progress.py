@@ -91,7 +91,13 @@ class RichProgress:
 
 
 def make_progress(stream: TextIO | None = None, interval: float = 5.0) -> Progress:
-    """Bars when `stream` (default: stdout) is a terminal and the package rich is there, else plain lines."""
+    """Bars when `stream` (default: stdout) is a terminal and the package rich is there, else plain lines;
+    silence on all processes of torchrun but the first.
+    """
+    from fusedkv_ext.train import distributed
+
+    if distributed.rank():
+        return SilentProgress()
     stream = stream or sys.stdout
     if stream.isatty():
         try:

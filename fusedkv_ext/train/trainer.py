@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fusedkv_ext.decoder import Decoder, DecoderConfig
 from fusedkv_ext.fusion import param_groups
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.train import distributed
 from fusedkv_ext.train.config import ConfigError, ModelSection, OptimSection, TrainConfig
 from fusedkv_ext.train.data import TokenData, check_length, training_batch, validation_batches
 from fusedkv_ext.train.metrics import Record, bits_per_byte
@@ -50,8 +52,8 @@ def learning_rate(step: int, optim: OptimSection, steps: int) -> float:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where torch has one. Raises ConfigError for a device that is
-    not there.
+    """The device of a name; "auto" is CUDA where torch has one, and under torchrun a GPU per process. Raises
+    ConfigError for a device that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +63,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device here")
-    return device
+    return distributed.local_device(device)
 
 
 def resolve_plan(section: ModelSection) -> CachePlan:
@@ -113,10 +115,13 @@ class Trainer:
     """Trains a module that maps `(ids, labels)` to `(logits, loss)`; labels are the ids, shifted inside the
     module.
 
-    model: fp32 weights, moved to `device`. Raises ConfigError when the text is shorter than one window.
+    model: fp32 weights, moved to `device`; the same on all processes of torchrun, each of which runs its
+    rows of every batch (`distributed`). Raises ConfigError for a batch size that they cannot share, and
+    ValueError when the text is shorter than one window.
     """
 
     def __init__(self, model: nn.Module, data: TokenData, config: TrainConfig, device: torch.device) -> None:
+        distributed.check_batch(config)
         check_length(data.train, config.data.seq_len, "training")
         check_length(data.valid, config.data.seq_len, "validation")
         self.model = model.to(device)
@@ -152,12 +157,13 @@ class Trainer:
         return nullcontext()
 
     def _parts(self) -> Iterator[Tensor]:
-        """The windows of the coming step, in `accumulate` parts: the same windows however many parts there
-        are.
+        """This process's windows of the coming step, in `accumulate` parts: all processes together have the
+        same windows however many processes and parts there are.
         """
         run, data = self.config.run, self.config.data
         batch = training_batch(self.data.train, run.seed, self.step, run.batch_size, data.seq_len)
-        for part in batch.chunk(run.accumulate):
+        own = batch.chunk(distributed.world_size())[distributed.rank()]
+        for part in own.chunk(run.accumulate):
             yield part.to(self.device)
 
     def train_step(self) -> StepResult:
@@ -168,12 +174,14 @@ class Trainer:
         run, optim = self.config.run, self.config.optim
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        loss, parts = 0.0, run.accumulate * distributed.world_size()
         for ids in self._parts():
             with self._autocast():
-                part_loss = self.model(ids, labels=ids)[1] / run.accumulate
+                part_loss = self.model(ids, labels=ids)[1] / parts
             part_loss.backward()
             loss += part_loss.item()
+        distributed.sum_gradients(self.model)
+        (loss,) = distributed.total(loss)
         observed = self.observe(self.step + 1, self.model) if self.observe else None
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
         rate = learning_rate(self.step, optim, run.steps)
@@ -192,20 +200,24 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, max_batches: int | None = None) -> float:
-        """Mean loss, in nats per token, over windows of the validation text that are the same every time."""
+        """Mean loss, in nats per token, over windows of the validation text that are the same every time,
+        however many processes and parts share them.
+        """
         run, data = self.config.run, self.config.data
         was_training = self.model.training
         self.model.eval()
         total = rows = 0.0
         limit = max_batches or run.valid_batches
-        part = run.batch_size // run.accumulate
-        for ids in validation_batches(self.data.valid, part, data.seq_len, limit):
+        parts, world = run.accumulate * distributed.world_size(), distributed.world_size()
+        batches = validation_batches(self.data.valid, run.batch_size // parts, data.seq_len, limit * parts)
+        for ids in islice(batches, distributed.rank(), None, world):
             ids = ids.to(self.device)
             with self._autocast():
                 loss = self.model(ids, labels=ids)[1]
             total += loss.item() * len(ids)
             rows += len(ids)
         self.model.train(was_training)
+        total, rows = distributed.total(total, rows)
         return total / rows
 
     def state_dict(self) -> dict[str, Any]:
