@@ -11,6 +11,7 @@ from fusedkv_ext.checkpoint import load_pretrained, save_pretrained
 from fusedkv_ext.decoder import Decoder, DecoderConfig
 from fusedkv_ext.explain import Explanation, explain
 from fusedkv_ext.fusion import FusionWeights, param_groups
+from fusedkv_ext.mla import LatentAttention
 from fusedkv_ext.ops import (
     append_kvcache,
     debug_checks,
@@ -35,6 +36,7 @@ __all__ = [
     "Fusion",
     "FusionWeights",
     "KVCache",
+    "LatentAttention",
     "LayerPlan",
     "RotaryEmbedding",
     "Segment",

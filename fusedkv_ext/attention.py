@@ -204,7 +204,7 @@ class FusedKVAttention(nn.Module):
 
         Raises ValueError for wrong shapes, missing sources or a cache of another plan.
         """
-        self._check(x, sources, cache, last)
+        check_call(self, x, sources, cache, last)
         modules = self._modules  # as attributes each would be looked for in three places, at every token
         rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
@@ -230,22 +230,6 @@ class FusedKVAttention(nn.Module):
             q = cache.append(self.layer, key, value, query=q, rotary=rotary, rotary_interleaved=interleaved)
             kv = _NOTHING
         return modules["o_proj"](self._attend_cached(q, cache).flatten(2)), kv
-
-    def _check(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, last: int | None) -> None:
-        hidden, plan = self.hidden_size, self.plan
-        if x.dim() != 3 or x.shape[-1] != hidden:
-            raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
-        if last is not None and last < 1:
-            raise ValueError(f"last must be at least 1 or None, got {last}")
-        if cache is not None and cache.plan is not plan and cache.plan != plan:
-            raise ValueError(
-                f"cache is for another plan, {cache.plan.name!r}; this layer is of {plan.name!r}"
-            )
-        if len(sources) != len(self.source_layers) and (cache is None or self.mixes_before_storing):
-            raise ValueError(
-                f"sources must be the KV of layers {self.source_layers}, in that order, for layer "
-                f"{self.layer} of plan {plan.name!r}; got {len(sources)}"
-            )
 
     def _positions(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None) -> Tensor:
         """Positions of the rows of x: (S,), or (B, S) where the sequences of a cache differ in length."""
@@ -334,6 +318,24 @@ class FusedKVAttention(nn.Module):
         return (
             None if keys.segment is None else fusion.key_weights(keys.segment),
             None if values.segment is None else fusion.value_weights(values.segment),
+        )
+
+
+def check_call(
+    attention: nn.Module, x: Tensor, sources: Sequence[KV], cache: KVCache | None, last: int | None
+) -> None:
+    """The checks of ``forward``'s arguments, for every attention of a plan."""
+    hidden, plan = attention.hidden_size, attention.plan
+    if x.dim() != 3 or x.shape[-1] != hidden:
+        raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
+    if last is not None and last < 1:
+        raise ValueError(f"last must be at least 1 or None, got {last}")
+    if cache is not None and cache.plan is not plan and cache.plan != plan:
+        raise ValueError(f"cache is for another plan, {cache.plan.name!r}; this layer is of {plan.name!r}")
+    if len(sources) != len(attention.source_layers) and (cache is None or attention.mixes_before_storing):
+        raise ValueError(
+            f"sources must be the KV of layers {attention.source_layers}, in that order, for layer "
+            f"{attention.layer} of plan {plan.name!r}; got {len(sources)}"
         )
 
 

@@ -9,6 +9,7 @@ padded on the left: a row before the start of its sequence is not stored, and at
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import _native, ops
-from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.plan import CachePlan, latent_layers
 from fusedkv_ext.rope import RotaryEmbedding
 
 __all__ = ["CacheFullError", "KV", "KVCache"]
@@ -26,7 +27,8 @@ __all__ = ["CacheFullError", "KV", "KVCache"]
 class KV(NamedTuple):
     """What one layer stores: ``key`` (B, T, Gk, D) after RoPE and ``value`` (B, T, Gv, D).
 
-    Only the heads that the layer stores; None on a side of which it stores none.
+    Only the heads that the layer stores; None on a side of which it stores none. Latent attention stores one
+    tensor for both: ``key`` is then [k_pe ; c], (B, T, 1, channels), and ``value`` None.
     """
 
     key: Tensor | None
@@ -139,14 +141,20 @@ class KVCache:
       all layers: token t of sequence b lies in page block_table[b, t // page_size], slot t % page_size.
       Unused entries are -1.
 
+    * of latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c], of
+      as many of the rope_dim rotated channels k_pe and the r = ``head_dim`` channels of the latent c as the
+      layer stores (plan/latent.py). ``keys`` is all of it, ``values`` its view of c.
+
     A step is: ``advance(n)``, once, which makes room; then every layer, in order, appends its S = max(n) new
     rows and attends. ``seq_lens`` (B,) int32 on ``device`` counts the valid tokens, the new ones included.
 
     Args:
         dtype: of keys and values; default ``torch.get_default_dtype()``.
         num_pages: fewer pages than the default let more sequences share one pool than fit at full length.
+        rope_dim: keep latents; num_kv_heads is then 1 and head_dim is kv_lora_rank.
 
-    Raises ValueError for sizes below one, and for ``num_pages`` without ``page_size``.
+    Raises ValueError for sizes below one, for ``num_pages`` without ``page_size``, and for a plan that cannot
+    be said on latents.
     """
 
     def __init__(
@@ -160,6 +168,7 @@ class KVCache:
         device: torch.device | str | None = None,
         page_size: int | None = None,
         num_pages: int | None = None,
+        rope_dim: int | None = None,
     ) -> None:
         sizes = {
             "batch_size": batch_size,
@@ -169,9 +178,16 @@ class KVCache:
         }
         for name, size in sizes.items():
             _check_positive(name, size)
+        if rope_dim is not None:
+            _check_positive("rope_dim", rope_dim)
+            if num_kv_heads != 1 or rope_dim % 8:
+                raise ValueError(
+                    "with rope_dim the cache keeps latents: num_kv_heads must be 1 and rope_dim a multiple "
+                    f"of 8, got num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
+                )
         self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
         self.dtype = dtype or torch.get_default_dtype()
-        self.page_size = page_size
+        self.page_size, self.rope_dim = page_size, rope_dim
         self._lengths = [0] * batch_size
         self._step = 0
         self._table: PageTable | None = None
@@ -190,17 +206,28 @@ class KVCache:
             elif num_pages is not None:
                 raise ValueError(f"num_pages={num_pages} needs page_size: only a paged cache has pages")
 
-            def allocate(heads: tuple[int, ...]) -> Tensor | None:
-                if not heads:
+            def allocate(heads: int, dim: int = head_dim) -> Tensor | None:
+                if not heads * dim:
                     return None
-                tensor = torch.empty((*slots, len(heads), head_dim), dtype=self.dtype, device=device)
+                tensor = torch.empty((*slots, heads, dim), dtype=self.dtype, device=device)
                 if tensor.device.type == "cpu":
                     _native.advise_huge_pages(tensor)  # every step reads all of it
                 return tensor
 
-            layers = range(plan.num_layers)
-            self._keys = [allocate(plan.stored_key_heads(layer, num_kv_heads)) for layer in layers]
-            self._values = [allocate(plan.stored_value_heads(layer, num_kv_heads)) for layer in layers]
+            if rope_dim is None:
+                layers = range(plan.num_layers)
+                self._keys = [allocate(len(plan.stored_key_heads(i, num_kv_heads))) for i in layers]
+                self._values = [allocate(len(plan.stored_value_heads(i, num_kv_heads))) for i in layers]
+                self._owned = [x for x in (*self._keys, *self._values) if x is not None]
+            else:
+                rotated = [layer.stores_rope * rope_dim for layer in latent_layers(plan)]
+                latent = [layer.stored_channels(head_dim) for layer in latent_layers(plan)]
+                self._keys = [allocate(1, sum(widths)) for widths in zip(rotated, latent, strict=True)]
+                self._values = [
+                    x[..., start:] if width and x is not None else None
+                    for x, start, width in zip(self._keys, rotated, latent, strict=True)
+                ]
+                self._owned = [x for x in self._keys if x is not None]
             self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
@@ -227,12 +254,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, used or not; without ``seq_lens`` and ``block_table``."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in (*self._keys, *self._values)
-            if tensor is not None
-        }
-        return sum(storages.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._owned)
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
         """Makes room for the next step: ``n`` new tokens per sequence, one number or one per sequence, (B,).
@@ -301,11 +323,8 @@ class KVCache:
         given = query if stored is None else stored
         if given is None:
             return None
-        if stored is not None and stored.shape[1] != self._step:
-            raise ValueError(
-                f"layer {layer}: {stored.shape[1]} rows came, but this step is {self._step} rows long; "
-                "call advance(n) once before the layers of a step"
-            )
+        if stored is not None:
+            self._check_rows(layer, stored)
         if query is not None and query.shape[1] != given.shape[1]:
             self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
             key = value = key_cache = value_cache = None
@@ -319,6 +338,25 @@ class KVCache:
         cached = (key, value, key_cache, value_cache, self.seq_lens, self.block_table)
         rotated = ops.append_cached(*cached, cos, sin, rotary_interleaved, query)
         return None if query is None else rotated
+
+    def append_latent(self, layer: int, latent: Tensor) -> None:
+        """Stores the rows of this step in a cache of latents: (B, S, 1, C), [k_pe ; c] with k_pe after RoPE.
+
+        Raises ValueError if the layer stores no latent, or if S is not the number of rows that ``advance``
+        made room for.
+        """
+        self._check_rows(layer, latent)
+        # The op takes head dims up to 256, and always a second side: here it has no heads.
+        new, cached = as_heads(latent), as_heads(self.keys(layer))
+        sides = (new, new[:, :, :0], cached, cached[:, :, :0])
+        ops.append_cached(*sides, self.seq_lens, self.block_table, None, None, False, None)
+
+    def _check_rows(self, layer: int, rows: Tensor) -> None:
+        if rows.shape[1] != self._step:
+            raise ValueError(
+                f"layer {layer}: {rows.shape[1]} rows came, but this step is {self._step} rows long; "
+                "call advance(n) once before the layers of a step"
+            )
 
     def rotary_tables(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
         """Cos and sin of all positions, contiguous fp32 (max_len, rotary_dim / 2); looked up once a cache."""
@@ -416,9 +454,8 @@ class KVCache:
         else:
             rows = torch.tensor(order, device=self.device)
             used = max(self._lengths)
-            for tensor in (*self._keys, *self._values):
-                if tensor is not None:
-                    tensor[:, :used] = tensor[:, :used].index_select(0, rows)
+            for tensor in self._owned:
+                tensor[:, :used] = tensor[:, :used].index_select(0, rows)
         self._lengths = [self._lengths[i] for i in order]
         self._sync_lengths()
 
@@ -456,9 +493,8 @@ class KVCache:
         if not copies:
             return
         source, target = torch.tensor(copies, device=self.device).unbind(1)
-        for tensor in (*self._keys, *self._values):
-            if tensor is not None:
-                tensor[target] = tensor[source]
+        for tensor in self._owned:
+            tensor[target] = tensor[source]
 
     def _sync_lengths(self) -> None:
         self._schedules.clear()
@@ -467,6 +503,11 @@ class KVCache:
     def _sync_table(self) -> None:
         if self._table is not None and self.block_table is not None:
             self.block_table.copy_(self._table.rows)
+
+
+def as_heads(latent: Tensor) -> Tensor:
+    """(B, T, 1, C) as (B, T, C / g, g), a view: g channels are few enough for all operations."""
+    return latent.flatten(2).unflatten(-1, (-1, math.gcd(latent.shape[-1], 256)))
 
 
 def _stored(tensors: list[Tensor | None], layer: int, side: str, plan: CachePlan) -> Tensor:

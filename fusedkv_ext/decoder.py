@@ -21,8 +21,9 @@ from fusedkv_ext.attention import FusedKVAttention, RMSNorm
 from fusedkv_ext.cache import KV, KVCache
 from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.generation import Sampling, generate
+from fusedkv_ext.mla import LatentAttention, check_sizes
 from fusedkv_ext.moe import Experts, MoE
-from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.plan import CachePlan, latent_layers
 from fusedkv_ext.rope import RotaryEmbedding
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
@@ -54,6 +55,11 @@ class DecoderConfig:
     standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
     recompute_fusion: training keeps no fused keys and values for the backward, which fuses again.
 
+    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: with kv_lora_rank all layers
+    have multi-head latent attention; names and meanings as in HF's DeepseekV3Config, see ``LatentAttention``.
+    Only q_lora_rank may be left out. head_dim is then qk_rope_head_dim, attention_bias that of the
+    projections named there; num_key_value_heads, qk_norm and recompute_fusion mean nothing.
+
     num_experts: experts per feed-forward network, 0 for a dense one. num_experts_per_tok: experts that each
     token goes through. moe_intermediate_size: of one expert; default intermediate_size /
     num_experts_per_tok, as many products per token as the dense network has. norm_topk_prob: see ``MoE``
@@ -84,6 +90,11 @@ class DecoderConfig:
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
     recompute_fusion: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
@@ -99,6 +110,7 @@ class DecoderConfig:
                 continue
             if not _is_int(value, 1):
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
+        self._check_latent()
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -114,9 +126,29 @@ class DecoderConfig:
             raise ValueError(
                 f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
             )
+        if self.kv_lora_rank is not None:  # raises if the plan cannot be said on such latents
+            self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, torch.float32)
         self._check_layer_types()
         self._check_windows()
         self._check_experts()
+
+    def _check_latent(self) -> None:
+        names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        if self.kv_lora_rank is None:
+            for name in names:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs kv_lora_rank: it is a size of latent attention")
+            return
+        for name in names[:3]:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be given with kv_lora_rank")
+        check_sizes(self.kv_lora_rank, *(getattr(self, name) for name in names))
+        if self.head_dim not in (None, self.qk_rope_head_dim):
+            raise ValueError(
+                "with kv_lora_rank head_dim must be left out or be "
+                f"qk_rope_head_dim={self.qk_rope_head_dim}, got {self.head_dim}"
+            )
+        object.__setattr__(self, "head_dim", self.qk_rope_head_dim)
 
     def _check_layer_types(self) -> None:
         if self.layer_types is None:
@@ -133,10 +165,11 @@ class DecoderConfig:
 
     def _check_windows(self) -> None:
         """Whether every layer finds in the caches that it reads all that it sees."""
+        latent = None if self.kv_lora_rank is None else latent_layers(self.plan)
         for i, layer in enumerate(self.plan.layers):
             # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
             read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
-            for j in sorted(read):
+            for j in sorted(read if latent is None else latent[i].read_layers - {i}):
                 if (self.layer_types[i], self.layer_types[j]) == LAYER_TYPES:
                     raise ValueError(
                         f"layer_types: layer {i} has full attention but reads the cache of layer {j}, of "
@@ -232,6 +265,38 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _attention(
+    config: DecoderConfig, layer: int, rope: RotaryEmbedding
+) -> FusedKVAttention | LatentAttention:
+    """The attention of one layer: of latents if the config has a kv_lora_rank."""
+    sliding = config.layer_types[layer] == "sliding_attention"
+    shared = {
+        "rms_norm_eps": config.rms_norm_eps,
+        "bias": config.attention_bias,
+        "rope": rope,
+        "sliding_window": config.sliding_window if sliding else None,
+    }
+    place = (config.plan, layer, config.hidden_size, config.num_attention_heads)
+    if config.kv_lora_rank is not None:
+        return LatentAttention(
+            *place,
+            kv_lora_rank=config.kv_lora_rank,
+            q_lora_rank=config.q_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            **shared,
+        )
+    return FusedKVAttention(
+        *place,
+        config.num_key_value_heads,
+        config.head_dim,
+        qk_norm=config.qk_norm,
+        recompute_fusion=config.recompute_fusion,
+        **shared,
+    )
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does.
 
@@ -240,21 +305,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
         super().__init__()
-        sliding = config.layer_types[layer] == "sliding_attention"
-        self.self_attn = FusedKVAttention(
-            config.plan,
-            layer,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            qk_norm=config.qk_norm,
-            rms_norm_eps=config.rms_norm_eps,
-            bias=config.attention_bias,
-            rope=rope,
-            sliding_window=config.sliding_window if sliding else None,
-            recompute_fusion=config.recompute_fusion,
-        )
+        self.self_attn = _attention(config, layer, rope)
         if config.has_experts(layer):
             self.mlp = MoE(
                 config.hidden_size,
@@ -346,8 +397,9 @@ class DecoderModel(nn.Module):
 class Decoder(nn.Module):
     """A causal language model whose cache follows ``config.plan``.
 
-    State-dict names are those of HF's Qwen3ForCausalLM, with experts those of its Qwen3MoeForCausalLM, plus
-    ``self_attn.kv_fusion.*`` and minus projections of what the plan does not store.
+    State-dict names are those of HF's Qwen3ForCausalLM, with experts those of its Qwen3MoeForCausalLM, with
+    latent attention those of DeepseekV3ForCausalLM's attention, plus ``self_attn.kv_fusion.*`` and minus
+    projections of what the plan does not store.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -436,16 +488,18 @@ class Decoder(nn.Module):
         """An empty KVCache for this model: its device, and its dtype or, within autocast, that one."""
         config, weight = self.config, self.model.embed_tokens.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
+        latent = config.kv_lora_rank is not None
         return KVCache(
             config.plan,
             batch_size,
             max_len,
-            config.num_key_value_heads,
-            config.head_dim,
+            1 if latent else config.num_key_value_heads,
+            config.kv_lora_rank if latent else config.head_dim,
             dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
             device=weight.device,
             page_size=page_size,
             num_pages=num_pages,
+            rope_dim=config.qk_rope_head_dim,
         )
 
     def generate(

@@ -19,11 +19,14 @@ from fusedkv_ext.plan import CachePlan, Fusion, Segment
 
 
 class _Fused(NamedTuple):
-    """One segment that has weights: what they look like, whose KV heads, and the names of the parameters."""
+    """One segment that has weights: what they look like, whose KV heads, how many channels, of which rotated,
+    and the names of the parameters."""
 
     fusion: Fusion
     start: int
     stop: int
+    dim: int
+    rotary_dim: int
     names: tuple[str, ...]
 
 
@@ -38,7 +41,8 @@ class FusionWeights(nn.Module):
 
     plan, layer: whose weights these are. num_kv_heads, head_dim: G, D. interleaved, rotary_dim: the
     convention and the number of rotated channels of RoPE (rope.py), which say what a pair is; rotary_dim
-    defaults to D. Channels beyond rotary_dim have no pair and weights of their own.
+    defaults to D. Channels beyond rotary_dim have no pair and weights of their own. value_dim: channels of a
+    value, none of them in pairs, where they are not D as the keys' (latent attention).
 
     Raises ValueError for a head share that is not a whole number of heads and for an impossible rotary_dim.
     """
@@ -51,16 +55,17 @@ class FusionWeights(nn.Module):
         head_dim: int,
         interleaved: bool = False,
         rotary_dim: int | None = None,
+        value_dim: int | None = None,
     ) -> None:
         super().__init__()
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if not 0 <= rotary_dim <= head_dim or rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and in 0..head_dim={head_dim}, got {rotary_dim}")
-        self.layer, self.head_dim, self.rotary_dim = layer, head_dim, rotary_dim
-        self.interleaved = interleaved
+        self.layer, self.interleaved = layer, interleaved
         self._segments = plan.segments(layer, num_kv_heads)
-        keys = self._register("key", num_kv_heads, plan.layers[layer].keys)
-        values = self._register("value", num_kv_heads, plan.layers[layer].values)
+        value_dims = (head_dim, rotary_dim) if value_dim is None else (value_dim, 0)
+        keys = self._register("key", num_kv_heads, plan.layers[layer].keys, head_dim, rotary_dim)
+        values = self._register("value", num_kv_heads, plan.layers[layer].values, *value_dims)
         self._fused = (*keys.values(), *values.values())
         # Those of each resolved segment; None where it has no weights.
         self._keys = [keys.get(segment.key) for segment in self._segments]
@@ -68,7 +73,9 @@ class FusionWeights(nn.Module):
         self._expanded: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
         self.reset_parameters()
 
-    def _register(self, side: str, num_kv_heads: int, segments: tuple[Segment, ...]) -> dict[Segment, _Fused]:
+    def _register(
+        self, side: str, num_kv_heads: int, segments: tuple[Segment, ...], dim: int, rotary_dim: int
+    ) -> dict[Segment, _Fused]:
         several = sum(segment.fusion is not None for segment in segments) > 1
         registered = {}
         for s, segment in enumerate(segments):
@@ -77,17 +84,19 @@ class FusionWeights(nn.Module):
             start, stop = (int(bound * num_kv_heads) for bound in segment.heads)
             prefix = f"{side}_s{s}" if several else side
             names = tuple(f"{prefix}_{j}" for j in range(len(segment.sources)))
+            fused = _Fused(segment.fusion, start, stop, dim, rotary_dim, names)
             for name in names:
-                weight = torch.empty(self._parameter_shape(segment.fusion, stop - start), dtype=torch.float32)
+                weight = torch.empty(self._parameter_shape(fused), dtype=torch.float32)
                 self.register_parameter(name, nn.Parameter(weight, segment.fusion.learnable))
-            registered[segment] = _Fused(segment.fusion, start, stop, names)
+            registered[segment] = fused
         return registered
 
-    def _parameter_shape(self, fusion: Fusion, heads: int) -> tuple[int, int]:
-        rows = heads if fusion.granularity in ("channel", "head") else 1
+    def _parameter_shape(self, fused: _Fused) -> tuple[int, int]:
+        fusion = fused.fusion
+        rows = fused.stop - fused.start if fusion.granularity in ("channel", "head") else 1
         if fusion.granularity not in ("channel", "shared_channel"):
             return rows, 1
-        return rows, self.head_dim - (self.rotary_dim // 2 if fusion.tied else 0)
+        return rows, fused.dim - (fused.rotary_dim // 2 if fusion.tied else 0)
 
     def key_weights(self, segment_index: int = 0) -> Tensor | None:
         """Weights on the keys of ``plan.segments(layer, G)[segment_index]``: fp32 (m, g, D), contiguous, or
@@ -126,12 +135,12 @@ class FusionWeights(nn.Module):
         """(g | 1, C | 1) -> (g, D)."""
         weight = parameter
         if fused.fusion.tied and fused.fusion.granularity in ("channel", "shared_channel"):
-            pairs, free = weight[:, : self.rotary_dim // 2], weight[:, self.rotary_dim // 2 :]
+            pairs, free = weight[:, : fused.rotary_dim // 2], weight[:, fused.rotary_dim // 2 :]
             if self.interleaved:
                 weight = torch.cat((pairs.repeat_interleave(2, dim=-1), free), dim=-1)
             else:
                 weight = torch.cat((pairs, pairs, free), dim=-1)
-        return weight.expand(fused.stop - fused.start, self.head_dim)
+        return weight.expand(fused.stop - fused.start, fused.dim)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -69,6 +69,11 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.rotary_dim, self.theta = head_dim, rotary_dim, float(theta)
         self.rule, self.interleaved = rule, interleaved
         inv_freq, self.attention_factor = _frequencies(rule, parameters, rotary_dim, self.theta)
+        # On the softmax scale of latent attention, as in HF's DeepseekV3: its channels without positions get
+        # nothing of attention_factor.
+        self.score_factor = 1.0
+        if rule == "yarn":
+            self.score_factor = _grown(parameters["factor"], parameters.get("mscale_all_dim", 0)) ** 2
         # Plain attributes, not buffers: Module.to(bf16) would round those, a meta-device build lose them.
         self._inv_freq: dict[torch.device, Tensor] = {torch.device("cpu"): inv_freq}
         self._tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -228,12 +233,14 @@ def _yarn(inv_freq: Tensor, dim: int, theta: float, parameters: dict[str, Any]) 
 def _yarn_attention_factor(parameters: dict[str, Any]) -> float:
     """Factor on cos and sin, so that its square acts on the scores: as given, else 0.1 ln(factor) + 1, or
     with both mscales DeepSeek's quotient of two such terms (a zero counts as absent, as in HF)."""
-
-    def grown(mscale: float) -> float:
-        return 1.0 if parameters["factor"] <= 1 else 0.1 * mscale * math.log(parameters["factor"]) + 1.0
-
+    factor = parameters["factor"]
     if "attention_factor" in parameters:
         return float(parameters["attention_factor"])
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return grown(parameters["mscale"]) / grown(parameters["mscale_all_dim"])
-    return grown(1.0)
+        return _grown(factor, parameters["mscale"]) / _grown(factor, parameters["mscale_all_dim"])
+    return _grown(factor, 1.0)
+
+
+def _grown(factor: float, mscale: float) -> float:
+    """0.1 mscale ln(factor) + 1, and 1 where the context does not grow (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

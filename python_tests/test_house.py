@@ -30,6 +30,7 @@ LAYERS = [
     {"fusion"},
     {"cache"},
     {"attention"},
+    {"mla"},
     {"moe"},
     {"cuda_graph"},
     {"generation"},

@@ -24,6 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-dim", type=int, default=128, metavar="D", help="channels of a head (default: %(default)s)"
     )
     parser.add_argument(
+        "--kv-lora-rank",
+        type=int,
+        metavar="R",
+        help="channels of the latent: bytes per token of multi-head latent attention instead",
+    )
+    parser.add_argument(
+        "--rope-dim",
+        type=int,
+        default=64,
+        metavar="D",
+        help="channels of its rotated key (default: %(default)s)",
+    )
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of the cache (default: %(default)s)"
     )
     parser.add_argument(
@@ -69,10 +82,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         plan = CachePlan.named(args.name, args.layers, **_options(args.option))
         vanilla = CachePlan.named("vanilla", args.layers)
-        sizes = None
-        if args.kv_heads is not None:
-            shape = (args.kv_heads, args.head_dim, getattr(torch, args.dtype))
-            sizes = (plan.bytes_per_token(*shape), vanilla.bytes_per_token(*shape))
+        sizes, shape = None, ""
+        dtype = getattr(torch, args.dtype)
+        if args.kv_lora_rank is not None:
+            latent = (args.kv_lora_rank, args.rope_dim, dtype)
+            sizes = (plan.latent_bytes_per_token(*latent), vanilla.latent_bytes_per_token(*latent))
+            shape = f"latents of {args.kv_lora_rank} and rotated keys of {args.rope_dim} channels"
+        elif args.kv_heads is not None:
+            heads = (args.kv_heads, args.head_dim, dtype)
+            sizes = (plan.bytes_per_token(*heads), vanilla.bytes_per_token(*heads))
+            shape = f"{args.kv_heads} KV heads of {args.head_dim}"
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if args.json:
@@ -89,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     print(plan)
     if sizes:
         print(
-            f"size: {sizes[0]:,} bytes per token with {args.kv_heads} KV heads of {args.head_dim} in "
-            f"{args.dtype}, {sizes[0] / sizes[1]:.3f} of vanilla's {sizes[1]:,}"
+            f"size: {sizes[0]:,} bytes per token with {shape} in {args.dtype}, "
+            f"{sizes[0] / sizes[1]:.3f} of vanilla's {sizes[1]:,}"
         )
     return 0

@@ -22,8 +22,10 @@ Result = dict[str, Any]
 
 def cache_bytes_per_token(config: TrainConfig, dtype: torch.dtype = torch.bfloat16) -> int:
     """Of the plan of a configuration, all layers, one sequence."""
-    model = config.model
-    return resolve_plan(model).bytes_per_token(model.num_key_value_heads, model.head_dim, dtype)
+    model, plan = config.model, resolve_plan(config.model)
+    if model.kv_lora_rank is not None:
+        return plan.latent_bytes_per_token(model.kv_lora_rank, model.qk_rope_head_dim, dtype)
+    return plan.bytes_per_token(model.num_key_value_heads, model.head_dim, dtype)
 
 
 def summarise(

@@ -13,6 +13,7 @@ docs/methods.md shows them.
 """
 
 from fusedkv_ext.plan.cache_plan import CachePlan
+from fusedkv_ext.plan.latent import LatentLayer, latent_layers
 from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.plan.pieces import GRANULARITIES, Fusion, LayerPlan, ResolvedSegment, Segment
 from fusedkv_ext.plan.registry import Method, method
@@ -22,9 +23,11 @@ __all__ = [
     "METHODS",
     "CachePlan",
     "Fusion",
+    "LatentLayer",
     "LayerPlan",
     "Method",
     "ResolvedSegment",
     "Segment",
+    "latent_layers",
     "method",
 ]

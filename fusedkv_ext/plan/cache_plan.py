@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fusedkv_ext.plan.drawing import draw
+from fusedkv_ext.plan.latent import latent_layers
 from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.plan.pieces import (
     SIDES,
@@ -208,6 +209,22 @@ class CachePlan:
         layers = range(self.num_layers)
         heads = sum(len(self._stored_heads(i, side, num_kv_heads)) for i in layers for side in SIDES)
         return heads * head_dim * dtype.itemsize
+
+    def latent_bytes_per_token(self, kv_lora_rank: int, rope_dim: int, dtype: torch.dtype) -> int:
+        """``bytes_per_token`` under multi-head latent attention (arXiv:2405.04434): each layer stores its
+        shares of a latent of ``kv_lora_rank`` channels and, where it stores keys, ``rope_dim`` channels of
+        rotated key.
+
+        Raises ValueError for a plan that cannot be said on latents (plan/latent.py has the rules), and when a
+        share of ``kv_lora_rank`` is not a multiple of 8 channels.
+        """
+        for name, size in (("kv_lora_rank", kv_lora_rank), ("rope_dim", rope_dim)):
+            whole_number(size, name, minimum=1)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        layers = latent_layers(self)
+        channels = sum(layer.stored_channels(kv_lora_rank) + layer.stores_rope * rope_dim for layer in layers)
+        return channels * dtype.itemsize
 
     # Making, saving and drawing
 

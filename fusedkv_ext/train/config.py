@@ -39,6 +39,12 @@ class ModelSection:
     sliding_window: int | None = None
     layer_types: list[str] = field(default_factory=list)  # repeated over the layers; empty: as DecoderConfig
     recompute_fusion: bool = False  # fuse again in the backward instead of keeping fused keys and values
+    # Multi-head latent attention: all but q_lora_rank, or none; head_dim is then not used.
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     num_experts: int = 0  # 0: a dense feed-forward network
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 0  # 0: intermediate_size / num_experts_per_tok

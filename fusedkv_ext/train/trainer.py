@@ -102,6 +102,8 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
     values["intermediate_size"] = section.intermediate_size or -(-section.hidden_size * 8 // 3 // 64) * 64
     values["moe_intermediate_size"] = section.moe_intermediate_size or None
     values |= {"plan": resolve_plan(section), "layer_types": resolve_layer_types(section)}
+    if section.kv_lora_rank is not None:
+        values["head_dim"] = None  # of ordinary attention
     try:
         decoder_config = DecoderConfig(vocab_size=vocab_size, **values)
     except ValueError as error:
