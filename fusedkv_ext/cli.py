@@ -14,7 +14,9 @@ from types import ModuleType
 
 from fusedkv_ext.train.config import ConfigError
 
-COMMANDS = ("demo", "train", "generate", "plan", "info", "plot", "bench", "compare", "probe", "grads")
+COMMANDS = (
+    "demo", "train", "generate", "eval", "plan", "info", "plot", "bench", "compare", "probe", "grads",
+)  # fmt: skip
 
 
 def _module(name: str) -> ModuleType:

@@ -16,6 +16,7 @@ import torch
 
 from fusedkv_ext.checkpoint import load_pretrained, save_pretrained
 from fusedkv_ext.decoder import Decoder
+from fusedkv_ext.train.config import TrainConfig
 from fusedkv_ext.train.tokenizer import Tokenizer
 
 _FORMAT = 1
@@ -98,17 +99,28 @@ def clean(root: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # zip, pickle and EOF errors of several kinds
+        raise ValueError(f"{path} is damaged and cannot be read ({type(error).__name__})") from error
+    if state.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
+    return state
+
+
+def training_config(folder: Path) -> TrainConfig | None:
+    """How the model in a checkpoint folder was trained; None where the folder does not say."""
+    path = folder / _STATE
+    return TrainConfig.from_dict(_read_state(path, mmap=True)["config"]) if path.is_file() else None
+
+
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Decoder, dict[str, Any]]:
     """(model, state) as given to `save`. Raises ValueError when the folder is no checkpoint of a run."""
     path = folder / _STATE
     if not path.is_file():
         raise ValueError(f"{folder} holds a model but no {_STATE}: it can generate text, not go on training")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and EOF errors of several kinds
-        raise ValueError(f"{path} is damaged and cannot be read ({type(error).__name__})") from error
-    if state.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
+    state = _read_state(path)
     model = load_pretrained(folder, device=device)
     for parameter in model.parameters():
         # Out of the file's memory into memory of its own: matrix products may round differently on addresses

@@ -67,9 +67,9 @@ def session() -> Iterator[None]:
             f"{' and '.join(missing) + ' not set' if missing else 'this torch has no torch.distributed'}; "
             "start with torchrun, or unset WORLD_SIZE to train in one process"
         )
-    # Its functions have the default group as a default argument, whatever that is on import. Imported later, as
-    # torch.optim does, it would hold the group for good, and with it gloo's threads: one that is still tidying up
-    # when Python ends aborts the process ("terminate called without an active exception").
+    # Its functions have the default group as a default argument, whatever that is on import. Imported later,
+    # as torch.optim does, it would hold the group for good, and with it gloo's threads: one that is still
+    # tidying up when Python ends aborts the process ("terminate called without an active exception").
     import torch.distributed.nn.functional
 
     store, number, world = next(dist.rendezvous("env://"))
