@@ -18,6 +18,7 @@ from fusedkv_ext import ops
 from fusedkv_ext.bench import criterion
 from fusedkv_ext.cli import COMMANDS, build_parser, main
 from fusedkv_ext.commands import verify
+from fusedkv_ext.plan import METHODS
 from fusedkv_ext.train import extras
 from fusedkv_ext.train.config import known_keys
 
@@ -56,6 +57,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
 # Errors
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_plan_draws_every_method_with_its_paper_and_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", name]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: 24 layers") and METHODS[name].paper in said
+    assert all(option in said for option in METHODS[name].options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -72,7 +83,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
         (["train", "--text", "/nowhere"], 1, "text: /nowhere does not exist"),
         (["train", "--stop-after", "0"], 2, "--stop-after must be >= 1"),
         (["plan", "nonsense", "--layers", "4"], 2, "unknown plan 'nonsense'"),
-        (["plan", "fusedkv"], 2, "--layers N is needed"),
+        (["plan", "fusedkv", "--layers", "0"], 2, "num_layers must be at least 1, got 0"),
         (["plan", "fusedkv", "--layers", "0"], 2, "num_layers"),
         (["plan", "fusedkv", "--layers", "4", "--option", "x"], 2, "--option takes KEY=VALUE"),
         (["generate", "/nowhere"], 1, "/nowhere holds no checkpoint"),

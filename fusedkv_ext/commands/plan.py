@@ -16,7 +16,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="name of the plan; none: list them")
-    parser.add_argument("--layers", type=int, metavar="N", help="number of layers")
+    parser.add_argument(
+        "--layers", type=int, default=24, metavar="N", help="number of layers (default: %(default)s)"
+    )
     parser.add_argument(
         "--kv-heads", type=int, metavar="G", help="key/value heads of a layer, for the bytes per token"
     )
@@ -64,7 +66,7 @@ def _list(as_json: bool) -> int:
     for name, method in METHODS.items():
         print(f"{name:<{width}}  {method.equation}  ({method.paper})")
     print(
-        "\nfusedkv plan NAME --layers N shows one. "
+        "\nfusedkv plan NAME shows one. "
         "Layers count from 1 in these formulas, from 0 in tables and code."
     )
     return 0
@@ -73,11 +75,9 @@ def _list(as_json: bool) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.name is None:
         return _list(args.json)
-    if args.layers is None:
-        raise ConfigError("--layers N is needed with the name of a plan")
     import torch
 
-    from fusedkv_ext.plan import CachePlan
+    from fusedkv_ext.plan import METHODS, CachePlan
 
     try:
         plan = CachePlan.named(args.name, args.layers, **_options(args.option))
@@ -106,6 +106,11 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     print(plan)
+    method = METHODS[plan.name]
+    options = ", ".join(f"{name}={json.dumps(value)}" for name, value in method.options.items())
+    print(f"\n{method.summary}\n")
+    print(f"paper: {method.paper}; layers counted from 1: {method.equation}")
+    print(f"options (--option KEY=VALUE): {options or 'none'}")
     if sizes:
         print(
             f"size: {sizes[0]:,} bytes per token with {shape} in {args.dtype}, "
