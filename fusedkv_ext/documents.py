@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 _MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: ([\w./-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -24,3 +27,12 @@ def filled(text: str, blocks: Mapping[str, Callable[[str], str]]) -> str:
         return f"{begin}{blocks[kind](name or '')}{end}"
 
     return _MARKED.sub(part, text)
+
+
+def filled_from_results(text: str, blocks: Mapping[str, Callable[[Any], str]], folder: Path) -> str:
+    """As ``filled``, with functions of the content of FILE, a JSON file of ``folder``."""
+
+    def of_file(block: Callable[[Any], str]) -> Callable[[str], str]:
+        return lambda name: block(json.loads((folder / name).read_text(encoding="utf-8")))
+
+    return filled(text, {kind: of_file(block) for kind, block in blocks.items()})

@@ -245,11 +245,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
 
 def filled(text: str, results: Path) -> str:
     """A document with every generated block made anew from the files of the folder ``results``."""
-
-    def of_file(block: Callable[[Result], str]) -> Callable[[str], str]:
-        return lambda name: block(json.loads((results / name).read_text()))
-
-    return documents.filled(text, {kind: of_file(block) for kind, block in BLOCKS.items()})
+    return documents.filled_from_results(text, BLOCKS, results)
 
 
 def main(root: Path) -> None:

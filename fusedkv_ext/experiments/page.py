@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fusedkv_ext.documents import filled
+from fusedkv_ext.documents import filled_from_results
 from fusedkv_ext.experiments import comparison, comparison_plots
 from fusedkv_ext.experiments.comparison import Result
 
@@ -69,11 +69,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
 
 def made(text: str, results: Path) -> str:
     """The document with its generated parts made anew from the files of the folder ``results``."""
-
-    def of_file(block: Callable[[Result], str]) -> Callable[[str], str]:
-        return lambda name: block(json.loads((results / name).read_text(encoding="utf-8")))
-
-    return filled(text, {kind: of_file(block) for kind, block in BLOCKS.items()})
+    return filled_from_results(text, BLOCKS, results)
 
 
 def main(root: Path) -> None:
