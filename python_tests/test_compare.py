@@ -238,8 +238,9 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
     assert comparison_plots.pareto(rows) == ["c", "a"]
 
 
-def test_documents_are_what_the_results_give() -> None:
-    text = (ROOT / page.DOCUMENT).read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", page.DOCUMENTS)
+def test_documents_are_what_the_results_give(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert page.made(text, ROOT / page.RESULTS) == text, "make docs"
 
 

@@ -168,13 +168,6 @@ def test_ratios_by_hand() -> None:
     assert lines[3].split() == ["layer", "1", "2.00", "±", "1.41", "-", "-"]
 
 
-def test_the_document_shows_the_committed_result() -> None:
-    root = Path(__file__).resolve().parent.parent
-    path = root / "benchmarks" / "results" / "experiments" / "grads.json"
-    found = read_gradients(path, json.loads(path.read_text()))
-    assert table(found) in (root / "docs" / "analysis.md").read_text()
-
-
 def test_another_interval_in_the_same_folder_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     gradients_of(config, tmp_path / "out")
     with pytest.raises(

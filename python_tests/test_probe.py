@@ -172,13 +172,6 @@ def test_killed_and_run_again_gives_the_same_file(config: TrainConfig, tmp_path:
     assert whole.keys[0] != whole.keys[1] and whole.keys[0] != [[0.5, 0.5]] * 2
 
 
-def test_the_document_shows_the_committed_result() -> None:
-    root = Path(__file__).resolve().parent.parent
-    path = root / "benchmarks" / "results" / "experiments" / "probe.json"
-    found = read_probe(path, json.loads(path.read_text()))
-    assert table(found) in (root / "docs" / "analysis.md").read_text()
-
-
 def test_a_finished_probe_is_not_trained_again(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The generated parts and the pictures of docs/experiments.md.
+"""The generated parts of docs/experiments.md and docs/analysis.md, and the pictures of the former.
 
     python -m fusedkv_ext.experiments.page ROOT
 
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusedkv_ext.documents import filled_from_results
-from fusedkv_ext.experiments import comparison, comparison_plots
+from fusedkv_ext.experiments import comparison, comparison_plots, gradients, probe
 from fusedkv_ext.experiments.comparison import Result
 
-DOCUMENT = "docs/experiments.md"
+DOCUMENTS = ("docs/experiments.md", "docs/analysis.md")
 RESULTS = "benchmarks/results/experiments"
 PICTURES = "docs/img"
 
@@ -59,11 +59,23 @@ def rates(result: Result) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def probe_centres(result: Result) -> str:
+    """The table that `fusedkv probe` prints."""
+    return f"```text\n{probe.table(probe.read_probe(Path(RESULTS), result))}\n```\n"
+
+
+def gradient_ratios(result: Result) -> str:
+    """The table that `fusedkv grads` prints."""
+    return f"```text\n{gradients.table(gradients.read_gradients(Path(RESULTS), result))}\n```\n"
+
+
 BLOCKS: dict[str, Callable[[Result], str]] = {
     "comparison-conditions": conditions,
     "comparison-losses": losses,
     "comparison-orderings": orderings,
     "comparison-rates": rates,
+    "probe": probe_centres,
+    "grads": gradient_ratios,
 }
 
 
@@ -73,12 +85,12 @@ def made(text: str, results: Path) -> str:
 
 
 def main(root: Path) -> None:
-    """Makes the page of the repository at ``root`` and its pictures anew."""
+    """Makes the pages of the repository at ``root`` and their pictures anew."""
     from fusedkv_ext.figures import save
 
-    path = root / DOCUMENT
-    path.write_text(made(path.read_text(encoding="utf-8"), root / RESULTS), encoding="utf-8")
-    print(f"wrote {path}")
+    for path in (root / name for name in DOCUMENTS):
+        path.write_text(made(path.read_text(encoding="utf-8"), root / RESULTS), encoding="utf-8")
+        print(f"wrote {path}")
     for file in sorted((root / RESULTS).glob("comparison_*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         for name, figure in (
