@@ -254,7 +254,7 @@ def test_documents_are_what_the_results_give(name: str) -> None:
         (["--methods", ","], "--methods names no method"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["--config", "huge"], "--config: huge is neither a file nor one of"),
+        (["--config", "huge"], "--config: huge does not exist; expected a TOML file or one of"),
         (["--rates", "fast"], "--rates must be numbers such as 1e-3,2e-3, got 'fast'"),
         (["--rates", "-1"], "optim.lr must be > 0"),
         (["--set", "run.steps"], "--set takes KEY=VALUE"),

@@ -12,8 +12,9 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from fusedkv_ext.demo.measure import in_turns
 from fusedkv_ext.experiments import runs
 from fusedkv_ext.experiments.entries import Entry
-from fusedkv_ext.train import loop
+from fusedkv_ext.train import distributed, loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 from fusedkv_ext.train.data import TokenData
 from fusedkv_ext.train.metrics import read_metrics
@@ -139,9 +140,10 @@ def train_run(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]
         result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
     except TrainingDiverged as error:  # a result, too: this rate is too high for this method
         result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
-    scratch = folder / f".{RESULT}.{os.getpid()}"
-    scratch.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(scratch, folder / RESULT)
+    if distributed.rank() == 0:
+        scratch = folder / f".{RESULT}.{os.getpid()}"
+        scratch.write_text(json.dumps(result), encoding="utf-8")
+        os.replace(scratch, folder / RESULT)
     return result
 
 
@@ -160,44 +162,57 @@ def run_all(
 ) -> Iterator[tuple[RunKey, dict[str, Any], int]]:
     """Trains everything that is missing below `root`; yields (run, result, runs left that are known of).
 
-    jobs: runs at a time, each a process with `threads` threads.
+    jobs: runs at a time, each with `threads` threads. One at a time they run in this process or, under
+    torchrun, in all of its processes together; several each in a process of its own.
     """
+    if jobs > 1 and distributed.world_size() > 1:
+        raise ConfigError(f"under torchrun runs follow one another: --jobs must be 1, got {jobs}")
     methods = configs(entries, budget, load(budget).info.vocab_size)  # reads the text once for all processes
     results: Results = {}
-    running: dict[Future[dict[str, Any]], RunKey] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        try:
-            while True:
-                for key in plan_runs(entries, budget, results):
-                    if key in running.values():
-                        continue
-                    config, folder = _config_of(key, methods), key.folder(root)
-                    found = read_result(folder, config)
-                    if found is not None:
-                        results[key] = found
-                        yield key, found, len(plan_runs(entries, budget, results))
-                    elif len(running) < jobs:
-                        running[pool.submit(train_run, config, folder, threads)] = key
-                if not running:
-                    if not plan_runs(entries, budget, results):
-                        return
-                    continue
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    key = running.pop(future)
-                    results[key] = future.result()
-                    yield key, results[key], len(plan_runs(entries, budget, results))
-        except BaseException:
-            _stop(pool)
-            raise
+    with ExitStack() as stack:
+        train = _at_once if jobs == 1 else stack.enter_context(_processes(jobs))
+        running: dict[Future[dict[str, Any]], RunKey] = {}
+        while True:
+            missing = [key for key in plan_runs(entries, budget, results) if key not in running.values()]
+            for key in missing:
+                config, folder = _config_of(key, methods), key.folder(root)
+                found = read_result(folder, config)
+                if found is not None:
+                    results[key] = found
+                    yield key, found, len(plan_runs(entries, budget, results))
+                elif len(running) < jobs:
+                    running[train(train_run, config, folder, threads)] = key
+            if not running and not missing:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                results[key] = future.result()
+                yield key, results[key], len(plan_runs(entries, budget, results))
 
 
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """Ends the processes at once: their runs go on from their checkpoints next time."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
+def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[dict[str, Any]]:
+    """Does it here and now."""
+    done: Future[dict[str, Any]] = Future()
+    threads = torch.get_num_threads()
+    try:
+        done.set_result(train(*arguments))
+    finally:
+        torch.set_num_threads(threads)
+    return done
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
+    """Processes that are ended at once on an error: their runs go on from their checkpoints next time."""
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool.submit
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    pool.shutdown()
 
 
 def curves(

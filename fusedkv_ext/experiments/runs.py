@@ -113,19 +113,22 @@ def finish(
             progress.line(f"warning: {folder}: {warning}")
     trainer = this.trainer
     trainer.observe = observe
-    metrics = folder / "metrics.jsonl"
-    if not _validated(metrics, config.run.steps):
+    ended = _validated(folder / "metrics.jsonl", config.run.steps)
+    if ended:
+        losses = (ended[-1]["loss"], ended[-1]["bits_per_byte"])
+    else:
         progress.line(f"{folder}: {trainer.num_parameters:,} parameters, from step {trainer.step}")
-        if not loop.run(this, progress, should_stop=should_stop).finished:
+        result = loop.run(this, progress, should_stop=should_stop)
+        if not result.finished:
             raise Stopped
-    last = _validated(metrics, config.run.steps)[-1]
+        losses = (result.valid_loss, result.valid_bits_per_byte)
     conditions = {
         "text": str(trainer.data.info),
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-    return FinishedRun(trainer.model, last["loss"], last["bits_per_byte"], trainer.data, conditions)
+    return FinishedRun(trainer.model, *losses, trainer.data, conditions)
 
 
 def _validated(metrics: Path, step: int) -> list[Record]:
