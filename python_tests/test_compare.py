@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,14 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
         for name, size, loss in [("a", 4, 1.0), ("b", 2, 2.0), ("c", 2, 1.5), ("d", 4, 1.2), ("e", 1, None)]
     ]
     assert comparison_plots.pareto(rows) == ["c", "a"]
+
+
+def test_names_in_pictures_keep_their_distance_and_stay_near() -> None:
+    heights = [0.0, 5.0, 5.1, 5.2, 5.3, 9.0]
+    found = comparison_plots._apart(heights, 1.0)
+    assert all(high - low >= 1.0 - 1e-9 for low, high in pairwise(found))
+    assert found[0] == 0.0 and found[-1] == 9.0  # these have room
+    assert sum(found[1:5]) == pytest.approx(sum(heights[1:5]))  # moved up as much as down
 
 
 @pytest.mark.parametrize("name", page.DOCUMENTS)
