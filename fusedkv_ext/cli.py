@@ -43,17 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = _module(name)
-        summary = (module.__doc__ or "").split("\n\n")[0].replace("\n", " ").split(": ", 1)[-1]
+        first, _, more = (module.__doc__ or "").partition("\n\n")
+        summary = first.replace("\n", " ").split(": ", 1)[-1]
         command = subparsers.add_parser(
             name,
             help=summary,
-            description=summary,
+            description=f"{summary}\n\n{more}".rstrip(),
             parents=[_common()],
             conflict_handler="resolve",  # a command may have a --json of its own
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
@@ -67,7 +68,9 @@ def _sentence(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
-        args = build_parser().parse_args(argv)
+        args, unknown = build_parser().parse_known_args(argv)
+        if unknown:  # said by the command's own parser, which shows the options that there are
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as exit_:  # argparse: 0 after --help, 2 after a wrong argument
         return int(exit_.code or 0)
     try:

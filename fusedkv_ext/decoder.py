@@ -139,9 +139,8 @@ class DecoderConfig:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs kv_lora_rank: it is a size of latent attention")
             return
-        for name in names[:3]:
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} must be given with kv_lora_rank")
+        if missing := [name for name in names[:3] if getattr(self, name) is None]:
+            raise ValueError(f"{' and '.join(missing)} must be given with kv_lora_rank")
         check_sizes(self.kv_lora_rank, *(getattr(self, name) for name in names))
         if self.head_dim not in (None, self.qk_rope_head_dim):
             raise ValueError(

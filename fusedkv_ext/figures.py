@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedkv_ext.train.config import ConfigError
 from fusedkv_ext.train.extras import need
 from fusedkv_ext.train.metrics import Record, series
 
@@ -35,6 +36,19 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
 def need_matplotlib() -> None:
     """Raises MissingExtra at once, rather than after minutes of training."""
     need("matplotlib", "Drawing")
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many last parts of all as it takes to tell them apart.
+
+    Raises ConfigError when two are the same path.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"one of {', '.join(map(str, paths))} is named twice; name each once")
 
 
 def colour(name: str, index: int) -> str:

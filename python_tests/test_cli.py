@@ -16,11 +16,13 @@ import torch
 import fusedkv_ext as fkv
 from fusedkv_ext import ops
 from fusedkv_ext.bench import criterion
+from fusedkv_ext.checkpoint import load_pretrained
 from fusedkv_ext.cli import COMMANDS, build_parser, main
 from fusedkv_ext.commands import verify
+from fusedkv_ext.figures import distinct_names
 from fusedkv_ext.plan import METHODS
 from fusedkv_ext.train import extras
-from fusedkv_ext.train.config import known_keys
+from fusedkv_ext.train.config import ConfigError, known_keys
 
 SMALL = [
     "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
@@ -63,7 +65,7 @@ def test_plan_draws_every_method_with_its_paper_and_options(
 ) -> None:
     assert main(["plan", name]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{name}: 24 layers") and METHODS[name].paper in said
+    assert f"{name}: 8 layers" in said and METHODS[name].paper in said
     assert all(option in said for option in METHODS[name].options)
 
 
@@ -82,10 +84,12 @@ def test_plan_draws_every_method_with_its_paper_and_options(
         (["train", "--set", "model.plan_options.colour=red"], 2, "has no option 'colour'; its options:"),
         (["train", "--text", "/nowhere"], 1, "text: /nowhere does not exist"),
         (["train", "--stop-after", "0"], 2, "--stop-after must be >= 1"),
-        (["plan", "nonsense", "--layers", "4"], 2, "unknown plan 'nonsense'"),
-        (["plan", "fusedkv", "--layers", "0"], 2, "num_layers must be at least 1, got 0"),
+        (["train", "--plan", "cla:factor"], 2, "expected option=value after ':', as in cla:factor=3"),
+        (["train", "--frobnicate"], 2, "fusedkv train: error: unrecognized arguments: --frobnicate"),
+        (["plan", "nonsense", "--layers", "4"], 2, "unknown method 'nonsense'"),
         (["plan", "fusedkv", "--layers", "0"], 2, "num_layers"),
-        (["plan", "fusedkv", "--layers", "4", "--option", "x"], 2, "--option takes KEY=VALUE"),
+        (["plan", "fusedkv:colour=red"], 2, "method 'fusedkv' has no option 'colour'; its options:"),
+        (["plan", "/nowhere.json"], 2, "/nowhere.json does not exist"),
         (["generate", "/nowhere"], 1, "/nowhere holds no checkpoint"),
         (["generate", "/nowhere", "--temperature", "-1"], 2, "temperature must be finite"),
         (["plot", "/nowhere/metrics.jsonl"], 1, "is not a file; expected the metrics.jsonl"),
@@ -133,6 +137,18 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "--json" in out and "--debug" in out and len(out.splitlines()) > 5
 
 
+def test_names_of_curves_are_as_short_as_they_can_be_and_differ() -> None:
+    assert distinct_names([Path("x/a"), Path("y/b")]) == ["a", "b"]
+    assert distinct_names([Path("x/a/s"), Path("x/b/s"), Path("t")])[:2] == ["a/s", "b/s"]
+    with pytest.raises(ConfigError, match="named twice"):
+        distinct_names([Path("x"), Path("./x")])
+
+
+def test_the_help_of_a_command_has_all_that_its_module_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--help"]) == 0
+    assert "with options as in cla:factor=3" in said(capsys)[0]
+
+
 def test_summaries_are_sentences_of_the_commands() -> None:
     text = build_parser().format_help()
     assert all(command in text for command in COMMANDS)
@@ -146,7 +162,7 @@ def test_plan_prints_the_table_and_the_bytes_of_the_api(capsys: pytest.CaptureFi
     plan = fkv.CachePlan.named("fusedkv", 8, storage_layers=2)
     arguments = [
         "plan",
-        "fusedkv",
+        "fusedkv:storage_layers=2",
         "--layers",
         "8",
         "--kv-heads",
@@ -156,14 +172,29 @@ def test_plan_prints_the_table_and_the_bytes_of_the_api(capsys: pytest.CaptureFi
         "--dtype",
         "float16",
     ]
-    arguments += ["--option", "storage_layers=2"]
     assert main(arguments) == 0
     out, _ = said(capsys)
+    assert METHODS["fusedkv"].keys in out and "storage_layers=null" in out
     assert str(plan) in out and f"{plan.bytes_per_token(4, 64, torch.float16):,} bytes per token" in out
     assert main([*arguments, "--json"]) == 0
     result = json.loads(said(capsys)[0])
     assert fkv.CachePlan.from_dict(result["plan"]) == plan
     assert result["bytes_per_token"] / result["vanilla_bytes_per_token"] == result["cache_ratio"] == 0.25
+
+
+def test_plan_and_train_take_a_file_and_a_label(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = fkv.CachePlan("mine", fkv.CachePlan.named("cla", 4, factor=4).layers)
+    file = tmp_path / "mine.json"
+    file.write_text(plan.to_json())
+    assert main(["plan", str(file)]) == 0
+    assert said(capsys)[0] == f"{plan}\n"
+    for number, given in enumerate([str(file), "cla:factor=4"]):
+        out = tmp_path / str(number)
+        assert main(train_arguments(text, out, "--plan", given, "--stop-after", "1")) == 0
+        (checkpoint,) = (out / "checkpoints").glob("step-*")
+        assert load_pretrained(checkpoint).plan.layers == plan.layers
 
 
 def test_plan_without_a_name_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +316,7 @@ def test_training_text_states_size_and_licence(
     index = arguments.index("--text")
     assert main(arguments[:index] + arguments[index + 2 :]) == 0
     stdout, _ = said(capsys)
-    assert "PSF-2.0" in stdout and "BSD-3-Clause" in stdout and "MB" in stdout
+    assert "PSF-2.0" in stdout and "BSD-3-Clause" in stdout and " bytes in " in stdout
 
 
 def test_divergence_exits_with_1_and_says_what_to_do(

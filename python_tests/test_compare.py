@@ -17,7 +17,7 @@ from fusedkv_ext import cli
 from fusedkv_ext.experiments import compare, comparison, comparison_plots, configs, page
 from fusedkv_ext.experiments.compare import Budget, RunKey
 from fusedkv_ext.experiments.entries import Entry, every, parse, parse_all
-from fusedkv_ext.plan import METHODS
+from fusedkv_ext.plan import METHODS, CachePlan
 from fusedkv_ext.train.config import ConfigError, TrainConfig, load_toml
 from fusedkv_ext.train.metrics import read_metrics
 
@@ -80,10 +80,10 @@ def test_all_is_every_method_with_its_variants_once() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("nope", "unknown method 'nope'; known: all, vanilla"),
-        ("cla:factors=3", r"expected option=value after ':', options: factor"),
-        ("cla:factor", r"expected option=value after ':', options: factor"),
-        ("vanilla:n=1", "options: none"),
+        ("nope", "unknown method 'nope'; known: vanilla"),
+        ("cla:factors=3", "method 'cla' has no option 'factors'; its options: factor"),
+        ("cla:factor", r"expected option=value after ':', as in cla:factor=3, got 'factor'"),
+        ("vanilla:n=1", "its options: none"),
     ],
 )
 def test_labels_that_mean_nothing(label: str, message: str) -> None:
@@ -91,9 +91,23 @@ def test_labels_that_mean_nothing(label: str, message: str) -> None:
         parse(label)
 
 
+def test_files_are_methods_by_their_name(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    mine, other = str(tmp_path / "mine.json"), str(tmp_path / "a" / "mine.json")
+    (entry,) = parse_all([mine, "", mine])
+    assert (entry.label, entry.folder, entry.paper, entry.options) == ("mine", "mine", mine, ())
+    with pytest.raises(ConfigError, match="are both called mine"):
+        parse_all([mine, other])
+
+
 def test_options_out_of_range_are_found_before_anything_is_trained(small: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="skip must be a share between 0 and 1"):
         parse("skipv1:skip=2").config(small)
+
+
+def test_options_without_a_method_are_refused(small: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="give options with the method, as in cla:factor=3"):
+        Entry("cla").config(small.updated([("model.plan_options.factor", 3)]))
 
 
 # --- Budgets ---
@@ -153,7 +167,7 @@ def test_runs_are_equal_in_all_but_the_method_and_are_not_done_twice(
     before = [file.stat().st_mtime_ns for file in files]
     assert run_all(small, tmp_path) == results
     assert [file.stat().st_mtime_ns for file in files] == before
-    with pytest.raises(ConfigError, match="holds a run with other settings; choose another --out"):
+    with pytest.raises(ConfigError, match=r"run.steps = 4, now it is 5; .* choose another --out"):
         run_all(small.updated([("run.steps", 5)]), tmp_path)
 
 
@@ -184,6 +198,49 @@ def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(text: Path, tmp
         ended[out] = {row["label"]: row["losses"] for row in json.loads(done.stdout)["rows"]}
     assert ended["a"] == ended["b"] and all(ended["a"].values())
     assert (tmp_path / "a" / "loss_over_cache.png").stat().st_size > 10_000
+
+
+def test_a_file_with_another_plan_than_its_run_is_refused(small: TrainConfig, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    budget = Budget(small, 1, (1e-3,))
+    for name in ("cla", "cla", "yoco"):
+        file.write_text(CachePlan.named(name, 4).to_json())
+        runs = compare.run_all([parse(str(file))], budget, tmp_path / "out", jobs=1, threads=1)
+        if name == "cla":
+            assert [str(key) for key, _, _ in runs] == ["mine lr 0.001 seed 0"]
+        else:
+            with pytest.raises(ConfigError, match=r"another plan than .*mine.json has now"):
+                list(runs)
+
+
+def test_seeds_begin_at_run_seed(small: TrainConfig) -> None:
+    entry, budget = Entry("vanilla"), Budget(small.updated([("run.seed", 7)]), 2, (1e-3, 2e-3))
+    first = [RunKey(entry, 1e-3, 7), RunKey(entry, 1e-3, 8), RunKey(entry, 2e-3, 7)]
+    assert compare.plan_runs([entry], budget, {}) == first
+    results = finished(budget, dict.fromkeys(first, 2.0) | {first[2]: 1.0})
+    assert compare.plan_runs([entry], budget, results) == [RunKey(entry, 2e-3, 8)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_comparison_leaves_no_process(number: int, text: Path, tmp_path: Path) -> None:
+    values = [f"{key}={value}" for key, value in (SIZES | {"run.steps": 10**5}).items()]
+    command = [sys.executable, "-m", "fusedkv_ext.cli", "compare", "--methods", "vanilla", "--seeds", "1"]
+    command += ["--text", str(text), "--threads", "1", "--out", str(tmp_path / "out")]
+    command += ["--set", f"data.cache_dir={tmp_path}"] + [part for v in values for part in ("--set", v)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    going = subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("runs/*/*/checkpoints/step-*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    try:
+        going.send_signal(number)
+        assert "goes on" in going.communicate(timeout=30)[1]  # ends when every process has closed the pipe
+        assert going.returncode == 130
+    finally:
+        if going.poll() is None:
+            os.killpg(going.pid, signal.SIGKILL)
 
 
 # --- Results ---
@@ -262,7 +319,7 @@ def test_documents_are_what_the_results_give(name: str) -> None:
         (["--methods", "nope"], "unknown method 'nope'"),
         (["--methods", ","], "--methods names no method"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be >= 1 and --threads >= 0, got 0 and 0"),
         (["--config", "huge"], "--config: huge does not exist; expected a TOML file or one of"),
         (["--rates", "fast"], "--rates must be numbers such as 1e-3,2e-3, got 'fast'"),
         (["--rates", "-1"], "optim.lr must be > 0"),

@@ -313,7 +313,7 @@ def test_command_takes_a_checkpoint_folder_and_single_tasks(
     ("arguments", "code", "message"),
     [
         (["/nowhere"], 1, "/nowhere holds no checkpoint; expected a folder with"),
-        (["RUN", "RUN"], 2, "a checkpoint is named twice"),
+        (["RUN", "RUN"], 2, "is named twice; name each once"),
         (["RUN", "--tasks", "perplexity,haystack"], 2, "expected some of perplexity,positions,retrieval"),
         (["RUN", "SAVED", "--context", "300"], 2, "saved takes: its max_position_embeddings is 256"),
         (["RUN", "SAVED", "--lengths", "257"], 2, "saved takes: its max_position_embeddings is 256"),

@@ -16,11 +16,11 @@ from tiny import killed_after, options, tiny_run
 
 from fusedkv_ext.cli import main
 from fusedkv_ext.experiments import figures
+from fusedkv_ext.experiments.entries import parse_all
 from fusedkv_ext.experiments.gradients import (
     PROJECTIONS,
     Gradients,
     every_steps,
-    labels_of,
     read_gradients,
     run_gradients,
     table,
@@ -51,7 +51,8 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 
 def gradients_of(config: TrainConfig, out: Path, every: int = 2, should_stop=lambda: False) -> Gradients:
-    return run_gradients(config, ["vanilla", "fusedkv"], 2, every, out, SilentProgress(), should_stop)
+    entries = parse_all(["vanilla", "fusedkv"])
+    return run_gradients(config, entries, 2, every, out, SilentProgress(), should_stop)
 
 
 # Two layers, the upper one of plan b without keys and values; two seeds; steps 2 and 4.
@@ -190,13 +191,6 @@ def test_a_run_without_all_its_records_is_refused(
         gradients_of(config, tmp_path / "out")
 
 
-@pytest.mark.parametrize("plans", [["vanilla"], ["vanilla", "vanilla"], ["a/fused.json", "b/fused.json"]])
-def test_plans_have_to_be_two_or_more_with_different_names(plans: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--plans needs at least two plans, each once"):
-        labels_of(plans)
-    assert labels_of(["vanilla", "here/mine.json"]) == ["vanilla", "mine"]
-
-
 def test_recording_nothing_after_the_warm_up_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no step is recorded after the warm-up: run.steps 6, --every 7"):
         gradients_of(config, tmp_path / "out", every=7)
@@ -221,7 +215,7 @@ def test_the_command_writes_file_and_picture_and_plot_draws_it_again(
 ) -> None:
     out = tmp_path / "grads"
     command = ["grads", "--out", str(out), "--every", "2", *options(config)]
-    assert main([*command, "--plans", "vanilla, fusedkv,yoco"]) == 0
+    assert main([*command, "--methods", "vanilla, fusedkv,yoco"]) == 0
     said = capsys.readouterr().out
     assert "fusedkv / vanilla" in said and "yoco / vanilla" in said and "mean of layers 0..1" in said
     result = json.loads((out / "grads.json").read_text())
@@ -240,8 +234,9 @@ def test_the_command_writes_file_and_picture_and_plot_draws_it_again(
     ("more", "message"),
     [
         (["--every", "0"], "--every must be at least 1, got 0"),
-        (["--plans", "vanilla"], "--plans needs at least two plans, each once, got vanilla"),
-        (["--plans", "vanilla,fuzedkv"], "unknown plan 'fuzedkv'"),
+        (["--methods", "vanilla"], "--methods needs at least two, got vanilla"),
+        (["--methods", "yoco,yoco"], "--methods needs at least two, got yoco"),
+        (["--methods", "vanilla,fuzedkv"], "unknown method 'fuzedkv'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(

@@ -108,12 +108,12 @@ class Subject:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Short names, which are the paths as they came where short ones are not unique."""
-    if len(set(paths)) < len(paths):
-        raise ConfigError("a checkpoint is named twice; name each once")
-    short = [Path(path).resolve().name for path in paths]
-    return [path if short.count(name) > 1 or name.startswith("step-") else name
-            for path, name in zip(paths, short, strict=True)]  # fmt: skip
+    """Names of the folders; a checkpoint inside of a run goes by its path as it came."""
+    from fusedkv_ext.figures import distinct_names
+
+    names = distinct_names([Path(path) for path in paths])
+    return [path if Path(path).resolve().name.startswith("step-") else name
+            for path, name in zip(paths, names, strict=True)]  # fmt: skip
 
 
 def _load(args: argparse.Namespace) -> list[Subject]:

@@ -9,34 +9,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.commands.train import changes, deterministic, stop_signals
+from fusedkv_ext.commands.train import add_configuration, changes, deterministic, stop_signals
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from fusedkv_ext.train.progress import Progress
 
 
-def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, out: str, config: str | None = None) -> None:
+    """out, config: the defaults of --out and --config."""
     parser.add_argument(
         "--out", type=Path, default=Path(out),
         help="folder of the runs and the result; the same command again goes on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
-    )
-    parser.add_argument("--steps", metavar="N", help="optimizer steps of each run")
-    parser.add_argument("--seeds", type=int, default=3, metavar="K", help="runs, with seeds from run.seed on")
-    parser.add_argument("--config", metavar="FILE", help="TOML with the sections model, data, optim, run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example optim.lr=1e-3"
-    )
+        "--seeds", type=int, default=3, metavar="K",
+        help="runs of each model, with the seeds run.seed, run.seed + 1, ... (default: %(default)s)",
+    )  # fmt: skip
+    add_configuration(parser, config)
 
 
-def configuration(args: argparse.Namespace, defaults: Mapping[str, Any]) -> TrainConfig:
+def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> TrainConfig:
     """The command's defaults with what the command line changes."""
     if args.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {args.seeds}")
-    return changes(args)(TrainConfig().updated(defaults.items()))
+    return changes(args)(TrainConfig().updated((defaults or {}).items()))
 
 
 @contextmanager

@@ -1,24 +1,33 @@
 """fusedkv plan: show which layer takes its keys and values from where, and what its cache costs.
 
-Without a name, lists the known plans.
+Without a name, lists all methods.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import textwrap
+from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.train.config import ConfigError, literal
+from fusedkv_ext.experiments.entries import parse
+from fusedkv_ext.train.config import ConfigError
+
+if TYPE_CHECKING:
+    from fusedkv_ext.plan.registry import Method
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="name of the plan; none: list them")
     parser.add_argument(
-        "--layers", type=int, default=24, metavar="N", help="number of layers (default: %(default)s)"
-    )
+        "name", nargs="?", metavar="METHOD",
+        help="a name, with options as in cla:factor=3, or a JSON file of a plan; none: list all names",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, default=8, metavar="N",
+        help="number of layers; a file has its own (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--kv-heads", type=int, metavar="G", help="key/value heads of a layer, for the bytes per token"
     )
@@ -41,35 +50,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of the cache (default: %(default)s)"
     )
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the plan"
-    )
-
-
-def _options(entries: list[str]) -> dict[str, Any]:
-    options = {}
-    for entry in entries:
-        key, equals, value = entry.partition("=")
-        if not equals:
-            raise ConfigError(f"--option takes KEY=VALUE, got {entry!r}")
-        options[key] = literal(value)
-    return options
 
 
 def _list(as_json: bool) -> int:
     from fusedkv_ext.plan import METHODS
 
     if as_json:
-        print(json.dumps({name: {"equation": m.equation, "paper": m.paper} for name, m in METHODS.items()}))
+        print(json.dumps({name: _described(method) for name, method in METHODS.items()}))
         return 0
-    width = max(map(len, METHODS))
-    for name, method in METHODS.items():
-        print(f"{name:<{width}}  {method.equation}  ({method.paper})")
+    rows = [("method", "cache, vanilla = 1", "paper")]
+    rows += [(method.name, method.cache, method.paper) for method in METHODS.values()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        "\nfusedkv plan NAME shows one. "
-        "Layers count from 1 in these formulas, from 0 in tables and code."
+        "\nfusedkv plan NAME shows one: its equations, options, table and cache. "
+        "L: layers, n: layers that store.\n"
+        "fusedkv compare --methods A,B,... trains and compares them."
     )
     return 0
+
+
+def _described(method: Method) -> dict[str, Any]:
+    about = ("equation", "keys", "values", "paper", "cache", "summary", "options")
+    return {name: getattr(method, name) for name in about}
+
+
+def _about(method: Method) -> str:
+    """Paper, equations and options of a method, for the screen."""
+    lines = [f"{method.name}  ({method.paper})", f"  keys:   {method.keys}", f"  values: {method.values}"]
+    summary = " ".join(method.summary.replace("``", "").split())
+    lines += textwrap.wrap(summary, 100, initial_indent="  ", subsequent_indent="  ")
+    if method.options:
+        defaults = ":".join(f"{name}={json.dumps(value)}" for name, value in method.options.items())
+        lines.append(f"  options and their defaults: {method.name}:{defaults}".replace('"', ""))
+    return "\n".join([*lines, "  Layers count from 1 in these lines, from 0 below and in code.\n"])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,10 +93,16 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fusedkv_ext.plan import METHODS, CachePlan
+    from fusedkv_ext.train.config import ModelSection
+    from fusedkv_ext.train.trainer import resolve_plan
 
+    entry = parse(args.name)
     try:
-        plan = CachePlan.named(args.name, args.layers, **_options(args.option))
-        vanilla = CachePlan.named("vanilla", args.layers)
+        section = ModelSection(
+            plan=entry.method, plan_options=dict(entry.options), num_hidden_layers=args.layers
+        )
+        plan = resolve_plan(section)
+        vanilla = CachePlan.named("vanilla", plan.num_layers)
         sizes, shape = None, ""
         dtype = getattr(torch, args.dtype)
         if args.kv_lora_rank is not None:
@@ -105,12 +126,9 @@ def run(args: argparse.Namespace) -> int:
             result |= {"bytes_per_token": sizes[0], "vanilla_bytes_per_token": sizes[1]}
         print(json.dumps(result))
         return 0
+    if entry.method in METHODS:
+        print(_about(METHODS[entry.method]))
     print(plan)
-    method = METHODS[plan.name]
-    options = ", ".join(f"{name}={json.dumps(value)}" for name, value in method.options.items())
-    print(f"\n{method.summary}\n")
-    print(f"paper: {method.paper}; layers counted from 1: {method.equation}")
-    print(f"options (--option KEY=VALUE): {options or 'none'}")
     if sizes:
         print(
             f"size: {sizes[0]:,} bytes per token with {shape} in {args.dtype}, "

@@ -1,7 +1,7 @@
 """fusedkv plot: draw the loss curves of runs into one picture, or the result of a probe or of gradient norms.
 
-What is drawn is seen from the file. The name of a loss curve is the name of the file's folder, or its path
-where folders do not differ.
+What is drawn is seen from the file. The name of a loss curve is that of the file's folder, with the
+folders above it where names do not differ.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def _file_in(path: Path) -> Path:
 
 
 def _loss(files: Sequence[Path], unit: str) -> tuple[Figure, list[str]]:
-    from fusedkv_ext.figures import loss_curves
+    from fusedkv_ext.figures import distinct_names, loss_curves
     from fusedkv_ext.train.metrics import read_metrics
 
+    named = [path.parent if path.name == "metrics.jsonl" else path.with_suffix("") for path in files]
     curves = {}
-    for path in files:
+    for name, path in zip(distinct_names(named), files, strict=True):
         records = read_metrics(path)
         if not any(record["kind"] == "train" for record in records):
             raise ValueError(f"{path} holds no training records yet")
-        name = path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem
-        curves[name if name not in curves else str(path)] = records
+        curves[name] = records
     return loss_curves(curves, unit=unit), list(curves)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedkv_ext.experiments.configs import find, names
+from fusedkv_ext.experiments.entries import split_label
 from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys, load_toml
 
 if TYPE_CHECKING:
@@ -25,31 +26,41 @@ if TYPE_CHECKING:
     from fusedkv_ext.train.progress import Progress
 
 # Options that are short for a configuration key.
-_SHORTCUTS = {"plan": "model.plan", "steps": "run.steps", "seed": "run.seed", "tokenizer": "data.tokenizer"}
+_SHORTCUTS = {"steps": "run.steps", "seed": "run.seed", "tokenizer": "data.tokenizer"}
+
+
+def add_configuration(parser: argparse.ArgumentParser, config: str | None = None) -> None:
+    """The options of all commands that train; `config` is the default of --config."""
+    parser.add_argument(
+        "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
+    )
+    parser.add_argument("--steps", metavar="N", help="optimizer steps of a run, from its beginning")
+    parser.add_argument(
+        "--config", default=config, metavar="NAME|FILE",
+        help=f"sizes and budget: {', '.join(names())}, or a TOML file with the sections model, data, optim, "
+        "run" + (" (default: %(default)s)" if config else ""),
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="any key of `fusedkv train --keys`, over that of --config; may be repeated: --set optim.lr=1e-3",
+    )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("run"), help="folder of the run (default: %(default)s)"
     )
-    parser.add_argument(
-        "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--valid-text", nargs="+", metavar="PATH", help="held-out text (default: some files of --text)"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: bytes)")
-    parser.add_argument("--plan", metavar="NAME", help="cache plan, see `fusedkv plan` (default: fusedkv)")
-    parser.add_argument("--steps", metavar="N", help="optimizer steps of the whole run")
+    parser.add_argument(
+        "--plan", metavar="METHOD",
+        help="a name that `fusedkv plan` lists, with options as in cla:factor=3, or a JSON file of a plan "
+        "(default: fusedkv)",
+    )  # fmt: skip
     parser.add_argument("--seed", metavar="N", help="of the weights and of the order of the text")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help=f"TOML with the sections model, data, optim, run, or one that is here: {', '.join(names())}",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example optim.lr=1e-3"
-    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one"
     )
@@ -69,6 +80,9 @@ def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
         pairs.append((key.strip(), value.strip()))
     given = vars(args)  # commands that train more than one model have not all of the options
     pairs += [(key, given[name]) for name, key in _SHORTCUTS.items() if given.get(name) is not None]
+    if given.get("plan") is not None:
+        name, options = split_label(given["plan"])
+        pairs += [("model.plan", name), *((f"model.plan_options.{key}", value) for key, value in options)]
     lists = [(f"data.{name}", given[name]) for name in ("text", "valid_text") if given.get(name)]
     table = load_toml(find(args.config)) if args.config else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,20 +25,22 @@ import torch
 from fusedkv_ext.demo.measure import in_turns
 from fusedkv_ext.experiments import runs
 from fusedkv_ext.experiments.entries import Entry
+from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.train import distributed, loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 from fusedkv_ext.train.data import TokenData
 from fusedkv_ext.train.metrics import read_metrics
 from fusedkv_ext.train.progress import SilentProgress
 from fusedkv_ext.train.tokenizer import load_tokenizer
-from fusedkv_ext.train.trainer import Trainer, TrainingDiverged, build_model, resolve_device
+from fusedkv_ext.train.trainer import Trainer, TrainingDiverged, build_model, resolve_device, resolve_plan
 
 RESULT = "result.json"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods get. rates: learning rates, the first one is run with all seeds.
+    """What all methods get. seeds: how many, from `run.seed` on. rates: learning rates, the first one is run
+    with all seeds.
 
     equal: "width": the same sizes for all; "parameters": the FFN of each is widened or narrowed until the
     model has as many parameters as the first method's.
@@ -47,6 +50,15 @@ class Budget:
     seeds: int
     rates: tuple[float, ...]
     equal: str = "width"
+
+    @property
+    def first_seed(self) -> int:
+        """The seed with which all rates are run."""
+        return self.config.run.seed
+
+    @property
+    def all_seeds(self) -> list[int]:
+        return runs.seeds_of(self.config, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,12 @@ def plan_runs(entries: Sequence[Entry], budget: Budget, results: Results) -> lis
     The runs at a method's best rate are known when its runs with the first seed have ended.
     """
     first, *others = budget.rates
-    keys = [RunKey(entry, first, seed) for seed in range(budget.seeds) for entry in entries]
-    keys += [RunKey(entry, rate, 0) for rate in others for entry in entries]
+    keys = [RunKey(entry, first, seed) for seed in budget.all_seeds for entry in entries]
+    keys += [RunKey(entry, rate, budget.first_seed) for rate in others for entry in entries]
     for entry in entries:
         rate = best_rate(entry, budget, results)
         if rate is not None and rate != first:
-            keys += [RunKey(entry, rate, seed) for seed in range(1, budget.seeds)]
+            keys += [RunKey(entry, rate, seed) for seed in budget.all_seeds[1:]]
     return [key for key in keys if key not in results]
 
 
@@ -110,7 +122,7 @@ def best_rate(entry: Entry, budget: Budget, results: Results) -> float | None:
     """The rate whose run with the first seed ended lowest; None while one is missing or if all diverged."""
     losses = {}
     for rate in budget.rates:
-        result = results.get(RunKey(entry, rate, 0))
+        result = results.get(RunKey(entry, rate, budget.first_seed))
         if result is None:
             return None
         if result["valid_loss"] is not None:
@@ -124,17 +136,16 @@ def read_result(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    if TrainConfig.from_dict(result["config"]) != config:
-        raise ConfigError(
-            f"{folder} holds a run with other settings; choose another --out, or delete that folder"
-        )
+    runs.check_same(config, TrainConfig.from_dict(result["config"]), folder)
+    if "plan" in result:
+        runs.check_same_plan(config, CachePlan.from_dict(result["plan"]), folder)
     return result
 
 
 def train_run(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
     """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
     torch.set_num_threads(threads)
-    result: dict[str, Any] = {"config": config.to_dict()}
+    result: dict[str, Any] = {"config": config.to_dict(), "plan": resolve_plan(config.model).to_dict()}
     try:
         done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
         result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
@@ -204,12 +215,15 @@ def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[di
 @contextmanager
 def _processes(jobs: int) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
     """Processes that are ended at once on an error: their runs go on from their checkpoints next time."""
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it goes to all processes; this one ends the others
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=signal.signal, initargs=ignore_ctrl_c)
     try:
         yield pool.submit
     except BaseException:
+        processes = list((pool._processes or {}).values())  # the pool forgets them when it is shut down
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
+        for process in processes:
             process.terminate()
         raise
     pool.shutdown()
@@ -225,7 +239,7 @@ def curves(
         if rate is None:
             continue
         points: dict[int, list[float]] = {}
-        for seed in range(budget.seeds):
+        for seed in budget.all_seeds:
             for record in read_metrics(RunKey(entry, rate, seed).folder(root) / "metrics.jsonl"):
                 if record["kind"] == "valid":
                     points.setdefault(record["tokens"], []).append(record["bits_per_byte"])

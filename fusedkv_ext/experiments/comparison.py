@@ -12,7 +12,6 @@ import torch
 
 from fusedkv_ext.experiments.compare import Budget, Results, RunKey, best_rate, parameters
 from fusedkv_ext.experiments.entries import Entry
-from fusedkv_ext.plan import METHODS
 from fusedkv_ext.train.config import TrainConfig
 from fusedkv_ext.train.trainer import resolve_plan
 
@@ -41,6 +40,7 @@ def summarise(
     """
     entries = list(methods)
     baseline = _losses(entries[0], budget, results)
+    first = budget.first_seed
     rows = []
     for entry, config in methods.items():
         losses = _losses(entry, budget, results)
@@ -50,12 +50,12 @@ def summarise(
                 "label": entry.label,
                 "method": entry.method,
                 "options": dict(entry.options),
-                "paper": METHODS[entry.method].paper,
+                "paper": entry.paper,
                 "parameters": parameters(config, data["vocab_size"]),
                 "kv_heads": config.model.num_key_value_heads,
                 "intermediate_size": config.model.intermediate_size,
                 "cache_bytes_per_token": cache_bytes_per_token(config),
-                "rates": {f"{rate:g}": _loss(results, RunKey(entry, rate, 0)) for rate in budget.rates},
+                "rates": {f"{rate:g}": _loss(results, RunKey(entry, rate, first)) for rate in budget.rates},
                 "rate": best_rate(entry, budget, results),
                 "losses": losses,
                 **_spread("loss", losses),
@@ -87,7 +87,7 @@ def _losses(entry: Entry, budget: Budget, results: Results) -> list[float]:
     rate = best_rate(entry, budget, results)
     if rate is None:
         return []
-    losses = [_loss(results, RunKey(entry, rate, seed)) for seed in range(budget.seeds)]
+    losses = [_loss(results, RunKey(entry, rate, seed)) for seed in budget.all_seeds]
     return [loss for loss in losses if loss is not None]
 
 
@@ -104,7 +104,7 @@ TITLES = (
     "bits/byte",
     "to {baseline}",
     "cache B/token",
-    "of it",
+    "of {baseline}",
     "parameters",
     "lr",
     "training tokens/s",

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fusedkv_ext.demo.report import aligned
+from fusedkv_ext.experiments.entries import Entry
 from fusedkv_ext.experiments.runs import (
     FORMAT,
     SMALL,
@@ -110,17 +111,6 @@ def _as_dict(spread: Spread | None) -> dict[str, float | None] | None:
     return None if spread is None else spread._asdict()
 
 
-def labels_of(plans: Sequence[str]) -> list[str]:
-    """Names of plans, for folders and pictures: those of JSON files without path and ending.
-
-    Raises ConfigError when two are the same.
-    """
-    labels = [Path(plan).stem if plan.endswith(".json") else plan for plan in plans]
-    if len(set(labels)) < len(labels) or len(labels) < 2:
-        raise ConfigError(f"--plans needs at least two plans, each once, got {', '.join(labels)}")
-    return labels
-
-
 def _recorded(folder: Path, steps: Sequence[int]) -> list[Record]:
     """Records of gradients in a run's metrics, which must be those of the first of `steps`."""
     path = folder / "metrics.jsonl"
@@ -157,20 +147,21 @@ def _means(runs: Iterable[Sequence[Sequence[float | None]]]) -> list[list[float 
 
 def run_gradients(
     config: TrainConfig,
-    plans: Sequence[str],
+    entries: Sequence[Entry],
     num_seeds: int,
     every: int,
     out: Path,
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> Gradients:
-    """Trains each plan with each seed, in out/PLAN/seed-N, and records the norms of every `every`-th step.
-    Goes on where it was stopped.
+    """Trains each method with each seed, in out/METHOD/seed-N, and records the norms of every `every`-th
+    step. Goes on where it was stopped.
 
     Raises runs.Stopped, and ConfigError for settings that cannot be or differ from those of `out`.
     """
-    labels = labels_of(plans)
-    configs = [config.updated([("model.plan", plan)]) for plan in plans]
+    if len(entries) < 2:
+        raise ConfigError(f"--methods needs at least two, got {', '.join(entry.label for entry in entries)}")
+    configs = [entry.config(config) for entry in entries]
     depths = [resolve_plan(each.model).prefill_layers for each in configs]
     seeds, steps = seeds_of(config, num_seeds), list(range(every, config.run.steps + 1, every))
     late = [index for index, step in enumerate(steps) if step > config.optim.warmup_steps]
@@ -183,11 +174,11 @@ def run_gradients(
     conditions: dict[str, Any] = {}
     shown = without_seed(config)
     del shown["model"]["plan"]
-    for label, own in zip(labels, configs, strict=True):
+    for entry, own in zip(entries, configs, strict=True):
         runs = []
         bits.append([])
         for seed in seeds:
-            folder = out / label / f"seed-{seed}"
+            folder = out / entry.folder / f"seed-{seed}"
             _recorded(folder, steps)  # another interval is noticed before anything is trained
             seeded = own.updated([("run.seed", seed)])
             done = finish(seeded, folder, progress, should_stop, every_steps(every))
@@ -197,7 +188,7 @@ def run_gradients(
         means.append({name: [_mean([run[name][i] for i in late]) for run in runs] for name in PROJECTIONS})
         series.append({name: _means(run[name] for run in runs) for name in PROJECTIONS})
     return Gradients(
-        plans=labels,
+        plans=[entry.label for entry in entries],
         seeds=seeds,
         steps=steps,
         span=[steps[late[0]], steps[-1]],

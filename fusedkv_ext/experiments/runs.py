@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from fusedkv_ext.decoder import Decoder
+from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.train import checkpoints, loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys
 from fusedkv_ext.train.data import TokenData
 from fusedkv_ext.train.metrics import Record, read_metrics
 from fusedkv_ext.train.progress import Progress
+from fusedkv_ext.train.trainer import resolve_plan
 
 FORMAT = 1  # of result files
 Observer = Callable[[int, nn.Module], Record | None]
@@ -108,7 +110,8 @@ def finish(
         this = loop.start(config, folder)
     else:
         this, warnings = loop.resume(folder)
-        _check_same(config, this.trainer.config, folder)
+        check_same(config, this.trainer.config, folder)
+        check_same_plan(config, this.trainer.model.plan, folder)
         for warning in warnings if this.trainer.step < config.run.steps else ():
             progress.line(f"warning: {folder}: {warning}")
     trainer = this.trainer
@@ -137,7 +140,8 @@ def _validated(metrics: Path, step: int) -> list[Record]:
     return [record for record in records if record["kind"] == "valid" and record["step"] == step]
 
 
-def _check_same(wanted: TrainConfig, found: TrainConfig, folder: Path) -> None:
+def check_same(wanted: TrainConfig, found: TrainConfig, folder: Path) -> None:
+    """ConfigError, which names the first difference, when a folder's run is not the one that is wanted."""
     wanted = loop.absolute_paths(wanted)
     for key in known_keys():
         section, name = key.split(".")
@@ -147,6 +151,15 @@ def _check_same(wanted: TrainConfig, found: TrainConfig, folder: Path) -> None:
                 f"{folder} holds a run with {key} = {old!r}, now it is {new!r}; give the same settings to go "
                 "on with it, or choose another --out"
             )
+
+
+def check_same_plan(wanted: TrainConfig, found: CachePlan, folder: Path) -> None:
+    """ConfigError when the file that a plan was read from has another one now."""
+    if resolve_plan(wanted.model) != found:
+        raise ConfigError(
+            f"{folder} holds a run with another plan than {wanted.model.plan} has now; restore that file, or "
+            "choose another --out"
+        )
 
 
 def without_seed(config: TrainConfig) -> dict[str, Any]:

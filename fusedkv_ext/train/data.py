@@ -44,9 +44,9 @@ class DataInfo:
     def __str__(self) -> str:
         left_out = f"; left out: {self.skipped_files} empty or not UTF-8, {self.duplicate_files} duplicates"
         return (
-            f"{self.origin}: train {self.train_files} files, {self.train_bytes / 1e6:.2f} MB, "
-            f"{self.train_tokens / 1e6:.2f} M tokens; validation {self.valid_files} files, "
-            f"{self.valid_bytes / 1e6:.2f} MB, {self.valid_tokens / 1e6:.2f} M tokens"
+            f"{self.origin}: train {self.train_bytes:,} bytes in {self.train_files} files, "
+            f"{self.train_tokens:,} tokens; validation {self.valid_bytes:,} bytes in {self.valid_files} "
+            f"files, {self.valid_tokens:,} tokens"
             + (left_out if self.skipped_files or self.duplicate_files else "")
         )
 
