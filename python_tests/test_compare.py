@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +12,10 @@ from fusedkv_ext import cli
 from fusedkv_ext.experiments import compare, comparison, comparison_plots, configs, page
 from fusedkv_ext.experiments.compare import Budget, RunKey
 from fusedkv_ext.experiments.entries import Entry, every, parse, parse_all
+from fusedkv_ext.figures import save
 from fusedkv_ext.plan import METHODS, CachePlan
 from fusedkv_ext.train.config import ConfigError, TrainConfig, load_toml
-from fusedkv_ext.train.metrics import read_metrics
+from fusedkv_ext.train.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -52,10 +48,7 @@ def small(text: Path, tmp_path: Path) -> TrainConfig:
 
 def finished(budget: Budget, losses: dict[RunKey, float | None]) -> compare.Results:
     """Results with those losses, of runs that nobody ran."""
-    return {
-        key: {"valid_loss": loss, "valid_bits_per_byte": loss}
-        for key, loss in losses.items()
-    }
+    return {key: {"valid_loss": loss, "valid_bits_per_byte": loss} for key, loss in losses.items()}
 
 
 # --- Entries ---
@@ -123,6 +116,27 @@ def test_equal_parameters_are_equal_to_a_channel_of_the_ffn(small: TrainConfig) 
         assert spread > per_channel if equal == "width" else 2 * spread <= per_channel
 
 
+@pytest.mark.parametrize("experts", [{}, {"model.moe_intermediate_size": 24}], ids=["shared", "own width"])
+def test_equal_parameters_with_experts(small: TrainConfig, experts: dict[str, int]) -> None:
+    config = small.updated([("model.num_experts", 4), *experts.items()])
+    found = compare.configs(parse_all(["vanilla", "fusedkv"]), Budget(config, 1, (1e-3,), "parameters"), 256)
+    target, count = (compare.parameters(config, 256) for config in found.values())
+    assert 2 * abs(count - target) <= 4 * 3 * config.model.hidden_size * config.model.num_hidden_layers
+
+
+def test_methods_that_these_sizes_cannot_have_are_found_before_anything_is_trained(
+    small: TrainConfig,
+) -> None:
+    """A tenth of 2 KV heads; a full layer that reads a sliding one."""
+    sliding = [
+        ("model.layer_types", ["sliding_attention"] * 3 + ["full_attention"]),
+        ("model.sliding_window", 4),
+    ]
+    for label, config in (("skipv1:skip=0.1", small), ("yoco", small.updated(sliding))):
+        with pytest.raises(ConfigError, match=f"method {label}: "):
+            compare.configs(parse_all(["vanilla", label]), Budget(config, 1, (1e-3,)), 256)
+
+
 def test_the_rate_is_the_first_seeds_best_and_the_other_seeds_follow_it() -> None:
     a, b = Entry("vanilla"), Entry("yoco")
     budget = Budget(TrainConfig(), 3, (1e-3, 2e-3))
@@ -143,10 +157,15 @@ def test_the_rate_is_the_first_seeds_best_and_the_other_seeds_follow_it() -> Non
 # --- Runs ---
 
 
-def run_all(config: TrainConfig, root: Path, **changes: object) -> compare.Results:
-    budget = Budget(config, **({"seeds": 2, "rates": (1e-3,)} | changes))
-    entries = parse_all(["vanilla", "fusedkv"])
-    return {key: result for key, result, _ in compare.run_all(entries, budget, root, jobs=2, threads=1)}
+def run_all(
+    config: TrainConfig,
+    root: Path,
+    labels: Sequence[str] = ("vanilla", "fusedkv"),
+    seeds: int = 2,
+    jobs: int = 2,
+) -> compare.Results:
+    budget, entries = Budget(config, seeds, (1e-3,)), parse_all(labels)
+    return {key: result for key, result, _ in compare.run_all(entries, budget, root, jobs=jobs, threads=1)}
 
 
 def test_runs_are_equal_in_all_but_the_method_and_are_not_done_twice(
@@ -171,33 +190,30 @@ def test_runs_are_equal_in_all_but_the_method_and_are_not_done_twice(
         run_all(small.updated([("run.steps", 5)]), tmp_path)
 
 
-def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(text: Path, tmp_path: Path) -> None:
-    """SIGKILL while runs with checkpoints are going on: the losses are those of an undisturbed comparison."""
-    sizes = SIZES | {"run.steps": 60, "run.save_every": 10, "run.valid_every": 60}
-    values = [f"{key}={value}" for key, value in sizes.items()] + [f"data.cache_dir={tmp_path / 'tokens'}"]
-    command = [sys.executable, "-m", "fusedkv_ext.cli", "compare", "--methods", "vanilla,yoco", "--json"]
-    command += ["--seeds", "1", "--text", str(text), "--threads", "1"]
-    command += [part for value in values for part in ("--set", value)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "a")], env=env, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    until = time.monotonic() + 60
-    while not list((tmp_path / "a").glob("runs/*/*/checkpoints/step-*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "a" / "comparison.json").exists()
-    ended = {}
-    for out in ("a", "b"):
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / out)], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        ended[out] = {row["label"]: row["losses"] for row in json.loads(done.stdout)["rows"]}
-    assert ended["a"] == ended["b"] and all(ended["a"].values())
-    assert (tmp_path / "a" / "loss_over_cache.png").stat().st_size > 10_000
+def test_runs_of_other_text_are_not_taken_for_those_of_this(
+    small: TrainConfig, text: Path, tmp_path: Path
+) -> None:
+    """The folder's name is the same, its content has changed."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    config = small.updated([("data.text", [str(folder)])])
+    one_run = {"seeds": 1, "labels": ["vanilla"], "jobs": 1}
+    assert len(run_all(config, tmp_path / "out", **one_run)) == 1
+    (folder / "b.txt").write_text("more\n" * 100, encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds a run with other text; restore it"):
+        run_all(config, tmp_path / "out", **one_run)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(small: TrainConfig, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    folder = RunKey(Entry("vanilla"), 1e-3, 0).folder(tmp_path)
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is training this run"):
+            run_all(small, tmp_path, seeds=1, labels=["vanilla"], jobs=1)
+    assert len(run_all(small, tmp_path, seeds=1, labels=["vanilla"], jobs=1)) == 1
 
 
 def test_a_file_with_another_plan_than_its_run_is_refused(small: TrainConfig, tmp_path: Path) -> None:
@@ -219,28 +235,6 @@ def test_seeds_begin_at_run_seed(small: TrainConfig) -> None:
     assert compare.plan_runs([entry], budget, {}) == first
     results = finished(budget, dict.fromkeys(first, 2.0) | {first[2]: 1.0})
     assert compare.plan_runs([entry], budget, results) == [RunKey(entry, 2e-3, 8)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_comparison_leaves_no_process(number: int, text: Path, tmp_path: Path) -> None:
-    values = [f"{key}={value}" for key, value in (SIZES | {"run.steps": 10**5}).items()]
-    command = [sys.executable, "-m", "fusedkv_ext.cli", "compare", "--methods", "vanilla", "--seeds", "1"]
-    command += ["--text", str(text), "--threads", "1", "--out", str(tmp_path / "out")]
-    command += ["--set", f"data.cache_dir={tmp_path}"] + [part for v in values for part in ("--set", v)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    going = subprocess.Popen(
-        command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    until = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("runs/*/*/checkpoints/step-*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    try:
-        going.send_signal(number)
-        assert "goes on" in going.communicate(timeout=30)[1]  # ends when every process has closed the pipe
-        assert going.returncode == 130
-    finally:
-        if going.poll() is None:
-            os.killpg(going.pid, signal.SIGKILL)
 
 
 # --- Results ---
@@ -267,6 +261,41 @@ def test_gaps_are_paired_by_seed_and_spread_is_the_sample_deviation() -> None:
     assert [row["label"] for row in comparison.ordered(result)] == ["vanilla", "yoco", "gqa"]
     text = comparison.text_table(result)
     assert "3.100 ± 1.000" in text and "+0.100 ± 0.000" in text and "diverged" in text
+
+
+def test_seeds_that_diverged_leave_the_pairing_of_the_others_alone() -> None:
+    result = made_up({"vanilla": [2.0, None, 4.0], "yoco": [2.1, 3.1, 4.1], "cla": [2.2, 3.2, None]})
+    vanilla, yoco, cla = result["rows"]
+    assert vanilla["losses"] == [2.0, None, 4.0] and vanilla["loss_mean"] == 3.0
+    assert yoco["gap_mean"] == pytest.approx(0.1) and yoco["gap_sd"] == pytest.approx(0.0, abs=1e-12)
+    assert cla["gap_mean"] == pytest.approx(0.2) and cla["gap_sd"] is None
+    (claim,) = comparison.verdicts(result)  # with CLA one pair is left, which decides nothing
+    assert claim["claim"] == "vanilla < YOCO" and claim["gap"] == pytest.approx(-0.1)
+    assert "3.000 ± 1.414 (1 of 3 diverged)" in comparison.text_table(result)
+
+
+def test_a_baseline_that_diverged_makes_no_other_method_diverge() -> None:
+    result = made_up({"vanilla": [None] * 3, "yoco": [2.0, 3.0, 4.0]})
+    lines = comparison.text_table(result).splitlines()
+    assert "diverged" not in lines[1] and "diverged" in lines[2]
+
+
+def test_a_comparison_in_which_all_diverged_has_its_table_and_pictures(tmp_path: Path) -> None:
+    result = made_up({"vanilla": [None] * 3, "yoco": [None] * 3})
+    assert comparison.text_table(result).count("diverged") == 4  # as the loss and as the rate
+    for figure in (comparison_plots.loss_over_cache(result), comparison_plots.loss_over_tokens({})):
+        assert save(figure, tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_curves_are_means_of_the_runs_that_ended(tmp_path: Path) -> None:
+    entry, budget = Entry("vanilla"), Budget(TrainConfig(), 2, (1e-3,))
+    results = finished(budget, {RunKey(entry, 1e-3, 0): 2.0, RunKey(entry, 1e-3, 1): None})
+    for key, losses in zip(results, ([4.0, 2.0], [8.0]), strict=True):
+        log = MetricsLog(key.folder(tmp_path) / "metrics.jsonl")
+        for step, loss in enumerate(losses):
+            log.write({"kind": "valid", "step": step, "tokens": 10 * step, "bits_per_byte": loss})
+        log.close()
+    assert compare.curves([entry], budget, results, tmp_path) == {"vanilla": [(0, 4.0), (10, 2.0)]}
 
 
 def test_verdicts_say_not_decided_when_seeds_disagree() -> None:
@@ -323,6 +352,7 @@ def test_documents_are_what_the_results_give(name: str) -> None:
         (["--config", "huge"], "--config: huge does not exist; expected a TOML file or one of"),
         (["--rates", "fast"], "--rates must be numbers such as 1e-3,2e-3, got 'fast'"),
         (["--rates", "-1"], "optim.lr must be > 0"),
+        (["--rates", "1e-3,1.0000001e-3"], "--rates must differ within six digits"),
         (["--set", "run.steps"], "--set takes KEY=VALUE"),
     ],
 )

@@ -5,6 +5,7 @@ torchrun runs this very file: its last lines are what the processes do.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tiny import PLANS
 
+from fusedkv_ext.experiments import runs
 from fusedkv_ext.train import checkpoints, distributed, loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 from fusedkv_ext.train.metrics import read_metrics
@@ -137,6 +139,12 @@ def test_resumed_on_two_processes_equals_uninterrupted_bit_for_bit(ranks: list[d
     assert [record["processes"] for record in records if record["kind"] == "run"] == [2, 2]
 
 
+def test_rank_zero_says_whether_a_run_has_ended(ranks: list[dict]) -> None:
+    """The other one finds a last validation in the metrics that rank 0 has dropped to repeat it."""
+    for rank in ranks:
+        assert rank["stale"] == rank["finished"] == ranks[0]["whole"]
+
+
 def test_resuming_with_another_number_of_processes_warns(ranks: list[dict], folder: Path) -> None:
     _, warnings = loop.resume(folder / "whole")
     assert warnings == ["not bit for bit what an uninterrupted run gives: 1 processes, 2 before"]
@@ -225,6 +233,22 @@ def test_a_batch_that_cannot_be_shared_is_said_once(folder: Path) -> None:
     assert not (folder / "wrong").exists()
 
 
+def test_a_comparison_is_trained_by_all_processes_together(folder: Path) -> None:
+    values = SMALL | {"data.cache_dir": folder / "cache"}
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    command = ["-m", "fusedkv_ext", "compare", "--methods", "vanilla,yoco", "--seeds", "1", "--json"]
+    command += settings
+    done = torchrun(*command, "--text", folder / "text", "--out", folder / "compare", folder=folder)
+    out, err = done.communicate(timeout=90)
+    assert done.returncode == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["label"] for row in rows] == ["vanilla", "yoco"] and all(row["loss_mean"] for row in rows)
+    for metrics in (folder / "compare").glob("runs/*/*/metrics.jsonl"):
+        records = read_metrics(metrics)
+        assert [record["processes"] for record in records if record["kind"] == "run"] == [2]
+        assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
 # What the processes of `ranks` do
 
 
@@ -234,6 +258,15 @@ def _resume(folder: Path, found: dict) -> None:
     loop.run(loop.start(config, folder / "parts"), SilentProgress(), stop_after=3)
     resumed, found["warnings"] = loop.resume(folder / "parts")
     found["parts"] = loop.run(resumed, SilentProgress()).valid_loss
+
+
+def _stale(folder: Path, found: dict) -> None:
+    config = config_in(folder)
+    loop.run(loop.start(config, folder / "stale"), SilentProgress(), stop_after=3)
+    if distributed.rank() == 1:
+        runs._validated = lambda *_: [{"loss": 0.0, "bits_per_byte": 0.0}]
+    found["stale"] = runs.finish(config, folder / "stale", SilentProgress(), lambda: False).valid_loss
+    found["finished"] = runs.finish(config, folder / "stale", SilentProgress(), lambda: False).valid_loss
 
 
 def _end_together(folder: Path, found: dict) -> None:
@@ -268,6 +301,7 @@ def _work(folder: Path) -> None:
             distributed._BUCKET_BYTES = 4096 if case == "many buckets" else usual
             found[case] = five_steps(config_in(folder, changes))
         _resume(folder, found)
+        _stale(folder, found)
         _end_together(folder, found)
         torch.save(found, folder / f"rank{distributed.rank()}.pt")
 

@@ -162,6 +162,8 @@ def test_names_are_read_kindly():
         (("fusedkv", 4), {"multiplier": float("nan")}, ValueError, "multiplier must be finite"),
         (("fusedkv", 4), {"tie_values": 1}, TypeError, "tied must be a bool"),
         (("fusedkv-lite-learnable", 4), {"init": "half"}, ValueError, "init must be lite or normal"),
+        (("resformer", 4), {"share": "1/2"}, TypeError, "share must be a number, got '1/2'"),
+        (("resformer", 4), {"share": float("nan")}, ValueError, "share must be finite"),
     ],
 )
 def test_bad_names_and_options(arguments, options, error, message):

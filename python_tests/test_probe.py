@@ -114,6 +114,14 @@ def test_only_plans_with_scalars_on_common_sources_can_be_probed() -> None:
             check_plan(plan)
 
 
+def test_latent_attention_is_refused_before_it_is_trained(config: TrainConfig, tmp_path: Path) -> None:
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    latent = config.updated((f"model.{name}", size) for name, size in sizes.items())
+    with pytest.raises(ConfigError, match="latent attention stores none; leave out model.kv_lora_rank"):
+        probe_of(latent, tmp_path / "probe")
+    assert not (tmp_path / "probe").exists()
+
+
 def test_weights_are_those_of_the_model_and_start_at_one_over_n(config: TrainConfig) -> None:
     model = build_model(config, 256)
     assert learned_weights(model, [2, 3]) == {side: [[0.5, 0.5]] * 2 for side in ("keys", "values")}

@@ -55,6 +55,8 @@ def _rates(text: str | None, config: TrainConfig) -> tuple[float, ...]:
         rates = tuple(dict.fromkeys(float(rate) for rate in text.split(",")))
     except ValueError as error:
         raise ConfigError(f"--rates must be numbers such as 1e-3,2e-3, got {text!r}") from error
+    if len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise ConfigError(f"--rates must differ within six digits, got {text!r}")
     for rate in rates:
         config.updated([("optim.lr", rate)])  # checks it
     return rates
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from fusedkv_ext.experiments import compare
     from fusedkv_ext.experiments.entries import parse_all
     from fusedkv_ext.figures import need_matplotlib
+    from fusedkv_ext.train import distributed
 
     entries = parse_all(args.methods.split(","))
     if not entries:
@@ -73,25 +76,32 @@ def run(args: argparse.Namespace) -> int:
     config = experiment.configuration(args)
     budget = compare.Budget(config, args.seeds, _rates(args.rates, config), args.equal)
     need_matplotlib()
-    said = sys.stderr if args.json else sys.stdout
+
+    def say(line: str) -> None:
+        if distributed.rank() == 0:
+            print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the processes, too
     try:
-        result = _compare(args, entries, budget, lambda line: print(line, file=said, flush=True))
+        with distributed.session():
+            result = _compare(args, entries, budget, say)
     except KeyboardInterrupt:
         return experiment.stopped(args)
     finally:
         signal.signal(signal.SIGTERM, terminate)
-    print(json.dumps(result) if args.json else _text(result))
+    if result is not None:
+        print(json.dumps(result) if args.json else _text(result))
     return 0
 
 
 def _compare(
     args: argparse.Namespace, entries: list[Entry], budget: Budget, say: Callable[[str], None]
-) -> Result:
-    """Trains and times all methods, and writes the result."""
+) -> Result | None:
+    """Trains and times all methods, and writes the result; None in torchrun's processes but the first."""
     import torch
 
     from fusedkv_ext.experiments import compare, comparison
+    from fusedkv_ext.train import distributed
 
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     data = compare.load(budget)
@@ -111,6 +121,8 @@ def _compare(
         say(f"{time.monotonic() - began:6.0f} s  {key}: {ended}; runs left: {left}")
     say("timing training steps of all methods in turns")
     speeds = compare.tokens_per_second(methods, data)
+    if distributed.rank():
+        return None
     result = comparison.summarise(budget, methods, results, speeds, asdict(data.info))
     for path in _write(result, compare.curves(entries, budget, results, args.out), args.out):
         say(f"wrote {path}")

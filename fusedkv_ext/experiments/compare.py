@@ -13,8 +13,10 @@ import multiprocessing
 import os
 import signal
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,21 +88,34 @@ def parameters(config: TrainConfig, vocab_size: int) -> int:
 
 
 def configs(entries: Sequence[Entry], budget: Budget, vocab_size: int) -> dict[Entry, TrainConfig]:
-    """The configuration of each method, without seed and rate."""
-    found = {entry: entry.config(budget.config) for entry in entries}
+    """The configuration of each method, without seed and rate. Raises ConfigError naming a method that cannot
+    have these sizes."""
+    found, counts = {}, []
+    for entry in entries:
+        try:
+            found[entry] = entry.config(budget.config)
+            counts.append(parameters(found[entry], vocab_size))
+        except ValueError as error:
+            raise ConfigError(f"method {entry.label}: {error}") from error
     if budget.equal == "width":
         return found
-    target = parameters(found[entries[0]], vocab_size)
-    return {entry: _resized(config, target, vocab_size) for entry, config in found.items()}
+    return {entry: _resized(config, counts[0], vocab_size) for entry, config in found.items()}
 
 
 def _resized(config: TrainConfig, target: int, vocab_size: int) -> TrainConfig:
-    """The FFN width with which the model comes nearest to `target` parameters."""
+    """The width of the FFN, or of its experts, with which the model comes nearest to `target` parameters."""
     model = config.model
-    width = model.intermediate_size or -(-model.hidden_size * 8 // 3 // 64) * 64
-    per_channel = 3 * model.hidden_size * model.num_hidden_layers
-    missing = target - parameters(config, vocab_size)
-    return config.updated([("model.intermediate_size", max(1, width + round(missing / per_channel)))])
+    width, key = model.intermediate_size or -(-model.hidden_size * 8 // 3 // 64) * 64, "intermediate_size"
+    if model.num_experts and model.moe_intermediate_size:
+        width, key = model.moe_intermediate_size, "moe_intermediate_size"
+
+    def widened(by: int) -> TrainConfig:
+        return config.updated([(f"model.{key}", max(1, width + by))])
+
+    # Asked of the model, and over many channels: experts whose width follows intermediate_size round it.
+    own, span = parameters(config, vocab_size), 1024
+    per_channel = (parameters(widened(span), vocab_size) - own) / span
+    return widened(round((target - own) / per_channel))
 
 
 def plan_runs(entries: Sequence[Entry], budget: Budget, results: Results) -> list[RunKey]:
@@ -130,8 +145,9 @@ def best_rate(entry: Entry, budget: Budget, results: Results) -> float | None:
     return min(losses, key=losses.__getitem__) if losses else None
 
 
-def read_result(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The result of a finished run, None where there is none. ConfigError if it is that of other settings."""
+def read_result(folder: Path, config: TrainConfig, text: str) -> dict[str, Any] | None:
+    """The result of a finished run, None where there is none. ConfigError if it is that of other settings or
+    of other text than that of the key `text`."""
     path = folder / RESULT
     if not path.is_file():
         return None
@@ -139,13 +155,16 @@ def read_result(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     runs.check_same(config, TrainConfig.from_dict(result["config"]), folder)
     if "plan" in result:
         runs.check_same_plan(config, CachePlan.from_dict(result["plan"]), folder)
+    if result.get("text", text) != text:  # the first comparisons did not keep it
+        raise ConfigError(f"{folder} holds a run with other text; restore it, or choose another --out")
     return result
 
 
-def train_run(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
+def train_run(config: TrainConfig, folder: Path, threads: int, text: str) -> dict[str, Any]:
     """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
     torch.set_num_threads(threads)
-    result: dict[str, Any] = {"config": config.to_dict(), "plan": resolve_plan(config.model).to_dict()}
+    plan = resolve_plan(config.model).to_dict()
+    result: dict[str, Any] = {"config": config.to_dict(), "plan": plan, "text": text}
     try:
         done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
         result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
@@ -178,7 +197,8 @@ def run_all(
     """
     if jobs > 1 and distributed.world_size() > 1:
         raise ConfigError(f"under torchrun runs follow one another: --jobs must be 1, got {jobs}")
-    methods = configs(entries, budget, load(budget).info.vocab_size)  # reads the text once for all processes
+    data = load(budget).info  # reads the text once for all processes
+    methods = configs(entries, budget, data.vocab_size)
     results: Results = {}
     with ExitStack() as stack:
         train = _at_once if jobs == 1 else stack.enter_context(_processes(jobs))
@@ -187,12 +207,12 @@ def run_all(
             missing = [key for key in plan_runs(entries, budget, results) if key not in running.values()]
             for key in missing:
                 config, folder = _config_of(key, methods), key.folder(root)
-                found = read_result(folder, config)
+                found = read_result(folder, config, data.key)
                 if found is not None:
                     results[key] = found
                     yield key, found, len(plan_runs(entries, budget, results))
                 elif len(running) < jobs:
-                    running[train(train_run, config, folder, threads)] = key
+                    running[train(train_run, config, folder, threads, data.key)] = key
             if not running and not missing:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -215,32 +235,50 @@ def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[di
 @contextmanager
 def _processes(jobs: int) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
     """Processes that are ended at once on an error: their runs go on from their checkpoints next time."""
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it goes to all processes; this one ends the others
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=signal.signal, initargs=ignore_ctrl_c)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
     try:
         yield pool.submit
-    except BaseException:
+    except BaseException as error:
         processes = list((pool._processes or {}).values())  # the pool forgets them when it is shut down
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise RuntimeError(
+                "the process of a run was killed, perhaps for lack of memory; the same command goes on from "
+                "the checkpoints, fewer --jobs need less"
+            ) from error
         raise
     pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """For a process of the pool: it ends with the one that trains, even if that is killed, and not before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; that one ends the others
+    parent = multiprocessing.parent_process()
+
+    def wait_for_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def curves(
     entries: Sequence[Entry], budget: Budget, results: Results, root: Path
 ) -> dict[str, list[tuple[float, float]]]:
-    """Validation loss in bits per byte over tokens, mean over the seeds; without methods that diverged."""
+    """Validation loss in bits per byte over tokens, mean over the seeds; without runs that diverged."""
     found = {}
     for entry in entries:
         rate = best_rate(entry, budget, results)
         if rate is None:
             continue
         points: dict[int, list[float]] = {}
-        for seed in budget.all_seeds:
-            for record in read_metrics(RunKey(entry, rate, seed).folder(root) / "metrics.jsonl"):
+        for key in (RunKey(entry, rate, seed) for seed in budget.all_seeds):
+            if results[key]["valid_loss"] is None:
+                continue  # it would bend the mean where it ends
+            for record in read_metrics(key.folder(root) / "metrics.jsonl"):
                 if record["kind"] == "valid":
                     points.setdefault(record["tokens"], []).append(record["bits_per_byte"])
         found[entry.label] = [(tokens, statistics.fmean(losses)) for tokens, losses in sorted(points.items())]

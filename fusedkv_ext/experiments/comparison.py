@@ -44,7 +44,7 @@ def summarise(
     rows = []
     for entry, config in methods.items():
         losses = _losses(entry, budget, results)
-        gaps = [loss - base for loss, base in zip(losses, baseline, strict=False)]
+        gaps = _gaps(losses, baseline)
         rows.append(
             {
                 "label": entry.label,
@@ -58,7 +58,7 @@ def summarise(
                 "rates": {f"{rate:g}": _loss(results, RunKey(entry, rate, first)) for rate in budget.rates},
                 "rate": best_rate(entry, budget, results),
                 "losses": losses,
-                **_spread("loss", losses),
+                **_spread("loss", [loss for loss in losses if loss is not None]),
                 **_spread("gap", gaps),
                 "tokens_per_s": tokens_per_s.get(entry),
             }
@@ -82,13 +82,18 @@ def _loss(results: Results, key: RunKey) -> float | None:
     return results[key]["valid_bits_per_byte"] if key in results else None
 
 
-def _losses(entry: Entry, budget: Budget, results: Results) -> list[float]:
-    """Validation loss in bits per byte at the method's rate, seed by seed; shorter where runs diverged."""
+def _losses(entry: Entry, budget: Budget, results: Results) -> list[float | None]:
+    """Validation loss in bits per byte at the method's rate, one per seed; None where the run diverged."""
     rate = best_rate(entry, budget, results)
     if rate is None:
-        return []
-    losses = [_loss(results, RunKey(entry, rate, seed)) for seed in budget.all_seeds]
-    return [loss for loss in losses if loss is not None]
+        return [None] * budget.seeds
+    return [_loss(results, RunKey(entry, rate, seed)) for seed in budget.all_seeds]
+
+
+def _gaps(losses: Sequence[float | None], others: Sequence[float | None]) -> list[float]:
+    """Differences of the seeds that both methods have a loss of."""
+    pairs = zip(losses, others, strict=True)
+    return [one - other for one, other in pairs if one is not None and other is not None]
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
@@ -115,9 +120,11 @@ def cells(result: Result, row: Mapping[str, Any]) -> list[str]:
     """One row of the table, as text."""
     first = result["rows"][0]
     speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "not measured"
+    diverged = row["losses"].count(None)
+    some = f" ({diverged} of {len(row['losses'])} diverged)" if 0 < diverged < len(row["losses"]) else ""
     return [
         row["label"],
-        _plus_minus(row["loss_mean"], row["loss_sd"], "{:.3f}"),
+        (_plus_minus(row["loss_mean"], row["loss_sd"], "{:.3f}") + some) or "diverged",
         _plus_minus(row["gap_mean"], row["gap_sd"], "{:+.3f}") if row is not first else "",
         f"{row['cache_bytes_per_token']:,}",
         f"{row['cache_bytes_per_token'] / first['cache_bytes_per_token']:.3f}",
@@ -129,7 +136,7 @@ def cells(result: Result, row: Mapping[str, Any]) -> list[str]:
 
 def _plus_minus(mean: float | None, deviation: float | None, form: str) -> str:
     if mean is None:
-        return "diverged"
+        return ""
     return form.format(mean) + (f" ± {deviation:.3f}" if deviation is not None else "")
 
 
@@ -192,8 +199,7 @@ def verdicts(result: Result) -> list[dict[str, Any]]:
     for claim, better, worse in CLAIMS:
         if better not in rows or worse not in rows:
             continue
-        pairs = list(zip(rows[better]["losses"], rows[worse]["losses"], strict=False))
-        gaps = [low - high for low, high in pairs]
+        gaps = _gaps(rows[better]["losses"], rows[worse]["losses"])
         if len(gaps) < 2:
             continue
         mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))

@@ -65,7 +65,10 @@ def _names(axes: Axes, points: Sequence[tuple[float, float, str]], beside: float
 
 
 def loss_over_tokens(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Validation loss, mean over the seeds, of each method: name -> (tokens, bits per byte) points."""
+    """Validation loss, mean over the seeds, of each method: name -> (tokens, bits per byte) points.
+
+    No methods, as when all of them diverged: empty axes.
+    """
     figure, axes = _axes(8.4, 6.0)
     for index, (name, points) in enumerate(curves.items()):
         tokens = [point[0] / 1e6 for point in points]
@@ -73,11 +76,12 @@ def loss_over_tokens(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
         style = line_style(index)
         axes.plot(tokens, losses, style, color=_colour(name), linewidth=1.3, marker="o", markersize=2.5)
     late = [point[1] for points in curves.values() for point in points[len(points) // 2 :]]
-    margin = 0.06 * (max(late) - min(late))
-    axes.set_ylim(min(late) - margin, max(late) + margin)
-    end = max(points[-1][0] for points in curves.values()) / 1e6
-    axes.set_xlim(right=end)
-    _names(axes, [(points[-1][1], end, name) for name, points in curves.items()], end * 1.02)
+    if late:
+        margin = 0.06 * (max(late) - min(late)) or 0.01
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+        end = max(points[-1][0] for points in curves.values()) / 1e6
+        axes.set_xlim(right=end)
+        _names(axes, [(points[-1][1], end, name) for name, points in curves.items()], end * 1.02)
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("validation loss, bits per byte")
     axes.set_title("Validation loss, mean over seeds", loc="left", fontsize=11)
@@ -115,7 +119,7 @@ def loss_over_cache(result: Mapping[str, Any]) -> Figure:
     front = [by_label[label] for label in pareto(rows)]
     x, y = ([row[key] for row in front] for key in ("cache_bytes_per_token", "loss_mean"))
     axes.plot(x, y, color="#999999", linewidth=1, linestyle="--", zorder=0)
-    widest = max(row["cache_bytes_per_token"] for row in rows)
+    widest = max((row["cache_bytes_per_token"] for row in rows), default=1)
     axes.set_xlim(0, 1.02 * widest)
     columns: list[list[tuple[float, float, str]]] = []
     for row in sorted(rows, key=lambda row: row["cache_bytes_per_token"]):

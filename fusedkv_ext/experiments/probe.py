@@ -166,9 +166,15 @@ def run_probe(
 ) -> Probe:
     """Trains one model per seed, in out/seed-N, and reads its weights. Goes on where it was stopped.
 
-    Raises runs.Stopped, and ConfigError for another plan or another configuration than that of `out`.
+    Raises runs.Stopped, and ConfigError for a model that the probe cannot show or another one than that of
+    `out`.
     """
     sources, readers = check_plan(resolve_plan(config.model))
+    if config.model.kv_lora_rank is not None:
+        raise ConfigError(
+            "the probe weighs keys and values, of which latent attention stores none; leave out "
+            "model.kv_lora_rank"
+        )
     seeds = seeds_of(config, num_seeds)
     found: dict[str, list[Any]] = {"keys": [], "values": [], "loss": [], "bits": []}
     rms: dict[str, Matrix] = {"keys": [], "values": []}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,17 @@ from torch import nn
 
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.plan import CachePlan
-from fusedkv_ext.train import checkpoints, loop
+from fusedkv_ext.train import checkpoints, distributed, loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys
 from fusedkv_ext.train.data import TokenData
 from fusedkv_ext.train.metrics import Record, read_metrics
 from fusedkv_ext.train.progress import Progress
 from fusedkv_ext.train.trainer import resolve_plan
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of result files
 Observer = Callable[[int, nn.Module], Record | None]
@@ -102,36 +108,58 @@ def finish(
     when it is done.
 
     observe: see `Trainer.observe`. Raises Stopped when should_stop() said so before the end, and ConfigError
-    when the folder holds a run with another configuration.
+    when the folder holds a run with another configuration or another process is training it.
     """
     if should_stop():
         raise Stopped
-    if checkpoints.latest(folder / "checkpoints") is None:
-        this = loop.start(config, folder)
-    else:
-        this, warnings = loop.resume(folder)
-        check_same(config, this.trainer.config, folder)
-        check_same_plan(config, this.trainer.model.plan, folder)
-        for warning in warnings if this.trainer.step < config.run.steps else ():
-            progress.line(f"warning: {folder}: {warning}")
-    trainer = this.trainer
-    trainer.observe = observe
-    ended = _validated(folder / "metrics.jsonl", config.run.steps)
-    if ended:
-        losses = (ended[-1]["loss"], ended[-1]["bits_per_byte"])
-    else:
-        progress.line(f"{folder}: {trainer.num_parameters:,} parameters, from step {trainer.step}")
-        result = loop.run(this, progress, should_stop=should_stop)
-        if not result.finished:
-            raise Stopped
-        losses = (result.valid_loss, result.valid_bits_per_byte)
-    conditions = {
-        "text": str(trainer.data.info),
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
-    return FinishedRun(trainer.model, *losses, trainer.data, conditions)
+    with _alone(folder):
+        if checkpoints.latest(folder / "checkpoints") is None:
+            this = loop.start(config, folder)
+        else:
+            this, warnings = loop.resume(folder)
+            check_same(config, this.trainer.config, folder)
+            check_same_plan(config, this.trainer.model.plan, folder)
+            for warning in warnings if this.trainer.step < config.run.steps else ():
+                progress.line(f"warning: {folder}: {warning}")
+        trainer = this.trainer
+        trainer.observe = observe
+        # Rank 0 alone looks: it may just have dropped records that another process would still find.
+        ended = [] if distributed.rank() else _validated(folder / "metrics.jsonl", config.run.steps)
+        if distributed.any_rank(bool(ended)):
+            own = (ended[-1]["loss"], ended[-1]["bits_per_byte"]) if ended else (0.0, 0.0)
+            losses = distributed.total(*own)
+        else:
+            progress.line(f"{folder}: {trainer.num_parameters:,} parameters, from step {trainer.step}")
+            result = loop.run(this, progress, should_stop=should_stop)
+            if not result.finished:
+                raise Stopped
+            losses = (result.valid_loss, result.valid_bits_per_byte)
+        conditions = {
+            "text": str(trainer.data.info),
+            "device": str(trainer.device),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+        return FinishedRun(trainer.model, *losses, trainer.data, conditions)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two processes that train one run would overwrite each other: ConfigError in the later one."""
+    if fcntl is None or distributed.rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is training this run; wait for its end, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _validated(metrics: Path, step: int) -> list[Record]:

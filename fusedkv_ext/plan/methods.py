@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from fusedkv_ext.plan.pieces import Fusion, LayerPlan, Segment, share, whole_number
+from fusedkv_ext.plan.pieces import Fusion, LayerPlan, Segment, real_number, share, whole_number
 from fusedkv_ext.plan.registry import METHODS, method
 
 __all__ = ["METHODS"]
@@ -369,6 +369,7 @@ def _resformer(num_layers: int, *, share: float = 0.5, learnable: bool = False) 
 
     share: l. learnable: two scalars per layer that start at l and 1 - l; else these stay.
     """
+    share = real_number(share, "share")
     fusion = Fusion("scalar", (1 - share, share), learnable=learnable)
     later = [LayerPlan(Segment((i,)), Segment((0, i), fusion=fusion)) for i in range(1, num_layers)]
     return [*_own(1), *later]

@@ -30,7 +30,8 @@ def share(value: Any) -> Fraction:
         raise ValueError(f'a bound of heads must be a fraction such as "1/2", got {value!r}') from None
 
 
-def _real(value: Any, what: str) -> float:
+def real_number(value: Any, what: str) -> float:
+    """``value`` as a finite float; TypeError or ValueError names it as ``what``. A bool is no number here."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
         raise TypeError(f"{what} must be a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value):
@@ -67,10 +68,10 @@ class Fusion:
             if self.init != "normal":
                 raise ValueError(f'init must be "normal" or one number per source, got {self.init!r}')
         elif isinstance(self.init, (tuple, list)):
-            object.__setattr__(self, "init", tuple(_real(x, "a number of init") for x in self.init))
+            object.__setattr__(self, "init", tuple(real_number(x, "a number of init") for x in self.init))
         else:
             raise TypeError(f'init must be "normal" or one number per source, got {self.init!r}')
-        object.__setattr__(self, "multiplier", _real(self.multiplier, "multiplier"))
+        object.__setattr__(self, "multiplier", real_number(self.multiplier, "multiplier"))
         if self.multiplier <= 0:
             raise ValueError(f"multiplier must be positive, got {self.multiplier}")
         for name in ("tied", "learnable"):
