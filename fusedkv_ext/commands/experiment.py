@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.commands.train import add_configuration, changes, deterministic, stop_signals
+from fusedkv_ext.commands.train import add_configuration, changes, stop_signals
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None =
 def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Progress, Callable[[], bool]]]:
     """A progress, and the question whether to stop; finds out what is missing before anything is trained."""
     from fusedkv_ext.figures import need_matplotlib
+    from fusedkv_ext.train import loop
     from fusedkv_ext.train.progress import make_progress
     from fusedkv_ext.train.trainer import resolve_device
 
     need_matplotlib()
-    deterministic(resolve_device(config.run.device))
+    loop.deterministic(resolve_device(config.run.device))
     progress = make_progress(sys.stderr if args.json else sys.stdout)
     try:
         with stop_signals(progress) as should_stop:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from fusedkv_ext.experiments.entries import split_label
 from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys, load_toml
 
 if TYPE_CHECKING:
-    import torch
 
     from fusedkv_ext.train.progress import Progress
 
@@ -128,15 +126,6 @@ def stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def deterministic(device: torch.device) -> None:
-    """CUDA has faster kernels whose sums run in any order; resuming bit for bit needs the others."""
-    if device.type == "cuda":
-        import torch
-
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def run(args: argparse.Namespace) -> int:
     if args.keys:
         return _print_keys()
@@ -163,7 +152,7 @@ def _train(args: argparse.Namespace) -> int:
         else:
             this = loop.start(change(TrainConfig()), args.out)
         trainer = this.trainer
-        deterministic(trainer.device)
+        loop.deterministic(trainer.device)
         progress.line(f"text: {trainer.data.info}")
         progress.line(
             f"model: {trainer.config.model.plan}, {trainer.num_parameters:,} parameters, {trainer.device}, "

@@ -288,11 +288,22 @@ def curves(
 def tokens_per_second(
     methods: Mapping[Entry, TrainConfig], data: TokenData, repeats: int = 7
 ) -> dict[Entry, float]:
-    """Training speed of each method: median of steps that are done in turns, so that noise hits all alike."""
-    trainers = {}
-    for entry, config in methods.items():
-        device = resolve_device(config.run.device)
-        trainers[entry] = Trainer(build_model(config, data.info.vocab_size), data, config, device)
-    calls = {entry.label: trainer.train_step for entry, trainer in trainers.items()}
-    seconds = in_turns(calls, repeats, next(iter(trainers.values())).device)
-    return {entry: trainer.tokens_per_step / seconds[entry.label] for entry, trainer in trainers.items()}
+    """Training speed of each method: that of the first one, times the ratio of their median steps when these
+    are done in turns, so that noise hits both alike. Two models at a time are in memory.
+    """
+
+    def trainer(config: TrainConfig) -> Trainer:
+        model = build_model(config, data.info.vocab_size)
+        return Trainer(model, data, config, resolve_device(config.run.device))
+
+    (first, config), *others = methods.items()
+    baseline = trainer(config)
+    bases, ratios = [], {first: 1.0}
+    for entry, other in others or [(first, config)]:
+        calls = {"baseline": baseline.train_step, "other": trainer(other).train_step}
+        seconds = in_turns(calls, repeats, baseline.device)
+        bases.append(seconds["baseline"])
+        if entry is not first:
+            ratios[entry] = seconds["baseline"] / seconds["other"]
+    speed = baseline.tokens_per_step / statistics.median(bases)
+    return {entry: speed * ratio for entry, ratio in ratios.items()}

@@ -93,6 +93,13 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
     )
 
 
+def deterministic(device: torch.device) -> None:
+    """CUDA has faster kernels whose sums run in any order; resuming bit for bit needs the others."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """The configuration with paths that mean the same from any folder: a run may be resumed elsewhere."""
 
