@@ -110,11 +110,6 @@ def closing(result: Result) -> str:
 # In documents
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
 def _size(number: int) -> str:
     return f"{number >> 20} MiB" if number >= 1 << 20 else f"{number >> 10} KiB"
 
@@ -139,7 +134,7 @@ def goals_table(result: Result) -> str:
         [goal["family"], goal["goal"], _bound(goal), figure(goal["measured"], goal["unit"]), _met(goal)]
         for goal in result["goals"]
     ]
-    return table(["family", "the worst of its rows", "goal", "measured", ""], rows)
+    return documents.table(["family", "the worst of its rows", "goal", "measured", ""], rows)
 
 
 def _microseconds(row: Record) -> str:
@@ -162,7 +157,7 @@ def _shares(row: Record) -> list[str]:
 
 
 def _operations(rows: Sequence[Record]) -> str:
-    return table(
+    return documents.table(
         ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "times as fast as"],
         [[r["op"], r["shape"], r["dtype"], _microseconds(r), *_shares(r), _beside(r)] for r in rows],
     )
@@ -175,7 +170,7 @@ def _variants(rows: Sequence[Record]) -> str:
         ratio = f"{times(row['versus']['x'])} {row['versus']['to']}" if row["versus"] else ""
         lines.append([row["op"], row["shape"], row["dtype"], _microseconds(row), *_shares(row), ratio])
     titles = ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "time, to"]
-    return table(titles, lines)
+    return documents.table(titles, lines)
 
 
 def _models(rows: Sequence[Record]) -> str:
@@ -188,7 +183,7 @@ def _models(rows: Sequence[Record]) -> str:
         peak = f"{row['peak_mb']:,.0f}" if row["peak_mb"] else ""
         lines.append([row["op"], shape, row["dtype"], plan, _microseconds(row), ratio, peak])
     titles = ["what", "shape", "dtype", "plan", "us (quartiles)", "to vanilla", "peak MB"]
-    return table(titles, lines)
+    return documents.table(titles, lines)
 
 
 def rows_tables(result: Result) -> str:
@@ -232,7 +227,7 @@ def headline(result: Result) -> str:
             ]
         )  # fmt: skip
     titles = ["decode, one token, bfloat16", "time", "GB/s", "of the read roof", "as fast as torch's best"]
-    return table(titles, lines)
+    return documents.table(titles, lines)
 
 
 BLOCKS: dict[str, Callable[[Result], str]] = {

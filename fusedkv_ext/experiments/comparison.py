@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fusedkv_ext.documents import table
 from fusedkv_ext.experiments.compare import Budget, Results, RunKey, best_rate, parameters
 from fusedkv_ext.experiments.entries import Entry
 from fusedkv_ext.train.config import TrainConfig
@@ -162,8 +163,7 @@ def text_table(result: Result) -> str:
 def markdown_table(result: Result) -> str:
     """For a document."""
     titles = [title.format(baseline=result["baseline"]) for title in TITLES]
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *(cells(result, row) for row in ordered(result))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(titles, (cells(result, row) for row in ordered(result)), numbers=True)
 
 
 # The orderings that the papers report: (what is claimed, better, worse). Lower loss is better.
@@ -216,7 +216,6 @@ def _t_quantile(freedom: int) -> float:
 
 
 def verdicts_table(result: Result) -> str:
-    lines = [["the papers' ordering", "difference", "± (95 %)", "here"], ["---", "---:", "---:", "---"]]
-    for row in verdicts(result):
-        lines.append([row["claim"], f"{row['gap']:+.3f}", f"{row['limit']:.3f}", row["holds"]])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """For a document."""
+    rows = ([v["claim"], f"{v['gap']:+.3f}", f"{v['limit']:.3f}", v["holds"]] for v in verdicts(result))
+    return table(["the papers' ordering", "difference", "± (95 %)", "here"], rows)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fusedkv_ext.documents import filled_from_results
+from fusedkv_ext.documents import filled_from_results, table
 from fusedkv_ext.experiments import comparison, comparison_plots, gradients, probe
 from fusedkv_ext.experiments.comparison import Result
 
@@ -41,22 +41,43 @@ def conditions(result: Result) -> str:
 
 def losses(result: Result) -> str:
     """The table of all methods, the best first."""
-    return comparison.markdown_table(result) + "\n"
+    return comparison.markdown_table(result)
 
 
 def orderings(result: Result) -> str:
     """Which of the papers' orderings are seen."""
-    return comparison.verdicts_table(result) + "\n"
+    return comparison.verdicts_table(result)
 
 
 def rates(result: Result) -> str:
     """The learning-rate sweep: the loss of the first seed at each rate."""
     tried = list(result["rows"][0]["rates"])
-    lines = [["method", *tried], ["---"] + ["---:"] * len(tried)]
+    rows = []
     for row in result["rows"]:
         found = (row["rates"][rate] for rate in tried)
-        lines.append([row["label"], *("diverged" if loss is None else f"{loss:.3f}" for loss in found)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        rows.append([row["label"], *("diverged" if loss is None else f"{loss:.3f}" for loss in found)])
+    return table(["method", *tried], rows, numbers=True)
+
+
+def evaluated(result: Result) -> str:
+    """What `fusedkv eval` found of trained models: loss at both ends of the context, and retrieval."""
+    models = list(result["checkpoints"].values())
+    spans = models[0]["positions"]
+    near, far = 4, -1  # buckets: the first that holds more than one position, and the last
+    ends = [f"after {spans['first'][i]} to {spans['last'][i]} tokens" for i in (near, far)]
+    rows = []
+    for model in models:
+        losses = model["positions"]["loss"]
+        rows.append([
+            model["plan"],
+            f"{model['perplexity']['loss']:.3f}",
+            f"{losses[near]:.3f}",
+            f"{losses[far]:.3f}",
+            f"{losses[far] - losses[near]:+.3f}",
+            *(f"{t['choice']:.0%} ± {t['choice_stderr']:.0%}" for t in model["retrieval"]["totals"]),
+        ])  # fmt: skip
+    tasks = [f"{total['task']}: right of 4" for total in models[0]["retrieval"]["totals"]]
+    return table(["method", "nats/token", *ends, "difference", *tasks], rows, numbers=True)
 
 
 def probe_centres(result: Result) -> str:
@@ -74,6 +95,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "comparison-losses": losses,
     "comparison-orderings": orderings,
     "comparison-rates": rates,
+    "evaluation": evaluated,
     "probe": probe_centres,
     "grads": gradient_ratios,
 }

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusedkv_ext.documents import filled
+from fusedkv_ext.documents import filled, table
 from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.plan.registry import Method
 
@@ -26,13 +26,12 @@ def call(method: Method, options: Mapping[str, Any]) -> str:
     return f'CachePlan.named("{method.name}", L{arguments})'.replace("'", '"')
 
 
-def table(_: str = "") -> str:
+def methods_table(_: str = "") -> str:
     """One row per method."""
-    lines = ["| call | paper | keys of layer i | values of layer i | cache |", "|---|---|---|---|---|"]
-    for method in METHODS.values():
-        cells = (f"`{call(method, {})}`", method.paper, method.keys, method.values, method.cache)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    titles = ("call", "paper", "keys of layer i", "values of layer i", "cache")
+    return table(
+        titles, ((f"`{call(m, {})}`", m.paper, m.keys, m.values, m.cache) for m in METHODS.values())
+    )
 
 
 def descriptions(_: str = "") -> str:
@@ -52,7 +51,7 @@ def descriptions(_: str = "") -> str:
     return "".join(parts)
 
 
-BLOCKS = {"methods-table": table, "methods-descriptions": descriptions}
+BLOCKS = {"methods-table": methods_table, "methods-descriptions": descriptions}
 
 
 def main(root: Path) -> None:
