@@ -104,8 +104,9 @@ class FusionWeights(nn.Module):
 
         g counts the heads of that resolved segment, m its key sources in the segment's order. With gradients
         off the expanded tensor is kept until a parameter changes, so that decoding does not rebuild it for
-        every token; do not write to it. (Writing through ``parameter.data`` goes unseen by PyTorch's version
-        counters: call ``clear_cache()`` after it.)
+        every token; do not write to it. (Writing through ``parameter.data`` and optimizers with
+        ``fused=True`` go unseen by PyTorch's version counters. ``train()``, ``eval()`` and a call with
+        gradients forget what is kept; after anything else call ``clear_cache()``.)
         """
         return self._weights("key", segment_index, self._keys[segment_index])
 
@@ -117,6 +118,8 @@ class FusionWeights(nn.Module):
         if fused is None:
             return None
         parameters = [self._parameters[name] for name in fused.names]
+        if torch.is_grad_enabled():  # a step of the optimizer may follow, and fused ones count no version
+            self._expanded.clear()
         state = None if torch.is_grad_enabled() else _state(parameters)
         kept = self._expanded.get((side, segment_index))
         if state is not None and kept is not None and kept[0] == state:
@@ -154,8 +157,12 @@ class FusionWeights(nn.Module):
                     self.get_parameter(name).fill_(init[j] / multiplier)
 
     def clear_cache(self) -> None:
-        """Forgets the expanded weights that were kept."""
+        """Forgets the expanded weights that were kept. ``train()`` and ``eval()`` do so too."""
         self._expanded.clear()
+
+    def train(self, mode: bool = True) -> FusionWeights:
+        self.clear_cache()
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
         """Moves like any module but never below fp32, whatever ``.bfloat16()`` or ``.to(dtype)`` ask."""

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny import tiny_decoder
 from torch import nn
 
 from fusedkv_ext.fusion import FusionWeights, param_groups
@@ -395,3 +396,27 @@ def test_param_groups(tied):
 def test_param_groups_without_a_rate_and_without_matrices():
     (group,) = param_groups(nn.LayerNorm(4), 0.1)
     assert group["name"] == "no_decay" and "lr" not in group and len(group["params"]) == 2
+
+
+def test_weights_are_new_after_steps_of_an_optimizer_that_counts_no_versions() -> None:
+    """Fused AdamW leaves the version counters of parameters as they are."""
+    model = tiny_decoder("fusedkv")
+    ids = torch.randint(0, 61, (2, 9))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            model(ids)  # keeps the expanded weights
+        model(ids, labels=ids)[1].backward()
+        optimizer.step()
+        with torch.no_grad():
+            found = model(ids)
+            fresh = copy.deepcopy(model)
+            for module in fresh.modules():
+                if isinstance(module, FusionWeights):
+                    module.clear_cache()
+            torch.testing.assert_close(found, fresh(ids), rtol=0, atol=0)
+    with torch.no_grad():
+        before = model(ids)
+    optimizer.step()  # without a forward in between: a change of the mode is what tells
+    with torch.no_grad():
+        assert not torch.equal(model.eval()(ids), before)
