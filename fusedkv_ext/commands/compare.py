@@ -120,7 +120,7 @@ def _compare(
         ended = "diverged" if loss is None else f"{loss:.4f} bits/byte"
         say(f"{time.monotonic() - began:6.0f} s  {key}: {ended}; runs left: {left}")
     say("timing training steps of all methods in turns")
-    speeds = compare.tokens_per_second(methods, data)
+    speeds = compare.tokens_per_second(methods, data, threads)
     if distributed.rank():
         return None
     result = comparison.summarise(budget, methods, results, speeds, asdict(data.info))

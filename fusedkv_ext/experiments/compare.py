@@ -286,11 +286,22 @@ def curves(
 
 
 def tokens_per_second(
-    methods: Mapping[Entry, TrainConfig], data: TokenData, repeats: int = 7
+    methods: Mapping[Entry, TrainConfig], data: TokenData, threads: int, repeats: int = 7
 ) -> dict[Entry, float]:
     """Training speed of each method: that of the first one, times the ratio of their median steps when these
     are done in turns, so that noise hits both alike. Two models at a time are in memory.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _tokens_per_second(methods, data, repeats)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tokens_per_second(
+    methods: Mapping[Entry, TrainConfig], data: TokenData, repeats: int
+) -> dict[Entry, float]:
 
     def trainer(config: TrainConfig) -> Trainer:
         model = build_model(config, data.info.vocab_size)
