@@ -1,10 +1,12 @@
-"""Parts of documents that are made from data: what stands between `<!-- generated: KIND [FILE] -->` and
-`<!-- end -->`. Tests check that the committed documents are what the data gives.
+"""Tables and files of results, and the parts of documents that are made from them: what stands between
+`<!-- generated: KIND [FILE] -->` and `<!-- end -->`. Tests check that the committed documents are what the
+data gives.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,29 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool
     """A table in Markdown; numbers: all columns but the first are flush right."""
     rule = ["---"] + ["---:" if numbers else "---"] * (len(titles) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, rule, *rows)) + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:
+    """Rows of cells as lines, the first of them a header: the first column flush left, the others right.
+
+    rule: a line of dashes below the header.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    if rule:
+        lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write(path: Path, text: str) -> Path:
+    """Writes a text file in one go: an old one stays until the new one is complete."""
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+    return path
 
 
 def filled(text: str, blocks: Mapping[str, Callable[[str], str]]) -> str:

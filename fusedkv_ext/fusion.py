@@ -118,9 +118,11 @@ class FusionWeights(nn.Module):
         if fused is None:
             return None
         parameters = [self._parameters[name] for name in fused.names]
-        if torch.is_grad_enabled():  # a step of the optimizer may follow, and fused ones count no version
-            self._expanded.clear()
-        state = None if torch.is_grad_enabled() else _state(parameters)
+        state = None
+        if torch.is_grad_enabled():
+            self._expanded.clear()  # a step of the optimizer may follow, and fused ones count no version
+        else:
+            state = _state(parameters)
         kept = self._expanded.get((side, segment_index))
         if state is not None and kept is not None and kept[0] == state:
             return kept[1]

@@ -130,11 +130,12 @@ def _compare(
 
 
 def _write(result: Result, curves: dict[str, list[tuple[float, float]]], out: Path) -> list[Path]:
+    from fusedkv_ext.documents import write
     from fusedkv_ext.experiments import comparison_plots
     from fusedkv_ext.figures import save
 
     path = out / "comparison.json"
-    path.write_text(json.dumps({**result, "curves": curves}, indent=1), encoding="utf-8")
+    write(path, json.dumps({**result, "curves": curves}, indent=1))
     return [
         path,
         save(comparison_plots.loss_over_cache(result), out / "loss_over_cache.png"),

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.every < 1:
         raise ConfigError(f"--every must be at least 1, got {args.every}")
-    from fusedkv_ext.demo.report import write
+    from fusedkv_ext.documents import write
     from fusedkv_ext.experiments import figures, gradients, runs
     from fusedkv_ext.experiments.entries import parse_all
     from fusedkv_ext.figures import save

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fusedkv_ext.demo.report import write
+    from fusedkv_ext.documents import write
     from fusedkv_ext.experiments import figures, probe, runs
     from fusedkv_ext.figures import save
 

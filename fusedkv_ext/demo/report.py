@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fusedkv_ext import documents
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,7 @@ def cells(result: DemoResult) -> list[list[str]]:
 
 def table(result: DemoResult) -> str:
     """The table as text, columns aligned."""
-    return aligned(cells(result))
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, the first of them a header: the first column flush left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(line.rstrip() for line in lines)
+    return documents.aligned(cells(result))
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -182,13 +167,5 @@ def page(result: DemoResult, pictures: Sequence[tuple[str, str, bytes]]) -> str:
     )
 
 
-def write(path: Path, text: str) -> Path:
-    """Writes a text file in one go."""
-    scratch = path.with_name(f".{os.getpid()}-{path.name}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-    return path
-
-
 def write_json(path: Path, result: DemoResult) -> Path:
-    return write(path, json.dumps(result.to_dict(), indent=1) + "\n")
+    return documents.write(path, json.dumps(result.to_dict(), indent=1) + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext import figures
+from fusedkv_ext import documents, figures
 from fusedkv_ext.checkpoint import save_pretrained
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.demo import measure, plots, report
@@ -167,7 +167,7 @@ def _draw(
     shown = [
         (heading, text, (out / f"{name}.png").read_bytes()) for name, (heading, text, _) in pictures.items()
     ]
-    report.write(out / "report.html", report.page(result, shown))
+    documents.write(out / "report.html", report.page(result, shown))
     report.write_json(out / "results.json", result)
 
 

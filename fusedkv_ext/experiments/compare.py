@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fusedkv_ext.demo.measure import in_turns
+from fusedkv_ext.documents import write
 from fusedkv_ext.experiments import runs
 from fusedkv_ext.experiments.entries import Entry
 from fusedkv_ext.plan import CachePlan
@@ -34,7 +35,14 @@ from fusedkv_ext.train.data import TokenData
 from fusedkv_ext.train.metrics import read_metrics
 from fusedkv_ext.train.progress import SilentProgress
 from fusedkv_ext.train.tokenizer import load_tokenizer
-from fusedkv_ext.train.trainer import Trainer, TrainingDiverged, build_model, resolve_device, resolve_plan
+from fusedkv_ext.train.trainer import (
+    Trainer,
+    TrainingDiverged,
+    build_model,
+    ffn_width,
+    resolve_device,
+    resolve_plan,
+)
 
 RESULT = "result.json"
 
@@ -105,7 +113,7 @@ def configs(entries: Sequence[Entry], budget: Budget, vocab_size: int) -> dict[E
 def _resized(config: TrainConfig, target: int, vocab_size: int) -> TrainConfig:
     """The width of the FFN, or of its experts, with which the model comes nearest to `target` parameters."""
     model = config.model
-    width, key = model.intermediate_size or -(-model.hidden_size * 8 // 3 // 64) * 64, "intermediate_size"
+    width, key = ffn_width(model), "intermediate_size"
     if model.num_experts and model.moe_intermediate_size:
         width, key = model.moe_intermediate_size, "moe_intermediate_size"
 
@@ -162,18 +170,17 @@ def read_result(folder: Path, config: TrainConfig, text: str) -> dict[str, Any] 
 
 def train_run(config: TrainConfig, folder: Path, threads: int, text: str) -> dict[str, Any]:
     """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
-    torch.set_num_threads(threads)
+    loop.deterministic(resolve_device(config.run.device))
     plan = resolve_plan(config.model).to_dict()
     result: dict[str, Any] = {"config": config.to_dict(), "plan": plan, "text": text}
     try:
-        done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
+        with _with_threads(threads):
+            done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
         result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
     except TrainingDiverged as error:  # a result, too: this rate is too high for this method
         result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
     if distributed.rank() == 0:
-        scratch = folder / f".{RESULT}.{os.getpid()}"
-        scratch.write_text(json.dumps(result), encoding="utf-8")
-        os.replace(scratch, folder / RESULT)
+        write(folder / RESULT, json.dumps(result))
     return result
 
 
@@ -224,12 +231,18 @@ def run_all(
 def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[dict[str, Any]]:
     """Does it here and now."""
     done: Future[dict[str, Any]] = Future()
-    threads = torch.get_num_threads()
-    try:
-        done.set_result(train(*arguments))
-    finally:
-        torch.set_num_threads(threads)
+    done.set_result(train(*arguments))
     return done
+
+
+@contextmanager
+def _with_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -291,17 +304,6 @@ def tokens_per_second(
     """Training speed of each method: that of the first one, times the ratio of their median steps when these
     are done in turns, so that noise hits both alike. Two models at a time are in memory.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return _tokens_per_second(methods, data, repeats)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _tokens_per_second(
-    methods: Mapping[Entry, TrainConfig], data: TokenData, repeats: int
-) -> dict[Entry, float]:
 
     def trainer(config: TrainConfig) -> Trainer:
         model = build_model(config, data.info.vocab_size)
@@ -312,7 +314,8 @@ def _tokens_per_second(
     bases, ratios = [], {first: 1.0}
     for entry, other in others or [(first, config)]:
         calls = {"baseline": baseline.train_step, "other": trainer(other).train_step}
-        seconds = in_turns(calls, repeats, baseline.device)
+        with _with_threads(threads):
+            seconds = in_turns(calls, repeats, baseline.device)
         bases.append(seconds["baseline"])
         if entry is not first:
             ratios[entry] = seconds["baseline"] / seconds["other"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.documents import table
+from fusedkv_ext.documents import aligned, table
 from fusedkv_ext.experiments.compare import Budget, Results, RunKey, best_rate, parameters
 from fusedkv_ext.experiments.entries import Entry
 from fusedkv_ext.train.config import TrainConfig
@@ -149,15 +149,7 @@ def ordered(result: Result) -> list[dict[str, Any]]:
 def text_table(result: Result) -> str:
     """For the screen."""
     titles = [title.format(baseline=result["baseline"]) for title in TITLES]
-    lines = [titles, *(cells(result, row) for row in ordered(result))]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned([titles, *(cells(result, row) for row in ordered(result))], rule=False)
 
 
 def markdown_table(result: Result) -> str:

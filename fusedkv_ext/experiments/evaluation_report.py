@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fusedkv_ext import figures
+from fusedkv_ext.documents import aligned
 from fusedkv_ext.experiments.evaluate import Difference, Perplexity, Positions
 from fusedkv_ext.experiments.needles import GUESS_NLL
 from fusedkv_ext.experiments.retrieval import Retrieval, Score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need; the first is flush left, the others right."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-
-    def joined(line: Sequence[str]) -> str:
-        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        return "  ".join((line[0].ljust(widths[0]), *rest))
-
-    return "\n".join(map(joined, lines))
 
 
 def _number(value: float, error: float | None, digits: int = 3, sign: str = "") -> str:
@@ -55,7 +44,7 @@ def perplexity_table(results: Mapping[str, Perplexity], differences: Mapping[str
         ))  # fmt: skip
     head = ("model", "nats/token", "less first", "bits/byte", "perplexity", "tokens", "windows")
     title = f"Perplexity: windows of {first.context} tokens, stride {first.stride}; ± one standard error"
-    return f"{title}\n{_table(head, rows)}"
+    return f"{title}\n{aligned([head, *rows], rule=False)}"
 
 
 def positions_table(results: Mapping[str, Positions]) -> str:
@@ -66,7 +55,7 @@ def positions_table(results: Mapping[str, Positions]) -> str:
         for i, ends in enumerate(zip(first.first, first.last, strict=True))
     ]
     title = "Loss by position: nats per token, by the number of tokens before the judged one"
-    return f"{title}\n{_table(('before', *results), rows)}"
+    return f"{title}\n{aligned([('before', *results), *rows], rule=False)}"
 
 
 def retrieval_table(results: Mapping[str, Retrieval]) -> str:
@@ -95,7 +84,7 @@ def retrieval_table(results: Mapping[str, Retrieval]) -> str:
         f"Retrieval: {total.examples} examples a line. exact: greedy answer right. choice: right value most "
         f"likely of {round(1 / total.chance)}\n(chance {total.chance:.0%}), then by depth of the needle. "
         f"nats: of the right value (guessing digits: {GUESS_NLL:.2f}).\n"
-        f"gain: nats without the needle less nats with it.\n{_table(head, rows)}"
+        f"gain: nats without the needle less nats with it.\n{aligned([head, *rows], rule=False)}"
     )
 
 

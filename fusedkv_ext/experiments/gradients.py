@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusedkv_ext.demo.report import aligned
+from fusedkv_ext.documents import aligned
 from fusedkv_ext.experiments.entries import Entry
 from fusedkv_ext.experiments.runs import (
     FORMAT,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fusedkv_ext.attention import KV
 from fusedkv_ext.decoder import Decoder
-from fusedkv_ext.demo.report import aligned
+from fusedkv_ext.documents import aligned
 from fusedkv_ext.experiments.runs import (
     FORMAT,
     SMALL,

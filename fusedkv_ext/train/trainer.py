@@ -81,6 +81,11 @@ def resolve_plan(section: ModelSection) -> CachePlan:
         raise ConfigError(f"model.plan: {error}") from error
 
 
+def ffn_width(section: ModelSection) -> int:
+    """`model.intermediate_size`, or what 0 stands for: 8/3 of the width, rounded up to a multiple of 64."""
+    return section.intermediate_size or -(-section.hidden_size * 8 // 3 // 64) * 64
+
+
 def resolve_layer_types(section: ModelSection) -> tuple[str, ...] | None:
     """`model.layer_types`, repeated until every layer has one; None where the list is empty."""
     pattern, layers = section.layer_types, section.num_hidden_layers
@@ -99,7 +104,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
     section = config.model
     values = {item.name: getattr(section, item.name) for item in fields(section)}
     del values["plan_options"]
-    values["intermediate_size"] = section.intermediate_size or -(-section.hidden_size * 8 // 3 // 64) * 64
+    values["intermediate_size"] = ffn_width(section)
     values["moe_intermediate_size"] = section.moe_intermediate_size or None
     values |= {"plan": resolve_plan(section), "layer_types": resolve_layer_types(section)}
     if section.kv_lora_rank is not None:
