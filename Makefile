@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
 #   ARGS="--quick"      arguments passed on by `make demo`, `make test`, `make bench` and `make instructions`
+#   HF=5.19.0           transformers for `make test-hf`               REAL=build/real where `make test-real` keeps downloads
 #   FUSEDKV_CUDA=0      build without CUDA                            TORCH_CUDA_ARCH_LIST="9.0a"
 #   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
 
@@ -10,6 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 FUSEDKV_CUDA ?= 1
+HF ?= 5.19.0
+REAL ?= build/real
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,6 +29,8 @@ CUDA_OBJECTS_ARCHS ?= 8.0;9.0a
 WHEEL_MAX_KB := 40000
 SIMT := build/simt/_C_simt.so
 COUNTER := build/count_instructions
+OTHER_HF := $(abspath build/transformers-$(HF))
+LM_EVAL := $(abspath build/lm-eval/site-packages)
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -33,11 +38,14 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test simt instructions bench performance-doc docs lint format cuda-objects abi sdist wheel clean distclean
+.PHONY: help build demo test test-hf test-lm-eval test-real simt instructions bench performance-doc docs lint format cuda-objects abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
 	@echo "make test          the test suite (ARGS='-k decode -x')"
+	@echo "make test-hf       the tests of Hugging Face models with another transformers (HF=5.19.0)"
+	@echo "make test-lm-eval  the test with EleutherAI's lm_eval, which it fetches (620 MB on disk)"
+	@echo "make test-real     the tests on SmolLM2-135M and real text, which it fetches (110 MB; REAL=build/real keeps them)"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
 	@echo "make instructions  count what one decode call executes per SIMD level, beside the record (ARGS=--record)"
 	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
@@ -74,6 +82,35 @@ demo: $(NATIVE)
 
 test: $(NATIVE) $(SIMT) $(COUNTER)
 	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q $(ARGS)
+
+# Packages in a folder that stands before the environment's own, which stays as it is.
+$(OTHER_HF): $(DEPS)
+	@echo "installing transformers $(HF) into $@"
+	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial transformers==$(HF) && mv $@.partial $@
+
+# The folder is named so because dill, which lm_eval pickles with, takes modules from elsewhere for scripts.
+$(LM_EVAL): $(DEPS) constraints-lm-eval.txt
+	@echo "installing lm_eval and what it needs into $@"
+	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial -r constraints-lm-eval.txt && mv $@.partial $@
+
+test-hf: $(NATIVE) $(OTHER_HF)
+	@PYTHONPATH=$(OTHER_HF) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(HF)"'
+	@PYTHONPATH=$(OTHER_HF) $(BIN)/python -m pytest -q python_tests/test_hf_*.py $(ARGS)
+
+test-lm-eval: $(NATIVE) $(LM_EVAL)
+	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -c 'import lm_eval'
+	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q python_tests/test_hf_lm_eval.py $(ARGS)
+
+$(REAL)/smollm2: $(DEPS)
+	@test -e $@ || $(BIN)/python scripts/smollm2.py $@
+	@touch $@
+
+$(REAL)/text/bible.txt: $(DEPS)
+	@test -e $@ || $(BIN)/python scripts/texts.py $(@D)
+	@touch $@
+
+test-real: $(NATIVE) $(REAL)/smollm2 $(REAL)/text/bible.txt
+	@FUSEDKV_REAL_WEIGHTS=$(abspath $(REAL)) $(BIN)/python -m pytest -q python_tests/test_real_weights.py $(ARGS)
 
 simt: $(SIMT)
 

@@ -53,3 +53,12 @@ __all__ = [
     "param_groups",
     "save_pretrained",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """``fusedkv_ext.hf``, which needs transformers, is imported when it is first asked for."""
+    if name == "hf":
+        import importlib
+
+        return importlib.import_module("fusedkv_ext.hf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

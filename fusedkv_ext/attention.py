@@ -8,8 +8,7 @@ works inside anybody's block, under activation checkpointing and under FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fusedkv_ext import ops
 from fusedkv_ext.cache import KV, KVCache
 from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.heads import Side, Sum, mixed, mixes_any
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
 
@@ -46,54 +46,6 @@ class RMSNorm(nn.Module):
 
 
 _NOTHING = KV(None, None)
-
-
-class _Heads(NamedTuple):
-    """Some of the stored heads of one layer."""
-
-    layer: int
-    index: int  # of the layer among (*source_layers, this layer)
-    heads: slice | None  # None: all that the layer stores
-
-    def of(self, stored: Tensor) -> Tensor:
-        return stored if self.heads is None else stored[:, :, self.heads]
-
-
-class _Sum(NamedTuple):
-    """sum_j weight_j (.) tensor_j over the heads of one resolved segment."""
-
-    tensors: tuple[_Heads, ...]
-    segment: int | None  # whose fusion weights; None: all ones
-
-
-class _Side(NamedTuple):
-    """Keys or values of one layer in whole heads, resolved once: a step then only picks tensors."""
-
-    num_stored: int
-    mixes: tuple[_Sum, ...]  # the heads to store, segment after segment; empty: as they are projected
-    reads: tuple[_Sum, ...]  # what attention reads, one entry per resolved segment
-
-    @classmethod
-    def resolve(cls, plan: CachePlan, layer: int, num_kv_heads: int, side: Literal["key", "value"]) -> _Side:
-        order = (*plan.source_layers(layer), layer)
-        stored_heads = plan.stored_key_heads if side == "key" else plan.stored_value_heads
-        stored = {j: stored_heads(j, num_kv_heads) for j in order}
-
-        def heads(j: int, start: int, stop: int) -> _Heads:
-            first, count = stored[j].index(start), stop - start
-            return _Heads(j, order.index(j), None if count == len(stored[j]) else slice(first, first + count))
-
-        mixes, reads = [], []
-        for index, resolved in enumerate(plan.segments(layer, num_kv_heads)):
-            segment = resolved.key if side == "key" else resolved.value
-            tensors = tuple(heads(j, resolved.start, resolved.stop) for j in segment.sources)
-            terms = _Sum(tensors, None if segment.fusion is None else index)
-            if layer in segment.sources:
-                mixes.append(terms)
-                terms = _Sum((heads(layer, resolved.start, resolved.stop),), None)
-            reads.append(terms)
-        as_projected = all(len(mix.tensors) == 1 and mix.segment is None for mix in mixes)
-        return cls(len(stored[layer]), () if as_projected else tuple(mixes), tuple(reads))
 
 
 class FusedKVAttention(nn.Module):
@@ -142,8 +94,8 @@ class FusedKVAttention(nn.Module):
         self.source_layers = plan.source_layers(layer)
         self.recompute_fusion = recompute_fusion
         self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-        self._keys = _Side.resolve(plan, layer, kv_heads, "key")
-        self._values = _Side.resolve(plan, layer, kv_heads, "value")
+        self._keys = Side.resolve(plan, layer, kv_heads, "key")
+        self._values = Side.resolve(plan, layer, kv_heads, "value")
         # The query heads of each resolved segment; None: all of them in one call.
         segments, group = plan.segments(layer, kv_heads), heads // kv_heads
         bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
@@ -168,7 +120,8 @@ class FusedKVAttention(nn.Module):
 
         # Keys are mixed after RoPE: layers that mix, and their sources, cannot leave rotating to the cache.
         self.needs_positions = rope is not None and any(
-            layer in (i, *plan.source_layers(i)) and _mixes(plan, i, kv_heads) for i in range(plan.num_layers)
+            layer in (i, *plan.source_layers(i)) and mixes_any(plan, i, kv_heads)
+            for i in range(plan.num_layers)
         )
 
     @property
@@ -251,12 +204,12 @@ class FusedKVAttention(nn.Module):
             key = self._rotated(k_proj(x), self._modules.get("k_norm"), position_embeddings)
             if self._keys.mixes:
                 available = (*(source.key for source in sources), key)
-                key = _mixed(available, self._keys.mixes, self.kv_fusion and self.kv_fusion.key_weights)
+                key = mixed(available, self._keys.mixes, self.kv_fusion and self.kv_fusion.key_weights)
         if v_proj is not None:
             value = v_proj(x).unflatten(-1, (-1, self.head_dim))
             if self._values.mixes:
                 available = (*(source.value for source in sources), value)
-                value = _mixed(available, self._values.mixes, self.kv_fusion and self.kv_fusion.value_weights)
+                value = mixed(available, self._values.mixes, self.kv_fusion and self.kv_fusion.value_weights)
         return KV(key, value)
 
     def _rotated(
@@ -311,7 +264,7 @@ class FusedKVAttention(nn.Module):
             outs.append(out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _weights(self, keys: _Sum, values: _Sum) -> tuple[Tensor | None, Tensor | None]:
+    def _weights(self, keys: Sum, values: Sum) -> tuple[Tensor | None, Tensor | None]:
         if keys.segment is None and values.segment is None:
             return None, None
         fusion = self._modules.get("kv_fusion")
@@ -337,25 +290,3 @@ def check_call(
             f"sources must be the KV of layers {attention.source_layers}, in that order, for layer "
             f"{attention.layer} of plan {plan.name!r}; got {len(sources)}"
         )
-
-
-def _mixes(plan: CachePlan, layer: int, num_kv_heads: int) -> bool:
-    return any(_Side.resolve(plan, layer, num_kv_heads, side).mixes for side in ("key", "value"))
-
-
-def _mixed(
-    available: Sequence[Tensor], mixes: Sequence[_Sum], weights: Callable[[int], Tensor | None] | None
-) -> Tensor:
-    """The heads that a layer stores, each segment summed over its sources.
-
-    available: of the sources and the layer itself. weights: of a segment; None where the layer has none.
-    """
-    parts = []
-    for mix in mixes:
-        tensors = [heads.of(available[heads.index]) for heads in mix.tensors]
-        weight = None if mix.segment is None else weights(mix.segment)
-        if len(tensors) == 1 and weight is None:
-            parts.append(tensors[0])
-        else:
-            parts.append(ops.fuse_kv(tensors, tensors[0].new_ones(1, 1, 1) if weight is None else weight))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

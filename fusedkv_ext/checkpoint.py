@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkv_ext.decoder import Decoder, DecoderConfig
+from fusedkv_ext.decoder import MODEL_TYPE, Decoder, DecoderConfig
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["is_huggingface", "load_pretrained", "save_pretrained"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -90,6 +90,16 @@ def load_pretrained(
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model if dtype is None else model.to(dtype)
+
+
+def is_huggingface(folder: str | os.PathLike[str]) -> bool:
+    """Whether the config.json of a folder is of a model of transformers: it names a model_type not ours."""
+    path = Path(folder) / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(data, dict) and data.get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
 def _stored_tensors(model: Decoder) -> dict[str, Tensor]:

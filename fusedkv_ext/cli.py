@@ -16,6 +16,7 @@ from fusedkv_ext.train.config import ConfigError
 
 COMMANDS = (
     "demo", "train", "generate", "eval", "plan", "info", "plot", "bench", "compare", "probe", "grads",
+    "convert", "uptrain",
 )  # fmt: skip
 
 

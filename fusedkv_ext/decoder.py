@@ -28,6 +28,7 @@ from fusedkv_ext.rope import RotaryEmbedding
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
 
+MODEL_TYPE = "fusedkv_decoder"
 CONFIG_FORMAT = 1
 LAYER_TYPES = ("full_attention", "sliding_attention")
 POSITIVE_FIELDS = (
@@ -214,7 +215,7 @@ class DecoderConfig:
         """Plain numbers, strings, lists and dicts, ready for JSON; with the version of this format."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            "model_type": "fusedkv_decoder",
+            "model_type": MODEL_TYPE,
             "format": CONFIG_FORMAT,
             **data,
             "plan": self.plan.to_dict(),
@@ -222,12 +223,18 @@ class DecoderConfig:
             "mlp_only_layers": list(self.mlp_only_layers),
         }
 
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """What a KVCache of that dtype holds of one token of one sequence, all layers together."""
+        if self.kv_lora_rank is not None:
+            return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, dtype)
+        return self.plan.bytes_per_token(self.num_key_value_heads, self.head_dim, dtype)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DecoderConfig:
         """The inverse of ``to_dict``. Raises ValueError for a newer format, missing and unknown fields."""
         data = dict(data)
         version = data.pop("format", None)
-        if data.pop("model_type", "fusedkv_decoder") != "fusedkv_decoder" or not isinstance(version, int):
+        if data.pop("model_type", MODEL_TYPE) != MODEL_TYPE or not isinstance(version, int):
             raise ValueError(
                 "this is not the config of a fusedkv_ext decoder: it needs model_type and format"
             )

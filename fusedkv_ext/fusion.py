@@ -9,7 +9,7 @@ are smaller than the resolution of bf16 around 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +18,23 @@ from torch import Tensor, nn
 from fusedkv_ext.plan import CachePlan, Fusion, Segment
 
 
-class _Fused(NamedTuple):
-    """One segment that has weights: what they look like, whose KV heads, how many channels, of which rotated,
-    and the names of the parameters."""
+class FusedSegment(NamedTuple):
+    """One segment that has weights: "key" or "value", its sources and what the weights look like, whose KV
+    heads, how many channels, of which rotated, and the names of the parameters."""
 
+    side: str
+    segment: Segment
     fusion: Fusion
     start: int
     stop: int
     dim: int
     rotary_dim: int
     names: tuple[str, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads have the same weights."""
+        return self.fusion.granularity in ("shared_channel", "scalar")
 
 
 class FusionWeights(nn.Module):
@@ -66,7 +73,7 @@ class FusionWeights(nn.Module):
         value_dims = (head_dim, rotary_dim) if value_dim is None else (value_dim, 0)
         keys = self._register("key", num_kv_heads, plan.layers[layer].keys, head_dim, rotary_dim)
         values = self._register("value", num_kv_heads, plan.layers[layer].values, *value_dims)
-        self._fused = (*keys.values(), *values.values())
+        self.fused_segments: tuple[FusedSegment, ...] = (*keys.values(), *values.values())
         # Those of each resolved segment; None where it has no weights.
         self._keys = [keys.get(segment.key) for segment in self._segments]
         self._values = [values.get(segment.value) for segment in self._segments]
@@ -75,7 +82,7 @@ class FusionWeights(nn.Module):
 
     def _register(
         self, side: str, num_kv_heads: int, segments: tuple[Segment, ...], dim: int, rotary_dim: int
-    ) -> dict[Segment, _Fused]:
+    ) -> dict[Segment, FusedSegment]:
         several = sum(segment.fusion is not None for segment in segments) > 1
         registered = {}
         for s, segment in enumerate(segments):
@@ -84,16 +91,16 @@ class FusionWeights(nn.Module):
             start, stop = (int(bound * num_kv_heads) for bound in segment.heads)
             prefix = f"{side}_s{s}" if several else side
             names = tuple(f"{prefix}_{j}" for j in range(len(segment.sources)))
-            fused = _Fused(segment.fusion, start, stop, dim, rotary_dim, names)
+            fused = FusedSegment(side, segment, segment.fusion, start, stop, dim, rotary_dim, names)
             for name in names:
                 weight = torch.empty(self._parameter_shape(fused), dtype=torch.float32)
                 self.register_parameter(name, nn.Parameter(weight, segment.fusion.learnable))
             registered[segment] = fused
         return registered
 
-    def _parameter_shape(self, fused: _Fused) -> tuple[int, int]:
+    def _parameter_shape(self, fused: FusedSegment) -> tuple[int, int]:
         fusion = fused.fusion
-        rows = fused.stop - fused.start if fusion.granularity in ("channel", "head") else 1
+        rows = 1 if fused.shared else fused.stop - fused.start
         if fusion.granularity not in ("channel", "shared_channel"):
             return rows, 1
         return rows, fused.dim - (fused.rotary_dim // 2 if fusion.tied else 0)
@@ -114,10 +121,10 @@ class FusionWeights(nn.Module):
         """Weights on the values of ``plan.segments(layer, G)[segment_index]``, as ``key_weights``."""
         return self._weights("value", segment_index, self._values[segment_index])
 
-    def _weights(self, side: str, segment_index: int, fused: _Fused | None) -> Tensor | None:
+    def _weights(self, side: str, segment_index: int, fused: FusedSegment | None) -> Tensor | None:
         if fused is None:
             return None
-        parameters = [self._parameters[name] for name in fused.names]
+        parameters = [_local(self._parameters[name]) for name in fused.names]
         state = None
         if torch.is_grad_enabled():
             self._expanded.clear()  # a step of the optimizer may follow, and fused ones count no version
@@ -132,31 +139,59 @@ class FusionWeights(nn.Module):
             expanded = expanded[:, start - fused.start : stop - fused.start].contiguous()
         if fused.fusion.multiplier != 1:
             expanded = expanded * fused.fusion.multiplier
+        if not fused.fusion.learnable:  # whatever else has asked for gradients of all parameters
+            expanded = expanded.detach()
         if state is not None:
             self._expanded[side, segment_index] = (state, expanded)
         return expanded
 
-    def _expand(self, parameter: Tensor, fused: _Fused) -> Tensor:
+    def expansion(self, fused: FusedSegment) -> Tensor:
+        """The matrix (D, C) that makes the weights of one head's channels of a row of a parameter, fp32."""
+        rows = torch.eye(self._parameter_shape(fused)[1])
+        return self._spread(rows, fused).expand(len(rows), fused.dim).mT
+
+    def _expand(self, parameter: Tensor, fused: FusedSegment) -> Tensor:
         """(g | 1, C | 1) -> (g, D)."""
-        weight = parameter
-        if fused.fusion.tied and fused.fusion.granularity in ("channel", "shared_channel"):
-            pairs, free = weight[:, : fused.rotary_dim // 2], weight[:, fused.rotary_dim // 2 :]
-            if self.interleaved:
-                weight = torch.cat((pairs.repeat_interleave(2, dim=-1), free), dim=-1)
-            else:
-                weight = torch.cat((pairs, pairs, free), dim=-1)
-        return weight.expand(fused.stop - fused.start, fused.dim)
+        weight = self._spread(parameter, fused)
+        # Under tensor parallelism a parameter has the rows of this rank's heads only.
+        return weight.expand(fused.stop - fused.start if fused.shared else weight.shape[0], fused.dim)
+
+    def _spread(self, weight: Tensor, fused: FusedSegment) -> Tensor:
+        """(rows, C | 1) -> (rows, D | 1): both channels of a pair get its number."""
+        if not fused.fusion.tied or fused.fusion.granularity not in ("channel", "shared_channel"):
+            return weight
+        pairs, free = weight[:, : fused.rotary_dim // 2], weight[:, fused.rotary_dim // 2 :]
+        if self.interleaved:
+            return torch.cat((pairs.repeat_interleave(2, dim=-1), free), dim=-1)
+        return torch.cat((pairs, pairs, free), dim=-1)
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Sets the initial values of the plan; ``generator`` draws those of N(0, 1)."""
-        for fused in self._fused:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, names: Collection[str] | None = None
+    ) -> None:
+        """Sets the initial values of the plan; ``generator`` draws those of N(0, 1). names: of the parameters
+        to set; None: all."""
+        for fused in self.fused_segments:
             init, multiplier = fused.fusion.init, fused.fusion.multiplier
             for j, name in enumerate(fused.names):
+                if names is not None and name not in names:
+                    continue
                 if isinstance(init, str):
                     self.get_parameter(name).normal_(0.0, 1 / multiplier, generator=generator)
                 else:
                     self.get_parameter(name).fill_(init[j] / multiplier)
+
+    def forward(self, side: str, segment_index: int = 0) -> Tensor | None:
+        """``key_weights`` or ``value_weights`` of a segment, side "key" or "value", by a call of the module:
+        only calls reach the hooks of FSDP2 and of offloading, which fetch the parameters."""
+        return self.value_weights(segment_index) if side == "value" else self.key_weights(segment_index)
+
+    def freeze_constants(self) -> None:
+        """Weights that the plan does not learn need no gradient: for loaders, which make new parameters."""
+        for fused in self.fused_segments:
+            if not fused.fusion.learnable:
+                for name in fused.names:
+                    self.get_parameter(name).requires_grad_(False)
 
     def clear_cache(self) -> None:
         """Forgets the expanded weights that were kept. ``train()`` and ``eval()`` do so too."""
@@ -181,6 +216,11 @@ class FusionWeights(nn.Module):
     def extra_repr(self) -> str:
         shapes = (f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
         return f"layer {self.layer}: " + ", ".join(shapes)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """This rank's rows of a parameter that tensor parallelism has sharded over its heads."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _state(parameters: list[nn.Parameter]) -> list[tuple[int, int, int]] | None:

@@ -306,7 +306,7 @@ def test_command_takes_a_checkpoint_folder_and_single_tasks(
         capsys.readouterr()
         assert main([*arguments, "--examples", "1", "--depths", "50", "--max-tokens", "64", "--json"]) == 0
         entry = json.loads(capsys.readouterr().out)["checkpoints"][str(folder)]
-        assert set(entry) == {"checkpoint", "plan", "parameters", task}
+        assert set(entry) == {"checkpoint", "plan", "parameters", "cache_bytes_per_token", task}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ LAYERS = [
     {"explain"},
     {"autograd"},
     {"plan", "rope"},
-    {"fusion"},
+    {"fusion", "heads"},
     {"cache"},
     {"attention"},
     {"mla"},
@@ -41,6 +41,7 @@ LAYERS = [
     {"bench"},
     {"demo"},
     {"experiments"},
+    {"hf"},
     {"commands"},
     {"cli"},
 ]

@@ -26,6 +26,8 @@ def test_python_blocks_run_one_after_the_other(path: Path, tmp_path: Path, monke
     monkeypatch.setitem(METHODS, "mirror", None)
     del METHODS["mirror"]
     names: dict[str, object] = {"__name__": path.stem}
+    if any("transformers" in body or "fkv.hf" in body for body in blocks(path, "python")):
+        pytest.importorskip("transformers")
     for number, body in enumerate(blocks(path, "python"), 1):
         exec(compile(body, f"{path.name}, python block {number}", "exec"), names)
 

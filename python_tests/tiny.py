@@ -61,7 +61,7 @@ def randomise_fusion(module: nn.Module) -> None:
     """Moves fusion weights off their initial values: a source with weight 0 or 1 could hide a mistake."""
     for part in module.modules():
         if isinstance(part, FusionWeights):
-            for fused in part._fused:
+            for fused in part.fused_segments:
                 low, high = (weight / fused.fusion.multiplier for weight in (0.2, 0.8))
                 for name in fused.names:
                     torch.nn.init.uniform_(part.get_parameter(name), low, high)

@@ -1,7 +1,8 @@
 """fusedkv eval: perplexity, loss by position and retrieval from the context, of one or several checkpoints.
 
-A checkpoint is the --out folder of a training run (its newest checkpoint is taken) or any folder with
-config.json and model.safetensors. docs/evaluation.md says what each number means.
+A checkpoint is the --out folder of a training run (its newest checkpoint is taken), a folder with
+config.json and model.safetensors, or a Hugging Face folder with any causal language model.
+docs/evaluation.md says what each number means.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fusedkv_ext.train.config import ConfigError, TrainConfig
 if TYPE_CHECKING:
     import torch
 
-    from fusedkv_ext.decoder import Decoder
+    from fusedkv_ext.commands.models import Loaded
     from fusedkv_ext.experiments.evaluate import Difference, Perplexity, Positions, Text, WindowLosses
     from fusedkv_ext.experiments.needles import Questions
     from fusedkv_ext.experiments.retrieval import Retrieval
@@ -88,21 +89,28 @@ class Subject:
     """A checkpoint that is evaluated, and what has been found out about it."""
 
     name: str
-    folder: Path
-    model: Decoder
-    tokenizer: Tokenizer
+    loaded: Loaded
     training: TrainConfig | None  # None: the checkpoint does not say how it was trained
     perplexity: Perplexity | None = None
     difference: Difference | None = None  # of its loss to that of the first checkpoint
     positions: Positions | None = None
     retrieval: Retrieval | None = None
 
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.loaded.tokenizer
+
     def to_dict(self) -> dict[str, Any]:
         results = {name: getattr(self, name) for name in (*TASKS, "difference")}
         return {
-            "checkpoint": str(self.folder),
-            "plan": self.model.plan.name,
+            "checkpoint": str(self.loaded.folder),
+            "plan": self.loaded.plan,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "cache_bytes_per_token": self.loaded.cache_bytes_per_token,
             **{name: result.to_dict() for name, result in results.items() if result is not None},
         }
 
@@ -117,25 +125,13 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _load(args: argparse.Namespace) -> list[Subject]:
-    import torch
+    from fusedkv_ext.commands.models import load_model
+    from fusedkv_ext.train.checkpoints import training_config
 
-    from fusedkv_ext.checkpoint import load_pretrained
-    from fusedkv_ext.train.checkpoints import resolve, training_config
-    from fusedkv_ext.train.tokenizer import load_tokenizer, saved_tokenizer
-    from fusedkv_ext.train.trainer import resolve_device
-
-    device, dtype = resolve_device(args.device), getattr(torch, args.dtype)
     subjects = []
     for name, path in zip(_names(args.checkpoints), args.checkpoints, strict=True):
-        folder = resolve(path)
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else saved_tokenizer(folder)
-        model = load_pretrained(folder, dtype=dtype, device=device)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {name} has {tokenizer.vocab_size} tokens and the model "
-                f"{model.config.vocab_size}; name the one that it was trained with: --tokenizer FILE"
-            )
-        subjects.append(Subject(name, folder, model, tokenizer, training_config(folder)))
+        loaded = load_model(path, args.tokenizer, device=args.device, dtype=args.dtype)
+        subjects.append(Subject(name, loaded, training_config(loaded.folder)))
     if set(args.tasks) != {"perplexity"} and len({subject.tokenizer.identity for subject in subjects}) > 1:
         raise ConfigError(
             "the checkpoints have different tokenizers, and positions and retrieval count tokens; compare "
@@ -251,7 +247,8 @@ def _tables(subjects: Sequence[Subject]) -> str:
 
     tables = []
     if results := _results(subjects, "perplexity"):
-        tables.append(report.perplexity_table(results, _results(subjects, "difference")))
+        sizes = {subject.name: subject.loaded.cache_bytes_per_token for subject in subjects}
+        tables.append(report.perplexity_table(results, _results(subjects, "difference"), sizes))
     if results := _results(subjects, "positions"):
         tables.append(report.positions_table(results))
     if results := _results(subjects, "retrieval"):

@@ -1,7 +1,7 @@
 """fusedkv generate: continue a prompt with a trained model, token by token out of its KV cache.
 
-The checkpoint is the --out folder of a training run (its newest checkpoint is taken) or any folder with
-config.json and model.safetensors.
+The checkpoint is the --out folder of a training run (its newest checkpoint is taken), a folder with
+config.json and model.safetensors, or a Hugging Face folder with any causal language model.
 """
 
 from __future__ import annotations
@@ -49,11 +49,8 @@ def _prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from fusedkv_ext.checkpoint import load_pretrained
+    from fusedkv_ext.commands.models import load_model
     from fusedkv_ext.generation import Sampling
-    from fusedkv_ext.train.checkpoints import resolve
-    from fusedkv_ext.train.tokenizer import load_tokenizer, saved_tokenizer
-    from fusedkv_ext.train.trainer import resolve_device
 
     try:
         Sampling(args.temperature, args.top_k, args.top_p)
@@ -61,14 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be >= 1, got {args.max_new_tokens}")
-    folder = resolve(args.checkpoint)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else saved_tokenizer(folder)
-    model = load_pretrained(folder, dtype=getattr(torch, args.dtype), device=resolve_device(args.device))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
-            "name the tokenizer that it was trained with: --tokenizer FILE"
-        )
+    loaded = load_model(args.checkpoint, args.tokenizer, device=args.device, dtype=args.dtype)
+    model, tokenizer = loaded.model, loaded.tokenizer
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = _prompt_ids(text, tokenizer)
     decoder, new_ids, pieces = tokenizer.stream(), [], []
@@ -81,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     def take(tokens: Tensor) -> None:
         new_ids.append(int(tokens[0]))
-        if new_ids[-1] != tokenizer.separator:
+        if new_ids[-1] not in loaded.ends:
             show(decoder.push(new_ids[-1]))
 
     if not args.json:
@@ -102,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     show(decoder.finish())
     if args.json:
         result = {
-            "checkpoint": str(folder),
-            "plan": model.plan.name,
+            "checkpoint": str(loaded.folder),
+            "plan": loaded.plan,
             "prompt": text,
             "text": "".join(pieces),
             "prompt_tokens": len(ids),

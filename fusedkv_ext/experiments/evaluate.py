@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.train.config import ConfigError
 from fusedkv_ext.train.corpus import TextFile, default_corpus, split_files, user_corpus
 from fusedkv_ext.train.metrics import bits_per_byte
@@ -30,6 +29,23 @@ from fusedkv_ext.train.tokenizer import Tokenizer
 
 BATCH_TOKENS = 16384  # tokens of one forward pass
 _BATCH_LOGITS = 2**24  # and logits
+_LOSS_LOGITS = 2**22  # logits whose loss is taken at once: it makes copies of them, in fp32
+
+
+class LanguageModel(Protocol):
+    """What is asked of a model: ``Decoder`` and ``hf.language_model.LanguageModel`` have it.
+
+    config: with vocab_size and max_position_embeddings. Called with ids (B, S) it gives logits (B, S, V), of
+    the last `logits_to_keep` positions where that is not 0.
+    """
+
+    config: Any
+
+    def __call__(self, ids: Tensor, *, logits_to_keep: int = 0) -> Tensor: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +210,7 @@ def position_buckets(context: int) -> tuple[int, ...]:
     return (*(end for end in ends if end < context), context)
 
 
-def check_context(model: Decoder, context: int, name: str = "the model") -> None:
+def check_context(model: LanguageModel, context: int, name: str = "the model") -> None:
     """Raises ConfigError for a context that is empty or longer than the model has positions."""
     limit = model.config.max_position_embeddings
     if context < 1:
@@ -207,7 +223,7 @@ def check_context(model: Decoder, context: int, name: str = "the model") -> None
 
 
 @contextmanager
-def evaluation(model: Decoder) -> Iterator[torch.device]:
+def evaluation(model: LanguageModel) -> Iterator[torch.device]:
     """Evaluation mode without gradients for a while; gives the model's device."""
     training = [module for module in model.modules() if module.training]
     try:
@@ -247,7 +263,7 @@ def _batches(windows: Sequence[_Window], vocab_size: int) -> Iterator[list[_Wind
 
 
 def window_losses(
-    model: Decoder,
+    model: LanguageModel,
     ids: Tensor,
     *,
     context: int,
@@ -293,16 +309,19 @@ def window_losses(
     return WindowLosses(sums, counts, last, context, stride)
 
 
-def _losses(model: Decoder, rows: Tensor, judged: int) -> Tensor:
+def _losses(model: LanguageModel, rows: Tensor, judged: int) -> Tensor:
     """Cross entropy of the last `judged` predictions of rows (B, S + 1): (B, judged) float64, in nats."""
     inputs, targets = rows[:, :-1], rows[:, -judged:]
     logits = model(inputs, logits_to_keep=0 if judged == inputs.shape[1] else judged)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
+    rows_at_once = max(1, _LOSS_LOGITS // logits.shape[-1])
+    parts = zip(logits.flatten(0, 1).split(rows_at_once), targets.flatten().split(rows_at_once), strict=True)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    nll = [F.cross_entropy(part.to(wide), wanted, reduction="none") for part, wanted in parts]
+    return torch.cat(nll).view_as(targets).double()
 
 
 def perplexity(
-    model: Decoder,
+    model: LanguageModel,
     ids: Tensor,
     *,
     context: int,
@@ -316,6 +335,8 @@ def perplexity(
     )
 
 
-def per_position(model: Decoder, ids: Tensor, *, context: int, max_tokens: int | None = None) -> Positions:
+def per_position(
+    model: LanguageModel, ids: Tensor, *, context: int, max_tokens: int | None = None
+) -> Positions:
     """Loss by position in windows that do not overlap; arguments and errors as in `window_losses`."""
     return window_losses(model, ids, context=context, max_tokens=max_tokens).positions()

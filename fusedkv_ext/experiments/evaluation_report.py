@@ -27,8 +27,14 @@ def _between(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def perplexity_table(results: Mapping[str, Perplexity], differences: Mapping[str, Difference]) -> str:
-    """A line per model; differences: those that could be paired with the first model."""
+def perplexity_table(
+    results: Mapping[str, Perplexity],
+    differences: Mapping[str, Difference],
+    cache_bytes: Mapping[str, float | None],
+) -> str:
+    """A line per model; differences: those that could be paired with the first model; cache_bytes: of a
+    token in a model's cache.
+    """
     first = next(iter(results.values()))
     rows = []
     for name, result in results.items():
@@ -41,8 +47,9 @@ def perplexity_table(results: Mapping[str, Perplexity], differences: Mapping[str
             f"{result.perplexity:.3f}",
             f"{result.tokens:,}",
             f"{result.windows:,}",
+            "" if (size := cache_bytes.get(name)) is None else f"{size:,.0f} B/token",
         ))  # fmt: skip
-    head = ("model", "nats/token", "less first", "bits/byte", "perplexity", "tokens", "windows")
+    head = ("model", "nats/token", "less first", "bits/byte", "perplexity", "tokens", "windows", "cache")
     title = f"Perplexity: windows of {first.context} tokens, stride {first.stride}; ± one standard error"
     return f"{title}\n{aligned([head, *rows], rule=False)}"
 

@@ -1,4 +1,4 @@
-"""The generated parts of docs/experiments.md and docs/analysis.md, and the pictures of the former.
+"""The generated parts of docs/experiments.md, docs/analysis.md and docs/conversion.md, and their pictures.
 
     python -m fusedkv_ext.experiments.page ROOT
 
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusedkv_ext.documents import filled_from_results, table
-from fusedkv_ext.experiments import comparison, comparison_plots, gradients, probe
+from fusedkv_ext.experiments import comparison, comparison_plots, conversions, gradients, probe
 from fusedkv_ext.experiments.comparison import Result
 
-DOCUMENTS = ("docs/experiments.md", "docs/analysis.md")
+DOCUMENTS = ("docs/experiments.md", "docs/analysis.md", "docs/conversion.md")
 RESULTS = "benchmarks/results/experiments"
 PICTURES = "docs/img"
 
@@ -95,6 +95,8 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "comparison-losses": losses,
     "comparison-orderings": orderings,
     "comparison-rates": rates,
+    "conversion": conversions.conversion_table,
+    "conversion-pooling": conversions.pooling_table,
     "evaluation": evaluated,
     "probe": probe_centres,
     "grads": gradient_ratios,
@@ -120,6 +122,10 @@ def main(root: Path) -> None:
             ("tokens", comparison_plots.loss_over_tokens(result["curves"])),
         ):
             print(f"wrote {save(figure, root / PICTURES / f'{file.stem}_{name}.png')}")
+    for file in sorted((root / RESULTS).glob("conversion_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        figure = conversions.conversion_figure(result)
+        print(f"wrote {save(figure, root / PICTURES / f'{file.stem}.png')}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "trainer.pt"
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Brings files and names of a folder to disk, so that a rename cannot overtake their content."""
     for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
         handle = os.open(path, os.O_RDONLY)
@@ -67,28 +68,45 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def save(
-    root: Path, model: Decoder, state: dict[str, Any], *, tokenizer: Tokenizer | None = None, keep: int = 2
-) -> Path:
-    """Writes `root/step-N` for N = state["step"] and deletes all but the newest `keep` checkpoints."""
+def write(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Writes `root/step-N` and deletes all but the newest `keep` checkpoints. fill: puts the files into the
+    folder that it is given.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    target = folder_of(root, state["step"])
+    target = folder_of(root, step)
     if not target.exists():  # otherwise a run that was stopped right after saving saves the same state again
         scratch = root / f".partial-{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)
-        save_pretrained(model, scratch)
-        torch.save({"format": _FORMAT, **state}, scratch / _STATE)
-        if tokenizer is not None:
-            tokenizer.save(scratch)
-        _sync(scratch)
+        scratch.mkdir()
+        fill(scratch)
+        sync(scratch)
         scratch.rename(target)
-        _sync(root)
+        sync(root)
     for _, old in checkpoints(root)[:-keep]:
         trash = root / f".trash-{old.name}"
         shutil.rmtree(trash, ignore_errors=True)
         old.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
     return target
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes what `read_state` reads: plain types and tensors."""
+    torch.save({"format": _FORMAT, **state}, folder / _STATE)
+
+
+def save(
+    root: Path, model: Decoder, state: dict[str, Any], *, tokenizer: Tokenizer | None = None, keep: int = 2
+) -> Path:
+    """Writes `root/step-N` for N = state["step"] and deletes all but the newest `keep` checkpoints."""
+
+    def fill(scratch: Path) -> None:
+        save_pretrained(model, scratch)
+        write_state(scratch, state)
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+
+    return write(root, state["step"], fill, keep=keep)
 
 
 def clean(root: Path) -> None:
@@ -99,7 +117,11 @@ def clean(root: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """What `write_state` left in a checkpoint folder. Raises ValueError when it is damaged or of another
+    version.
+    """
+    path = folder / _STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # zip, pickle and EOF errors of several kinds
@@ -112,7 +134,7 @@ def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 def training_config(folder: Path) -> TrainConfig | None:
     """How the model in a checkpoint folder was trained; None where the folder does not say."""
     path = folder / _STATE
-    return TrainConfig.from_dict(_read_state(path, mmap=True)["config"]) if path.is_file() else None
+    return TrainConfig.from_dict(read_state(folder, mmap=True)["config"]) if path.is_file() else None
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Decoder, dict[str, Any]]:
@@ -120,7 +142,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Decoder, dic
     path = folder / _STATE
     if not path.is_file():
         raise ValueError(f"{folder} holds a model but no {_STATE}: it can generate text, not go on training")
-    state = _read_state(path)
+    state = read_state(folder)
     model = load_pretrained(folder, device=device)
     for parameter in model.parameters():
         # Out of the file's memory into memory of its own: matrix products may round differently on addresses

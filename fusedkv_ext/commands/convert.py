@@ -1,0 +1,132 @@
+"""fusedkv convert: give a trained Llama or Qwen3 another cache plan, calibrated in closed form on text.
+
+MODEL is a Hugging Face folder, and so is what comes out. Layers that lose their own keys and values read
+those of the plan's source layers; with --calibrate, their fusion weights and the output projections of their
+attention and feed-forward networks are solved for by least squares. No training; `fusedkv uptrain` goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusedkv_ext.train.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a Llama or Qwen3")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--plan", required=True, metavar="METHOD",
+        help="a name that `fusedkv plan` lists, with options as in cla:factor=3, or a JSON file of a plan",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage-layers", type=int, metavar="N", help="short for the plan's option storage_layers"
+    )
+    parser.add_argument("--calibrate", nargs="+", metavar="PATH", help="UTF-8 text to fit the model to")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="of the text, spread over it (default: %(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=512, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument(
+        "--metric", choices=("score", "plain"), default="score",
+        help="what fusion weights are fitted to: attention scores and outputs, or plain keys and values "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--refit", nargs="*", choices=("o_proj", "down_proj"), default=["o_proj", "down_proj"],
+        help="projections to refit; none after a bare --refit (default: both)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pooling", default="mean-v", metavar="WAY",
+        help="how a layer that stores fewer value heads makes them: mean-v, mean-vo, top-norm-v, "
+        "top-norm-vo, svd, own (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eval", nargs="+", metavar="PATH",
+        help="text to judge before and after (default: that of --calibrate)",
+    )
+    parser.add_argument(
+        "--eval-tokens", type=int, default=8192, help="tokens to judge (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: that of MODEL)")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+
+
+def _plan(args: argparse.Namespace, num_layers: int) -> Any:
+    from fusedkv_ext.experiments.entries import parse
+    from fusedkv_ext.plan import CachePlan
+
+    entry = parse(args.plan)
+    options = dict(entry.options)
+    if entry.method.endswith(".json"):
+        if args.storage_layers is not None:
+            raise ConfigError("--storage-layers is an option of a named plan; the file says it already")
+        return CachePlan.from_json(Path(entry.method).read_text("utf-8"))
+    if args.storage_layers is not None:
+        options["storage_layers"] = args.storage_layers
+    return CachePlan.named(entry.method, num_layers, **options)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.train.extras import need
+
+    need("transformers", "Converting a model", "hf")
+    from fusedkv_ext.experiments.evaluate import read_text
+    from fusedkv_ext.hf.config import config_for
+    from fusedkv_ext.hf.convert import calibration_windows, convert_model, save_conversion
+    from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
+    from fusedkv_ext.hf.perplexity import perplexity
+    from fusedkv_ext.train.tokenizer import load_tokenizer as load_file
+    from fusedkv_ext.train.trainer import resolve_device
+
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists already; choose another folder to write")
+    out = sys.stderr if args.json else sys.stdout
+
+    def say(line: str) -> None:
+        print(line, file=out, flush=True)
+
+    config = load_config(args.model)
+    plan = _plan(args, config.num_hidden_layers)
+    config_for(config, plan)  # the errors that need no weights
+    tokenizer = load_file(args.tokenizer) if args.tokenizer else load_tokenizer(args.model, config.vocab_size)
+    context = min(2048, config.max_position_embeddings)
+    windows = None
+    if args.calibrate:
+        windows = calibration_windows(
+            read_text(args.calibrate).ids(tokenizer).long(), args.tokens, args.window
+        )
+    judged = args.eval or args.calibrate
+    text = None if judged is None else read_text(judged).ids(tokenizer)
+    model = load_causal_lm(args.model, device=resolve_device(args.device))
+    before = after = None
+    if text is not None:
+        before = perplexity(model, text, window=context, max_tokens=args.eval_tokens)
+        say(f"original: perplexity {before.perplexity:.2f} over {before.tokens:,} tokens")
+    conversion = convert_model(
+        model, plan, calibration=windows, metric=args.metric, refitted=args.refit, pooling=args.pooling,
+        progress=say,
+    )  # fmt: skip
+    report: dict[str, Any] = {}
+    if text is not None:
+        after = perplexity(conversion.model, text, window=context, max_tokens=args.eval_tokens)
+        say(f"converted: perplexity {after.perplexity:.2f}")
+        report["perplexity"] = {
+            "before": before.perplexity,
+            "after": after.perplexity,
+            "tokens": after.tokens,
+            "text": [str(path) for path in judged],
+        }
+    save_conversion(conversion, args.out, args.model, report)
+    record = json.loads((args.out / "conversion.json").read_text("utf-8"))
+    if args.json:
+        print(json.dumps({"folder": str(args.out), **record}))
+    else:
+        was, now = record["cache_bytes_per_token"]["original"], record["cache_bytes_per_token"]["converted"]
+        say(f"cache: {now:,} bytes per token, {1 - now / was:.1%} less than {was:,}; model: {args.out}")
+    return 0

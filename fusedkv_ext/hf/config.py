@@ -1,0 +1,202 @@
+"""Configs of Llama and Qwen3 with a cache plan.
+
+``cache_plan`` decides. ``k_source_layers`` and ``v_source_layers`` show in config.json what it says, and are
+checked against it when they are read.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from fusedkv_ext.hf.cache import HAS_DUMMY_LAYER
+from fusedkv_ext.plan import CachePlan
+
+__all__ = ["FusedKVLlamaConfig", "FusedKVQwen3Config", "PlanConfig", "cache_bytes_per_token", "config_for"]
+
+
+@lru_cache(maxsize=64)
+def _plan(text: str) -> CachePlan:
+    return CachePlan.from_dict(json.loads(text))
+
+
+class PlanConfig:
+    """What the configs of all model families share."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if isinstance(self.cache_plan, str):
+            self.cache_plan = CachePlan.named(self.cache_plan, self.num_hidden_layers).to_dict()
+        if self.cache_plan is None:
+            return
+        if not isinstance(self.cache_plan, dict):
+            raise TypeError(
+                "cache_plan must be what CachePlan.to_dict gives or the name of a plan, got "
+                f"{type(self.cache_plan).__name__}"
+            )
+        plan = self.plan
+        if plan.num_layers != self.num_hidden_layers:
+            raise ValueError(
+                f"cache_plan {plan.name!r} has {plan.num_layers} layers, but num_hidden_layers is "
+                f"{self.num_hidden_layers}; make the plan for that many"
+            )
+        for i in range(plan.num_layers):
+            plan.segments(i, self.num_key_value_heads)  # raises for shares that are no whole heads
+        _check_windows(self, plan)
+        layers = range(plan.num_layers)
+        self._check_sources("k_source_layers", [list(plan.key_sources(i)) for i in layers])
+        self._check_sources("v_source_layers", [list(plan.value_sources(i)) for i in layers])
+        self.base_model_tp_plan = {**(self.base_model_tp_plan or {}), **_tp_plan(plan)}
+
+    def _check_sources(self, name: str, expected: list[list[int]]) -> None:
+        given = getattr(self, name)
+        if given is not None and [list(sources) for sources in given] != expected:
+            i = next((i for i, (a, b) in enumerate(zip(given, expected, strict=False)) if list(a) != b), None)
+            where = "" if i is None else f", in layer {i} {given[i]} for {expected[i]}"
+            raise ValueError(
+                f"{name} contradicts cache_plan{where}; that decides: leave {name} out, or make it agree"
+            )
+        setattr(self, name, expected)
+
+    @property
+    def plan(self) -> CachePlan:
+        """The cache plan. Raises ValueError if the config was made without one."""
+        if self.cache_plan is None:
+            raise ValueError(
+                f"{type(self).__name__} has no cache_plan; expected what CachePlan.to_dict gives, or the "
+                "name of a plan, such as cache_plan='fusedkv-lite'"
+            )
+        return _plan(json.dumps(self.cache_plan))
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """For the caches of transformers 5.23 and later: "store" where later layers read what a layer stores,
+        "reuse" where it stores nothing, else None."""
+        if self.cache_plan is None:
+            return None
+        plan = self.plan
+        read = {j for i in range(plan.num_layers) for j in plan.source_layers(i)}
+        return [
+            "reuse" if plan.reads_only(i) else "store" if i in read else None for i in range(plan.num_layers)
+        ]
+
+    @property
+    def num_kv_shared_layers(self) -> int:
+        """For the caches of transformers before 5.23: how many layers at the end store nothing."""
+        return 0 if self.cache_plan is None else self.plan.num_layers - self.plan.prefill_layers
+
+
+def _check_windows(config: Any, plan: CachePlan) -> None:
+    """Whether every layer finds in the caches that it reads all that it sees."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return
+    for i, layer in enumerate(plan.layers):
+        # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
+        read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
+        for j in sorted(read):
+            if (types[i], types[j]) == ("full_attention", "sliding_attention"):
+                raise ValueError(
+                    f"layer_types: layer {i} has full attention but reads the cache of layer {j}, which "
+                    f"keeps a sliding window (plan {plan.name!r}); make layer {j} full_attention or layer "
+                    f"{i} sliding_attention"
+                )
+    # Masks are sized by the first layer of a type, which before 5.23 may be one that stores nothing.
+    for first in {types.index(kind) for kind in types}:
+        if not HAS_DUMMY_LAYER and plan.reads_only(first) and first < plan.prefill_layers:
+            raise ValueError(
+                f"layer_types: layer {first} is the first with {types[first]} and stores nothing (plan "
+                f"{plan.name!r}); that needs transformers 5.23 or later"
+            )
+
+
+def _tp_plan(plan: CachePlan) -> dict[str, str]:
+    """Fusion weights are sharded as the KV heads that they weigh: on their first dim."""
+    parts = [part for layer in plan.layers for part in (*layer.keys, *layer.values)]
+    if any(part.heads != (0, 1) for part in parts):
+        return {}  # ranks would hold different segments; attention refuses
+    names = {
+        f"{side}_{j}"
+        for layer in plan.layers
+        for side, (part,) in (("key", layer.keys), ("value", layer.values))
+        if part.fusion is not None and part.fusion.granularity in ("channel", "head")
+        for j in range(len(part.sources))
+    }
+    return {f"layers.*.self_attn.kv_fusion.{name}": "colwise" for name in sorted(names)}
+
+
+@strict
+class FusedKVLlamaConfig(PlanConfig, LlamaConfig):
+    """A LlamaConfig with ``cache_plan``: what ``CachePlan.to_dict`` gives, or the name of a plan.
+
+    Raises ValueError for a plan of another depth, shares of heads that are not whole, and source lists that
+    contradict the plan.
+    """
+
+    model_type = "fusedkv_llama"
+
+    cache_plan: dict[str, Any] | str | None = None
+    k_source_layers: list[list[int]] | None = None
+    v_source_layers: list[list[int]] | None = None
+
+
+@strict
+class FusedKVQwen3Config(PlanConfig, Qwen3Config):
+    """A Qwen3Config with ``cache_plan``: what ``CachePlan.to_dict`` gives, or the name of a plan.
+
+    Raises ValueError for a plan of another depth, shares of heads that are not whole, source lists that
+    contradict the plan, and a layer with full attention that reads the cache of one with a sliding window.
+    """
+
+    model_type = "fusedkv_qwen3"
+
+    cache_plan: dict[str, Any] | str | None = None
+    k_source_layers: list[list[int]] | None = None
+    v_source_layers: list[list[int]] | None = None
+
+
+_CONFIGS = {"llama": FusedKVLlamaConfig, "qwen3": FusedKVQwen3Config}
+
+
+def config_for(config: PreTrainedConfig, plan: CachePlan | str) -> FusedKVLlamaConfig | FusedKVQwen3Config:
+    """The config of the same model with the cache plan ``plan``, or the plan of that name.
+
+    config: a LlamaConfig, a Qwen3Config, or one of ours, whose plan is replaced.
+    Raises ValueError for other models, a plan of another depth and shares of heads that are not whole.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"config must be a config of transformers, got {type(config).__name__}")
+    kind = config.model_type.removeprefix("fusedkv_")
+    if kind not in _CONFIGS:
+        what = "an encoder-decoder" if config.is_encoder_decoder else "another model"
+        raise ValueError(
+            f"model_type {config.model_type!r} is {what}; cache plans are made for the decoders "
+            f"{' and '.join(_CONFIGS)}"
+        )
+    if isinstance(plan, str):
+        plan = CachePlan.named(plan, config.num_hidden_layers)
+    if not isinstance(plan, CachePlan):
+        raise TypeError(f"plan must be a CachePlan or the name of one, got {type(plan).__name__}")
+    fields = config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "k_source_layers", "v_source_layers"):
+        fields.pop(name, None)
+    return _CONFIGS[kind](**{**fields, "cache_plan": plan.to_dict()})
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes that one token of one sequence takes in the caches of all layers, stored as ``dtype``.
+
+    config: one of ours, or a plain LlamaConfig or Qwen3Config, all of whose layers store.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plan = (
+        config.plan
+        if isinstance(config, PlanConfig)
+        else CachePlan.named("vanilla", config.num_hidden_layers)
+    )
+    return plan.bytes_per_token(config.num_key_value_heads, head_dim, dtype)

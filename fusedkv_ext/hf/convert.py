@@ -1,0 +1,207 @@
+"""A trained Llama or Qwen3 becomes one with a cache plan, without training: weights are copied, pooled,
+calibrated in closed form (solve.py) and refitted (refit.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fusedkv_ext.hf.config import cache_bytes_per_token, config_for
+from fusedkv_ext.hf.moments import Moments, collect
+from fusedkv_ext.hf.pooling import pool
+from fusedkv_ext.hf.refit import REFITTED, refit
+from fusedkv_ext.hf.solve import fit
+from fusedkv_ext.plan import CachePlan
+
+__all__ = ["Conversion", "calibration_windows", "convert_model", "save_conversion"]
+
+CONVERSION = "conversion.json"
+# With fewer rows than a projection has inputs, refitting learns the text by heart.
+LEAST_TOKENS = 2048
+
+
+@dataclass
+class Conversion:
+    """A converted model and what was done to it.
+
+    changed: names of the parameters that are new or differ from the original's. left: per refitted layer and
+    projection, the share of the squared error in the residual stream that is left on the calibration text.
+    moments: of the calibration text; None without calibration.
+    """
+
+    model: PreTrainedModel
+    plan: CachePlan
+    changed: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    left: dict[int, dict[str, float]] = field(default_factory=dict)
+    moments: Moments | None = None
+
+
+def calibration_windows(ids: Tensor, tokens: int, window: int) -> Tensor:
+    """Windows of a text, spread evenly over it: (N, window), about ``tokens`` tokens or all that there are.
+
+    ids: (T,). Raises ValueError for fewer than 2048 tokens.
+    """
+    count = min(tokens, len(ids)) // window
+    if count * window < LEAST_TOKENS:
+        raise ValueError(
+            f"calibration needs at least {LEAST_TOKENS} tokens in windows of {window}, got {count * window} "
+            f"out of a text of {len(ids)}; give more text"
+        )
+    starts = torch.linspace(0, len(ids) - window, count).long()
+    return torch.stack([ids[start : start + window] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def convert_model(
+    model: PreTrainedModel,
+    plan: CachePlan | str,
+    *,
+    calibration: Tensor | None = None,
+    metric: str = "score",
+    ridge: float = 1e-3,
+    refitted: Sequence[str] = tuple(REFITTED),
+    pooling: str = "mean-v",
+    moments: Moments | None = None,
+    batch_size: int = 4,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Conversion:
+    """The model with another cache plan. The original is not changed.
+
+    model: LlamaForCausalLM or Qwen3ForCausalLM of transformers. plan: of as many layers, or a plan's name.
+    calibration: (N, S) int64 token ids that the weights are fitted to; None copies only, and fusion weights
+    start as the plan says. metric, ridge: of the fusion weights, see ``solve.fit``. refitted: projections of
+    the layers with other keys or values that are refitted afterwards, see ``refit.refit``; empty: none.
+    pooling: see ``pooling.pool``, for layers that store part of their heads. moments: of the same text, if
+    they are known. progress gets a line now and then.
+
+    Raises ValueError for other models, a plan of another depth and heads that do not divide (``config_for``).
+    """
+    config = config_for(model.config, plan)
+    plan = config.plan
+    converted = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
+    _copy(model, converted, pooling)
+    settings: dict[str, Any] = {"pooling": pooling}
+    left = {}
+    if calibration is not None:
+        reading = _reading_layers(plan)
+        fused = [i for i in range(plan.num_layers) if plan.layers[i].has_fusion]
+        if fused:
+            if moments is None:
+                progress(f"moments of {calibration.numel():,} tokens")
+                moments = collect(model, calibration, batch_size)
+            for i in fused:
+                fusion = converted.get_decoder().layers[i].self_attn.kv_fusion
+                o_proj = model.get_decoder().layers[i].self_attn.o_proj
+                for segment in fusion.fused_segments:
+                    if segment.fusion.learnable:
+                        fit(fusion, segment, moments, o_proj, metric=metric, ridge=ridge)
+        if refitted:
+            left = refit(
+                model, converted, calibration, reading, projections=refitted, batch_size=batch_size,
+                progress=progress,
+            )  # fmt: skip
+        settings |= {"tokens": calibration.numel(), "window": calibration.shape[1], "metric": metric}
+        settings |= {"ridge": ridge, "refitted": list(refitted)}
+    return Conversion(converted, plan, _changed(model, converted), settings, left, moments)
+
+
+def _reading_layers(plan: CachePlan) -> list[int]:
+    """Layers that do not see exactly their own keys and values."""
+    return [i for i in range(plan.num_layers) if plan.source_layers(i)]
+
+
+def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> None:
+    """All weights that both have; of a layer that stores part of its heads those of these heads."""
+    state = dict(model.state_dict())
+    plan, heads = converted.config.plan, converted.config.num_key_value_heads
+    for i in range(plan.num_layers):
+        name = f"model.layers.{i}.self_attn."
+        keys, values = plan.stored_key_heads(i, heads), plan.stored_value_heads(i, heads)
+        for side, stored in (("k", keys), ("v", values)):
+            if len(stored) in (0, heads):
+                continue
+            # Keys are matched with the queries of their own head: they are not pooled.
+            how = pooling if side == "v" else "own"
+            weight, output = f"{name}{side}_proj.weight", f"{name}o_proj.weight"
+            state[weight], state[output] = pool(state[weight], state[output], stored, heads, how)
+            if (bias := f"{name}{side}_proj.bias") in state:
+                state[bias] = pool(state[bias][:, None], state[output], stored, heads, "own")[0][:, 0]
+    wanted = converted.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if name in wanted}
+    found = converted.load_state_dict(kept, strict=False)
+    missing = [name for name in found.missing_keys if ".kv_fusion." not in name]
+    if missing:
+        raise ValueError(f"the model lacks {', '.join(missing[:3])}; expected a whole Llama or Qwen3")
+    for module in converted.modules():
+        if hasattr(module, "clear_cache"):
+            module.clear_cache()
+
+
+def _changed(model: PreTrainedModel, converted: PreTrainedModel) -> list[str]:
+    before = dict(model.named_parameters())
+    return sorted(
+        name
+        for name, weight in converted.named_parameters()
+        if name not in before or before[name].shape != weight.shape or not torch.equal(before[name], weight)
+    )
+
+
+def save_conversion(
+    conversion: Conversion,
+    out: str | os.PathLike[str],
+    original: str | os.PathLike[str],
+    report: dict[str, Any],
+) -> Path:
+    """Writes a Hugging Face folder: the model, the tokenizer and other small files of ``original``, and
+    conversion.json with ``report``. It appears whole or not at all.
+
+    Raises FileExistsError when ``out`` is there already.
+    """
+    out, original = Path(out), Path(original)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        conversion.model.save_pretrained(scratch)
+        for path in _small_files(original):
+            if not (scratch / path.name).exists():
+                shutil.copyfile(path, scratch / path.name)
+        config = conversion.model.config
+        record = {
+            "original": str(original.resolve()),
+            "plan": conversion.plan.name,
+            "changed": conversion.changed,
+            "calibration": conversion.settings,
+            "left": {str(i): shares for i, shares in conversion.left.items()},
+            "cache_bytes_per_token": {
+                "original": cache_bytes_per_token(config_for(config, "vanilla"), conversion.model.dtype),
+                "converted": cache_bytes_per_token(config, conversion.model.dtype),
+            },
+            **report,
+        }
+        (scratch / CONVERSION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return out
+
+
+def _small_files(folder: Path) -> Iterable[Path]:
+    """Tokenizer, templates and the like: no weights, no indexes of weights."""
+    weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
+    return (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(weights))

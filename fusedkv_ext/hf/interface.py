@@ -1,0 +1,152 @@
+"""The attention implementation "fusedkv" of transformers.
+
+Few query rows, those of decoding and of verifying a few guessed tokens, read the sources where they lie,
+with the weights folded into the query and the output: no fused key or value is ever made. More rows fuse once
+and attend densely (``ops.decode_max_rows`` is the rule). A mask of left padding or of a static cache's empty
+slots is read as what it says, tokens start..stop of each sequence; any other mask goes to SDPA as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fusedkv_ext import ops
+
+__all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
+
+NAME = "fusedkv"
+
+Ranges = Sequence[tuple[int, int]]
+
+# A step has one mask for all of its layers, and reading it waits for the device: (version, what it says).
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def prefix(tensors: Sequence[Tensor | None], steps: int) -> list[Tensor | None]:
+    """(B, T, heads, D) -> the tokens there are, if there is no mask.
+
+    transformers leaves the mask out where a prompt of ``steps`` tokens goes into an empty static cache, whose
+    other slots it then ignores.
+    """
+    if steps == 1:
+        return list(tensors)
+    return [x if x is None or x.shape[1] <= steps else x[:, :steps] for x in tensors]
+
+
+def folds(head_dim: int) -> bool:
+    """Whether our kernels take this head dim."""
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
+def ranges_if_folding(query: Tensor, key: Tensor, mask: Tensor) -> Ranges | None:
+    """What a mask (B, 1, S, T) says, if these few rows, query (B, S, H, D), are to fold: tokens start..stop
+    of each sequence, of which the rows are the last and see those before them. key: any source (B, T, G, D).
+
+    None: more rows, a gradient, a graph of torch.compile (which cannot read a mask), or any other mask.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() and query.requires_grad:
+        return None
+    if not ops.folds_dense(query, [key], [key], 0, query.device.type):
+        return None
+    if mask.shape != (query.shape[0], 1, query.shape[1], key.shape[1]) or mask.dtype != torch.bool:
+        return None
+    if mask.is_inference():  # counts no version: it may have been written to since
+        return _ranges(mask) or None
+    version, found = _known.get(mask, (None, ()))
+    if version != mask._version:
+        found = _ranges(mask)
+        _known[mask] = mask._version, found
+    return found or None
+
+
+def _ranges(mask: Tensor) -> Ranges:
+    """Empty where a mask says anything but start..stop."""
+    mask = mask[:, 0]
+    steps, tokens = mask.shape[1:]
+    index = torch.arange(tokens, device=mask.device)
+    last = mask[:, -1]
+    stop = (last * (index + 1)).amax(-1)
+    start = stop - last.sum(-1)
+    ends = stop[:, None] - torch.arange(steps - 1, -1, -1, device=mask.device)
+    expected = (index >= start[:, None, None]) & (index < ends[:, :, None])
+    same = (expected == mask).all().expand_as(stop)
+    rows = torch.stack((start, stop, same), dim=1).tolist()
+    if not all(same and stop > start for start, stop, same in rows):
+        return ()
+    return [(start, stop) for start, stop, _ in rows]
+
+
+def attend(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    scaling: float,
+    window: int | None = None,
+    ranges: Ranges | None = None,
+) -> Tensor:
+    """Causal attention of the last tokens, query (B, S, H, D), over sources (B, T, G, D): (B, S, H, D).
+
+    ranges: the tokens start..stop of each sequence; None: all. They contain what a window hides. One call for
+    each run of sequences that begin and end alike.
+    """
+    options = {"softmax_scale": scaling, "causal": True}
+    weights = (key_weights, value_weights)
+    if ranges is None:
+        size = (-1, -1) if window is None else (window - 1, 0)
+        return ops.fused_kv_attn_func(query, keys, values, *weights, **options, window_size=size)
+    outs, first = [], 0
+    for (start, stop), run in groupby(ranges):
+        rows = slice(first, first + len(list(run)))
+        first = rows.stop
+        parts = ([x[rows, start:stop] for x in side] for side in (keys, values))
+        outs.append(ops.fused_kv_attn_func(query[rows], *parts, *weights, **options))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def fusedkv_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """ "fusedkv" in a plain model of transformers: (B, heads, tokens, D) in, (B, S, H, D) out.
+
+    Models of this package do not come here: they attend over several sources.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if causal and not dropout and folds(q.shape[3]) and folds(v.shape[3]):
+        ranges = None
+        if attention_mask is None:
+            k, v = prefix([k, v], q.shape[1])
+        else:
+            ranges = ranges_if_folding(q, k, attention_mask)
+        if attention_mask is None or ranges is not None:
+            scaling = q.shape[3] ** -0.5 if scaling is None else scaling
+            return attend(q, [k], [v], None, None, scaling, sliding_window, ranges), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+    )
+
+
+def register_attention() -> None:
+    """Makes ``attn_implementation="fusedkv"`` known to transformers, with the masks of "sdpa"."""
+    AttentionInterface.register(NAME, fusedkv_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,125 @@
+"""A causal language model of transformers that evaluation and generation call as they call ``Decoder``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Cache:
+    """transformers' cache of a run. It is made by the model in its first call, whatever kind that takes."""
+
+    def __init__(self) -> None:
+        self.states: Any = None
+
+    def crop(self, length: int) -> None:
+        """Forgets all tokens but the first `length`."""
+        if length == 0:
+            self.states = None
+        elif self.states is not None and (surplus := self.states.get_seq_length() - length) > 0:
+            self.states.crop(-surplus)
+
+
+class LanguageModel(nn.Module):
+    """model: any causal language model of transformers. It is held, not copied.
+
+    config: vocab_size and max_position_embeddings (a huge number where the model has no limit).
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        text = model.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        self.config = SimpleNamespace(vocab_size=text.vocab_size, max_position_embeddings=limit)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def name(self) -> str:
+        """The name of the cache plan, or of the model's type where it is not one of ours."""
+        plan = getattr(self.model.config, "plan", None)
+        return getattr(plan, "name", self.model.config.model_type)
+
+    def forward(self, ids: Tensor, *, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
+        """ids (B, S) -> logits (B, S, V), of the last `logits_to_keep` positions where that is not 0."""
+        settings: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            settings["past_key_values"] = cache.states
+        if self._keeps_logits:
+            settings["logits_to_keep"] = logits_to_keep
+        output = self.model(input_ids=ids, **settings)
+        if cache is not None:
+            cache.states = output.past_key_values
+        return output.logits[:, -logits_to_keep:]
+
+    def make_cache(self, batch_size: int, max_len: int) -> Cache:
+        """An empty cache; it grows by itself."""
+        return Cache()
+
+    def cache_bytes_per_token(self) -> float | None:
+        """What the cache holds per token, in bytes, measured on a few tokens; None where that is nothing."""
+        tokens, cache = 8, Cache()
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            self(torch.zeros(1, tokens, dtype=torch.int64, device=device), cache=cache, logits_to_keep=1)
+        layers = getattr(cache.states, "layers", ())
+        held = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor)) / tokens or None
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: int | None = None,
+        stream: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """transformers' `generate` with the arguments of `Decoder.generate`; ids (1, S), a lone prompt.
+
+        It stops at `stop` and at the folder's own end of text. stream: called with each new token (1,).
+        """
+        settings: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if ends := self.ends() | ({stop} - {None}):
+            settings |= {"eos_token_id": sorted(ends), "pad_token_id": min(ends)}
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return self.model.generate(
+                ids.to(device),
+                attention_mask=torch.ones_like(ids, device=device),
+                max_new_tokens=max_new_tokens,
+                streamer=_Streamer(stream) if stream else None,
+                **settings,
+            )
+
+    def ends(self) -> set[int]:
+        """Tokens that end a text, from generation_config.json."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+
+
+class _Streamer:
+    """transformers' streamer: it is given the prompt first and then each new token."""
+
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self._take, self._prompt = take, True
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt:
+            self._take(value)
+        self._prompt = False
+
+    def end(self) -> None: ...

@@ -1,0 +1,181 @@
+"""Reading a Hugging Face folder, with an error where transformers goes on with a model that is not whole.
+
+transformers fills tensors that a folder lacks with random numbers and takes an encoder for a language model,
+with a warning each; here both are errors, as are files that were downloaded in part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedkv_ext.train.extras import need
+from fusedkv_ext.train.tokenizer import FileTokenizer
+
+INDEX = "model.safetensors.index.json"
+# A folder whose model has more rows of the embedding than this many times its tokenizer's tokens has the
+# tokenizer of another model; vocabularies are padded by a few per cent.
+MOST_PADDING = 4 / 3
+
+
+def load_config(folder: str | os.PathLike[str]) -> Any:
+    """The config of a causal language model (transformers' PreTrainedConfig).
+
+    Raises FileNotFoundError without config.json, ValueError for a type that transformers does not know and
+    for a model that is no causal language model.
+    """
+    transformers = need("transformers", "Reading a Hugging Face folder", "hf")
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a Hugging Face folder: there is no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {_first_sentence(error)}") from error
+    names = config.architectures or []
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    classes = mapping[type(config)] if type(config) in mapping else ()
+    known = {model.__name__ for model in (classes if isinstance(classes, (list, tuple)) else (classes,))}
+    if not known or (names and not known & set(names)) or getattr(config, "is_encoder_decoder", False):
+        what = f"a {names[0]}" if names else f"of type {config.model_type!r}"
+        raise ValueError(
+            f"{folder} is not a causal language model but {what}; expected a model that predicts the next "
+            "token, such as LlamaForCausalLM"
+        )
+    return config
+
+
+def load_causal_lm(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> Any:
+    """The model of a folder, in evaluation mode (transformers' PreTrainedModel). Nothing is downloaded.
+
+    dtype: of the weights; None: as stored. settings: further arguments of from_pretrained, such as
+    attn_implementation.
+
+    Raises as ``load_config``; FileNotFoundError where the weights or a part of them are missing; ValueError
+    where a file is truncated, or a tensor of the model is missing or has another shape.
+    """
+    transformers = need("transformers", "Reading a Hugging Face folder", "hf")
+    safetensors = need("safetensors", "Reading a Hugging Face folder", "hf")
+    folder = Path(folder)
+    load_config(folder)
+    _check_parts(folder)
+    with _quiet(transformers):
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error below, with their names
+                **settings,
+            )
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"the weights in {folder} are only part of what they should be ({error}); download them again"
+            ) from error
+    _check_tensors(folder, found)
+    return model.to(device).eval()
+
+
+def _check_parts(folder: Path) -> None:
+    """Raises FileNotFoundError when a file of weights that the index names is not there."""
+    path = folder / INDEX
+    if not path.is_file():
+        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors")
+        return
+    try:
+        parts = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of weights: {_first_sentence(error)}") from error
+    missing = [name for name in parts if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not complete: {_listed(missing)} of the {len(parts)} files of weights that "
+            f"{INDEX} names missing; download it again"
+        )
+
+
+def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"the weights in {folder} lack {_listed(missing)}; the folder is not complete")
+    if wrong := sorted(found["mismatched_keys"]):
+        name, stored, expected = wrong[0]
+        raise ValueError(
+            f"the weights in {folder} do not belong to its config.json: {name} has shape {tuple(stored)}, "
+            f"the config wants {tuple(expected)}"
+        )
+
+
+def load_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> FileTokenizer:
+    """The tokenizer of a folder, which adds no special tokens by itself; vocab_size: of the model.
+
+    Raises FileNotFoundError where there is none, ValueError where it is of another model.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = FileTokenizer(folder / "tokenizer.json")
+    else:
+        tokenizer = _converted(folder)
+    if tokenizer.vocab_size > vocab_size or vocab_size > MOST_PADDING * tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
+            "that of another model; name the right one: --tokenizer FILE"
+        )
+    return tokenizer
+
+
+def _converted(folder: Path) -> FileTokenizer:
+    """From the older files, vocab.json and merges.txt or tokenizer.model, which transformers converts."""
+    transformers = need("transformers", "Reading a tokenizer", "hf")
+    known = ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+    if not any((folder / name).is_file() for name in known):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer: there is no tokenizer.json; name one: --tokenizer FILE"
+        )
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            loaded.save_pretrained(scratch)
+            return FileTokenizer(Path(scratch) / "tokenizer.json")
+    except Exception as error:  # of many kinds, from files of any content
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({_first_sentence(error)}); name a tokenizer.json: "
+            "--tokenizer FILE"
+        ) from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without progress bars and reports: what they say of a model that is not whole is an error here."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

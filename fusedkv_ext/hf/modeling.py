@@ -1,0 +1,309 @@
+"""Llama and Qwen3 on any cache plan: subclasses of transformers' models, whose loop over layers they run.
+
+``Model.forward`` puts one ``SharedKV`` among the keyword arguments that transformers hands to every layer.
+Layers after the last one that stores anything compute only the positions whose logits are wanted (the early
+exit of YOCO, arXiv:2405.05254).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.hf.attention import PlanAttention, SharedKV
+from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config
+from fusedkv_ext.hf.interface import NAME
+from fusedkv_ext.hf.parallel import check_parallel
+
+__all__ = [
+    "FusedKVLlamaForCausalLM",
+    "FusedKVLlamaModel",
+    "FusedKVQwen3ForCausalLM",
+    "FusedKVQwen3Model",
+]
+
+
+@contextmanager
+def _without_layers(config: Any) -> Iterator[None]:
+    """The models of transformers name the class of their layers; with no layers they make all the rest."""
+    _ = config.plan  # raises where there is none, before anything large is made
+    layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers
+
+
+class _PlanLayer:
+    """Mixin of decoder layers: runs the kept rows only, once all layers that store have run."""
+
+    _attention: type[nn.Module]
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = self._attention(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        shared = kwargs.get("shared_kv_states")
+        attention = self.self_attn
+        if (
+            shared is not None
+            and shared.keep is not None
+            and attention.layer_idx >= attention.plan.prefill_layers
+        ):
+            hidden_states = hidden_states[:, -shared.keep :]
+            attention_mask = shared.kept_rows(attention_mask)
+            kwargs["position_embeddings"] = tuple(x[:, -shared.keep :] for x in kwargs["position_embeddings"])
+        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+class _PlanPreTrained:
+    """Mixin of all models."""
+
+    _skip_keys_device_placement = ["past_key_values", "shared_kv_states"]
+    _keep_in_fp32_modules_strict = ["kv_fusion"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FusionWeights):
+            missing = {
+                name
+                for name, weight in module.named_parameters()
+                if not getattr(weight, "_is_hf_initialized", False)
+            }
+            module.reset_parameters(names=missing)
+        else:
+            super()._init_weights(module)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """Our own implementation unless another is asked for."""
+        return super()._check_and_adjust_attn_implementation(attn_implementation or NAME, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A checkpoint of the plain model loads too: only fusion weights are missing
+        then, and start at the plan's initial values. Raises ValueError where the plan stores some heads of a
+        layer only: which ones of the plain model those should be is a question of conversion."""
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has other sizes than this config. Where a plan stores only "
+                "some KV heads of a layer (skipv1 and others), a checkpoint of the plain model must be "
+                "converted: fkv.hf.convert_model, or the command fusedkv convert"
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, FusionWeights):  # loading makes new parameters, all with gradients
+                module.freeze_constants()
+        return loaded
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, before it loads any weight. Raises ValueError where the ranks cannot share the
+        plan."""
+        if distributed_config is not None:
+            sizes = {name: getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size")}
+            check_parallel(model.config.plan, model.config.num_key_value_heads, **sizes)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        if enable:
+            options = getattr(gradient_checkpointing_func, "keywords", {})
+            if options.get("use_reentrant", True) is not False:
+                raise ValueError(
+                    "activation checkpointing with use_reentrant=True gives wrong gradients where layers "
+                    'share keys and values; pass {"use_reentrant": False}, or no options at all'
+                )
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+
+class _PlanModel(_PlanPreTrained):
+    """Mixin of the models without a head."""
+
+    _layer: type[nn.Module]
+
+    def __init__(self, config: Any) -> None:
+        with _without_layers(config):
+            super().__init__(config)
+        self.layers.extend(self._layer(config, i) for i in range(config.num_hidden_layers))
+        dropped = _dropped(config)
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *dropped}
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        rows_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model of transformers. rows_to_keep: compute that many last positions only, after the last
+        layer that stores anything; the result then has no others if there is such a layer."""
+        shared = SharedKV()
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        shared.steps = 0 if inputs is None else inputs.shape[1]
+        if rows_to_keep is not None and self._exits_early(kwargs) and rows_to_keep < shared.steps:
+            shared.keep = rows_to_keep
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            shared_kv_states=shared,
+            **kwargs,
+        )
+
+    def _exits_early(self, kwargs: dict[str, Any]) -> bool:
+        """Not where all positions of the hidden states are asked for, nor where masks have no rows to cut."""
+        wanted = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name) or getattr(self.config, name, False) for name in wanted):
+            return False
+        return self.config._attn_implementation in ("sdpa", "eager", NAME)
+
+
+def _dropped(config: Any) -> list[str]:
+    """Patterns of parameters that the plain model has and this one has not."""
+    plan, patterns = config.plan, []
+    for i in range(plan.num_layers):
+        for heads, names in (
+            (plan.stored_key_heads(i, config.num_key_value_heads), "k_proj|k_norm"),
+            (plan.stored_value_heads(i, config.num_key_value_heads), "v_proj"),
+        ):
+            if not heads:
+                patterns.append(rf"layers\.{i}\.self_attn\.({names})\.")
+    return patterns
+
+
+class _PlanCausalLM(_PlanPreTrained):
+    """Mixin of the models with a language modelling head."""
+
+    _model: type[nn.Module]
+
+    def __init__(self, config: Any) -> None:
+        with _without_layers(config):
+            super().__init__(config)
+        self.model = self._model(config)
+        self.post_init()
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """None, that is when something is stored, where layers have unequal heads of keys and values."""
+        attentions = [layer.self_attn for layer in self.model.layers]
+        even = all(x.k_heads == x.v_heads for x in attentions)
+        return super()._get_static_cache_init_shape() if even else None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the model of transformers. With a number as ``logits_to_keep`` (``generate`` passes 1) layers
+        after the last one that stores anything compute those positions only."""
+        if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
+            kwargs["rows_to_keep"] = logits_to_keep
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+
+class FusedKVLlamaAttention(PlanAttention, modeling_llama.LlamaAttention):
+    """LlamaAttention of one layer of a plan."""
+
+    _family = modeling_llama
+
+
+class FusedKVLlamaDecoderLayer(_PlanLayer, modeling_llama.LlamaDecoderLayer):
+    """LlamaDecoderLayer of one layer of a plan."""
+
+    _attention = FusedKVLlamaAttention
+
+
+class FusedKVLlamaPreTrainedModel(_PlanPreTrained, modeling_llama.LlamaPreTrainedModel):
+    """What the Llama models of this package share."""
+
+    config: FusedKVLlamaConfig
+    config_class = FusedKVLlamaConfig
+    _no_split_modules = ["FusedKVLlamaDecoderLayer"]
+    _can_record_outputs = {"hidden_states": FusedKVLlamaDecoderLayer, "attentions": FusedKVLlamaAttention}
+
+
+class FusedKVLlamaModel(_PlanModel, FusedKVLlamaPreTrainedModel, modeling_llama.LlamaModel):
+    """LlamaModel on a cache plan."""
+
+    _layer = FusedKVLlamaDecoderLayer
+
+
+class FusedKVLlamaForCausalLM(_PlanCausalLM, FusedKVLlamaPreTrainedModel, modeling_llama.LlamaForCausalLM):
+    """LlamaForCausalLM on a cache plan."""
+
+    _model = FusedKVLlamaModel
+
+
+class FusedKVQwen3Attention(PlanAttention, modeling_qwen3.Qwen3Attention):
+    """Qwen3Attention of one layer of a plan."""
+
+    _family = modeling_qwen3
+
+
+class FusedKVQwen3DecoderLayer(_PlanLayer, modeling_qwen3.Qwen3DecoderLayer):
+    """Qwen3DecoderLayer of one layer of a plan."""
+
+    _attention = FusedKVQwen3Attention
+
+
+class FusedKVQwen3PreTrainedModel(_PlanPreTrained, modeling_qwen3.Qwen3PreTrainedModel):
+    """What the Qwen3 models of this package share."""
+
+    config: FusedKVQwen3Config
+    config_class = FusedKVQwen3Config
+    _no_split_modules = ["FusedKVQwen3DecoderLayer"]
+    _can_record_outputs = {"hidden_states": FusedKVQwen3DecoderLayer, "attentions": FusedKVQwen3Attention}
+
+
+class FusedKVQwen3Model(_PlanModel, FusedKVQwen3PreTrainedModel, modeling_qwen3.Qwen3Model):
+    """Qwen3Model on a cache plan."""
+
+    _layer = FusedKVQwen3DecoderLayer
+
+
+class FusedKVQwen3ForCausalLM(_PlanCausalLM, FusedKVQwen3PreTrainedModel, modeling_qwen3.Qwen3ForCausalLM):
+    """Qwen3ForCausalLM on a cache plan."""
+
+    _model = FusedKVQwen3Model

@@ -1,0 +1,163 @@
+"""Second moments of keys, values and queries of a causal language model: what calibration knows of a text.
+
+Keys are taken after RoPE, as a cache holds them. All layers of one KV head stand side by side in one vector,
+so that one matrix per head says how well any layers explain any other:
+
+    keys[g]   = sum over tokens of  k k^T,  k = [k_0; ...; k_{L-1}] of head g, centred in its sequence
+    values[g] = sum over tokens of  v v^T,  v = [v_0; ...; v_{L-1}] of head g
+
+Keys are centred because softmax does not see what all keys of a sequence have in common. Sums run over the
+text, batch by batch; activations are forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["Moments", "collect", "head_dim_of"]
+
+NAME = "fusedkv_moments"
+
+
+@dataclass
+class Moments:
+    """Sums over ``tokens`` tokens, float64, on the CPU. L layers, G KV heads, D head dim.
+
+    keys, values: (G, L * D, L * D). queries: (L, G, D, D), over the query heads of each KV head.
+    shares: (L,) |y|^2 / |h|^2 of what attention adds to the residual stream, y, and the stream that it adds
+    to, h, of each token by itself: a few tokens at the start of a text have norms that drown all others.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tokens: int = 0
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    queries: Tensor = field(init=False)
+    shares: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers, heads, dim = self.num_layers, self.num_kv_heads, self.head_dim
+        zeros = {"dtype": torch.float64}
+        self.keys = torch.zeros(heads, layers * dim, layers * dim, **zeros)
+        self.values = torch.zeros_like(self.keys)
+        self.queries = torch.zeros(layers, heads, dim, dim, **zeros)
+        self.shares = torch.zeros(layers, **zeros)
+
+    def covariance(self, side: str, head: int, rows: int, columns: int) -> Tensor:
+        """E[x_rows x_columns^T] of one KV head, (D, D) float64: of "key" (centred) or "value"."""
+        every = self.keys if side == "key" else self.values
+        dim = self.head_dim
+        return every[head, rows * dim : (rows + 1) * dim, columns * dim : (columns + 1) * dim] / self.tokens
+
+    def query_metric(self, layer: int, head: int) -> Tensor:
+        """E[q q^T] of the query heads of one KV head, (D, D) float64: an error e of a key costs e^T (.) e in
+        squared scores."""
+        return self.queries[layer, head] / self.tokens
+
+    def share_of_stream(self, layer: int) -> float:
+        """How large what attention of a layer adds is, relative to the residual stream: E[|y|^2 / |h|^2]."""
+        return float(self.shares[layer] / self.tokens)
+
+    def _add(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> None:
+        """One batch, a tensor (B, heads, T, D) per layer."""
+        self.tokens += keys[0].shape[0] * keys[0].shape[2]
+        keys = [k - k.mean(2, keepdim=True) for k in keys]
+        for every, total in ((keys, self.keys), (values, self.values)):
+            x = torch.cat([k.permute(1, 0, 2, 3).flatten(1, 2) for k in every], dim=-1).float()
+            total += (x.mT @ x).double().cpu()
+        for layer, q in enumerate(queries):
+            x = q.unflatten(1, (self.num_kv_heads, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3).float()
+            self.queries[layer] += (x.mT @ x).double().cpu()
+
+
+class _Batch:
+    """What the layers show during one pass of the model."""
+
+    def __init__(self) -> None:
+        self.queries: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+
+def _seeing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kv_moments: _Batch | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA that keeps what it is given in ``kv_moments``, which travels as an argument of the model."""
+    if kv_moments is not None:
+        kv_moments.queries.append(query)
+        kv_moments.keys.append(key)
+        kv_moments.values.append(value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _seeing_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def head_dim_of(config: Any) -> int:
+    """D of a config of transformers, which may leave it out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@contextmanager
+def _seeing(model: PreTrainedModel) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> Moments:
+    """Runs a Llama or Qwen3 of transformers over ``ids``, (N, S) int64, and sums its moments.
+
+    Every layer must store its own keys and values, as in a plain model.
+    """
+    config, decoder = model.config, model.get_decoder()
+    layers = decoder.layers
+    moments = Moments(len(layers), config.num_key_value_heads, head_dim_of(config))
+
+    stream: dict[int, Tensor] = {}
+
+    def see_stream(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stream[layer] = args[0].double().square().sum(-1)
+
+        return hook
+
+    def see_output(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
+            energy = output[0].double().square().sum(-1)
+            moments.shares[layer] += (energy / stream.pop(layer)).nan_to_num(0.0, 0.0).sum().cpu()
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(_seeing(model))
+        for i, layer in enumerate(layers):
+            stack.callback(layer.self_attn.register_forward_hook(see_output(i)).remove)
+            stack.callback(layer.register_forward_pre_hook(see_stream(i)).remove)
+        for part in ids.split(batch_size):
+            batch = _Batch()
+            decoder(input_ids=part.to(model.device), use_cache=False, kv_moments=batch)
+            moments._add(batch.queries, batch.keys, batch.values)
+    return moments

@@ -1,0 +1,55 @@
+"""Tensor parallelism: which plans the ranks can share, and gradients of what every rank has whole.
+
+transformers gives each rank some of the KV heads, in order, with the query heads that read them. Fusion
+weights per head are sharded alike (``base_model_tp_plan`` of our configs). Weights that all heads share stay
+whole on every rank, where they see the gradient of that rank's heads only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusedkv_ext.plan import CachePlan
+
+__all__ = ["check_parallel", "for_all_ranks"]
+
+
+def check_parallel(plan: CachePlan, num_kv_heads: int, tp_size: int = 1, pp_size: int = 1) -> None:
+    """Whether ``tp_size`` ranks can share the heads of each layer, and ``pp_size`` the layers.
+
+    Raises ValueError where ranks would hold parts of a KV head, where a plan treats KV heads of a layer
+    differently, and where layers of one stage would read caches of another.
+    """
+    if tp_size > 1:
+        if num_kv_heads % tp_size:
+            raise ValueError(
+                f"num_key_value_heads ({num_kv_heads}) must be a multiple of tp_size ({tp_size}): a rank "
+                "holds whole KV heads; use fewer ranks, or FSDP"
+            )
+        for i, layer in enumerate(plan.layers):
+            if any(part.heads != (0, 1) for part in (*layer.keys, *layer.values)):
+                raise ValueError(
+                    f"layer {i} of plan {plan.name!r} does not treat all KV heads alike, and tensor "
+                    "parallelism gives each rank some of them; use FSDP, or a plan without shares of heads"
+                )
+    if pp_size > 1 and any(set(plan.source_layers(i)) - {i} for i in range(plan.num_layers)):
+        raise ValueError(
+            f"plan {plan.name!r} reads keys and values of earlier layers, and the stages of pipeline "
+            "parallelism hand on hidden states only; use FSDP or tensor parallelism"
+        )
+
+
+def for_all_ranks(weights: Tensor, sharded: nn.Parameter) -> Tensor:
+    """``weights``, equal on all ranks, whose gradient is the sum over the ranks that share ``sharded``.
+
+    sharded: a parameter of the layer that is a DTensor under tensor parallelism.
+    """
+    if not weights.requires_grad:
+        return weights
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh: Any = sharded.device_mesh
+    whole = DTensor.from_local(weights, mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])

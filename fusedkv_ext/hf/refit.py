@@ -1,0 +1,176 @@
+"""Refits output projections in closed form, layer by layer, so that a converted model follows its original.
+
+Both models read the same text. At each changed layer, with x the rows that enter the output projection of
+attention (of the feed-forward network) of the converted model, h' the residual stream that its result is
+added to, and h what the original's stream is after the same addition, the projection becomes
+
+    argmin_W  sum over rows |h' + W x - h|^2  +  ridge |W - W_0|^2,        W_0 the original's
+
+so a layer also mends what earlier layers left wrong. A linear map on the values of a head, another for each
+query head if need be, is part of W: it costs nothing when the model runs. Kept are the hidden states of both
+models at one layer, and the keys and values that later layers read, of the (N, S) tokens of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fusedkv_ext.hf.attention import SharedKV
+
+__all__ = ["REFITTED", "refit"]
+
+# Projections that may be refitted, and the ridge of each: times the mean of the diagonal of sum x x^T. The
+# feed-forward network's has more inputs, so more freedom to learn the calibration text by heart.
+REFITTED = {"o_proj": 0.03, "down_proj": 0.3}
+
+
+class _Stream:
+    """The residual stream of one model over a text, one layer at a time. Parts are batches of the text."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, batch_size: int) -> None:
+        self.decoder = model.get_decoder()
+        parts = ids.split(batch_size)
+        self.hidden = [self.decoder.embed_tokens(part.to(model.device)) for part in parts]
+        self.attended: list[Tensor] = []  # after the attention of the layer at hand
+        self.shared = [SharedKV() for _ in parts]
+        positions = torch.arange(ids.shape[1], device=model.device)[None]
+        self.rotary = self.decoder.rotary_emb(self.hidden[0], positions)
+        self.read_later = _read_later(model.config)
+
+    def attention(self, i: int, part: int) -> Tensor:
+        """What attention of layer i adds, (B, S, hidden)."""
+        layer = self.decoder.layers[i]
+        x = layer.input_layernorm(self.hidden[part])
+        seen = {"position_embeddings": self.rotary, "attention_mask": None}
+        return layer.self_attn(hidden_states=x, **seen, shared_kv_states=self.shared[part])[0]
+
+    def feed_forward(self, i: int, part: int) -> Tensor:
+        """What the feed-forward network of layer i adds, (B, S, hidden)."""
+        layer = self.decoder.layers[i]
+        return layer.mlp(layer.post_attention_layernorm(self.attended[part]))
+
+    def attend(self, i: int) -> None:
+        """Runs the attention of layer i and forgets the keys and values that no later layer reads."""
+        self.attended = [hidden + self.attention(i, part) for part, hidden in enumerate(self.hidden)]
+        for shared in self.shared:
+            for name in [name for name in shared if int(name.split()[0]) not in self.read_later[i]]:
+                del shared[name]
+
+    def advance(self, i: int) -> None:
+        """Runs the rest of layer i."""
+        self.hidden = [x + self.feed_forward(i, part) for part, x in enumerate(self.attended)]
+
+
+def _read_later(config: Any) -> list[set[int]]:
+    """Layers whose keys and values are read after layer i."""
+    if not getattr(config, "cache_plan", None):
+        return [set()] * config.num_hidden_layers
+    plan = config.plan
+    return [
+        {j for later in range(i + 1, plan.num_layers) for j in plan.source_layers(later)}
+        for i in range(plan.num_layers)
+    ]
+
+
+def _equal(layer: nn.Module, other: nn.Module) -> bool:
+    a, b = layer.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class _LeastSquares:
+    """Sums of x x^T and (y - W_0 x) x^T over rows, and the best W."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        size, out = linear.in_features, linear.out_features
+        self.inputs = torch.zeros(size, size, dtype=torch.float64)
+        self.errors = torch.zeros(out, size, dtype=torch.float64)
+        self.energy = 0.0
+
+    def add(self, run: Callable[[], Tensor], target: Tensor) -> None:
+        """run: a pass through the projection, whose result (..., out) should be ``target``."""
+        seen: list[Tensor] = []
+        hook = self.linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        try:
+            output = run()
+        finally:
+            hook.remove()
+        x, error = seen[0].flatten(0, -2).float(), (target - output).flatten(0, -2).float()
+        self.inputs += (x.mT @ x).double().cpu()
+        self.errors += (error.mT @ x).double().cpu()
+        self.energy += float(error.double().square().sum())
+
+    def solve(self, ridge: float) -> float:
+        """Changes the weight; returns the share of the squared error that is left."""
+        strength = ridge * self.inputs.diagonal().mean()
+        eye = torch.eye(len(self.inputs), dtype=torch.float64)
+        change = torch.linalg.solve(self.inputs + strength * eye, self.errors.mT).mT
+        if not torch.isfinite(change).all():
+            raise ValueError("refitting found no finite weights; give calibration more or other text")
+        weight = self.linear.weight
+        weight.add_(change.to(weight))
+        mended = float((2 * self.errors * change).sum() - ((change @ self.inputs) * change).sum())
+        return 1 - mended / self.energy if self.energy else 0.0
+
+
+@torch.no_grad()
+def refit(
+    original: PreTrainedModel,
+    converted: PreTrainedModel,
+    ids: Tensor,
+    layers: Iterable[int],
+    *,
+    projections: Sequence[str] = tuple(REFITTED),
+    batch_size: int = 4,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[int, dict[str, float]]:
+    """Refits ``projections`` (``o_proj`` of attention, ``down_proj``) of ``layers`` of the converted model.
+
+    original, converted: models of the same family; ``original`` has its own keys and values everywhere.
+    ids: (N, S) int64, sequences of one length.
+
+    Returns, per layer and projection, the share of the squared error in the residual stream that is left on
+    this text. Raises ValueError for other projections.
+    """
+    if unknown := set(projections) - set(REFITTED):
+        raise ValueError(f"projections must be of {', '.join(REFITTED)}, got {', '.join(sorted(unknown))}")
+    wanted, left = set(layers), {}
+    if not wanted:
+        return left
+    one_so_far = True  # the two models, whose streams then are one, too
+    before, after = _Stream(original, ids, batch_size), _Stream(converted, ids, batch_size)
+
+    def fit(linear: nn.Linear, run: Callable[[int], Tensor], goal: list[Tensor], base: list[Tensor]) -> float:
+        sums = _LeastSquares(linear)
+        for part in range(len(base)):
+            sums.add(lambda part=part: run(part), goal[part] - base[part])
+        return sums.solve(REFITTED["o_proj" if linear is layer.self_attn.o_proj else "down_proj"])
+
+    for i, layer in enumerate(after.decoder.layers):
+        shares = {}
+        one_so_far = one_so_far and i not in wanted and _equal(layer, before.decoder.layers[i])
+        if one_so_far:
+            after.attend(i)
+            after.advance(i)
+            before.hidden = list(after.hidden)
+            continue
+        before.attend(i)
+        if i in wanted and "o_proj" in projections:
+            run = lambda part, i=i: after.attention(i, part)  # noqa: E731
+            shares["o_proj"] = fit(layer.self_attn.o_proj, run, before.attended, after.hidden)
+        after.attend(i)
+        before.advance(i)
+        if i in wanted and "down_proj" in projections:
+            run = lambda part, i=i: after.feed_forward(i, part)  # noqa: E731
+            shares["down_proj"] = fit(layer.mlp.down_proj, run, before.hidden, after.attended)
+        after.advance(i)
+        if shares:
+            left[i] = shares
+            shown = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            progress(f"layer {i}: left of the squared error: {shown}")
+    return left
