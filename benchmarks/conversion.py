@@ -32,9 +32,10 @@ from fusedkv_ext.hf import (
     uptrain,
 )
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
-from fusedkv_ext.hf.moments import collect
+from fusedkv_ext.hf.moments import Moments, collect
 from fusedkv_ext.hf.perplexity import perplexity
 from fusedkv_ext.hf.pooling import POOLING
+from fusedkv_ext.hf.search import SourceTable, search
 from fusedkv_ext.plan import CachePlan
 
 CALIBRATION_TOKENS, CALIBRATION_WINDOW, JUDGED_TOKENS, WINDOW = 16384, 512, 8192, 2048
@@ -46,14 +47,19 @@ def by_turns(name: str, first: CachePlan, second: CachePlan) -> CachePlan:
     return CachePlan(name, tuple(pair[i % 2] for i, pair in enumerate(pairs)))
 
 
-def plans(num_layers: int, num_kv_heads: int) -> Iterator[tuple[str, CachePlan]]:
+def plans(model: Any, moments: Moments) -> Iterator[tuple[str, CachePlan]]:
     """Label and plan."""
+    num_layers, num_kv_heads = model.config.num_hidden_layers, model.config.num_key_value_heads
     named: Callable[..., CachePlan] = CachePlan.named
     yield "vanilla", named("vanilla", num_layers)
     for share in (0.8, 0.5):
         n = round(share * num_layers)
         for name in ("fusedkv", "fusedkv-lite", "yoco"):
             yield f"{name} n={n}", named(name, num_layers, storage_layers=n)
+    table = SourceTable(moments, model)
+    for share in (0.8, 0.5):
+        n = round(share * num_layers)
+        yield f"search n={n}", search(table, storage_layers=n).plan
     yield "cla 2", named("cla", num_layers, factor=2)
     if num_kv_heads % 2 == 0:
         yield "skipv1", named("skipv1", num_layers)
@@ -102,7 +108,7 @@ def main() -> None:
         "calibration_tokens": windows.numel(), "judged_tokens": JUDGED_TOKENS, "window": WINDOW,
         "uptrain_tokens": args.uptrain, "original": judge(model), "rows": [],
     }  # fmt: skip
-    for label, plan in plans(config.num_hidden_layers, config.num_key_value_heads):
+    for label, plan in plans(model, moments):
         if args.only and label not in args.only:
             continue
         folder = args.work / label.replace(" ", "_")

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from hf_folders import save_folder, tiny_llama
 from hf_tiny import LAYERS, close, sizes, tokens
-from tiny_hf import save_folder, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -244,6 +244,42 @@ class TestFolders:
         assert model.config.plan == CachePlan.named("fusedkv", 4)
         assert set(record["changed"]) <= set(dict(model.named_parameters()))
         assert (out / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
+
+    @pytest.mark.parametrize("how", ["prefix", "layers", "kvsharer"])
+    def test_searched_plans_keep_their_budget_and_load(
+        self, how, original, text, tmp_path, capsys, monkeypatch
+    ):
+        out = tmp_path / "out"
+        args = ["convert", original, "--search", how, "--storage-layers", 2, "--calibrate", text]
+        args += ["--out", out]
+        if how == "kvsharer":  # the threshold would keep layers of random weights apart
+            monkeypatch.setattr("torch.cosine_similarity", lambda a, b: torch.ones(len(a)))
+        assert cli.main([str(arg) for arg in (*args, "--tokens", 4096, "--window", 128)]) == 0
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert len(model.config.plan.storage_layers) == 2
+        assert "explained" in capsys.readouterr().out
+
+    def test_repair_and_bare_refit_are_taken(self, original, text, tmp_path):
+        out = tmp_path / "out"
+        args = ["convert", original, "--plan", "fusedkv", "--repair", "--refit", "--calibrate", text]
+        args += ["--out", out]
+        assert cli.main([str(arg) for arg in (*args, "--tokens", 4096, "--window", 128)]) == 0
+        record = json.loads((out / "conversion.json").read_text())
+        assert record["left"] == {} and record["calibration"]["repair"] is True
+        assert any(name.endswith("q_proj.weight") for name in record["changed"])
+        for layer, shares in record["explained"].items():
+            assert all(record["explained_with_maps"][layer][side] > share for side, share in shares.items())
+
+    @pytest.mark.parametrize(
+        "args, words",
+        [
+            (["--search", "layers"], "--search needs --calibrate"),
+            (["--plan", "cla", "--budget", "0.5"], "--budget is a share"),
+        ],
+    )
+    def test_options_that_do_not_go_together_are_refused(self, args, words, original, tmp_path, capsys):
+        assert cli.main(["convert", str(original), *args, "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
 
     def test_a_plan_comes_from_a_file_too(self, original, tmp_path):
         path = tmp_path / "plan.json"

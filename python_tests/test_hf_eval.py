@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hf_folders
 import pytest
-import tiny_hf
 import torch
 
 pytest.importorskip("transformers")
@@ -29,12 +29,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A plain model, the same on a plan, the plain one in several files of weights, and a text."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("hf")
-    plain = tiny_hf.tiny_llama()
+    plain = hf_folders.tiny_llama()
     (root / "text.txt").write_text(TEXT)
     return {
-        "plain": tiny_hf.save_folder(plain, root / "plain"),
-        "fusedkv": tiny_hf.save_folder(tiny_hf.converted(plain), root / "fusedkv"),
-        "parts": tiny_hf.save_folder(plain, root / "parts", max_shard_size="30KB"),
+        "plain": hf_folders.save_folder(plain, root / "plain"),
+        "fusedkv": hf_folders.save_folder(hf_folders.converted(plain), root / "fusedkv"),
+        "parts": hf_folders.save_folder(plain, root / "parts", max_shard_size="30KB"),
         "text": root / "text.txt",
     }
 
@@ -254,7 +254,7 @@ def test_a_tokenizer_of_far_fewer_tokens_is_of_another_model(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "large"
-    tiny_hf.save_folder(tiny_hf.tiny_llama(vocab_size=400), folder)
+    hf_folders.save_folder(hf_folders.tiny_llama(vocab_size=400), folder)
     arguments = ["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]
     assert main(arguments) == 1
     assert "has 257 tokens and the model 400: it is that of another model" in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_a_tokenizer_of_far_fewer_tokens_is_of_another_model(
 
 def test_the_older_files_of_a_tokenizer_are_read_too(folders: dict[str, Path], tmp_path: Path) -> None:
     whole = json.loads((folders["plain"] / "tokenizer.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"] | {tiny_hf.END: 256}))
+    (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"] | {hf_folders.END: 256}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))

@@ -14,15 +14,16 @@ pytest.importorskip("transformers")
 
 import torch
 import torch.distributed as dist
-import transformers
 from hf_ranks import HAS_GLOO, example, gradients, part, rank_main, run_ranks, same
 from hf_tiny import VOCAB, tiny_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from fusedkv_ext.hf.attention import SharedKV
+from fusedkv_ext.hf.cache import HAS_DUMMY_LAYER
 
 pytestmark = pytest.mark.skipif(not HAS_GLOO, reason="needs a torch with gloo")
 
@@ -206,12 +207,10 @@ def _bf16(folder: Path, ids: Tensor, how: str) -> dict[str, Any]:
             if layer.self_attn.kv_fusion is not None:
                 fully_shard(layer.self_attn.kv_fusion)
         model = sharded(model)
-    elif "FSDP" not in (
-        transformers.distributed.mixin.DistributedMixin._resolve_parallel_plans.__doc__ or ""
-    ):
+    elif not HAS_DUMMY_LAYER:
         return {"skipped": "before 5.23 transformers puts weights of all dtypes into one group"}
     else:
-        model = in_bf16(folder, distributed_config=transformers.distributed.DistributedConfig(fsdp_size=2))
+        model = in_bf16(folder, distributed_config=DistributedConfig(fsdp_size=2))
         assert isinstance(model.model.layers[3], FSDPModule)
     return {"loss": bf16_step(model, ids), "gradients": gradients(model)}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import hf_folders
 import pytest
-import tiny_hf
 import torch
 
 pytest.importorskip("transformers")
@@ -59,7 +59,7 @@ TASKS = [
     task(
         "answer", "generate_until", QUESTIONS, "exact_match",
         doc_to_text="{{question}}", doc_to_target="{{choices[0]}}",
-        generation_kwargs={"until": [tiny_hf.END], "max_gen_toks": 12, "do_sample": False},
+        generation_kwargs={"until": [hf_folders.END], "max_gen_toks": 12, "do_sample": False},
     ),
 ]  # fmt: skip
 
@@ -75,8 +75,8 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module", params=["fusedkv", "skipv1"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.manual_seed(0)
-    model = tiny_hf.converted(tiny_hf.tiny_llama(), request.param)
-    folder = tiny_hf.save_folder(model, tmp_path_factory.mktemp("lm_eval") / request.param)
+    model = hf_folders.converted(hf_folders.tiny_llama(), request.param)
+    folder = hf_folders.save_folder(model, tmp_path_factory.mktemp("lm_eval") / request.param)
     arguments = {"pretrained": str(folder), "dtype": "float32", "max_length": CONTEXT}
     result = lm_eval.simple_evaluate(
         model="hf", model_args=arguments, tasks=TASKS, device="cpu", batch_size=2, bootstrap_iters=0
@@ -123,5 +123,5 @@ def test_greedy_answers_are_those_of_the_model_without_a_cache(run: Run) -> None
             for _ in range(12):
                 logits = run.model(input_ids=ids, use_cache=False).logits[:, -1]
                 ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
-        expected = run.tokenizer.decode(ids[0, len(prompt) :].tolist()).split(tiny_hf.END)[0]
+        expected = run.tokenizer.decode(ids[0, len(prompt) :].tolist()).split(hf_folders.END)[0]
         assert sample["resps"][0][0] == expected

@@ -6,8 +6,8 @@ import copy
 import math
 from typing import Any
 
+import hf_folders
 import pytest
-import tiny_hf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +22,7 @@ from fusedkv_ext.train.config import ConfigError
 
 
 def text_of(length: int) -> Tensor:
-    return torch.randint(tiny_hf.SIZES["vocab_size"], (length,))
+    return torch.randint(hf_folders.SIZES["vocab_size"], (length,))
 
 
 def oracle(model: Any, ids: Tensor, window: int) -> float:
@@ -41,8 +41,8 @@ def oracle(model: Any, ids: Tensor, window: int) -> float:
 def test_loss_is_the_cross_entropy_of_every_token_but_the_first(
     plan: str | None, tokens: int, window: int
 ) -> None:
-    model, ids = tiny_hf.tiny_llama(), text_of(tokens)
-    model = tiny_hf.converted(model, plan) if plan else model
+    model, ids = hf_folders.tiny_llama(), text_of(tokens)
+    model = hf_folders.converted(model, plan) if plan else model
     found = perplexity(model, ids, window)
     assert found.tokens == tokens - 1
     assert found.loss == pytest.approx(oracle(model, ids, window), rel=1e-6)
@@ -50,14 +50,14 @@ def test_loss_is_the_cross_entropy_of_every_token_but_the_first(
 
 
 def test_a_text_of_one_window_has_the_loss_that_transformers_gives() -> None:
-    model, ids = tiny_hf.tiny_llama(), text_of(50)
+    model, ids = hf_folders.tiny_llama(), text_of(50)
     with torch.no_grad():
         expected = model(input_ids=ids[None], labels=ids[None]).loss.item()
     assert perplexity(model, ids, window=50).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_overlapping_windows_judge_every_token_once_with_more_context() -> None:
-    model, ids = tiny_hf.tiny_llama(), text_of(97)
+    model, ids = hf_folders.tiny_llama(), text_of(97)
     found = perplexity(model, ids, window=32, stride=8)
     assert found.tokens == 96 and found.windows == 1 + (96 - 32) // 8
     losses = []
@@ -73,14 +73,14 @@ def test_overlapping_windows_judge_every_token_once_with_more_context() -> None:
 def test_the_loss_does_not_depend_on_how_many_logits_are_taken_at_once(
     logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = tiny_hf.tiny_llama(), text_of(70)
+    model, ids = hf_folders.tiny_llama(), text_of(70)
     expected = oracle(model, ids, 64)
     monkeypatch.setattr(evaluate, "_LOSS_LOGITS", logits)
     assert perplexity(model, ids, 64).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_losses_of_a_bfloat16_model_are_computed_in_fp32() -> None:
-    model, ids = tiny_hf.tiny_llama().bfloat16(), text_of(129)
+    model, ids = hf_folders.tiny_llama().bfloat16(), text_of(129)
     with torch.no_grad():
         logits = model(input_ids=ids[None, :-1]).logits[0]
     assert logits.dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_losses_of_a_bfloat16_model_are_computed_in_fp32() -> None:
 
 def test_a_model_that_gives_all_logits_is_judged_all_the_same() -> None:
     """Some models of transformers have no logits_to_keep."""
-    model, ids = tiny_hf.tiny_llama(), text_of(60)
+    model, ids = hf_folders.tiny_llama(), text_of(60)
     expected = perplexity(model, ids, 24, stride=6)
     forward = model.forward
     model.forward = lambda input_ids, use_cache: forward(input_ids, use_cache=use_cache)
@@ -98,7 +98,7 @@ def test_a_model_that_gives_all_logits_is_judged_all_the_same() -> None:
 
 
 def test_the_model_stays_in_training_mode_and_gets_no_gradients() -> None:
-    model = tiny_hf.tiny_llama(attention_dropout=0.5).train()
+    model = hf_folders.tiny_llama(attention_dropout=0.5).train()
     first, second = (perplexity(model, ids, 32).loss for ids in [text_of(60)] * 2)
     assert first == second and model.training and model.model.layers[0].self_attn.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -116,18 +116,18 @@ def test_arguments_that_cannot_be_are_named(
     arguments: dict[str, int], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        perplexity(tiny_hf.tiny_llama(), text_of(400), **arguments)
+        perplexity(hf_folders.tiny_llama(), text_of(400), **arguments)
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(1, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)])
 def test_a_text_that_cannot_be_judged_is_an_error(ids: Tensor) -> None:
     with pytest.raises(ValueError, match="one text of at least 2 tokens, got shape"):
-        perplexity(tiny_hf.tiny_llama(), ids)
+        perplexity(hf_folders.tiny_llama(), ids)
 
 
 @pytest.mark.parametrize("plan", ["vanilla", "fusedkv", "fusedkv-lite", "yoco", "cla", "skipv1"])
 def test_the_measured_cache_is_what_the_plan_says(plan: str) -> None:
-    model = tiny_hf.converted(tiny_hf.tiny_llama(), plan)
+    model = hf_folders.converted(hf_folders.tiny_llama(), plan)
     expected = cache_bytes_per_token(model.config, torch.float32)
     assert LanguageModel(model).cache_bytes_per_token() == expected
     assert LanguageModel(model.bfloat16()).cache_bytes_per_token() == expected / 2
@@ -135,8 +135,8 @@ def test_the_measured_cache_is_what_the_plan_says(plan: str) -> None:
 
 @pytest.mark.parametrize("plan", [None, "fusedkv", "fusedkv-lite"])
 def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(plan: str | None) -> None:
-    model = tiny_hf.tiny_llama()
-    model = LanguageModel(tiny_hf.converted(model, plan) if plan else model)
+    model = hf_folders.tiny_llama()
+    model = LanguageModel(hf_folders.converted(model, plan) if plan else model)
     ids, other = text_of(20)[None], text_of(7)[None]
     with torch.no_grad():
         expected = model(ids)

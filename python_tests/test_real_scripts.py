@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hf_folders
 import numpy
 import pytest
-import tiny_hf
 import torch
 
 pytest.importorskip("gguf")
@@ -80,7 +80,7 @@ def write_gguf(model: Any, path: Path) -> None:
 def model() -> Any:
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e5}
-    return tiny_hf.tiny_llama(tie_word_embeddings=True, rope_parameters=rope, rms_norm_eps=1e-5)
+    return hf_folders.tiny_llama(tie_word_embeddings=True, rope_parameters=rope, rms_norm_eps=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,20 @@ from fusedkv_ext.train.config import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a Llama or Qwen3")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--plan", required=True, metavar="METHOD",
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--plan", metavar="METHOD",
         help="a name that `fusedkv plan` lists, with options as in cla:factor=3, or a JSON file of a plan",
     )  # fmt: skip
-    parser.add_argument(
-        "--storage-layers", type=int, metavar="N", help="short for the plan's option storage_layers"
+    which.add_argument(
+        "--search", choices=("prefix", "layers", "kvsharer"),
+        help="find the plan on the text of --calibrate: the sources of FusedKV's form (prefix); which layers "
+        "store, and the sources of the others (layers); whole caches as KVSharer shares them",
+    )  # fmt: skip
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--storage-layers", type=int, metavar="N", help="how many layers store keys and values")
+    size.add_argument(
+        "--budget", type=float, metavar="SHARE", help="with --search: how much of the cache may stay, 0 to 1"
     )
     parser.add_argument("--calibrate", nargs="+", metavar="PATH", help="UTF-8 text to fit the model to")
     parser.add_argument(
@@ -36,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", choices=("score", "plain"), default="score",
         help="what fusion weights are fitted to: attention scores and outputs, or plain keys and values "
         "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repair", action="store_true",
+        help="maps of keys (where RoPE lets them pass) and values, absorbed into the projections",
     )  # fmt: skip
     parser.add_argument(
         "--refit", nargs="*", choices=("o_proj", "down_proj"), default=["o_proj", "down_proj"],
@@ -72,14 +84,32 @@ def _plan(args: argparse.Namespace, num_layers: int) -> Any:
     return CachePlan.named(entry.method, num_layers, **options)
 
 
+def _searched(args: argparse.Namespace, model: Any, windows: Any, moments: Any) -> Any:
+    """The plan that --search finds."""
+    from fusedkv_ext.hf.kvsharer import kvsharer
+    from fusedkv_ext.hf.search import SourceTable, search, search_prefix
+
+    layers = model.config.num_hidden_layers
+    n = args.storage_layers or int(args.budget * layers)
+    if args.search == "kvsharer":  # on 30 texts of 64 tokens, as the paper does
+        return kvsharer(model, windows[:, :64][:30], n)
+    table = SourceTable(moments, model)
+    if args.search == "prefix":
+        return search_prefix(table, n).plan
+    return search(table, storage_layers=args.storage_layers, budget=args.budget).plan
+
+
 def run(args: argparse.Namespace) -> int:
     from fusedkv_ext.train.extras import need
 
     need("transformers", "Converting a model", "hf")
+    from fusedkv_ext.documents import aligned
     from fusedkv_ext.experiments.evaluate import read_text
     from fusedkv_ext.hf.config import config_for
     from fusedkv_ext.hf.convert import calibration_windows, convert_model, save_conversion
+    from fusedkv_ext.hf.explained import explained_table
     from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
+    from fusedkv_ext.hf.moments import collect
     from fusedkv_ext.hf.perplexity import perplexity
     from fusedkv_ext.train.tokenizer import load_tokenizer as load_file
     from fusedkv_ext.train.trainer import resolve_device
@@ -91,9 +121,13 @@ def run(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=out, flush=True)
 
+    if args.search and not (args.calibrate and (args.storage_layers or args.budget)):
+        raise ConfigError("--search needs --calibrate, and --storage-layers or --budget")
+    if args.budget is not None and (args.plan or not 0 < args.budget <= 1):
+        raise ConfigError(f"--budget is a share, 0 to 1, for --search; got {args.budget}")
     config = load_config(args.model)
-    plan = _plan(args, config.num_hidden_layers)
-    config_for(config, plan)  # the errors that need no weights
+    plan = None if args.search else _plan(args, config.num_hidden_layers)
+    config_for(config, plan or "vanilla")  # the errors that need no weights
     tokenizer = load_file(args.tokenizer) if args.tokenizer else load_tokenizer(args.model, config.vocab_size)
     context = min(2048, config.max_position_embeddings)
     windows = None
@@ -108,10 +142,17 @@ def run(args: argparse.Namespace) -> int:
     if text is not None:
         before = perplexity(model, text, window=context, max_tokens=args.eval_tokens)
         say(f"original: perplexity {before.perplexity:.2f} over {before.tokens:,} tokens")
+    moments = None
+    if plan is None:
+        moments = collect(model, windows)
+        plan = _searched(args, model, windows, moments)
+        say(str(plan))
     conversion = convert_model(
-        model, plan, calibration=windows, metric=args.metric, refitted=args.refit, pooling=args.pooling,
-        progress=say,
+        model, plan, calibration=windows, metric=args.metric, repair=args.repair, refitted=args.refit,
+        pooling=args.pooling, moments=moments, progress=say,
     )  # fmt: skip
+    if conversion.explained:
+        say(aligned(explained_table(conversion.plan, conversion.explained, conversion.repairs)))
     report: dict[str, Any] = {}
     if text is not None:
         after = perplexity(conversion.model, text, window=context, max_tokens=args.eval_tokens)

@@ -34,7 +34,16 @@ from fusedkv_ext.hf.moments import Moments
 from fusedkv_ext.hf.solve import Quadratic, metric_of, quadratic, regularised, set_weights
 from fusedkv_ext.plan import CachePlan, Segment
 
-__all__ = ["Repair", "absorb", "absorb_into_output", "absorb_into_query", "key_map", "value_map"]
+__all__ = [
+    "Repair",
+    "absorb",
+    "absorb_into_output",
+    "absorb_into_query",
+    "key_map",
+    "value_map",
+    "reads",
+    "weights_of",
+]
 
 
 class Repair(NamedTuple):
@@ -84,7 +93,7 @@ def absorb(
         attention, o_proj = layer.self_attn, original.get_decoder().layers[i].self_attn.o_proj
         for side in sides:
             totals = torch.zeros(3, dtype=torch.float64)  # variance, error before, error after
-            for read in _reads(plan, i, side, moments, attention.kv_fusion):
+            for read in reads(plan, i, side, moments, attention.kv_fusion):
                 metrics = [metric_of(moments, side, i, head, o_proj, metric) for head in read.heads]
                 maps, errors = _solve(read, moments, metrics, ridge, rounds)
                 totals += errors
@@ -99,7 +108,7 @@ def absorb(
     return report
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """A segment of a layer whose heads come from other layers alone."""
 
     layer: int
@@ -107,21 +116,21 @@ class _Read(NamedTuple):
     segment: Segment
     heads: range
     fusion: FusionWeights | None
-    fused: FusedSegment | None  # its weights; None: ones, or others that do not learn
+    fused: FusedSegment | None  # its weights; None: ones
 
 
-def _reads(
+def reads(
     plan: CachePlan, layer: int, side: str, moments: Moments, fusion: FusionWeights | None
-) -> Iterator[_Read]:
+) -> Iterator[Read]:
     fused = {part.segment: part for part in fusion.fused_segments if part.side == side} if fusion else {}
     for segment in plan.layers[layer].keys if side == "key" else plan.layers[layer].values:
         if layer not in segment.sources:
             heads = range(*(int(bound * moments.num_kv_heads) for bound in segment.heads))
-            yield _Read(layer, side, segment, heads, fusion, fused.get(segment))
+            yield Read(layer, side, segment, heads, fusion, fused.get(segment))
 
 
 def _solve(
-    read: _Read, moments: Moments, metrics: list[Tensor], ridge: float, rounds: int
+    read: Read, moments: Moments, metrics: list[Tensor], ridge: float, rounds: int
 ) -> tuple[list[Tensor], Tensor]:
     """The map of each head, with the weights set to go with them; variance and errors before and after."""
     sources, fused = read.segment.sources, read.fused
@@ -148,8 +157,8 @@ def _solve(
         return sum(float(e.c) * (1 - e.explained(w)) for e, w in zip(errors(maps), weights, strict=True))
 
     maps = [eye] * len(read.heads)
-    if fused is None:
-        weights = _constant_weights(read, moments)
+    if fused is None or not fused.fusion.learnable:
+        weights = weights_of(read, moments)
         before, maps = total(maps, weights), best_maps(weights)
     else:
         weights = set_weights(read.fusion, fused, errors(maps), ridge)
@@ -167,14 +176,17 @@ def _solve(
     return maps, torch.tensor([variance, before, total(maps, weights)], dtype=torch.float64)
 
 
-def _constant_weights(read: _Read, moments: Moments) -> Tensor:
-    """(heads, m, D) of a segment that has none of its own, or none that learn."""
-    init = None if read.segment.fusion is None else read.segment.fusion.init
-    one = torch.ones(len(read.heads), len(read.segment.sources), moments.head_dim, dtype=torch.float64)
-    return one if init is None else one * torch.tensor(init, dtype=torch.float64)[:, None]
+def weights_of(read: Read, moments: Moments) -> Tensor:
+    """The weights that a segment has, (heads, m, D) float64."""
+    fused = read.fused
+    if fused is None:
+        return torch.ones(len(read.heads), len(read.segment.sources), moments.head_dim, dtype=torch.float64)
+    rows = torch.stack([read.fusion.get_parameter(name).detach().double().cpu() for name in fused.names], 1)
+    expanded = rows * fused.fusion.multiplier @ read.fusion.expansion(fused).double().cpu().mT
+    return expanded.expand(len(read.heads), -1, -1)
 
 
-def _fused(moments: Moments, read: _Read, head: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _fused(moments: Moments, read: Read, head: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """E[f f^T] and E[f t^T] of the weighted sum f of the sources and the layer's own t, weights (m, D)."""
     pairs = list(zip(read.segment.sources, weights, strict=True))
     own = sum(
@@ -201,7 +213,7 @@ def key_map(fused: Tensor, to_target: Tensor, metric: Tensor, ridge: float) -> T
     return _scaled_rotation(z)
 
 
-def _common_phase(moments: Moments, read: _Read, head: int, metric: Tensor, ridge: float) -> Tensor:
+def _common_phase(moments: Moments, read: Read, head: int, metric: Tensor, ridge: float) -> Tensor:
     """Where to start with several sources: the rotation that makes their complex weights z_j most real.
 
     With u_j the energy of source j in a pair, sum_j u_j Re(z_j e^{-i phi})^2 is greatest at

@@ -1,5 +1,5 @@
 """A trained Llama or Qwen3 becomes one with a cache plan, without training: weights are copied, pooled,
-calibrated in closed form (solve.py) and refitted (refit.py).
+calibrated in closed form (solve.py), repaired by maps (absorb.py) and refitted (refit.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fusedkv_ext.hf.absorb import Repair, absorb
 from fusedkv_ext.hf.config import cache_bytes_per_token, config_for
+from fusedkv_ext.hf.explained import explained_layers
+from fusedkv_ext.hf.loading import CONVERSION, copy_small_files
 from fusedkv_ext.hf.moments import Moments, collect
 from fusedkv_ext.hf.pooling import pool
 from fusedkv_ext.hf.refit import REFITTED, refit
@@ -26,7 +29,6 @@ from fusedkv_ext.plan import CachePlan
 
 __all__ = ["Conversion", "calibration_windows", "convert_model", "save_conversion"]
 
-CONVERSION = "conversion.json"
 # With fewer rows than a projection has inputs, refitting learns the text by heart.
 LEAST_TOKENS = 2048
 
@@ -37,7 +39,8 @@ class Conversion:
 
     changed: names of the parameters that are new or differ from the original's. left: per refitted layer and
     projection, the share of the squared error in the residual stream that is left on the calibration text.
-    moments: of the calibration text; None without calibration.
+    explained: per layer and side, "key" or "value", the share of variance that its sources and fusion weights
+    explain. repairs: what maps add to that. moments: of the calibration text; None without calibration.
     """
 
     model: PreTrainedModel
@@ -45,6 +48,8 @@ class Conversion:
     changed: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     left: dict[int, dict[str, float]] = field(default_factory=dict)
+    explained: dict[tuple[int, str], float] = field(default_factory=dict)
+    repairs: list[Repair] = field(default_factory=list)
     moments: Moments | None = None
 
 
@@ -71,6 +76,7 @@ def convert_model(
     calibration: Tensor | None = None,
     metric: str = "score",
     ridge: float = 1e-3,
+    repair: bool = False,
     refitted: Sequence[str] = tuple(REFITTED),
     pooling: str = "mean-v",
     moments: Moments | None = None,
@@ -81,8 +87,9 @@ def convert_model(
 
     model: LlamaForCausalLM or Qwen3ForCausalLM of transformers. plan: of as many layers, or a plan's name.
     calibration: (N, S) int64 token ids that the weights are fitted to; None copies only, and fusion weights
-    start as the plan says. metric, ridge: of the fusion weights, see ``solve.fit``. refitted: projections of
-    the layers with other keys or values that are refitted afterwards, see ``refit.refit``; empty: none.
+    start as the plan says. metric, ridge: of the fusion weights, see ``solve.fit``. repair: absorb linear
+    maps of keys and values into the projections, see ``absorb.absorb``. refitted: projections of the layers
+    with other keys or values that are refitted afterwards, see ``refit.refit``; empty: none.
     pooling: see ``pooling.pool``, for layers that store part of their heads. moments: of the same text, if
     they are known. progress gets a line now and then.
 
@@ -92,34 +99,36 @@ def convert_model(
     plan = config.plan
     converted = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
     _copy(model, converted, pooling)
-    settings: dict[str, Any] = {"pooling": pooling}
-    left = {}
+    done = Conversion(converted, plan, [], {"pooling": pooling})
     if calibration is not None:
-        reading = _reading_layers(plan)
-        fused = [i for i in range(plan.num_layers) if plan.layers[i].has_fusion]
-        if fused:
-            if moments is None:
-                progress(f"moments of {calibration.numel():,} tokens")
-                moments = collect(model, calibration, batch_size)
-            for i in fused:
-                fusion = converted.get_decoder().layers[i].self_attn.kv_fusion
-                o_proj = model.get_decoder().layers[i].self_attn.o_proj
-                for segment in fusion.fused_segments:
-                    if segment.fusion.learnable:
-                        fit(fusion, segment, moments, o_proj, metric=metric, ridge=ridge)
+        if moments is None:
+            progress(f"moments of {calibration.numel():,} tokens")
+            moments = collect(model, calibration, batch_size)
+        _fit_fusion(model, converted, moments, metric, ridge)
+        done.moments, done.explained = moments, explained_layers(converted, model, moments, metric)
+        if repair:
+            done.repairs = absorb(converted, model, moments, metric=metric, ridge=ridge)
         if refitted:
-            left = refit(
+            reading = [i for i in range(plan.num_layers) if plan.source_layers(i)]
+            done.left = refit(
                 model, converted, calibration, reading, projections=refitted, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip
-        settings |= {"tokens": calibration.numel(), "window": calibration.shape[1], "metric": metric}
-        settings |= {"ridge": ridge, "refitted": list(refitted)}
-    return Conversion(converted, plan, _changed(model, converted), settings, left, moments)
+        done.settings |= {"tokens": calibration.numel(), "window": calibration.shape[1], "metric": metric}
+        done.settings |= {"ridge": ridge, "repair": repair, "refitted": list(refitted)}
+    done.changed = _changed(model, converted)
+    return done
 
 
-def _reading_layers(plan: CachePlan) -> list[int]:
-    """Layers that do not see exactly their own keys and values."""
-    return [i for i in range(plan.num_layers) if plan.source_layers(i)]
+def _fit_fusion(
+    model: PreTrainedModel, converted: PreTrainedModel, moments: Moments, metric: str, ridge: float
+) -> None:
+    """Sets all fusion weights that the plan lets learn."""
+    for layer, original in zip(converted.get_decoder().layers, model.get_decoder().layers, strict=True):
+        fusion = layer.self_attn.kv_fusion
+        for segment in () if fusion is None else fusion.fused_segments:
+            if segment.fusion.learnable:
+                fit(fusion, segment, moments, original.self_attn.o_proj, metric=metric, ridge=ridge)
 
 
 def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> None:
@@ -176,15 +185,15 @@ def save_conversion(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         conversion.model.save_pretrained(scratch)
-        for path in _small_files(original):
-            if not (scratch / path.name).exists():
-                shutil.copyfile(path, scratch / path.name)
+        copy_small_files(original, scratch)
         config = conversion.model.config
         record = {
             "original": str(original.resolve()),
             "plan": conversion.plan.name,
             "changed": conversion.changed,
             "calibration": conversion.settings,
+            "explained": _by_layer(conversion.explained),
+            "explained_with_maps": _by_layer({(r.layer, r.side): r.after for r in conversion.repairs}),
             "left": {str(i): shares for i, shares in conversion.left.items()},
             "cache_bytes_per_token": {
                 "original": cache_bytes_per_token(config_for(config, "vanilla"), conversion.model.dtype),
@@ -201,7 +210,8 @@ def save_conversion(
     return out
 
 
-def _small_files(folder: Path) -> Iterable[Path]:
-    """Tokenizer, templates and the like: no weights, no indexes of weights."""
-    weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
-    return (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(weights))
+def _by_layer(shares: dict[tuple[int, str], float]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for (i, side), share in shares.items():
+        found.setdefault(str(i), {})[side] = share
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from fusedkv_ext.train.extras import need
 from fusedkv_ext.train.tokenizer import FileTokenizer
 
 INDEX = "model.safetensors.index.json"
+CONVERSION = "conversion.json"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
 # A folder whose model has more rows of the embedding than this many times its tokenizer's tokens has the
 # tokenizer of another model; vocabularies are padded by a few per cent.
 MOST_PADDING = 4 / 3
@@ -156,6 +159,16 @@ def _converted(folder: Path) -> FileTokenizer:
             f"the tokenizer in {folder} cannot be read ({_first_sentence(error)}); name a tokenizer.json: "
             "--tokenizer FILE"
         ) from error
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copies what a folder has beside its weights: tokenizer, templates and the like. What ``target`` has
+    already stays, and conversion.json, which says how ``source`` was made, is left out.
+    """
+    for path in sorted(source.iterdir()):
+        known = path.name == CONVERSION or path.name.endswith(_WEIGHTS)
+        if path.is_file() and not known and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
 
 
 @contextmanager

@@ -77,10 +77,9 @@ def quadratic(
 
 
 def regularised(a: Tensor, b: Tensor, ridge: float, start: Tensor) -> Tensor:
-    """The x of the least x^T a x - 2 b^T x + s |x - start|^2, s = ridge times the mean of the diagonal of a."""
-    strength = ridge * a.diagonal().mean()
-    if strength == 0:  # nothing is lost whatever x is
-        strength = torch.ones_like(strength)
+    """The x of the least x^T a x - 2 b^T x + s |x - start|^2, s = ridge * mean of the diagonal of a."""
+    scale = a.diagonal().mean()
+    strength = ridge * scale if scale else torch.ones_like(scale)  # nothing is lost whatever x is: start
     return torch.linalg.solve(a + strength * torch.eye(len(a), dtype=a.dtype), b + strength * start)
 
 

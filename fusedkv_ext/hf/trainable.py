@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fusedkv_ext.fusion import FusionWeights, param_groups
+from fusedkv_ext.hf.loading import CONVERSION
 from fusedkv_ext.train.extras import need
 
-CONVERSION = "conversion.json"
 TRAIN = ("all", "changed", "lora")
 
 

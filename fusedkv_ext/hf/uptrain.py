@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.hf.trainable import CONVERSION
+from fusedkv_ext.hf.loading import CONVERSION, copy_small_files
 from fusedkv_ext.hf.uptrain_run import Run, UptrainResult, load, partial_folder
 from fusedkv_ext.hf.uptrain_settings import UptrainSettings
 from fusedkv_ext.hf.uptrainer import StepLosses, Uptrainer, held_out_loss
@@ -33,7 +33,6 @@ from fusedkv_ext.train.progress import Progress, SilentProgress
 from fusedkv_ext.train.trainer import TrainingDiverged
 
 LOG_SECONDS = 5.0  # between lines of progress and records of metrics.jsonl; the first steps come one by one
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
 
 
 def uptrain(
@@ -214,10 +213,7 @@ def _finish(run: Run, log: MetricsLog, progress: Progress) -> UptrainResult:
     scratch = run.partial / "model"
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
-    for path in run.folder.iterdir():
-        known = path.name == CONVERSION or path.name.endswith(_WEIGHTS)
-        if path.is_file() and not known and not (scratch / path.name).exists():
-            shutil.copyfile(path, scratch / path.name)
+    copy_small_files(run.folder, scratch)
     if trainer.settings.tokenizer is not None:
         run.tokenizer.save(scratch)
     if run.conversion is not None:

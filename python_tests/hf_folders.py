@@ -1,4 +1,4 @@
-"""Tiny models of transformers, and folders of them, that the tests of fusedkv_ext.hf share."""
+"""Plain tiny Llamas and Hugging Face folders of them, that the tests of fusedkv_ext.hf share."""
 
 from __future__ import annotations
 
