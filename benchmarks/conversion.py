@@ -98,8 +98,13 @@ def main() -> None:
     def judge(which: Any) -> float:
         return perplexity(which, judged, window=WINDOW).perplexity
 
-    moments_file = args.work / "moments.pt"
+    given = {name: str(getattr(args, name).resolve()) for name in ("model", "text", "eval")}
     args.work.mkdir(parents=True, exist_ok=True)
+    record = args.work / "made_from.txt"
+    if record.exists() and json.loads(record.read_text()) != given:
+        parser.error(f"{args.work} holds results of {record.read_text()}; choose another --work")
+    write(record, json.dumps(given))
+    moments_file = args.work / "moments.pt"
     if not moments_file.exists():
         torch.save(collect(model, windows), moments_file)
     moments = torch.load(moments_file, weights_only=False)

@@ -155,6 +155,26 @@ def test_refitted_layers_count_what_is_left_of_the_error():
     assert error(converted) / before == pytest.approx(left[3]["down_proj"], rel=1e-3)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_refitting_walks_the_layers_as_the_models_run(implementation, window):
+    """The streams that refitting compares are those of the models, whatever masks the layers need."""
+    from fusedkv_ext.hf.refit import _Stream
+
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    model = plain("qwen3", **(sliding if window else {}))
+    model.set_attn_implementation(implementation)
+    converted, ids = convert_model(model, "cla" if window is None else "yoco").model, tokens(3, 40)
+    for one in (model, converted):
+        with torch.no_grad():
+            stream = _Stream(one, ids, batch_size=2)
+            for i in range(LAYERS):
+                stream.attend(i)
+                stream.advance(i)
+            walked = torch.cat([one.get_decoder().norm(hidden) for hidden in stream.hidden])
+            close(walked, one.get_decoder()(ids, use_cache=False).last_hidden_state)
+
+
 def test_skipv1_stores_half_of_the_value_heads_pooled_by_pairs():
     model = plain()
     done = convert_model(model, "skipv1", pooling="mean-v")
@@ -275,6 +295,8 @@ class TestFolders:
         [
             (["--search", "layers"], "--search needs --calibrate"),
             (["--plan", "cla", "--budget", "0.5"], "--budget is a share"),
+            (["--plan", "gqa"], "num_key_value_heads"),
+            (["--plan", "cla", "--storage-layers", "2"], "no option storage_layers"),
         ],
     )
     def test_options_that_do_not_go_together_are_refused(self, args, words, original, tmp_path, capsys):

@@ -115,6 +115,22 @@ def test_found_plans_convert(planted, table):
         assert torch.isfinite(converted(ids[:1]).logits).all()
 
 
+def test_found_plans_read_caches_of_layers_that_see_as_much():
+    from test_hf_convert import plain
+
+    types = ["sliding_attention", "full_attention"] * 2
+    model = plain("qwen3", layer_types=types, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    ids = tokens(8, 64)
+    windowed = SourceTable(collect(model, ids), model)
+    plans = [search(windowed, storage_layers=n).plan for n in (2, 3)]
+    for plan in (*plans, kvsharer(model, ids, 2, threshold=-1)):
+        for i in range(4):
+            assert {types[j] for j in plan.source_layers(i)} <= {types[i]}
+        convert_model(model, plan)
+    with pytest.raises(ValueError, match="layers with windows"):
+        search(windowed, storage_layers=1)
+
+
 def test_kvsharer_shares_until_the_budget_or_the_threshold(planted):
     model, ids, _ = planted
     texts, implementation = ids[:4, :32], model.config._attn_implementation

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fusedkv_ext.train.config import ConfigError
+
+REFITTED = ["o_proj", "down_proj"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maps of keys (where RoPE lets them pass) and values, absorbed into the projections",
     )  # fmt: skip
     parser.add_argument(
-        "--refit", nargs="*", choices=("o_proj", "down_proj"), default=["o_proj", "down_proj"],
+        "--refit", nargs="*", choices=("o_proj", "down_proj"), default=REFITTED,
         help="projections to refit; none after a bare --refit (default: both)",
     )  # fmt: skip
     parser.add_argument(
-        "--pooling", default="mean-v", metavar="WAY",
-        help="how a layer that stores fewer value heads makes them: mean-v, mean-vo, top-norm-v, "
-        "top-norm-vo, svd, own (default: %(default)s)",
+        "--pooling", default="mean-v",
+        choices=("mean-v", "mean-vo", "top-norm-v", "top-norm-vo", "svd", "own"),
+        help="how a layer that stores fewer value heads makes them (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--eval", nargs="+", metavar="PATH",
@@ -71,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace, num_layers: int) -> Any:
     from fusedkv_ext.experiments.entries import parse
-    from fusedkv_ext.plan import CachePlan
+    from fusedkv_ext.plan import METHODS, CachePlan
 
     entry = parse(args.plan)
     options = dict(entry.options)
@@ -79,9 +83,59 @@ def _plan(args: argparse.Namespace, num_layers: int) -> Any:
         if args.storage_layers is not None:
             raise ConfigError("--storage-layers is an option of a named plan; the file says it already")
         return CachePlan.from_json(Path(entry.method).read_text("utf-8"))
+    if METHODS[entry.method].kv_heads(8) != 8:
+        raise ConfigError(
+            f"{entry.method} is a matter of num_key_value_heads, which conversion does not change; choose a "
+            "plan whose layers share caches"
+        )
+    if args.storage_layers is not None and "storage_layers" not in METHODS[entry.method].options:
+        raise ConfigError(f"{entry.method} has no option storage_layers, so --storage-layers says nothing")
     if args.storage_layers is not None:
         options["storage_layers"] = args.storage_layers
     return CachePlan.named(entry.method, num_layers, **options)
+
+
+def _storage_layers(args: argparse.Namespace, layers: int) -> int:
+    """How many layers a searched plan may store."""
+    n = args.storage_layers
+    if n is None:
+        n = int(Fraction(str(args.budget)) * layers)  # 0.58 * 50 < 29
+    if not 1 <= n <= layers:
+        raise ConfigError(f"a plan cannot store {n} of {layers} layers; change --storage-layers or --budget")
+    return n
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What is wrong usage for any model."""
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists already; choose another folder to write")
+    parent = next(path for path in args.out.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"--out: {parent} is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: nothing can be written in {parent}")
+    if args.search and (not args.calibrate or (args.storage_layers is None and args.budget is None)):
+        raise ConfigError("--search needs --calibrate, and --storage-layers or --budget")
+    if args.budget is not None and (args.plan or not 0 < args.budget <= 1):
+        raise ConfigError(f"--budget is a share, 0 to 1, for --search; got {args.budget}")
+    if not args.calibrate:
+        other = {"--metric": args.metric != "score", "--refit": args.refit != REFITTED}
+        given = {"--repair": args.repair, **other}
+        for name in (name for name, value in given.items() if value):
+            raise ConfigError(f"{name} says nothing without --calibrate")
+
+
+def _check_calibration(args: argparse.Namespace, positions: int) -> None:
+    """Numbers of tokens that no text makes good. positions: that the model has."""
+    from fusedkv_ext.hf.convert import LEAST_TOKENS
+
+    if not 2 <= args.window <= positions:
+        raise ConfigError(
+            f"--window must be at least 2 tokens, and the model has {positions} positions; got {args.window}"
+        )
+    least = max(LEAST_TOKENS, args.window)
+    if args.tokens < least:
+        raise ConfigError(f"--tokens must be at least {least}, got {args.tokens}")
 
 
 def _searched(args: argparse.Namespace, model: Any, windows: Any, moments: Any) -> Any:
@@ -90,13 +144,13 @@ def _searched(args: argparse.Namespace, model: Any, windows: Any, moments: Any) 
     from fusedkv_ext.hf.search import SourceTable, search, search_prefix
 
     layers = model.config.num_hidden_layers
-    n = args.storage_layers or int(args.budget * layers)
+    n = _storage_layers(args, layers)
     if args.search == "kvsharer":  # on 30 texts of 64 tokens, as the paper does
         return kvsharer(model, windows[:, :64][:30], n)
     table = SourceTable(moments, model)
     if args.search == "prefix":
         return search_prefix(table, n).plan
-    return search(table, storage_layers=args.storage_layers, budget=args.budget).plan
+    return search(table, storage_layers=n).plan
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,36 +160,37 @@ def run(args: argparse.Namespace) -> int:
     from fusedkv_ext.documents import aligned
     from fusedkv_ext.experiments.evaluate import read_text
     from fusedkv_ext.hf.config import config_for
-    from fusedkv_ext.hf.convert import calibration_windows, convert_model, save_conversion
+    from fusedkv_ext.hf.convert import calibration_windows, check_plain, convert_model, save_conversion
     from fusedkv_ext.hf.explained import explained_table
     from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
     from fusedkv_ext.hf.moments import collect
     from fusedkv_ext.hf.perplexity import perplexity
-    from fusedkv_ext.train.tokenizer import load_tokenizer as load_file
     from fusedkv_ext.train.trainer import resolve_device
 
-    if args.out.exists():
-        raise ConfigError(f"{args.out} exists already; choose another folder to write")
+    _check(args)
     out = sys.stderr if args.json else sys.stdout
 
     def say(line: str) -> None:
         print(line, file=out, flush=True)
 
-    if args.search and not (args.calibrate and (args.storage_layers or args.budget)):
-        raise ConfigError("--search needs --calibrate, and --storage-layers or --budget")
-    if args.budget is not None and (args.plan or not 0 < args.budget <= 1):
-        raise ConfigError(f"--budget is a share, 0 to 1, for --search; got {args.budget}")
     config = load_config(args.model)
     plan = None if args.search else _plan(args, config.num_hidden_layers)
     config_for(config, plan or "vanilla")  # the errors that need no weights
-    tokenizer = load_file(args.tokenizer) if args.tokenizer else load_tokenizer(args.model, config.vocab_size)
+    try:
+        check_plain(config)
+    except ValueError as error:
+        raise ConfigError(f"{args.model}: {error}") from error
+    if args.search:
+        _storage_layers(args, config.num_hidden_layers)
+    judged = args.eval or args.calibrate
+    tokenizer = load_tokenizer(args.model, config.vocab_size, args.tokenizer) if judged else None
     context = min(2048, config.max_position_embeddings)
     windows = None
     if args.calibrate:
+        _check_calibration(args, config.max_position_embeddings)
         windows = calibration_windows(
             read_text(args.calibrate).ids(tokenizer).long(), args.tokens, args.window
         )
-    judged = args.eval or args.calibrate
     text = None if judged is None else read_text(judged).ids(tokenizer)
     model = load_causal_lm(args.model, device=resolve_device(args.device))
     before = after = None
@@ -163,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
             "tokens": after.tokens,
             "text": [str(path) for path in judged],
         }
-    save_conversion(conversion, args.out, args.model, report)
+    save_conversion(conversion, args.out, args.model, report, tokenizer if args.tokenizer else None)
     record = json.loads((args.out / "conversion.json").read_text("utf-8"))
     if args.json:
         print(json.dumps({"folder": str(args.out), **record}))

@@ -64,10 +64,9 @@ def _huggingface(folder: Path, tokenizer_file: str | None, *, device: Any, dtype
     need("transformers", "Reading a Hugging Face folder", "hf")
     from fusedkv_ext.hf.language_model import LanguageModel
     from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
-    from fusedkv_ext.train.tokenizer import load_tokenizer as load_file
 
     vocab_size = load_config(folder).get_text_config().vocab_size
-    tokenizer = load_file(tokenizer_file) if tokenizer_file else load_tokenizer(folder, vocab_size)
+    tokenizer = load_tokenizer(folder, vocab_size, tokenizer_file or None)
     model = LanguageModel(load_causal_lm(folder, device=device, dtype=dtype))
     ends = frozenset(model.ends() | {tokenizer.separator})
     return Loaded(folder, model, tokenizer, model.name, ends, model.cache_bytes_per_token())

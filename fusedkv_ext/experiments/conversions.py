@@ -48,31 +48,39 @@ def pooling_table(result: dict[str, Any]) -> str:
     return table(["plan", *ways], cells, numbers=True)
 
 
+def _places(rows: list[dict[str, Any]]) -> list[float]:
+    """Cache relative to the original's; plans of nearly one size side by side, so that none hides another."""
+    places: list[float] = []
+    for row in rows:  # from the largest cache to the smallest
+        wanted = row["bytes"] / row["original_bytes"]
+        places.append(min(wanted, places[-1] - 0.014) if places else wanted)
+    return places
+
+
 def conversion_figure(result: dict[str, Any]) -> Figure:
-    """Perplexity over cache size, one line of marks per plan; what lies beyond the axis is left out."""
+    """Perplexity over cache size, one column of marks per plan; what lies beyond the axis is left out."""
     figure, axes = new_figure(8.4, 5.2)
-    original = result["original"]
-    top = 12 * original
+    original, rows = result["original"], _sorted(result)
+    top, places = 12 * original, _places(rows)
     for stage, (title, colour, mark) in STAGES.items():
-        shown = [row for row in result["rows"] if row.get(stage, top) < top]
-        points = [(row["bytes"] / row["original_bytes"], row[stage]) for row in shown]
+        points = [(x, row[stage]) for x, row in zip(places, rows, strict=True) if row.get(stage, top) < top]
         if points:
             axes.plot(*zip(*points, strict=True), mark, color=colour, label=title, markersize=6)
-    for row in result["rows"]:
-        heights = [row[stage] for stage in STAGES if stage in row and row[stage] < top]
-        x = row["bytes"] / row["original_bytes"]
-        if len(heights) > 1:
-            axes.plot([x, x], [min(heights), max(heights)], color="#DDDDDD", linewidth=1, zorder=0)
+    for x, row in zip(places, rows, strict=True):
+        heights = [row[stage] for stage in STAGES if row.get(stage, top) < top]
         if heights:
+            axes.plot([x, x], [min(heights), max(heights)], color="#DDDDDD", linewidth=1, zorder=0)
             axes.annotate(
-                row["label"], (x, min(heights)), xytext=(4, -3), textcoords="offset points", fontsize=6.5,
-                rotation=-30, va="top",
+                row["label"], (x, min(heights)), xytext=(0, -7), textcoords="offset points", fontsize=7,
+                rotation=90, va="top", ha="center",
             )  # fmt: skip
     axes.axhline(original, color="#4D4D4D", linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
+    lowest = min(row[stage] for row in rows for stage in STAGES if stage in row)
+    axes.set_ylim(0.6 * lowest, top)
     axes.set_yticks(ticks := [t for t in (10, 12, 15, 20, 30, 50, 100) if t < top], [f"{t}" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("cache bytes per token, relative to the original")
+    axes.set_xlabel("cache bytes per token, relative to the original (plans of one size side by side)")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{result['model']}: one model, many caches", loc="left", fontsize=11)
     axes.legend(frameon=False)

@@ -4,6 +4,7 @@ calibrated in closed form (solve.py), repaired by maps (absorb.py) and refitted 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,17 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fusedkv_ext.hf.absorb import Repair, absorb
-from fusedkv_ext.hf.config import cache_bytes_per_token, config_for
+from fusedkv_ext.hf.config import PlanConfig, cache_bytes_per_token, config_for
 from fusedkv_ext.hf.explained import explained_layers
-from fusedkv_ext.hf.loading import CONVERSION, copy_small_files
+from fusedkv_ext.hf.loading import CONVERSION, save_like
 from fusedkv_ext.hf.moments import Moments, collect
 from fusedkv_ext.hf.pooling import pool
 from fusedkv_ext.hf.refit import REFITTED, refit
 from fusedkv_ext.hf.solve import fit
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.train.tokenizer import FileTokenizer
 
 __all__ = ["Conversion", "calibration_windows", "convert_model", "save_conversion"]
 
@@ -56,16 +58,30 @@ class Conversion:
 def calibration_windows(ids: Tensor, tokens: int, window: int) -> Tensor:
     """Windows of a text, spread evenly over it: (N, window), about ``tokens`` tokens or all that there are.
 
-    ids: (T,). Raises ValueError for fewer than 2048 tokens.
+    ids: (T,). Raises ValueError for fewer than 2048 tokens, and windows of fewer than 2: one token alone has
+    no keys to choose from.
     """
+    if window < 2:
+        raise ValueError(f"window must be at least 2 tokens, got {window}")
     count = min(tokens, len(ids)) // window
     if count * window < LEAST_TOKENS:
         raise ValueError(
             f"calibration needs at least {LEAST_TOKENS} tokens in windows of {window}, got {count * window} "
             f"out of a text of {len(ids)}; give more text"
         )
-    starts = torch.linspace(0, len(ids) - window, count).long()
+    starts = torch.linspace(0, len(ids) - window, count, dtype=torch.float64).long()
     return torch.stack([ids[start : start + window] for start in starts.tolist()])
+
+
+def check_plain(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a config of ours some of whose layers lack keys and values of their own."""
+    if isinstance(config, PlanConfig):
+        plan = config.plan
+        if plan.layers != CachePlan.named("vanilla", plan.num_layers).layers:
+            raise ValueError(
+                f"the model is converted already, to plan {plan.name!r}, and lost what another plan may "
+                "need; convert the original"
+            )
 
 
 @torch.no_grad()
@@ -93,11 +109,14 @@ def convert_model(
     pooling: see ``pooling.pool``, for layers that store part of their heads. moments: of the same text, if
     they are known. progress gets a line now and then.
 
-    Raises ValueError for other models, a plan of another depth and heads that do not divide (``config_for``).
+    Raises ValueError for other models, a plan of another depth and heads that do not divide (``config_for``),
+    and for a model that is converted already.
     """
+    check_plain(model.config)
     config = config_for(model.config, plan)
     plan = config.plan
     converted = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
+    converted.generation_config = copy.deepcopy(model.generation_config)
     _copy(model, converted, pooling)
     done = Conversion(converted, plan, [], {"pooling": pooling})
     if calibration is not None:
@@ -141,12 +160,16 @@ def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> N
         for side, stored in (("k", keys), ("v", values)):
             if len(stored) in (0, heads):
                 continue
-            # Keys are matched with the queries of their own head: they are not pooled.
+            # Keys are matched with the queries of their own head: they are not pooled. A bias is one more
+            # column, of an input that is always 1.
             how = pooling if side == "v" else "own"
             weight, output = f"{name}{side}_proj.weight", f"{name}o_proj.weight"
-            state[weight], state[output] = pool(state[weight], state[output], stored, heads, how)
-            if (bias := f"{name}{side}_proj.bias") in state:
-                state[bias] = pool(state[bias][:, None], state[output], stored, heads, "own")[0][:, 0]
+            bias = f"{name}{side}_proj.bias"
+            rows = [state[weight], state[bias][:, None]] if bias in state else [state[weight]]
+            pooled, state[output] = pool(torch.cat(rows, 1), state[output], stored, heads, how)
+            state[weight] = pooled[:, : state[weight].shape[1]]
+            if bias in state:
+                state[bias] = pooled[:, -1]
     wanted = converted.state_dict()
     kept = {name: tensor for name, tensor in state.items() if name in wanted}
     found = converted.load_state_dict(kept, strict=False)
@@ -172,9 +195,10 @@ def save_conversion(
     out: str | os.PathLike[str],
     original: str | os.PathLike[str],
     report: dict[str, Any],
+    tokenizer: FileTokenizer | None = None,
 ) -> Path:
     """Writes a Hugging Face folder: the model, the tokenizer and other small files of ``original``, and
-    conversion.json with ``report``. It appears whole or not at all.
+    conversion.json with ``report``. It appears whole or not at all. tokenizer: in place of the original's.
 
     Raises FileExistsError when ``out`` is there already.
     """
@@ -184,8 +208,9 @@ def save_conversion(
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        conversion.model.save_pretrained(scratch)
-        copy_small_files(original, scratch)
+        save_like(conversion.model, original, scratch)
+        if tokenizer is not None:
+            tokenizer.save(scratch)
         config = conversion.model.config
         record = {
             "original": str(original.resolve()),

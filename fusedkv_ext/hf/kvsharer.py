@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fusedkv_ext.hf.search import readable_sources
 from fusedkv_ext.plan import CachePlan, LayerPlan, Segment
 
 __all__ = ["kvsharer"]
@@ -75,7 +76,7 @@ def kvsharer(
         expected, caches = _run(model, ids, sources)
         distances = _distances(caches)
         order = sorted(
-            ((i, j) for i in range(layers) for j in range(i)),
+            ((i, j) for i in range(layers) for j in range(i) if readable_sources(model, i, (j,))),
             key=lambda pair: distances[pair] if similar_first else -distances[pair],
         )
         for i, j in order:

@@ -22,6 +22,7 @@ from fusedkv_ext.train.tokenizer import FileTokenizer
 
 INDEX = "model.safetensors.index.json"
 CONVERSION = "conversion.json"
+GENERATION = "generation_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
 # A folder whose model has more rows of the embedding than this many times its tokenizer's tokens has the
 # tokenizer of another model; vocabularies are padded by a few per cent.
@@ -123,11 +124,22 @@ def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
         )
 
 
-def load_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> FileTokenizer:
-    """The tokenizer of a folder, which adds no special tokens by itself; vocab_size: of the model.
+def load_tokenizer(
+    folder: str | os.PathLike[str], vocab_size: int, file: str | os.PathLike[str] | None = None
+) -> FileTokenizer:
+    """The tokenizer of a folder, which adds no special tokens by itself; vocab_size: of the model. file: a
+    tokenizer.json to take in its place.
 
     Raises FileNotFoundError where there is none, ValueError where it is of another model.
     """
+    if file is not None:
+        named = FileTokenizer(file)
+        if named.vocab_size > vocab_size:
+            raise ValueError(
+                f"the tokenizer {file} has {named.vocab_size} tokens, the model {vocab_size}: it is that of "
+                "another model"
+            )
+        return named
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         tokenizer = FileTokenizer(folder / "tokenizer.json")
@@ -159,6 +171,23 @@ def _converted(folder: Path) -> FileTokenizer:
             f"the tokenizer in {folder} cannot be read ({_first_sentence(error)}); name a tokenizer.json: "
             "--tokenizer FILE"
         ) from error
+
+
+def save_like(model: Any, source: Path, target: Path) -> None:
+    """Writes a model made of that in ``source``, and what ``source`` has beside its weights: tokenizer,
+    templates, settings of generation. Those are copied as they lie, since transformers reads some that it
+    refuses to write.
+    """
+    settings = model.generation_config
+    if (source / GENERATION).is_file():
+        model.generation_config = type(settings)()
+    try:
+        model.save_pretrained(target)
+    finally:
+        model.generation_config = settings
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, target / GENERATION)
+    copy_small_files(source, target)
 
 
 def copy_small_files(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from fusedkv_ext.hf.attention import SharedKV
 
@@ -27,6 +28,8 @@ __all__ = ["REFITTED", "refit"]
 # Projections that may be refitted, and the ridge of each: times the mean of the diagonal of sum x x^T. The
 # feed-forward network's has more inputs, so more freedom to learn the calibration text by heart.
 REFITTED = {"o_proj": 0.03, "down_proj": 0.3}
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # as layer_types calls them
 
 
 class _Stream:
@@ -40,13 +43,15 @@ class _Stream:
         self.shared = [SharedKV() for _ in parts]
         positions = torch.arange(ids.shape[1], device=model.device)[None]
         self.rotary = self.decoder.rotary_emb(self.hidden[0], positions)
+        self.masks = [_masks(model.config, hidden, positions) for hidden in self.hidden]
+        self.types = getattr(model.config, "layer_types", None) or [FULL] * len(self.decoder.layers)
         self.read_later = _read_later(model.config)
 
     def attention(self, i: int, part: int) -> Tensor:
         """What attention of layer i adds, (B, S, hidden)."""
         layer = self.decoder.layers[i]
         x = layer.input_layernorm(self.hidden[part])
-        seen = {"position_embeddings": self.rotary, "attention_mask": None}
+        seen = {"position_embeddings": self.rotary, "attention_mask": self.masks[part][self.types[i]]}
         return layer.self_attn(hidden_states=x, **seen, shared_kv_states=self.shared[part])[0]
 
     def feed_forward(self, i: int, part: int) -> Tensor:
@@ -64,6 +69,16 @@ class _Stream:
     def advance(self, i: int) -> None:
         """Runs the rest of layer i."""
         self.hidden = [x + self.feed_forward(i, part) for part, x in enumerate(self.attended)]
+
+
+def _masks(config: Any, hidden: Tensor, positions: Tensor) -> dict[str, Tensor | None]:
+    """The mask of each type of layer, in the form that the model's attention implementation takes."""
+    seen = {"inputs_embeds": hidden, "attention_mask": None, "past_key_values": None}
+    seen["position_ids"] = positions.expand(len(hidden), -1)
+    masks = {FULL: create_causal_mask(config, **seen)}
+    if SLIDING in (getattr(config, "layer_types", None) or ()):
+        masks[SLIDING] = create_sliding_window_causal_mask(config, **seen)
+    return masks
 
 
 def _read_later(config: Any) -> list[set[int]]:

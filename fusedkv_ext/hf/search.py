@@ -36,6 +36,12 @@ RIDGE = 1e-3
 PAIRS_AT_ONCE = 256
 
 
+def readable_sources(model: PreTrainedModel, layer: int, sources: Sequence[int]) -> bool:
+    """Whether a layer may read the caches of ``sources``: those of layers that see as much as it does."""
+    types = getattr(model.config, "layer_types", None)
+    return types is None or all(types[j] == types[layer] for j in sources)
+
+
 class Found(NamedTuple):
     """A plan and what the table says of it: its cost, and per reading layer and side the explained share."""
 
@@ -78,6 +84,8 @@ class SourceTable:
                     errors += torch.cat([_errors(moments, side, head, i, p, weight, rounds) for p in parts])
                     variance += own
                 shares = 1 - errors / variance if variance else torch.ones(len(pairs), dtype=torch.float64)
+                readable = torch.tensor([readable_sources(model, i, pair) for pair in pairs.tolist()])
+                shares = torch.where(readable, shares, -math.inf)
                 table[i, pairs[:, 0], pairs[:, 1]] = table[i, pairs[:, 1], pairs[:, 0]] = shares
 
     def explained(self, side: str, layer: int, sources: Sequence[int]) -> float:
@@ -230,4 +238,9 @@ def _found(table: SourceTable, storing: dict[str, set[int]], shared: dict[str, t
             cost += table.weights[i] * (1 - explained[i, side])
             segments.append(Segment(sources, fusion=Fusion("channel", (1 / len(sources),) * len(sources))))
         rows.append(LayerPlan(*segments))
+    if math.isinf(cost):
+        raise ValueError(
+            "no plan of this size exists: layers with windows and layers without cannot read each other's "
+            "caches; let more layers store"
+        )
     return Found(CachePlan(NAME, tuple(rows)), cost, explained)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.hf.loading import CONVERSION, copy_small_files
+from fusedkv_ext.hf.loading import CONVERSION, save_like
 from fusedkv_ext.hf.uptrain_run import Run, UptrainResult, load, partial_folder
 from fusedkv_ext.hf.uptrain_settings import UptrainSettings
 from fusedkv_ext.hf.uptrainer import StepLosses, Uptrainer, held_out_loss
@@ -212,8 +212,7 @@ def _finish(run: Run, log: MetricsLog, progress: Progress) -> UptrainResult:
     log.write({"kind": "result", "step": trainer.step, **result.to_dict()})
     scratch = run.partial / "model"
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    copy_small_files(run.folder, scratch)
+    save_like(model, run.folder, scratch)
     if trainer.settings.tokenizer is not None:
         run.tokenizer.save(scratch)
     if run.conversion is not None:

@@ -191,15 +191,7 @@ def _teacher_folder(
 
 def _tokenizer(folder: Path, settings: UptrainSettings, model: Any) -> FileTokenizer:
     size = model.get_input_embeddings().weight.shape[0]
-    if settings.tokenizer is None:
-        return load_tokenizer(folder, size)
-    tokenizer = FileTokenizer(settings.tokenizer)
-    if tokenizer.vocab_size > size:
-        raise ValueError(
-            f"the tokenizer {settings.tokenizer} has {tokenizer.vocab_size} tokens, the model {size}: it "
-            "is that of another model"
-        )
-    return tokenizer
+    return load_tokenizer(folder, size, settings.tokenizer)
 
 
 def _check_text(train: Tensor, valid: Tensor, settings: UptrainSettings) -> None:
