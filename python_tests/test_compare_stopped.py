@@ -99,6 +99,11 @@ def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(
     assert (tmp_path / "a" / "loss_over_cache.png").stat().st_size > 10_000
 
 
+def _hear_interrupts() -> None:
+    """Shells start background jobs with SIGINT ignored, and what ignores it hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_comparison_leaves_no_process(
     number: int,
@@ -111,14 +116,15 @@ def test_an_interrupted_comparison_leaves_no_process(
     command += ["--set", f"data.cache_dir={tmp_path}"] + [part for v in values for part in ("--set", v)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     going = subprocess.Popen(
-        command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        command, env=env, start_new_session=True, preexec_fn=_hear_interrupts, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     until = time.monotonic() + 60
     while not list((tmp_path / "out").glob("runs/*/*/checkpoints/step-*")) and time.monotonic() < until:
         time.sleep(0.01)
     try:
         going.send_signal(number)
-        assert "goes on" in going.communicate(timeout=90)[1]  # ends when every process has closed the pipe
+        assert "goes on" in going.communicate(timeout=30)[1]  # ends when every process has closed the pipe
         assert going.returncode == 130
     finally:
         if going.poll() is None:

@@ -13,7 +13,13 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from fusedkv_ext.cli import main
-from fusedkv_ext.hf import FusedKVLlamaForCausalLM, cache_bytes_per_token, config_for
+from fusedkv_ext.hf import (
+    FusedKVLlamaForCausalLM,
+    cache_bytes_per_token,
+    calibration_windows,
+    config_for,
+    convert_model,
+)
 from fusedkv_ext.hf.language_model import LanguageModel
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 from fusedkv_ext.hf.perplexity import perplexity
@@ -70,6 +76,20 @@ def test_perplexity_of_fusedkv_lite_without_calibration(
     assert found.perplexity == pytest.approx(expected, rel=0.01)
     size = LanguageModel(model).cache_bytes_per_token()
     assert size == cache_bytes_per_token(model.config, torch.float32) == 46080 * storage_layers / 30
+
+
+@pytest.mark.parametrize(("storage_layers", "expected"), [(24, 19.0), (15, 60.0)])
+def test_perplexity_of_fusedkv_after_calibration(
+    storage_layers: int, expected: float, model: Any, tokenizer: Any, ids: Tensor
+) -> None:
+    """On other pages of the documentation; merely copied weights give 140 and 7603."""
+    text = (FOLDER / "text" / "python_docs.txt").read_text("utf-8")[:2_000_000]
+    windows = calibration_windows(torch.tensor(tokenizer.encode(text)), 8192, 512)
+    plan = CachePlan.named("fusedkv", 30, storage_layers=storage_layers)
+    converted = convert_model(model, plan, calibration=windows).model
+    found = perplexity(converted, ids, 2048).perplexity
+    print(f"n = {storage_layers}: {found:.2f}")
+    assert found < expected
 
 
 def test_a_plan_that_stores_everything_is_the_model_itself(model: Any, ids: Tensor) -> None:
