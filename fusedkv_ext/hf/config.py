@@ -188,15 +188,19 @@ def config_for(config: PreTrainedConfig, plan: CachePlan | str) -> FusedKVLlamaC
     return _CONFIGS[kind](**{**fields, "cache_plan": plan.to_dict()})
 
 
+def head_dim_of(config: Any) -> int:
+    """D of a config of transformers, which may leave it out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Bytes that one token of one sequence takes in the caches of all layers, stored as ``dtype``.
 
     config: one of ours, or a plain LlamaConfig or Qwen3Config, all of whose layers store.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plan = (
         config.plan
         if isinstance(config, PlanConfig)
         else CachePlan.named("vanilla", config.num_hidden_layers)
     )
-    return plan.bytes_per_token(config.num_key_value_heads, head_dim, dtype)
+    return plan.bytes_per_token(config.num_key_value_heads, head_dim_of(config), dtype)

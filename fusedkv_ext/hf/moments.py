@@ -23,7 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["Moments", "collect", "head_dim_of"]
+from fusedkv_ext.hf.config import head_dim_of
+
+__all__ = ["Moments", "collect"]
 
 NAME = "fusedkv_moments"
 
@@ -109,11 +111,6 @@ def _seeing_attention(
 
 AttentionInterface.register(NAME, _seeing_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def head_dim_of(config: Any) -> int:
-    """D of a config of transformers, which may leave it out."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @contextmanager

@@ -14,6 +14,7 @@ models at one layer, and the keys and values that later layers read, of the (N, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,12 +161,6 @@ def refit(
     one_so_far = True  # the two models, whose streams then are one, too
     before, after = _Stream(original, ids, batch_size), _Stream(converted, ids, batch_size)
 
-    def fit(linear: nn.Linear, run: Callable[[int], Tensor], goal: list[Tensor], base: list[Tensor]) -> float:
-        sums = _LeastSquares(linear)
-        for part in range(len(base)):
-            sums.add(lambda part=part: run(part), goal[part] - base[part])
-        return sums.solve(REFITTED["o_proj" if linear is layer.self_attn.o_proj else "down_proj"])
-
     for i, layer in enumerate(after.decoder.layers):
         shares = {}
         one_so_far = one_so_far and i not in wanted and _equal(layer, before.decoder.layers[i])
@@ -176,13 +171,17 @@ def refit(
             continue
         before.attend(i)
         if i in wanted and "o_proj" in projections:
-            run = lambda part, i=i: after.attention(i, part)  # noqa: E731
-            shares["o_proj"] = fit(layer.self_attn.o_proj, run, before.attended, after.hidden)
+            sums = _LeastSquares(layer.self_attn.o_proj)
+            for part, (goal, base) in enumerate(zip(before.attended, after.hidden, strict=True)):
+                sums.add(partial(after.attention, i, part), goal - base)
+            shares["o_proj"] = sums.solve(REFITTED["o_proj"])
         after.attend(i)
         before.advance(i)
         if i in wanted and "down_proj" in projections:
-            run = lambda part, i=i: after.feed_forward(i, part)  # noqa: E731
-            shares["down_proj"] = fit(layer.mlp.down_proj, run, before.hidden, after.attended)
+            sums = _LeastSquares(layer.mlp.down_proj)
+            for part, (goal, base) in enumerate(zip(before.hidden, after.attended, strict=True)):
+                sums.add(partial(after.feed_forward, i, part), goal - base)
+            shares["down_proj"] = sums.solve(REFITTED["down_proj"])
         after.advance(i)
         if shares:
             left[i] = shares
