@@ -51,7 +51,7 @@ help:
 	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
 	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
-	@echo "make docs          that, and docs/methods.md from the registry and docs/experiments.md from the experiments"
+	@echo "make docs          that, docs/methods.md from the registry, docs/experiments.md, docs/scale.md from formulas"
 	@echo "make lint          ruff on Python, clang-format on csrc"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
@@ -140,6 +140,7 @@ performance-doc: $(NATIVE)
 docs: performance-doc
 	@$(BIN)/python -m fusedkv_ext.plan.page .
 	@$(BIN)/python -m fusedkv_ext.experiments.page .
+	@$(BIN)/python -m fusedkv_ext.scale.page .
 
 lint: $(DEPS)
 	@$(BIN)/ruff check .

@@ -176,6 +176,26 @@ def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor])
         raise ValueError(f"q has {heads} heads and keys[0] has {key_shape[2]}; expected a multiple")
 
 
+def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor | None:
+    """(B, T) integers, of which the last S are those of the rows of q; or None."""
+    if document_ids is None:
+        return None
+    document_ids = check_tensor("document_ids", document_ids)
+    if document_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"document_ids is {document_ids.dtype}; expected int32 or int64")
+    if document_ids.shape != key.shape[:2]:
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)}; expected keys[0]'s (B, T) = "
+            f"{tuple(key.shape[:2])}"
+        )
+    if q.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} rows, keys[0] {key.shape[1]} tokens; with document_ids expected at most as "
+            "many rows, for those before the first token have no document"
+        )
+    return document_ids
+
+
 def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: int, like: Tensor) -> Tensor:
     """Weights broadcast to contiguous (m, G, D), in the dtype of sums: float64 for float64, else float32."""
     weights = check_tensor(name, weights)

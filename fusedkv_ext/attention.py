@@ -9,16 +9,19 @@ works inside anybody's block, under activation checkpointing and under FSDP.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedkv_ext import ops
 from fusedkv_ext.cache import KV, KVCache
-from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.heads import Side, Sum, mixed, mixes_any
+from fusedkv_ext.packing import document_positions
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
+from fusedkv_ext.shards import local
 
 __all__ = ["FusedKVAttention", "RMSNorm"]
 
@@ -30,12 +33,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.shared = False  # by ranks, under tensor parallelism
+        self.of_heads = False  # and each sees its own heads only
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight  # read once: a module finds its parameters by name
+        if self.shared:
+            weight = local(weight, self.of_heads)
         if x.dtype is weight.dtype:
             return torch.rms_norm(x, weight.shape, weight, self.eps)
         # Under autocast: bf16 rows and an fp32 weight, which would lose its last bits in bf16.
@@ -92,15 +99,11 @@ class FusedKVAttention(nn.Module):
             raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
         self.plan, self.layer, self.hidden_size, self.head_dim = plan, layer, hidden_size, head_dim
         self.source_layers = plan.source_layers(layer)
+        self.num_sources = len(self.source_layers)
         self.recompute_fusion = recompute_fusion
+        self.context: Any = None  # a ContextParallel, from parallel.context.share_tokens
         self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-        self._keys = Side.resolve(plan, layer, kv_heads, "key")
-        self._values = Side.resolve(plan, layer, kv_heads, "value")
-        # The query heads of each resolved segment; None: all of them in one call.
-        segments, group = plan.segments(layer, kv_heads), heads // kv_heads
-        bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
-        q_heads: list[slice | None] = [None] if len(bounds) == 1 else bounds
-        self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
+        self._resolve(heads, kv_heads)
 
         def projection(num_heads: int) -> nn.Linear | None:
             return nn.Linear(hidden_size, num_heads * head_dim, bias=bias) if num_heads else None
@@ -124,6 +127,29 @@ class FusedKVAttention(nn.Module):
             for i in range(plan.num_layers)
         )
 
+    def _resolve(self, heads: int, kv_heads: int) -> None:
+        self.num_heads, self.num_kv_heads = heads, kv_heads
+        self._keys = Side.resolve(self.plan, self.layer, kv_heads, "key")
+        self._values = Side.resolve(self.plan, self.layer, kv_heads, "value")
+        # The query heads of each resolved segment; None: all of them in one call.
+        segments, group = self.plan.segments(self.layer, kv_heads), heads // kv_heads
+        bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
+        q_heads: list[slice | None] = [None] if len(bounds) == 1 else bounds
+        self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
+
+    def keep_heads(self, heads: int, kv_heads: int, first: int | None = None) -> None:
+        """From now on the projections give ``heads`` query heads and ``kv_heads`` KV heads: those of this
+        rank under tensor parallelism. The caller has cut the parameters.
+
+        first: see ``FusionWeights.keep_heads``.
+        """
+        self._resolve(heads, kv_heads)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.of_heads = True
+        if self.kv_fusion is not None:
+            self.kv_fusion.keep_heads(kv_heads, first)
+
     @property
     def mixes_before_storing(self) -> bool:
         """Whether this layer needs its sources' new tokens even when a cache holds them already."""
@@ -137,6 +163,8 @@ class FusedKVAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
+        document_ids: Tensor | None = None,
+        fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV]:
         """Attends from the S rows of x, which are the last S tokens of each sequence.
 
@@ -144,11 +172,14 @@ class FusedKVAttention(nn.Module):
             x: (B, S, hidden).
             sources: KV of the layers ``source_layers``, in that order, T tokens each: what they returned.
                 With a cache only a layer with ``mixes_before_storing`` needs them (of the S new tokens);
-                others read the cache.
+                others read the cache. Under context parallelism x has this rank's tokens, KV all of them.
             position_embeddings: cos and sin, (S, rotary_dim / 2) or (B, S, rotary_dim / 2).
             cache: ``cache.advance(S)`` must have made room; this layer's keys and values are appended. Not
                 differentiable.
             last: compute the output of the last ``last`` rows only (keys and values are made for all S).
+            document_ids: (B, T) integers, see ``fused_kv_attn_func``; positions from ``rope`` then begin anew
+                where they change. Not with a cache.
+            fusion: what ``kv_fusion()`` returns, from a caller that has fetched it already.
 
         Returns:
             out (B, S or last, hidden), and the KV that this layer stores of its S tokens. With a cache and
@@ -157,15 +188,21 @@ class FusedKVAttention(nn.Module):
 
         Raises ValueError for wrong shapes, missing sources or a cache of another plan.
         """
-        check_call(self, x, sources, cache, last)
+        check_call(self, x, sources, cache, last, document_ids)
         modules = self._modules  # as attributes each would be looked for in three places, at every token
         rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
             if cache is None or self.needs_positions:
-                position_embeddings = rope.cos_sin(self._positions(x, sources, cache))
+                position_embeddings = rope.cos_sin(self._positions(x, sources, cache, document_ids))
             else:
                 rotary = cache.rotary_tables(rope)
-        kv = self._project(x, sources, position_embeddings)
+        if fusion is None and self.kv_fusion is not None and (cache is None or self.mixes_before_storing):
+            fusion = self.kv_fusion()
+        if self.context is None:
+            kv = self._project(x, sources, position_embeddings, fusion)
+        else:
+            own = [self.context.take_kv(source) for source in sources] if self.mixes_before_storing else ()
+            kv = self.context.gather(self._project(x, own, position_embeddings, fusion))
         if last is not None and last < x.shape[1]:
             x = x[:, -last:]
             if position_embeddings is not None:
@@ -173,7 +210,7 @@ class FusedKVAttention(nn.Module):
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
         q = self._rotated(modules["q_proj"](x), modules.get("q_norm"), position_embeddings)
         if cache is None:
-            out = self._attend(q, kv, sources)
+            out = self._attend(q, kv, sources, fusion, document_ids)
             return modules["o_proj"](out.flatten(2)), kv
         if rotary is None:
             cache.append(self.layer, kv.key, kv.value)
@@ -184,18 +221,29 @@ class FusedKVAttention(nn.Module):
             kv = _NOTHING
         return modules["o_proj"](self._attend_cached(q, cache).flatten(2)), kv
 
-    def _positions(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None) -> Tensor:
-        """Positions of the rows of x: (S,), or (B, S) where the sequences of a cache differ in length."""
+    def _positions(
+        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
+    ) -> Tensor:
+        """Positions of the rows of x: (S,), or (B, S) where the sequences differ."""
         steps = x.shape[1]
         if cache is not None:
             return cache.positions(steps)
+        if document_ids is not None:
+            positions = document_positions(document_ids)
+            return positions[:, -steps:] if self.context is None else self.context.take(positions)
+        if self.context is not None:
+            return self.context.positions(steps * self.context.size, x.device)
         tokens = steps
         if self.k_proj is None and self.v_proj is None:
             tokens = next(tensor for tensor in sources[0] if tensor is not None).shape[1]
         return torch.arange(tokens - steps, tokens, device=x.device)
 
     def _project(
-        self, x: Tensor, sources: Sequence[KV], position_embeddings: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        sources: Sequence[KV],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        fusion: FusionTensors | None,
     ) -> KV:
         """What this layer stores of the tokens x: projected, normalised, rotated, mixed."""
         key = value = None
@@ -204,12 +252,12 @@ class FusedKVAttention(nn.Module):
             key = self._rotated(k_proj(x), self._modules.get("k_norm"), position_embeddings)
             if self._keys.mixes:
                 available = (*(source.key for source in sources), key)
-                key = mixed(available, self._keys.mixes, self.kv_fusion and self.kv_fusion.key_weights)
+                key = mixed(available, self._keys.mixes, fusion and fusion.keys)
         if v_proj is not None:
             value = v_proj(x).unflatten(-1, (-1, self.head_dim))
             if self._values.mixes:
                 available = (*(source.value for source in sources), value)
-                value = mixed(available, self._values.mixes, self.kv_fusion and self.kv_fusion.value_weights)
+                value = mixed(available, self._values.mixes, fusion and fusion.values)
         return KV(key, value)
 
     def _rotated(
@@ -223,17 +271,27 @@ class FusedKVAttention(nn.Module):
             return x
         return apply_rotary(x, *position_embeddings, self.interleaved)
 
-    def _attend(self, q: Tensor, kv: KV, sources: Sequence[KV]) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        kv: KV,
+        sources: Sequence[KV],
+        fusion: FusionTensors | None,
+        document_ids: Tensor | None,
+    ) -> Tensor:
         """One call per resolved segment, on its heads: (B, S, H, D)."""
         available = (*sources, kv)
+        attend = ops.fused_kv_attn_func if self.context is None else self.context.attend
         outs = [
-            ops.fused_kv_attn_func(
+            attend(
                 q if q_heads is None else q[:, :, q_heads],
                 [heads.of(available[heads.index].key) for heads in keys.tensors],
                 [heads.of(available[heads.index].value) for heads in values.tensors],
-                *self._weights(keys, values),
+                None if keys.segment is None else fusion.keys[keys.segment],
+                None if values.segment is None else fusion.values[values.segment],
                 causal=True,
                 window_size=self.window_size,
+                document_ids=document_ids,
                 recompute_fusion=self.recompute_fusion,
             )
             for q_heads, keys, values in self._reads
@@ -265,6 +323,7 @@ class FusedKVAttention(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: Sum, values: Sum) -> tuple[Tensor | None, Tensor | None]:
+        """As ``kv_fusion()`` has them, without the cost of a call at every token."""
         if keys.segment is None and values.segment is None:
             return None, None
         fusion = self._modules.get("kv_fusion")
@@ -275,7 +334,12 @@ class FusedKVAttention(nn.Module):
 
 
 def check_call(
-    attention: nn.Module, x: Tensor, sources: Sequence[KV], cache: KVCache | None, last: int | None
+    attention: nn.Module,
+    x: Tensor,
+    sources: Sequence[KV],
+    cache: KVCache | None,
+    last: int | None,
+    document_ids: Tensor | None,
 ) -> None:
     """The checks of ``forward``'s arguments, for every attention of a plan."""
     hidden, plan = attention.hidden_size, attention.plan
@@ -283,9 +347,14 @@ def check_call(
         raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
     if last is not None and last < 1:
         raise ValueError(f"last must be at least 1 or None, got {last}")
+    if cache is not None and document_ids is not None:
+        raise ValueError("document_ids cannot be used with a cache: it holds one document a sequence")
+    if attention.context is not None and not (cache is None and last is None):
+        raise ValueError("under context parallelism a layer sees all rows and keeps no cache; leave both out")
     if cache is not None and cache.plan is not plan and cache.plan != plan:
         raise ValueError(f"cache is for another plan, {cache.plan.name!r}; this layer is of {plan.name!r}")
-    if len(sources) != len(attention.source_layers) and (cache is None or attention.mixes_before_storing):
+    # Not the length of source_layers: torch.compile would make one graph for each set of layers.
+    if len(sources) != attention.num_sources and (cache is None or attention.mixes_before_storing):
         raise ValueError(
             f"sources must be the KV of layers {attention.source_layers}, in that order, for layer "
             f"{attention.layer} of plan {plan.name!r}; got {len(sources)}"

@@ -15,9 +15,10 @@ from types import ModuleType
 from fusedkv_ext.train.config import ConfigError
 
 COMMANDS = (
-    "demo", "train", "generate", "eval", "plan", "info", "plot", "bench", "compare", "probe", "grads",
-    "convert", "uptrain",
+    "demo", "train", "generate", "eval", "export", "plan", "info", "plot", "bench", "compare", "probe",
+    "grads", "convert", "uptrain",
 )  # fmt: skip
+TOGETHER = ("train", "generate", "eval", "compare")  # those that the processes of torchrun run as one
 
 
 def _module(name: str) -> ModuleType:
@@ -66,6 +67,11 @@ def _sentence(error: BaseException) -> str:
     return text if text and known else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+def _one_of_several() -> bool:
+    """Whether torchrun has started this process and others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
@@ -74,6 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as exit_:  # argparse: 0 after --help, 2 after a wrong argument
         return int(exit_.code or 0)
+    if args.command not in TOGETHER and _one_of_several():  # all would write the same files
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"fusedkv: error: {args.command} runs in one process; start it without torchrun, which is "
+                f"for {', '.join(TOGETHER)}",
+                file=sys.stderr,
+            )
+        return 2
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -8,9 +8,8 @@ keys and values for all positions but attends only from those (YOCO's early exit
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,243 +18,18 @@ from torch import Tensor, nn
 
 from fusedkv_ext.attention import FusedKVAttention, RMSNorm
 from fusedkv_ext.cache import KV, KVCache
-from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.decoder_config import DecoderConfig
+from fusedkv_ext.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.generation import Sampling, generate
-from fusedkv_ext.mla import LatentAttention, check_sizes
+from fusedkv_ext.mla import LatentAttention
 from fusedkv_ext.moe import Experts, MoE
-from fusedkv_ext.plan import CachePlan, latent_layers
+from fusedkv_ext.packing import IGNORED, check_packing, document_positions, next_tokens
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.recompute import Checkpointing, run_again
 from fusedkv_ext.rope import RotaryEmbedding
+from fusedkv_ext.shards import common_seed
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
-
-MODEL_TYPE = "fusedkv_decoder"
-CONFIG_FORMAT = 1
-LAYER_TYPES = ("full_attention", "sliding_attention")
-POSITIVE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a decoder; field names and meanings as in HF's Qwen3Config and Qwen3MoeConfig, plus ``plan``.
-
-    head_dim: default hidden_size / num_attention_heads. plan: a CachePlan, or the name of one, made for
-    num_hidden_layers. sliding_window: tokens that a sliding layer sees, itself included. layer_types: one of
-    "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
-    full. A full layer may not read the cache of a sliding one, of which serving stacks keep the window only;
-    it may mix with a sliding one before it stores, which takes the new tokens alone.
-    rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
-    standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
-    recompute_fusion: training keeps no fused keys and values for the backward, which fuses again.
-
-    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: with kv_lora_rank all layers
-    have multi-head latent attention; names and meanings as in HF's DeepseekV3Config, see ``LatentAttention``.
-    Only q_lora_rank may be left out. head_dim is then qk_rope_head_dim, attention_bias that of the
-    projections named there; num_key_value_heads, qk_norm and recompute_fusion mean nothing.
-
-    num_experts: experts per feed-forward network, 0 for a dense one. num_experts_per_tok: experts that each
-    token goes through. moe_intermediate_size: of one expert; default intermediate_size /
-    num_experts_per_tok, as many products per token as the dense network has. norm_topk_prob: see ``MoE``
-    (HF's default is False, its Qwen3 checkpoints have True). router_aux_loss_coef: weight of ``balance_loss``
-    in the training loss. Layer i, from 0, has experts if i + 1 is a multiple of decoder_sparse_step and i is
-    not in mlp_only_layers.
-
-    Raises ValueError naming the field that cannot be.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    plan: CachePlan | str = "fusedkv"
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    rope_interleaved: bool = False
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 32768
-    qk_norm: bool = True
-    attention_bias: bool = False
-    sliding_window: int | None = None
-    layer_types: tuple[str, ...] | None = None
-    initializer_range: float = 0.02
-    recompute_fusion: bool = False
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
-    num_experts: int = 0
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None
-    norm_topk_prob: bool = True
-    router_aux_loss_coef: float = 0.001
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in POSITIVE_FIELDS:
-            value = getattr(self, name)
-            if name == "head_dim" and value is None:
-                continue
-            if not _is_int(value, 1):
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        self._check_latent()
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"head_dim must be given: hidden_size={self.hidden_size} is no multiple of "
-                    f"num_attention_heads={self.num_attention_heads}"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if isinstance(self.plan, str):
-            object.__setattr__(self, "plan", CachePlan.named(self.plan, self.num_hidden_layers))
-        if not isinstance(self.plan, CachePlan):
-            raise ValueError(f"plan must be a CachePlan or the name of one, got {type(self.plan).__name__}")
-        if self.plan.num_layers != self.num_hidden_layers:
-            raise ValueError(
-                f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
-            )
-        if self.kv_lora_rank is not None:  # raises if the plan cannot be said on such latents
-            self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, torch.float32)
-        self._check_layer_types()
-        self._check_windows()
-        self._check_experts()
-
-    def _check_latent(self) -> None:
-        names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
-        if self.kv_lora_rank is None:
-            for name in names:
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs kv_lora_rank: it is a size of latent attention")
-            return
-        if missing := [name for name in names[:3] if getattr(self, name) is None]:
-            raise ValueError(f"{' and '.join(missing)} must be given with kv_lora_rank")
-        check_sizes(self.kv_lora_rank, *(getattr(self, name) for name in names))
-        if self.head_dim not in (None, self.qk_rope_head_dim):
-            raise ValueError(
-                "with kv_lora_rank head_dim must be left out or be "
-                f"qk_rope_head_dim={self.qk_rope_head_dim}, got {self.head_dim}"
-            )
-        object.__setattr__(self, "head_dim", self.qk_rope_head_dim)
-
-    def _check_layer_types(self) -> None:
-        if self.layer_types is None:
-            kind = LAYER_TYPES[self.sliding_window is not None]
-            object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
-        object.__setattr__(self, "layer_types", tuple(self.layer_types))
-        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):
-            raise ValueError(
-                f"layer_types must name {' or '.join(LAYER_TYPES)} for each of {self.num_hidden_layers} "
-                f"layers, got {self.layer_types}"
-            )
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("sliding_window must be given when layer_types has sliding_attention")
-
-    def _check_windows(self) -> None:
-        """Whether every layer finds in the caches that it reads all that it sees."""
-        latent = None if self.kv_lora_rank is None else latent_layers(self.plan)
-        for i, layer in enumerate(self.plan.layers):
-            # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
-            read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
-            for j in sorted(read if latent is None else latent[i].read_layers - {i}):
-                if (self.layer_types[i], self.layer_types[j]) == LAYER_TYPES:
-                    raise ValueError(
-                        f"layer_types: layer {i} has full attention but reads the cache of layer {j}, of "
-                        f"which servers keep a sliding window of {self.sliding_window} tokens (plan "
-                        f"{self.plan.name!r}); make layer {j} full_attention or layer {i} sliding_attention"
-                    )
-
-    def _check_experts(self) -> None:
-        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers or ()))
-        if not _is_int(self.num_experts, 0):
-            raise ValueError(f"num_experts must be an int, 0 (dense) or more, got {self.num_experts!r}")
-        if self.num_experts == 0:
-            return
-        k, layers = self.num_experts_per_tok, self.num_hidden_layers
-        if not _is_int(k, 1) or k > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok must be an int from 1 to num_experts={self.num_experts}, got {k!r}"
-            )
-        if self.moe_intermediate_size is None:
-            object.__setattr__(self, "moe_intermediate_size", max(1, self.intermediate_size // k))
-        for name in ("moe_intermediate_size", "decoder_sparse_step"):
-            if not _is_int(getattr(self, name), 1):
-                raise ValueError(f"{name} must be a positive int, got {getattr(self, name)!r}")
-        coef = self.router_aux_loss_coef
-        if not isinstance(coef, (int, float)) or not 0 <= coef < math.inf:
-            raise ValueError(f"router_aux_loss_coef must be a finite number, at least 0, got {coef!r}")
-        if not all(_is_int(i, 0) and i < layers for i in self.mlp_only_layers):
-            raise ValueError(
-                f"mlp_only_layers must be layers, from 0 to {layers - 1}, got {self.mlp_only_layers}"
-            )
-        if not any(map(self.has_experts, range(layers))):
-            raise ValueError(
-                f"num_experts is {self.num_experts}, but decoder_sparse_step={self.decoder_sparse_step} and "
-                f"mlp_only_layers={self.mlp_only_layers} leave no layer with experts; num_experts=0 is dense"
-            )
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether the feed-forward network of layer ``layer`` (from 0) is a mixture of experts."""
-        sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
-        return sparse and layer not in self.mlp_only_layers
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON; with the version of this format."""
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            "model_type": MODEL_TYPE,
-            "format": CONFIG_FORMAT,
-            **data,
-            "plan": self.plan.to_dict(),
-            "layer_types": list(self.layer_types),
-            "mlp_only_layers": list(self.mlp_only_layers),
-        }
-
-    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """What a KVCache of that dtype holds of one token of one sequence, all layers together."""
-        if self.kv_lora_rank is not None:
-            return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, dtype)
-        return self.plan.bytes_per_token(self.num_key_value_heads, self.head_dim, dtype)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DecoderConfig:
-        """The inverse of ``to_dict``. Raises ValueError for a newer format, missing and unknown fields."""
-        data = dict(data)
-        version = data.pop("format", None)
-        if data.pop("model_type", MODEL_TYPE) != MODEL_TYPE or not isinstance(version, int):
-            raise ValueError(
-                "this is not the config of a fusedkv_ext decoder: it needs model_type and format"
-            )
-        if version > CONFIG_FORMAT:
-            raise ValueError(
-                f"config has format {version}, newer than format {CONFIG_FORMAT} that this version of "
-                "fusedkv_ext reads; upgrade fusedkv_ext"
-            )
-        unknown = sorted(data.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
-        if isinstance(data.get("plan"), Mapping):
-            data["plan"] = CachePlan.from_dict(data["plan"])
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise ValueError(f"config is incomplete: {error}") from error
-
-
-def _is_int(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 class MLP(nn.Module):
@@ -306,6 +80,9 @@ def _attention(
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does.
 
+    activation_checkpointing: None, or how training keeps the layer's inputs only and runs it again in the
+    backward.
+
     Third result: the layer's ``balance_loss``, None for a dense network and in evaluation mode.
     """
 
@@ -324,6 +101,7 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing: Checkpointing | None = None
 
     def forward(
         self,
@@ -333,15 +111,31 @@ class DecoderLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
+        document_ids: Tensor | None = None,
+        fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV, Tensor | None]:
-        out, kv = self.self_attn(
-            self.input_layernorm(x), sources, position_embeddings=position_embeddings, cache=cache, last=last
-        )
+        inputs = (x, tuple(sources), fusion)
+        options = {
+            "position_embeddings": position_embeddings,
+            "cache": cache,
+            "last": last,
+            "document_ids": document_ids,
+        }
+        run, how = partial(self._run, **options), self.activation_checkpointing
+        keeps_all = how is None or cache is not None or not torch.is_grad_enabled()
+        x, key, value, balance = run(*inputs) if keeps_all else run_again(run, how, *inputs)
+        return x, KV(key, value), balance
+
+    def _run(
+        self, x: Tensor, sources: Sequence[KV], fusion: FusionTensors | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        last = options["last"]
+        out, kv = self.self_attn(self.input_layernorm(x), sources, fusion=fusion, **options)
         x = out + (x if last is None else x[:, -last:])
         mlp = self.mlp
         out = mlp(self.post_attention_layernorm(x))
         out, balance = out if isinstance(mlp, MoE) else (out, None)
-        return x + out, kv, balance
+        return x + out, *kv, balance
 
 
 class DecoderModel(nn.Module):
@@ -360,17 +154,36 @@ class DecoderModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.context: Any = None  # a ContextParallel, from parallel.context.share_tokens
         self.exit_layer = plan.prefill_layers - 1
         self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
         # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
+        self._taken_sides = [  # layers whose keys, and whose values, later layers take; latents are keys
+            {j for i in range(plan.num_layers) for j in sources(i) if j != i}
+            for sources in (
+                (self._sources.__getitem__,) * 2
+                if config.kv_lora_rank is not None
+                else (plan.key_sources, plan.value_sources)
+            )
+        ]
         self._cached_sources = [
             sources if layer.self_attn.mixes_before_storing else ()
             for sources, layer in zip(self._sources, self.layers, strict=True)
         ]
 
+    def _taken(self, layer: int, kv: KV) -> KV:
+        """What later layers take of it: nobody else is to hold keys, or values, that are not read."""
+        keys, values = self._taken_sides
+        return KV(kv.key if layer in keys else None, kv.value if layer in values else None)
+
     def forward(
-        self, ids: Tensor, *, cache: KVCache | None = None, keep: int = 0
+        self,
+        ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        keep: int = 0,
+        document_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         steps = ids.shape[1]
         position_embeddings = None
@@ -378,23 +191,41 @@ class DecoderModel(nn.Module):
             cache.begin_step()
         if cache is None or self._needs_positions:
             # What layers share is made here, once a step and, with a cache, from the lengths on the device.
-            positions = torch.arange(steps, device=ids.device) if cache is None else cache.positions(steps)
+            if cache is not None:
+                positions = cache.positions(steps)
+            elif document_ids is not None:
+                positions = document_positions(document_ids)
+            else:
+                positions = torch.arange(steps, device=ids.device)
+            if self.context is not None:
+                ids, positions = self.context.take(ids), self.context.take(positions, -1)
             position_embeddings = self.rope.cos_sin(positions)
         wanted = self._sources if cache is None else self._cached_sources
         read_later = set().union(*wanted)
         x = self.embed_tokens(ids)
         kvs: list[KV | None] = []
         balances: list[Tensor] = []
+        # All at once, before the layers: FSDP2 gathers them together. Like the sources they are arguments.
+        fusions = [
+            layer.self_attn.kv_fusion() if cache is None and layer.self_attn.kv_fusion is not None else None
+            for layer in self.layers
+        ]
         for i, layer in enumerate(self.layers):
             last = keep if i == self.exit_layer and 0 < keep < steps else None
             sources = [kvs[j] for j in wanted[i]]
             x, kv, balance = layer(
-                x, sources, position_embeddings=position_embeddings, cache=cache, last=last
+                x,
+                sources,
+                position_embeddings=position_embeddings,
+                cache=cache,
+                last=last,
+                document_ids=document_ids,
+                fusion=fusions[i],
             )
             if last is not None and position_embeddings is not None:
                 cos, sin = position_embeddings
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
-            kvs.append(kv if i in read_later else None)
+            kvs.append(self._taken(i, kv) if i in read_later else None)
             if balance is not None:
                 balances.append(balance)
         return self.norm(x), torch.stack(balances).mean() if balances else None
@@ -413,6 +244,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = DecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tp: Any = None  # the DeviceMesh of processes that share the heads (parallel/tensor.py)
         self.reset_parameters()
         self.tie_weights()
 
@@ -445,6 +277,8 @@ class Decoder(nn.Module):
         ids: Tensor,
         labels: Tensor | None = None,
         *,
+        document_ids: Tensor | None = None,
+        num_judged: float | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         lengths: Sequence[int] | None = None,
@@ -455,10 +289,15 @@ class Decoder(nn.Module):
         Args:
             ids: (B, S) integers; with a cache the next S tokens of each sequence.
             labels: (B, S), usually ids themselves: position t is judged by labels[t + 1], -100 is left out.
-                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model). In
-                training mode a model with experts adds router_aux_loss_coef times its mean ``balance_loss``;
-                in evaluation mode the loss is the cross-entropy alone. Not together with
-                ``logits_to_keep``.
+                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0 where
+                nothing is judged. In training mode a model with experts adds router_aux_loss_coef times its
+                mean ``balance_loss``; in evaluation mode the loss is the cross-entropy alone. Not together
+                with ``logits_to_keep``.
+            document_ids: (B, S) int32 or int64, the document of each token of packed sequences. A token sees
+                its own document only, positions begin anew where the ids change, and the first token of a
+                document is not judged: the result is that of separate documents. Not with a cache.
+            num_judged: what the sum of the cross-entropies is divided by; default: the tokens judged here.
+                For a batch that is run in parts of unlike numbers: the mean of these numbers.
             cache: from ``make_cache``; it is advanced and filled. Not differentiable: call under
                 ``torch.no_grad`` or ``torch.inference_mode``.
             logits_to_keep: logits of the last that many positions only, 0 for all. Layers that only read then
@@ -469,29 +308,42 @@ class Decoder(nn.Module):
                 ``cache.advance``: what remains is work of the device alone, to be captured in a CUDA graph.
 
         Returns:
-            logits (B, S or logits_to_keep, vocab), or (logits, loss).
+            logits (B, S or logits_to_keep, vocab), or (logits, loss). Under context parallelism logits of
+            this rank's tokens and the loss of all.
 
         Raises ValueError for shapes, dtypes or combinations other than these, for positions beyond
         max_position_embeddings, and CacheFullError.
         """
         self._check(ids, labels, cache, logits_to_keep, lengths, advance)
+        if document_ids is not None:
+            check_packing(ids, document_ids)
+            if cache is not None:
+                raise ValueError("document_ids cannot be used with a cache: it holds one document a sequence")
+        if num_judged is not None and (labels is None or not num_judged > 0):
+            raise ValueError(f"num_judged must be above 0, and needs labels; got {num_judged}")
         if cache is not None and advance:
             cache.advance(ids.shape[1] if lengths is None else lengths)
-        hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep)
+        hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep, document_ids=document_ids)
         logits = self.lm_head(hidden)
         if labels is None:
             return logits
-        judged = logits[:, :-1].flatten(0, 1)
-        judged = judged.to(torch.promote_types(judged.dtype, torch.float32))
-        loss = F.cross_entropy(judged, labels[:, 1:].flatten())
+        context, targets = self.model.context, next_tokens(labels, document_ids)
+        if num_judged is None:
+            num_judged = (targets != IGNORED).sum().clamp(min=1)
+        if context is not None:
+            targets = context.take(targets)
+        rows = logits.flatten(0, 1)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum") / num_judged
         if balance is not None:
             loss = loss + self.config.router_aux_loss_coef * balance
-        return logits, loss
+        return logits, loss if context is None else context.sum(loss)
 
     def make_cache(
         self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None
     ) -> KVCache:
-        """An empty KVCache for this model: its device, and its dtype or, within autocast, that one."""
+        """An empty KVCache for this model: its device, and its dtype or, within autocast, that one. Under
+        tensor parallelism: for the KV heads of this rank."""
         config, weight = self.config, self.model.embed_tokens.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         latent = config.kv_lora_rank is not None
@@ -499,7 +351,7 @@ class Decoder(nn.Module):
             config.plan,
             batch_size,
             max_len,
-            1 if latent else config.num_key_value_heads,
+            1 if latent else self.model.layers[0].self_attn.num_kv_heads,
             config.kv_lora_rank if latent else config.head_dim,
             dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
             device=weight.device,
@@ -530,7 +382,8 @@ class Decoder(nn.Module):
         Args:
             ids: (B, S), or a list of 1-D prompts of any lengths. No prompt may be empty.
             temperature, top_k, top_p: see ``Sampling``; temperature 0 is greedy.
-            seed: of the sampling; None draws from torch's global generator.
+            seed: of the sampling; None draws from torch's global generator, under tensor parallelism from
+                that of the first rank.
             stop: token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
                 ends when all are finished.
             stream: called after each step with its tokens, (B,).
@@ -542,6 +395,7 @@ class Decoder(nn.Module):
                 host's time for launching kernels. None: on CUDA, from 17 new tokens on, which pay
                 for the capture, if no module has forward hooks, which a replay would not call; should the
                 capture fail, a warning and a launch per kernel. True: always, and RuntimeError if it fails.
+                (Under tensor parallelism None is False: capturing the messages between GPUs is untested.)
 
         Returns:
             (B, S + new) int64: the prompts padded on the left to S (the longest prompt's length, or the width
@@ -549,6 +403,11 @@ class Decoder(nn.Module):
 
         Raises ValueError for arguments that cannot be, naming them.
         """
+        if self.model.context is not None:
+            raise ValueError("under context parallelism no rank has all tokens: generate with another model")
+        if self.tp is not None:
+            cuda_graph = bool(cuda_graph)
+            seed = common_seed(self.tp) if seed is None and temperature else seed
         return generate(
             self,
             ids,
@@ -588,6 +447,11 @@ class Decoder(nn.Module):
                 )
             if logits_to_keep:
                 raise ValueError("labels need all logits; leave logits_to_keep at 0")
+        if self.model.context is not None and not (cache is None and logits_to_keep == 0):
+            raise ValueError(
+                "under context parallelism no rank has all tokens and none keeps a cache; leave out cache "
+                "and logits_to_keep"
+            )
         if not advance and (cache is None or lengths is not None):
             raise ValueError("advance=False needs a cache, advanced already, and no lengths")
         if cache is None:

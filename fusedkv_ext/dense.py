@@ -1,31 +1,38 @@
 """Attention of many query rows: one fused K and V, then the best dense attention there is, torch's SDPA.
 
-What SDPA does not say by itself is said here: bottom-right alignment, windows, blind rows, the lse.
+What SDPA does not say by itself is said here: bottom-right alignment, windows, documents, blind rows, lse.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-# With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied.
-_WINDOW_CHUNK = 512
+from fusedkv_ext.recompute import recomputed
+
+# With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied. With
+# documents the mask of a chunk is the largest tensor: (B, C, T) in q's dtype.
+_CHUNK = 512
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, documents: Tensor | None = None
+) -> Tensor:
     """q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) -> (B, S, H, Dv). Differentiable.
 
     Query row i stands at position p = i + T - S and sees keys p - left .. p + right; -1 is unbounded. Rows
-    that see nothing give zeros.
+    that see nothing give zeros. documents: (B, T) integers, S <= T; p sees the keys of its own document only.
     """
     S, T = q.shape[1], k.shape[1]
     # Only a prefix of the rows can be blind: p + right < 0.
     blind = min(max(S - T - right, 0), S) if right >= 0 else (S if T == 0 else 0)
-    chunk = S - blind if left < 0 else max(_WINDOW_CHUNK, left)
+    chunk = S - blind if left < 0 and documents is None else max(_CHUNK, left)
     chunks = [
-        _sdpa(q[:, i : min(i + chunk, S)], k, v, scale, i + T - S, left, right)
+        _sdpa(q[:, i : min(i + chunk, S)], k, v, scale, i + T - S, left, right, documents)
         for i in range(blind, S, max(chunk, 1))
     ]
     if blind:
@@ -35,7 +42,16 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, ri
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, position: int, left: int, right: int) -> Tensor:
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    position: int,
+    left: int,
+    right: int,
+    documents: Tensor | None,
+) -> Tensor:
     """SDPA of rows that all see something; row 0 stands at ``position``."""
     S, T = q.shape[1], k.shape[1]
     begin = max(position - left, 0) if left >= 0 else 0
@@ -43,22 +59,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, position: int, left: in
     k, v = k[:, begin:end], v[:, begin:end]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # Without a left bound there is one chunk: its last row is the last token, which sees all keys.
-    causal = right == 0 and left < 0
+    causal = right == 0 and left < 0 and documents is None
     square = causal and S == T
     lower_right = causal and not square and _masks_lower_right(q, k, v)
-    masked = not (square or lower_right) and (left >= 0 or right >= 0)
-    mask = None
+    masked = documents is not None or (not (square or lower_right) and (left >= 0 or right >= 0))
+    mask, keeping = None, nullcontext()
     if lower_right:
         from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: not at start-up
 
         mask = causal_lower_right(S, T)
+    elif documents is not None:
+        inputs = (documents[:, begin:end], S, position - begin, left, right, q.dtype)
+        mask = _document_mask(*inputs)
+        if not torch.compiler.is_compiling():  # autograd would keep all masks, S T elements a sequence
+            keeping = recomputed(lambda: [_document_mask(*inputs)], [mask], [documents])
     elif masked:
         mask = visible(S, end - begin, position - begin, left, right, q.device)
     if q.shape[1] != k.shape[1] and not _reads_groups(q, v, masked):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    with keeping:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.transpose(1, 2)
 
 
@@ -98,16 +120,36 @@ def visible(rows: int, tokens: int, position: int, left: int, right: int, device
     return mask
 
 
-def dense_lse(q: Tensor, k: Tensor, scale: float, left: int, right: int) -> Tensor:
+def _document_mask(
+    documents: Tensor, rows: int, position: int, left: int, right: int, dtype: torch.dtype
+) -> Tensor:
+    """What SDPA adds to the scores, (B, 1, rows, tokens): 0 where a row sees a key, else -inf.
+
+    documents: (B, tokens). SDPA would make the same of a boolean mask, as a tensor of its own that autograd
+    keeps.
+    """
+    batch, tokens = documents.shape
+    seen = documents[:, position : position + rows, None] == documents[:, None, :]
+    seen = seen & visible(rows, tokens, position, left, right, documents.device)
+    mask = torch.zeros(batch, 1, rows, tokens, dtype=dtype, device=documents.device)
+    return mask.masked_fill_(~seen[:, None], float("-inf"))
+
+
+def dense_lse(
+    q: Tensor, k: Tensor, scale: float, left: int, right: int, documents: Tensor | None = None
+) -> Tensor:
     """The natural-log sum of exponentials of ``dense_attention``'s rows, (B, H, S) float32; no gradient."""
     (_, S, H, _), (T, G) = q.shape, k.shape[1:3]
     lse = []
     with torch.no_grad():
         sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         keys = k.to(sum_dtype)
-        for i in range(0, S, _WINDOW_CHUNK):
-            rows = q[:, i : i + _WINDOW_CHUNK].to(sum_dtype).unflatten(2, (G, H // G)) * scale
+        for i in range(0, S, _CHUNK):
+            rows = q[:, i : i + _CHUNK].to(sum_dtype).unflatten(2, (G, H // G)) * scale
             scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
             mask = visible(rows.shape[1], T, i + T - S, left, right, q.device)
+            if documents is not None:
+                own = documents[:, i + T - S : i + T - S + rows.shape[1], None]
+                mask = (mask & (own == documents[:, None, :]))[:, None]
             lse.append(torch.logsumexp(scores.masked_fill(~mask, float("-inf")), dim=-1).float())
         return torch.cat(lse, dim=2) if lse else q.new_zeros(q.shape[0], H, 0, dtype=torch.float32)

@@ -98,6 +98,7 @@ def explain(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    document_ids: Tensor | None = None,
     batch_invariant: bool = False,
     device: torch.device | str | None = None,
     bandwidth: float | None = None,
@@ -107,9 +108,9 @@ def explain(
 
     Args:
         q, keys, values, key_weights, value_weights, cache_seqlens, block_table, causal, window_size,
-            return_lse, batch_invariant: as in those two, but ``causal`` is True by default for both. Meta
-            tensors will do, as no data is read but cache_seqlens; sequences whose lengths are on meta count
-            as full. Memory is taken to start at multiples of 16 bytes.
+            return_lse, document_ids, batch_invariant: as in those two, but ``causal`` is True by default for
+            both. Meta tensors will do, as no data is read but cache_seqlens; sequences whose lengths are on
+            meta count as full, and documents as one. Memory is taken to start at multiples of 16 bytes.
         device: whose rule to ask, "cpu" or "cuda"; default: q's.
         bandwidth: of that device's memory in bytes per second, for ``roof_us``.
         sm_count: of the GPU; default: the current one's, or an H100's where there is none.
@@ -124,7 +125,10 @@ def explain(
         raise ValueError(f"bandwidth is {bandwidth!r}; expected bytes per second > 0, or None")
     tensors = (call.q, *call.keys, *call.values, key_weights, value_weights)
     differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    folds, reason = _decide(call, device_type, differentiates, return_lse, batch_invariant)
+    if document_ids is not None and call.cached:
+        raise ValueError("document_ids is given with cache_seqlens; expected at most one of them")
+    packed = _checks.check_document_ids(document_ids, call.q, call.keys[0]) is not None
+    folds, reason = _decide(call, device_type, differentiates, return_lse, packed, batch_invariant)
     kernel, splits, blocks = _dense_kernel(call), None, None
     if folds and device_type == "cuda":
         kernel, splits, blocks = _cuda_launch(call, sm_count)
@@ -209,7 +213,12 @@ def _lengths(cache_seqlens: Tensor, batch: int, capacity: int) -> list[int]:
 
 
 def _decide(
-    call: _Call, device_type: str, differentiates: bool, return_lse: bool, batch_invariant: bool
+    call: _Call,
+    device_type: str,
+    differentiates: bool,
+    return_lse: bool,
+    packed: bool,
+    batch_invariant: bool,
 ) -> tuple[bool, str]:
     """Whether the call folds, and why."""
     q, keys, values = call.q, call.keys, call.values
@@ -226,6 +235,8 @@ def _decide(
         return wanted is not None, many if wanted is None else f"{many}, but only this kernel {wanted}"
     if differentiates:
         return False, "an input requires grad, and only fuse_kv and dense attention have a backward"
+    if packed:
+        return False, "document_ids, which only dense attention masks"
     if ops.folds_dense(q, keys, values, call.right, device_type):
         return True, few
     if call.rows > most:

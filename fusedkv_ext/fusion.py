@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkv_ext.plan import CachePlan, Fusion, Segment
+from fusedkv_ext.shards import local
 
 
 class FusedSegment(NamedTuple):
@@ -35,6 +36,14 @@ class FusedSegment(NamedTuple):
     def shared(self) -> bool:
         """Whether all heads have the same weights."""
         return self.fusion.granularity in ("shared_channel", "scalar")
+
+
+class FusionTensors(NamedTuple):
+    """Fusion weights of one layer, ready for the operations: fp32 (m, g, D) or None for each resolved
+    segment."""
+
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]
 
 
 class FusionWeights(nn.Module):
@@ -68,35 +77,58 @@ class FusionWeights(nn.Module):
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if not 0 <= rotary_dim <= head_dim or rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and in 0..head_dim={head_dim}, got {rotary_dim}")
-        self.layer, self.interleaved = layer, interleaved
-        self._segments = plan.segments(layer, num_kv_heads)
-        value_dims = (head_dim, rotary_dim) if value_dim is None else (value_dim, 0)
-        keys = self._register("key", num_kv_heads, plan.layers[layer].keys, head_dim, rotary_dim)
-        values = self._register("value", num_kv_heads, plan.layers[layer].values, *value_dims)
+        self.plan, self.layer, self.interleaved = plan, layer, interleaved
+        self._dims = {
+            "key": (head_dim, rotary_dim),
+            "value": (head_dim, rotary_dim) if value_dim is None else (value_dim, 0),
+        }
+        self._of_heads = False  # this rank has the weights of some heads; what all share is one for all ranks
+        self._rows: slice | None = None  # of the parameters per head; None: all
+        self._expanded: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
+        self._resolve(num_kv_heads)
+        for fused in self.fused_segments:
+            for name in fused.names:
+                weight = torch.empty(self._parameter_shape(fused), dtype=torch.float32)
+                self.register_parameter(name, nn.Parameter(weight, fused.fusion.learnable))
+        self.reset_parameters()
+
+    def _resolve(self, num_kv_heads: int) -> None:
+        self._segments = self.plan.segments(self.layer, num_kv_heads)
+        row = self.plan.layers[self.layer]
+        keys = self._fused("key", num_kv_heads, row.keys)
+        values = self._fused("value", num_kv_heads, row.values)
         self.fused_segments: tuple[FusedSegment, ...] = (*keys.values(), *values.values())
         # Those of each resolved segment; None where it has no weights.
         self._keys = [keys.get(segment.key) for segment in self._segments]
         self._values = [values.get(segment.value) for segment in self._segments]
-        self._expanded: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
-        self.reset_parameters()
 
-    def _register(
-        self, side: str, num_kv_heads: int, segments: tuple[Segment, ...], dim: int, rotary_dim: int
+    def keep_heads(self, num_kv_heads: int, first: int | None = None) -> None:
+        """From now on the weights are of ``num_kv_heads`` KV heads, those of this rank under tensor
+        parallelism.
+
+        first: parameters per head are whole, and rows from ``first`` on are used (of plans whose segments
+        have all heads); None: they have these heads' rows only. Parameters that all heads share are whole,
+        and what is whole gets the gradients of all ranks.
+        """
+        self._resolve(num_kv_heads)
+        self._of_heads = True
+        self._rows = None if first is None else slice(first, first + num_kv_heads)
+        self.clear_cache()
+
+    def _fused(
+        self, side: str, num_kv_heads: int, segments: tuple[Segment, ...]
     ) -> dict[Segment, FusedSegment]:
         several = sum(segment.fusion is not None for segment in segments) > 1
-        registered = {}
+        found = {}
         for s, segment in enumerate(segments):
             if segment.fusion is None:
                 continue
             start, stop = (int(bound * num_kv_heads) for bound in segment.heads)
             prefix = f"{side}_s{s}" if several else side
             names = tuple(f"{prefix}_{j}" for j in range(len(segment.sources)))
-            fused = FusedSegment(side, segment, segment.fusion, start, stop, dim, rotary_dim, names)
-            for name in names:
-                weight = torch.empty(self._parameter_shape(fused), dtype=torch.float32)
-                self.register_parameter(name, nn.Parameter(weight, segment.fusion.learnable))
-            registered[segment] = fused
-        return registered
+            dims = self._dims[side]
+            found[segment] = FusedSegment(side, segment, segment.fusion, start, stop, *dims, names)
+        return found
 
     def _parameter_shape(self, fused: FusedSegment) -> tuple[int, int]:
         fusion = fused.fusion
@@ -124,7 +156,7 @@ class FusionWeights(nn.Module):
     def _weights(self, side: str, segment_index: int, fused: FusedSegment | None) -> Tensor | None:
         if fused is None:
             return None
-        parameters = [_local(self._parameters[name]) for name in fused.names]
+        parameters = [self._local(self._parameters[name], fused) for name in fused.names]
         state = None
         if torch.is_grad_enabled():
             self._expanded.clear()  # a step of the optimizer may follow, and fused ones count no version
@@ -149,6 +181,14 @@ class FusionWeights(nn.Module):
         """The matrix (D, C) that makes the weights of one head's channels of a row of a parameter, fp32."""
         rows = torch.eye(self._parameter_shape(fused)[1])
         return self._spread(rows, fused).expand(len(rows), fused.dim).mT
+
+    def _local(self, parameter: nn.Parameter, fused: FusedSegment) -> Tensor:
+        """This rank's rows of a parameter."""
+        if fused.shared:
+            return local(parameter, self._of_heads)
+        if self._rows is None:
+            return local(parameter)
+        return local(parameter, summed=True)[self._rows]
 
     def _expand(self, parameter: Tensor, fused: FusedSegment) -> Tensor:
         """(g | 1, C | 1) -> (g, D)."""
@@ -181,10 +221,13 @@ class FusionWeights(nn.Module):
                 else:
                     self.get_parameter(name).fill_(init[j] / multiplier)
 
-    def forward(self, side: str, segment_index: int = 0) -> Tensor | None:
-        """``key_weights`` or ``value_weights`` of a segment, side "key" or "value", by a call of the module:
-        only calls reach the hooks of FSDP2 and of offloading, which fetch the parameters."""
-        return self.value_weights(segment_index) if side == "value" else self.key_weights(segment_index)
+    def forward(self) -> FusionTensors:
+        """``key_weights`` and ``value_weights`` of all resolved segments, by a call of the module: only calls
+        reach the hooks of FSDP2 and of offloading, which fetch the parameters."""
+        segments = range(len(self._segments))
+        return FusionTensors(
+            tuple(self.key_weights(s) for s in segments), tuple(self.value_weights(s) for s in segments)
+        )
 
     def freeze_constants(self) -> None:
         """Weights that the plan does not learn need no gradient: for loaders, which make new parameters."""
@@ -216,11 +259,6 @@ class FusionWeights(nn.Module):
     def extra_repr(self) -> str:
         shapes = (f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
         return f"layer {self.layer}: " + ", ".join(shapes)
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    """This rank's rows of a parameter that tensor parallelism has sharded over its heads."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _state(parameters: list[nn.Parameter]) -> list[tuple[int, int, int]] | None:

@@ -6,7 +6,7 @@ of the g heads that their layer stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,16 +72,16 @@ def mixes_any(plan: CachePlan, layer: int, num_kv_heads: int) -> bool:
 
 
 def mixed(
-    available: Sequence[Tensor], mixes: Sequence[Sum], weights: Callable[[int], Tensor | None] | None
+    available: Sequence[Tensor], mixes: Sequence[Sum], weights: Sequence[Tensor | None] | None
 ) -> Tensor:
     """The heads that a layer stores, each segment summed over its sources.
 
-    available: of the sources and the layer itself. weights: of a segment; None where the layer has none.
+    available: of the sources and the layer itself. weights: by resolved segment, if there are any.
     """
     parts = []
     for mix in mixes:
         tensors = [heads.of(available[heads.index]) for heads in mix.tensors]
-        weight = None if mix.segment is None else weights(mix.segment)
+        weight = None if mix.segment is None else weights[mix.segment]
         if len(tensors) == 1 and weight is None:
             parts.append(tensors[0])
         else:

@@ -16,7 +16,7 @@ k_pe comes first because RoPE and the tied fusion weights act on the leading cha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from fusedkv_ext import ops
 from fusedkv_ext._checks import MAX_HEAD_DIM, check_no_grad
 from fusedkv_ext.attention import RMSNorm, check_call
 from fusedkv_ext.cache import KV, KVCache, as_heads
-from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.fusion import FusionTensors, FusionWeights
+from fusedkv_ext.packing import document_positions
 from fusedkv_ext.plan import CachePlan, LatentLayer, Segment, latent_layers
 from fusedkv_ext.plan.latent import channels
 from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
@@ -90,6 +91,7 @@ class LatentAttention(nn.Module):
         if sliding_window is not None and sliding_window < 1:
             raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
         self.plan, self.layer, self.hidden_size = plan, layer, hidden_size
+        self.context: Any = None  # a ContextParallel, from parallel.context.share_tokens
         self.num_heads, self.nope_dim, self.rope_dim = num_attention_heads, qk_nope_head_dim, qk_rope_head_dim
         self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
         if rope is not None:
@@ -154,6 +156,7 @@ class LatentAttention(nn.Module):
             self._key_parts += [part(j, segment) for segment in row.keys for j in segment.sources]
         self._value_parts = [part(j, segment) for segment in row.values for j in segment.sources]
         self.source_layers = tuple(sorted(row.sources - {self.layer}))
+        self.num_sources = len(self.source_layers)
         return row
 
     @property
@@ -169,6 +172,8 @@ class LatentAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
+        document_ids: Tensor | None = None,
+        fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV]:
         """Attends from the S rows of x, which are the last S tokens of each sequence.
 
@@ -176,14 +181,21 @@ class LatentAttention(nn.Module):
         this layer stores of its S tokens, [k_pe ; c] (B, S, 1, channels), and ``value`` is None. cos and sin
         are (S, d / 2) or (B, S, d / 2); the cache is one with ``rope_dim``.
         """
-        check_call(self, x, sources, cache, last)
+        check_call(self, x, sources, cache, last, document_ids)
         if cache is not None and cache.rope_dim != self.rope_dim:
             raise ValueError(
                 f"cache must keep latents with rope_dim={self.rope_dim}, got rope_dim={cache.rope_dim}"
             )
         if position_embeddings is None and self.rope is not None:
-            position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache))
-        latent = self._latent(x, sources, position_embeddings)
+            position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache, document_ids))
+        if fusion is None and self.kv_fusion is not None:
+            fusion = self.kv_fusion()
+        if self.context is None:
+            latent = self._latent(x, sources, position_embeddings, fusion)
+        else:
+            own = [self.context.take_kv(source) for source in sources] if self.mixes_before_storing else ()
+            latent = self._latent(x, own, position_embeddings, fusion)
+            latent = self.context.gather(KV(latent, None)).key
         if last is not None and last < x.shape[1]:
             x = x[:, -last:]
             if position_embeddings is not None:
@@ -191,25 +203,36 @@ class LatentAttention(nn.Module):
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
         q_nope, q_pe = self._queries(x, position_embeddings)
         if cache is None:
-            out = self._attend(q_nope, q_pe, latent, sources)
+            out = self._attend(q_nope, q_pe, latent, sources, fusion, document_ids)
         else:
             check_no_grad("attention over a cache", {"x": q_nope}, "call under torch.no_grad()")
             if latent is not None:
                 cache.append_latent(self.layer, latent)
             absorbs = x.shape[1] <= self.absorbs_up_to
-            out = (self._attend_absorbed if absorbs else self._attend_cached)(q_nope, q_pe, cache)
+            out = (self._attend_absorbed if absorbs else self._attend_cached)(q_nope, q_pe, cache, fusion)
         return self.o_proj(out.flatten(2)), KV(latent, None)
 
-    def _positions(self, x: Tensor, sources: Sequence[KV], cache: KVCache | None) -> Tensor:
-        """Positions of the rows of x: (S,), or (B, S) where the sequences of a cache differ in length."""
+    def _positions(
+        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
+    ) -> Tensor:
+        """Positions of the rows of x: (S,), or (B, S) where the sequences differ."""
         steps = x.shape[1]
         if cache is not None:
             return cache.positions(steps)
+        if document_ids is not None:
+            positions = document_positions(document_ids)
+            return positions[:, -steps:] if self.context is None else self.context.take(positions)
+        if self.context is not None:
+            return self.context.positions(steps * self.context.size, x.device)
         tokens = steps if self.kv_a_proj_with_mqa is not None else sources[0].key.shape[1]
         return torch.arange(tokens - steps, tokens, device=x.device)
 
     def _latent(
-        self, x: Tensor, sources: Sequence[KV], position_embeddings: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        sources: Sequence[KV],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        fusion: FusionTensors | None,
     ) -> Tensor | None:
         """What this layer stores of the tokens x: [k_pe ; c], rotated and mixed."""
         if self.kv_a_proj_with_mqa is None:
@@ -225,8 +248,7 @@ class LatentAttention(nn.Module):
             return latent
         available = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
         available[self.layer] = latent
-        weights = None if self.kv_fusion is None else self.kv_fusion.key_weights()
-        return _fused([available[j] for j in self._mix.sources], weights)
+        return _fused([available[j] for j in self._mix.sources], fusion and fusion.keys[0])
 
     def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """(B, S, H, n) and, rotated, (B, S, H, d)."""
@@ -240,18 +262,20 @@ class LatentAttention(nn.Module):
     def _rotated(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         return x if position_embeddings is None else apply_rotary(x, *position_embeddings, self.interleaved)
 
-    def _read_weights(self, side: str) -> Tensor | None:
-        """Fusion weights of keys (m, 1, d + r) or values (m, 1, r) when they are read; None: all ones."""
-        if self.kv_fusion is None or self._mix is not None:
-            return None
-        return self.kv_fusion.key_weights() if side == "key" else self.kv_fusion.value_weights()
+    def _read_weights(self, fusion: FusionTensors | None) -> tuple[Tensor | None, Tensor | None]:
+        """Fusion weights of keys (m, 1, d + r) and values (m, 1, r) when they are read; None: all ones."""
+        if fusion is None or self._mix is not None:
+            return None, None
+        return fusion.keys[0], fusion.values[0]
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:
         """W_uk (H, n, channels of the latent) and W_uv (H, v, channels)."""
         weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         return weight[:, : self.nope_dim], weight[:, self.nope_dim :]
 
-    def _keys_and_values(self, stored: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(
+        self, stored: Callable[[int], Tensor], fusion: FusionTensors | None
+    ) -> tuple[Tensor, Tensor]:
         """Keys (B, T, H, d + n) and values (B, T, H, v) of what layers have stored, (B, T, 1, channels)."""
 
         def pick(parts: list[_Part]) -> list[Tensor]:
@@ -261,7 +285,8 @@ class LatentAttention(nn.Module):
         if self._cut:
             key, value = torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
         else:
-            key, value = _fused(keys, self._read_weights("key")), _fused(values, self._read_weights("value"))
+            key_weights, value_weights = self._read_weights(fusion)
+            key, value = _fused(keys, key_weights), _fused(values, value_weights)
         k_pe, key = key.split((self.rope_dim, value.shape[-1]), dim=-1)
         heads = (self.num_heads, -1)
         up_key, up_value = (weight.flatten(0, 1) for weight in self._up_projections())
@@ -269,30 +294,44 @@ class LatentAttention(nn.Module):
         v = F.linear(value.squeeze(2), up_value).unflatten(-1, heads)
         return torch.cat((k_pe.expand(-1, -1, self.num_heads, -1), k), dim=-1), v
 
-    def _attend(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor | None, sources: Sequence[KV]) -> Tensor:
+    def _attend(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        latent: Tensor | None,
+        sources: Sequence[KV],
+        fusion: FusionTensors | None,
+        document_ids: Tensor | None,
+    ) -> Tensor:
         """Up-projected, without a cache: (B, S, H, v)."""
         available = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
         available[self.layer] = latent
-        k, v = self._keys_and_values(available.__getitem__)
+        k, v = self._keys_and_values(available.__getitem__, fusion)
         q = torch.cat((q_pe, q_nope), dim=-1)
         options = {"softmax_scale": self.scale, "causal": True, "window_size": self.window_size}
-        return ops.fused_kv_attn_func(q, k, v, **options)
+        if self.context is not None:
+            return self.context.attend(q, [k], [v], document_ids=document_ids, **options)
+        return ops.fused_kv_attn_func(q, k, v, document_ids=document_ids, **options)
 
-    def _attend_cached(self, q_nope: Tensor, q_pe: Tensor, cache: KVCache) -> Tensor:
+    def _attend_cached(
+        self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
+    ) -> Tensor:
         """Up-projected, over what the cache holds."""
         tokens = max(cache.lengths)
-        k, v = self._keys_and_values(lambda j: _tokens(cache, j, 0, tokens))
+        k, v = self._keys_and_values(lambda j: _tokens(cache, j, 0, tokens), fusion)
         q = torch.cat((q_pe, q_nope), dim=-1)
         left = self.window_size[0]
         seqlens = (cache.seq_lens, None)
         return ops.attend_cached(q, [k], [v], None, None, *seqlens, self.scale, left, 0, None, cache.lengths)
 
-    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, cache: KVCache) -> Tensor:
+    def _attend_absorbed(
+        self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
+    ) -> Tensor:
         """Absorbed, over what the cache holds: the latent is key and value of all heads."""
         up_key, up_value = self._up_projections()
         q_latent = torch.einsum("bshn,hnc->bshc", q_nope, up_key)
         q = torch.cat((q_pe, q_latent), dim=-1)
-        key_weights, value_weights = self._read_weights("key"), self._read_weights("value")
+        key_weights, value_weights = self._read_weights(fusion)
         left = self.window_size[0]
         if not self._cut and q.shape[-1] <= MAX_HEAD_DIM:
             keys = [cache.keys(j) for j, *_ in self._key_parts]

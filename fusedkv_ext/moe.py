@@ -8,6 +8,8 @@ Parameters carry the names of HF's Qwen3Moe (transformers 5), all experts stacke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 __all__ = ["Experts", "MoE", "balance_loss"]
 
 
-def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
+def balance_loss(probabilities: Tensor, experts: Tensor, context: Any = None) -> Tensor:
     """How unevenly each sequence uses the experts: mean over the sequences of E * sum_e f_e P_e.
 
     Args:
         probabilities: (B, S, E), the router's softmax.
         experts: (B, S, k) integers, the chosen experts.
+        context: a ContextParallel whose ranks have S of each sequence's tokens each. The result is then what
+            this rank's tokens add: the sum over the ranks is the loss.
 
     f_e is the share of a sequence's S * k choices that fell on e, P_e its mean probability (arXiv 2101.03961,
     eq. 4 to 6, for k = 1; with top k arXiv 2412.19437, eq. 17 to 20). It is 1 where all are used alike, E / k
@@ -30,6 +34,8 @@ def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
     """
     count, chosen = probabilities.shape[-1], experts.shape[-1]
     used = torch.zeros_like(probabilities).scatter(-1, experts, 1.0).mean(dim=-2) / chosen
+    if context is not None:
+        used, count = context.sum(used) / context.size, count / context.size
     return count * (used * probabilities.mean(dim=-2)).sum(dim=-1).mean()
 
 
@@ -103,6 +109,7 @@ class MoE(nn.Module):
         super().__init__()
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
+        self.context: Any = None  # a ContextParallel, from parallel.context.share_tokens
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(num_experts, hidden_size, moe_intermediate_size)
 
@@ -128,4 +135,4 @@ class MoE(nn.Module):
         rows = self.experts(rows, ends)
         outs = torch.zeros_like(rows).index_copy(0, order, rows).unflatten(0, (*x.shape[:2], k))
         out = (outs * weights.to(outs.dtype).unsqueeze(-1)).sum(dim=-2)
-        return out, balance_loss(probabilities, experts) if self.training else None
+        return out, balance_loss(probabilities, experts, self.context) if self.training else None

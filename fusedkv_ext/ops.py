@@ -144,6 +144,7 @@ def fused_kv_attn_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    document_ids: Tensor | None = None,
     recompute_fusion: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over K = sum_j a_j (.) K_j and V = sum_j b_j (.) V_j, for training and prefill.
@@ -157,6 +158,8 @@ def fused_kv_attn_func(
         causal: query row i (position i + T - S: aligned bottom-right) sees no later key.
         window_size: (left, right), the row at p sees keys p - left .. p + right; -1 is unbounded.
         return_lse: also return the log-sum-exp of the scores.
+        document_ids: (B, T) int32 or int64, the document of every key; those of the rows are the last S, so
+            S <= T. Of the keys that the other arguments show it a row sees those of its own document.
         recompute_fusion: the backward fuses K and V again instead of keeping them from the forward. Same bits
             of every gradient. No effect under torch.compile and within other saved-tensor hooks, as those of
             activation checkpointing: they decide by themselves what is kept.
@@ -176,18 +179,21 @@ def fused_kv_attn_func(
     left, right = _checks.check_window(causal, window_size)
     scale = _checks.check_scale(softmax_scale, q.shape[3])
     return_lse = _checks.check_flag("return_lse", return_lse)
+    document_ids = _checks.check_document_ids(document_ids, q, keys[0])
     recompute_fusion = _checks.check_flag("recompute_fusion", recompute_fusion)
     key_weights, value_weights = _attention_weights(keys, values, key_weights, value_weights)
+    weights = {"key_weights": key_weights, "value_weights": value_weights}
     _checks.check_same_device(
-        {"q": q, "keys": keys, "values": values, "key_weights": key_weights, "value_weights": value_weights}
+        {"q": q, "keys": keys, "values": values, **weights, "document_ids": document_ids}
     )
 
     sources = (keys, values, key_weights, value_weights)
     differentiates = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, *keys, *values, key_weights, value_weights)
     )
-    if not differentiates and folds_dense(q, keys, values, right, q.device.type):
-        seqlens = torch.full(q.shape[:1], keys[0].shape[1], dtype=torch.int32, device=q.device)
+    folds = document_ids is None and not differentiates
+    if folds and folds_dense(q, keys, values, right, q.device.type):
+        seqlens = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
         out, lse = _call(
             _ops.attn_with_kvcache.default,
             q,
@@ -204,8 +210,8 @@ def fused_kv_attn_func(
     k, v = _fuse_both(*sources)
     recompute = recompute_fusion and differentiates and not torch.compiler.is_compiling()
     with _recomputing(*sources, k, v) if recompute else nullcontext():
-        out = dense_attention(q, k, v, scale, left, right)
-    return (out, dense_lse(q, k, scale, left, right)) if return_lse else out
+        out = dense_attention(q, k, v, scale, left, right, document_ids)
+    return (out, dense_lse(q, k, scale, left, right, document_ids)) if return_lse else out
 
 
 def fused_kv_attn_with_kvcache(
@@ -509,7 +515,7 @@ def _fuse(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     if weights is None:
         if len(sources) == 1:
             return sources[0]
-        return fuse_kv(sources, torch.ones(len(sources), 1, 1, device=sources[0].device))
+        return fuse_kv(sources, sources[0].new_ones(len(sources), 1, 1))
     return fuse_kv(sources, weights)
 
 
@@ -535,7 +541,7 @@ def _fuse_pair(
     key_weights, value_weights = (
         _checks.canonical_weights(
             name,
-            torch.ones((), device=x[0].device) if weights is None else weights,
+            x[0].new_ones(()) if weights is None else weights,
             len(x),
             *x[0].shape[2:],
             x[0],
@@ -601,11 +607,12 @@ def folds_dense(
 def folds_cached(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
     """Whether ``fused_kv_attn_with_kvcache`` without lse reads the sources where they lie.
 
-    Fusing first needs the lengths on the host: not in a graph, be it torch.compile's or CUDA's.
+    Fusing first needs the lengths on the host: not in a graph, be it torch.compile's or CUDA's, and not of
+    DTensors, where this process has its own sequences' only.
     """
     if _few_rows(q, keys, values, device_type) or device_type == "meta" or torch.compiler.is_compiling():
         return True
-    return q.is_cuda and torch.cuda.is_current_stream_capturing()
+    return hasattr(q, "to_local") or (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _few_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:

@@ -49,17 +49,20 @@ def fused_kv_attn_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    document_ids: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over fused keys K = sum_j a_j (.) K_j and fused values V = sum_j b_j (.) V_j.
 
     out = softmax(scale q K^T + mask) V, lse = log sum exp(scale q K^T + mask), query head h reading
     key/value head h // (H / G). Query row i stands at position p = i + T - S; it sees key j when p - left
-    <= j <= p + right (-1: no bound; causal: right = 0). A row that sees nothing gives zeros and lse = -inf.
+    <= j <= p + right (-1: no bound; causal: right = 0) and, with document_ids, document_ids[p] =
+    document_ids[j]. A row that sees nothing gives zeros and lse = -inf.
 
     q: (B, S, H, D); keys: m_k tensors (B, T, G, D); values: m_v tensors (B, T, G, Dv); weights
-    broadcastable to (m_k, G, D) and (m_v, G, Dv), None: all ones. Returns (B, S, H, Dv) and, with
-    ``return_lse``, (B, H, S), both in ``dtype``. Differentiable in q, keys, values and both weights.
+    broadcastable to (m_k, G, D) and (m_v, G, Dv), None: all ones; document_ids: (B, T), S <= T. Returns
+    (B, S, H, Dv) and, with ``return_lse``, (B, H, S), both in ``dtype``. Differentiable in q, keys, values
+    and both weights.
     """
     keys, values = _as_list(keys), _as_list(values)
     outs, lses = [], []
@@ -71,6 +74,7 @@ def fused_kv_attn_func(
             softmax_scale,
             causal,
             window_size,
+            None if document_ids is None else document_ids[b],
         )
         outs.append(out)
         lses.append(lse)
@@ -208,9 +212,15 @@ def _visible(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: q (S, H, D), k (T, G, D), v (T, G, Dv) -> out (S, H, Dv), lse (H, S)."""
+    """One sequence: q (S, H, D), k (T, G, D), v (T, G, Dv), ids (T,) -> out (S, H, Dv), lse (H, S)."""
     rows, heads, dim = q.shape
     tokens, groups = k.shape[:2]
     scale = 1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale)
@@ -222,6 +232,8 @@ def _attend(
         nothing = (q * 0).sum(-1, keepdim=True) + v.sum(1, keepdim=True)
         return nothing.transpose(0, 1), nothing.new_full((heads, rows), -math.inf)
     visible = _visible(rows, tokens, causal, window_size, q.device)
+    if document_ids is not None:
+        visible = visible & (document_ids[tokens - rows :, None] == document_ids[None, :])
     blind = ~visible.any(-1)
     scores = scale * (q @ k.transpose(1, 2))
     # A blind row is given finite scores first and its zeros afterwards, which keeps NaN out of its gradient.

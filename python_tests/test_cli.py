@@ -59,6 +59,21 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
 # Errors
 
 
+@pytest.mark.parametrize("command", ["grads", "plan"])
+def test_torchrun_does_not_run_a_command_of_one_process_several_times(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, message in (("0", f"fusedkv: error: {command} runs in one process;"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert main([command]) == 2
+        out, err = said(capsys)
+        assert out == "" and err.startswith(message) and bool(err) is bool(message)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["plan"]) == 0
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_plan_draws_every_method_with_its_paper_and_options(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -33,7 +33,7 @@ def test_every_configuration_loads(name: str) -> None:
         assert values.items() <= config[section].items()
 
 
-@pytest.mark.parametrize("name", ["60m", "332m"])
+@pytest.mark.parametrize("name", ["60m", "332m", "1.5b"])
 def test_every_value_names_its_source(name: str) -> None:
     values = [line for line in configs.find(name).read_text().splitlines() if re.match(r"\w+ = ", line)]
     assert len(values) > 25
@@ -50,6 +50,9 @@ def test_every_value_names_its_source(name: str) -> None:
         # 16 (4 x 1024^2 + 3 x 1024 x 2720) + 128,000 x 1024, and the norms: the paper's 332M
         ("332m", "vanilla", 331.91),
         ("332m", "fusedkv", 315.16),
+        # 24 (4 x 2048^2 + 3 x 2048 x 5472) + 128,000 x 2048, and the norms: the paper's 1.5B
+        ("1.5b", "vanilla", 1471.78),
+        ("1.5b", "fusedkv", 1371.19),
     ],
 )
 def test_sizes_are_those_of_the_papers(name: str, plan: str, millions: float) -> None:
@@ -58,13 +61,23 @@ def test_sizes_are_those_of_the_papers(name: str, plan: str, millions: float) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "per_step", "tokens"), [("60m", 512 * 1024, 1.31e9), ("332m", 256 * 8192, 200e9)]
+    ("name", "per_step", "tokens"),
+    [("60m", 512 * 1024, 1.31e9), ("332m", 256 * 8192, 200e9), ("1.5b", 256 * 8192, 400e9)],
 )
 def test_budgets_are_those_of_the_papers(name: str, per_step: int, tokens: float) -> None:
     config = load(name)
     assert config.run.batch_size * config.data.seq_len == per_step
     assert config.run.steps * per_step == pytest.approx(tokens, rel=1e-3)
-    assert config.optim.lr * config.optim.final_lr == pytest.approx({"60m": 2e-4, "332m": 3e-5}[name])
+    assert config.optim.lr * config.optim.final_lr == pytest.approx({"60m": 2e-4}.get(name, 3e-5))
+
+
+def test_documents_and_help_name_every_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    help_text = capsys.readouterr().out
+    training = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (known,) = re.findall(r"one that comes with the package: (.*?)\)", training, re.DOTALL)
+    assert set(re.findall(r"`(.*?)`", known)) == set(configs.names())
+    assert all(name in help_text for name in configs.names())
 
 
 def test_a_configuration_for_a_tokenizer_is_not_trained_on_bytes(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import torchrun, whole
 from tiny import PLANS
 
+from fusedkv_ext.checkpoint import load_pretrained
 from fusedkv_ext.experiments import runs
 from fusedkv_ext.train import checkpoints, distributed, loop
 from fusedkv_ext.train.config import ConfigError, TrainConfig
@@ -51,7 +52,15 @@ CASES = {
     "fusedkv, two parts": {"model.plan": "fusedkv", "run.accumulate": 2},
     "skipv1": {"model.plan": "skipv1.json"},
     "skipv1, four parts": {"model.plan": "skipv1.json", "run.accumulate": 4},
-    "many buckets": {"model.plan": "fusedkv", "run.batch_size": 2},
+    "copies": {"model.plan": "fusedkv", "parallel.dp_replicate": 2},
+    "tokens": {"model.plan": "fusedkv", "parallel.cp": 2},
+    "tokens of documents, two parts": {
+        "model.plan": "skipv1.json",
+        "parallel.cp": 2,
+        "data.document_masks": True,
+        "run.accumulate": 2,
+    },
+    "layers run again": {"model.plan": "fusedkv", "parallel.activation_checkpointing": "non_reentrant"},
 }
 
 
@@ -70,19 +79,8 @@ def five_steps(config: TrainConfig) -> dict[str, object]:
         "losses": [step.loss for step in steps],
         "norms": [step.grad_norm for step in steps],
         "validation": trainer.evaluate(),
-        "weights": trainer.model.state_dict(),
+        "weights": {name: whole(weight) for name, weight in trainer.model.state_dict().items()},
     }
-
-
-def torchrun(*arguments: object, folder: Path) -> subprocess.Popen[str]:
-    root = Path(distributed.__file__).parents[2]
-    search = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *map(str, arguments)],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +112,12 @@ def test_two_processes_train_as_one(
     case: str, ranks: list[dict], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    alone = five_steps(config_in(folder, CASES[case]))
+    changes = {
+        key: value
+        for key, value in CASES[case].items()
+        if key not in ("parallel.dp_replicate", "parallel.cp")
+    }
+    alone = five_steps(config_in(folder, changes))
     for found in (rank[case] for rank in ranks):
         for name in ("losses", "norms", "validation"):
             assert found[name] == pytest.approx(alone[name], rel=1e-9, abs=0), name
@@ -127,7 +130,7 @@ def test_two_processes_train_as_one(
 
 
 def test_resumed_on_two_processes_equals_uninterrupted_bit_for_bit(ranks: list[dict], folder: Path) -> None:
-    weights = [checkpoints.load(checkpoints.resolve(folder / run))[0] for run in ("whole", "parts")]
+    weights = [load_pretrained(checkpoints.resolve(folder / run)) for run in ("whole", "parts")]
     for (name, expected), got in zip(
         weights[0].state_dict().items(), weights[1].state_dict().values(), strict=True
     ):
@@ -155,6 +158,7 @@ def test_what_happens_on_one_process_ends_all(ranks: list[dict]) -> None:
         assert rank["stopped"] == (2, False)
         assert "diverged at step 1: loss nan" in rank["diverged"] and rank["unchanged"]
         assert rank["not alike"].startswith("the processes differ in their text, step;")
+        assert rank["other layouts"].startswith("the processes differ in their configuration;")
 
 
 def test_one_process_makes_no_group() -> None:
@@ -203,7 +207,7 @@ def test_a_killed_process_ends_the_run_which_resumes_and_stops_on_a_signal(folde
     run = folder / "killed"
     endless = train_arguments(folder, "--out", run, "--set", "run.steps=1000000", "--set", "run.keep=1")
     first = torchrun(*endless, folder=folder)
-    wait_for_step(run, 4)
+    wait_for_step(run, 7)  # the save at step 6 has waited for that at step 3
     os.kill(processes_of(first.pid)[1], signal.SIGKILL)
     _, err = first.communicate(timeout=60)
     assert first.returncode == 1
@@ -228,7 +232,7 @@ def test_a_batch_that_cannot_be_shared_is_said_once(folder: Path) -> None:
     out, err = done.communicate(timeout=60)
     assert done.returncode == 1
     said = [line for line in (out + err).splitlines() if line.startswith("fusedkv: error")]
-    expected = "run.batch_size (9) must be a multiple of processes x run.accumulate (2 x 1 = 2)"
+    expected = "run.batch_size (9) must be a multiple of data ranks x run.accumulate (2 x 1 = 2)"
     assert said == [f"fusedkv: error: {expected}"]
     assert not (folder / "wrong").exists()
 
@@ -290,15 +294,18 @@ def _end_together(folder: Path, found: dict) -> None:
         distributed.check_alike({"text": distributed.rank(), "seed": 3, "step": -distributed.rank()})
     except ConfigError as error:
         found["not alike"] = str(error)
+    dimension = "parallel.tp" if distributed.rank() else "parallel.cp"  # each would wait for the other
+    try:
+        loop.start(config_in(folder, {dimension: 2}), folder / "not alike")
+    except ConfigError as error:
+        found["other layouts"] = str(error)
 
 
 def _work(folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict = {}
     with distributed.session():
-        usual = distributed._BUCKET_BYTES
         for case, changes in CASES.items():
-            distributed._BUCKET_BYTES = 4096 if case == "many buckets" else usual
             found[case] = five_steps(config_in(folder, changes))
         _resume(folder, found)
         _stale(folder, found)

@@ -84,6 +84,15 @@ def test_gradients_take_the_dense_path(called: list[str]) -> None:
         assert fkv.explain(q, *rest).path == "fold"
 
 
+def test_document_ids_take_the_dense_path(called: list[str]) -> None:
+    args = dense_inputs(Case("packed", S=1, T=9), CPU)
+    ids = torch.zeros(2, 9, dtype=torch.int32)
+    said = fkv.explain(*args, document_ids=ids)
+    assert said.path == "fuse-once" and "document_ids" in said.reason
+    fkv.fused_kv_attn_func(*args, causal=True, document_ids=ids)
+    assert called == ["fuse_kv_pair"]
+
+
 CACHE_CASES = [
     Case("one_row", S=1, T=40),
     Case("32_rows_paged", S=16, T=40, page_size=4, lengths=(40, 3)),
@@ -285,6 +294,7 @@ ERRORS = [
         ValueError,
         r"cache_seqlens\[1\] = 4801; expected 0 to 4800",
     ),
+    (dict(document_ids=torch.zeros(3, 9)), ValueError, "document_ids is given with cache_seqlens"),
     (dict(window_size=4), TypeError, "window_size is 4; expected two ints"),
     (dict(q=torch.empty(3, 32, 128)), ValueError, r"q has shape \(3, 32, 128\); expected 4 dims"),
     (dict(q=torch.empty(3, 1, 32, 64, dtype=BF16)), ValueError, r"keys\[0\] has shape"),

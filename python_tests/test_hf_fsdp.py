@@ -14,8 +14,9 @@ pytest.importorskip("transformers")
 
 import torch
 import torch.distributed as dist
-from hf_ranks import HAS_GLOO, example, gradients, part, rank_main, run_ranks, same
+from hf_ranks import example, same
 from hf_tiny import VOCAB, tiny_model
+from ranks import HAS_GLOO, gradients, part, rank_main, run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard

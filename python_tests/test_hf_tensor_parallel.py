@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hf_ranks import HAS_GLOO, example, gradients, part, rank_main, run_ranks, same
+from hf_ranks import example, same
 from hf_tiny import CONFIGS, LAYERS, MODELS, VOCAB, sizes, tiny_model
+from ranks import HAS_GLOO, gradients, part, rank_main, run_ranks
 from tiny import PLANS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel

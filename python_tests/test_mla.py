@@ -544,7 +544,7 @@ def test_shifting_all_positions_changes_nothing(plan: str, interleaved: bool) ->
             for layer in stack:
                 if layer.kv_fusion is not None:
                     weights = torch.rand(2, 1, R + D)
-                    layer.kv_fusion.key_weights = lambda weights=weights: weights
+                    layer.kv_fusion.key_weights = lambda segment, weights=weights: weights
             assert (at(1000) - at(0)).abs().max() > 1e-4
 
 
@@ -577,9 +577,9 @@ def test_blocks_are_float32_under_autocast() -> None:
     cache.advance(9)
     q_nope, q_pe = (torch.randn(2, 1, H, width).bfloat16() for width in (N, D))
     with torch.no_grad():
-        plain = layer._attend_absorbed(q_nope, q_pe, cache)
+        plain = layer._attend_absorbed(q_nope, q_pe, cache, None)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(layer._attend_absorbed(q_nope, q_pe, cache), plain)
+            assert torch.equal(layer._attend_absorbed(q_nope, q_pe, cache, None), plain)
 
 
 @pytest.mark.parametrize("plan", ["fusedkv", "skipv1"])

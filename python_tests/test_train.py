@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusedkv_ext.checkpoint import load_pretrained
 from fusedkv_ext.train import checkpoints, loop
 from fusedkv_ext.train import data as data_module
 from fusedkv_ext.train.config import ConfigError, OptimSection, TrainConfig, known_keys, load_toml
@@ -68,7 +69,7 @@ def trainer_of(config: TrainConfig, model: nn.Module | None = None) -> Trainer:
 
 
 def weights_of(checkpoint: str | Path) -> dict[str, torch.Tensor]:
-    return checkpoints.load(Path(checkpoint))[0].state_dict()
+    return load_pretrained(checkpoint).state_dict()
 
 
 def run_in(folder: Path, config: TrainConfig, **options: int) -> loop.RunResult:
@@ -154,19 +155,21 @@ _WRITER = """
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
+    from fusedkv_ext import dcp_files
     from fusedkv_ext.train import checkpoints
-    from fusedkv_ext.train.config import TrainConfig
-    from fusedkv_ext.train.trainer import build_model
+    from fusedkv_ext.train.saving import Saver
 
     root = Path(sys.argv[1])
-    config = TrainConfig().updated([("model.num_hidden_layers", 2), ("model.hidden_size", 64)])
-    model = build_model(config, 256)
-    big = {"moments": torch.zeros(100_000)}
+    tensors = {name: torch.zeros(100_000) for name in ("model.weight", "optimizer.weight.exp_avg")}
 
     def save(step):
-        with torch.no_grad():
-            model.model.embed_tokens.weight.fill_(step)
-        checkpoints.save(root, model, {"step": step, "optimizer": big}, keep=1)
+        for tensor in tensors.values():
+            tensor.fill_(step)
+        saver = Saver(root, keep=1)
+        saver.save(step, tensors, lambda folder: checkpoints.write_trainer(folder, {"step": step}))
+        for tensor in tensors.values():
+            tensor.fill_(-1.0)  # what is written is a copy
+        saver.wait()
 
     started = time.perf_counter()
     save(1)
@@ -183,8 +186,11 @@ _WRITER = """
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         torn += any(path.name.startswith(".") for path in root.iterdir())
-        loaded, state = checkpoints.load(checkpoints.latest(root))
-        assert (loaded.model.embed_tokens.weight == state["step"]).all(), "weights and state differ"
+        newest = checkpoints.latest(root)
+        state = checkpoints.read_trainer(newest)
+        loaded = {name: torch.empty(100_000) for name in tensors}
+        dcp_files.read(newest / "state", loaded)
+        assert all((tensor == state["step"]).all() for tensor in loaded.values()), "weights and state differ"
         assert state["step"] >= before, "went back in time"
         grown += state["step"] > before
         before = state["step"]
@@ -220,9 +226,9 @@ def test_only_the_newest_checkpoints_are_kept_and_leftovers_deleted(
 
 def test_damaged_training_state_is_named(config: TrainConfig, tmp_path: Path) -> None:
     result = run_in(tmp_path / "run", config, stop_after=1)
-    state = Path(result.checkpoint) / "trainer.pt"
+    state = Path(result.checkpoint) / "trainer.json"
     os.truncate(state, state.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"trainer\.pt is damaged"):
+    with pytest.raises(ValueError, match=r"trainer\.json is damaged"):
         loop.resume(tmp_path / "run")
     state.unlink()
     with pytest.raises(ValueError, match="can generate text, not go on training"):

@@ -2,6 +2,7 @@
 
 A checkpoint is the --out folder of a training run (its newest checkpoint is taken), a folder with
 config.json and model.safetensors, or a Hugging Face folder with any causal language model.
+Processes that torchrun starts share the heads of each model, and with them weights and cache.
 docs/evaluation.md says what each number means.
 """
 
@@ -271,12 +272,26 @@ def _write(folder: Path, result: dict[str, Any], subjects: Sequence[Subject]) ->
 
 
 def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.train import distributed
+
+    with distributed.session():
+        return _run(args, speaks=distributed.rank() == 0)
+
+
+def _run(args: argparse.Namespace, speaks: bool) -> int:
     if args.out is not None:
         from fusedkv_ext.figures import need_matplotlib
 
         need_matplotlib()
         args.out.mkdir(parents=True, exist_ok=True)  # what fails here shall not fail after the work
-    result, subjects = evaluate(args, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        if speaks:
+            print(line, file=sys.stderr, flush=True)
+
+    result, subjects = evaluate(args, say)
+    if not speaks:
+        return 0
     print(json.dumps(result, allow_nan=False) if args.json else _tables(subjects))
     if args.out is not None:
         for path in _write(args.out, result, subjects):

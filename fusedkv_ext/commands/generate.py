@@ -2,6 +2,7 @@
 
 The checkpoint is the --out folder of a training run (its newest checkpoint is taken), a folder with
 config.json and model.safetensors, or a Hugging Face folder with any causal language model.
+Processes that torchrun starts share the heads of the model, and with them weights and cache.
 """
 
 from __future__ import annotations
@@ -47,10 +48,18 @@ def _prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.train import distributed
+
+    with distributed.session():
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from fusedkv_ext.commands.models import load_model
     from fusedkv_ext.generation import Sampling
+    from fusedkv_ext.train import distributed
 
     try:
         Sampling(args.temperature, args.top_k, args.top_p)
@@ -60,13 +69,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-new-tokens must be >= 1, got {args.max_new_tokens}")
     loaded = load_model(args.checkpoint, args.tokenizer, device=args.device, dtype=args.dtype)
     model, tokenizer = loaded.model, loaded.tokenizer
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    speaks = distributed.rank() == 0
+    text = args.prompt
+    if text == "-":
+        text = distributed.from_rank_zero(sys.stdin.read() if speaks else "")
+    seed = args.seed
+    if distributed.world_size() > 1 and seed is None:  # all have to draw the same tokens
+        seed = distributed.from_rank_zero(torch.Generator().seed())
     ids = _prompt_ids(text, tokenizer)
     decoder, new_ids, pieces = tokenizer.stream(), [], []
 
     def show(piece: str) -> None:
         pieces.append(piece)
-        if not args.json:
+        if speaks and not args.json:
             sys.stdout.write(piece)
             sys.stdout.flush()
 
@@ -75,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if new_ids[-1] not in loaded.ends:
             show(decoder.push(new_ids[-1]))
 
-    if not args.json:
+    if speaks and not args.json:
         sys.stdout.write(text)
         sys.stdout.flush()
     started = time.perf_counter()
@@ -85,12 +100,14 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        seed=args.seed,
+        seed=seed,
         stop=tokenizer.separator,
         stream=take,
     )
     seconds = time.perf_counter() - started
     show(decoder.finish())
+    if not speaks:
+        return 0
     if args.json:
         result = {
             "checkpoint": str(loaded.folder),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusedkv_ext.train.config import ConfigError
 from fusedkv_ext.train.tokenizer import Tokenizer
 
 
@@ -28,8 +29,10 @@ class Loaded:
 def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: str) -> Loaded:
     """path: a Hugging Face folder, a checkpoint or a run. tokenizer: a file; None: the folder's own.
 
-    Raises what `load_pretrained` and `hf.loading` raise, and ValueError for a tokenizer that has more tokens
-    than the model.
+    Under torchrun its processes share the heads of the model (tensor parallelism).
+
+    Raises what `load_pretrained` and `hf.loading` raise, ValueError for a tokenizer that has more tokens than
+    the model, and ConfigError where so many processes cannot share the heads.
     """
     import torch
 
@@ -47,15 +50,33 @@ def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: s
 
 
 def _checkpoint(path: Path, tokenizer_file: str | None, *, device: Any, dtype: Any) -> Loaded:
-    from fusedkv_ext.checkpoint import load_pretrained
     from fusedkv_ext.train.checkpoints import resolve
     from fusedkv_ext.train.tokenizer import load_tokenizer, saved_tokenizer
 
     folder = resolve(path)
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else saved_tokenizer(folder)
-    model = load_pretrained(folder, device=device, dtype=dtype)
+    model = _decoder(folder, device, dtype)
     ends, cache_bytes = frozenset({tokenizer.separator}), model.config.cache_bytes_per_token(dtype)
     return Loaded(folder, model, tokenizer, model.plan.name, ends, cache_bytes)
+
+
+def _decoder(folder: Path, device: Any, dtype: Any) -> Any:
+    """The whole model, or under torchrun this process's share of it."""
+    from fusedkv_ext.train import distributed
+
+    if distributed.world_size() == 1:
+        from fusedkv_ext.checkpoint import load_pretrained
+
+        return load_pretrained(folder, device=device, dtype=dtype)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from fusedkv_ext.parallel.loading import CannotShare, load_shared
+
+    tp = init_device_mesh(device.type, (distributed.world_size(),), mesh_dim_names=("tp",))
+    try:
+        return load_shared(folder, tp, dtype, device)
+    except CannotShare as error:
+        raise ConfigError(str(error)) from error
 
 
 def _huggingface(folder: Path, tokenizer_file: str | None, *, device: Any, dtype: Any) -> Loaded:
@@ -64,9 +85,23 @@ def _huggingface(folder: Path, tokenizer_file: str | None, *, device: Any, dtype
     need("transformers", "Reading a Hugging Face folder", "hf")
     from fusedkv_ext.hf.language_model import LanguageModel
     from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
+    from fusedkv_ext.train import distributed
 
-    vocab_size = load_config(folder).get_text_config().vocab_size
-    tokenizer = load_tokenizer(folder, vocab_size, tokenizer_file or None)
-    model = LanguageModel(load_causal_lm(folder, device=device, dtype=dtype))
+    config = load_config(folder).get_text_config()
+    tokenizer = load_tokenizer(folder, config.vocab_size, tokenizer_file or None)
+    ranks, settings = distributed.world_size(), {}
+    if ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(config, name, None) or 0
+            if heads % ranks:  # transformers would cut through them
+                raise ConfigError(
+                    f"{ranks} processes cannot share the heads of the model in {folder}: {name} ({heads}) "
+                    "must be a multiple of their number; start fewer"
+                )
+        settings["distributed_config"] = DistributedConfig(tp_size=ranks, tp_plan="auto")
+    model = LanguageModel(load_causal_lm(folder, device=device, dtype=dtype, **settings))
     ends = frozenset(model.ends() | {tokenizer.separator})
-    return Loaded(folder, model, tokenizer, model.name, ends, model.cache_bytes_per_token())
+    cache_bytes = model.cache_bytes_per_token()  # of this process's heads
+    return Loaded(folder, model, tokenizer, model.name, ends, cache_bytes and cache_bytes * ranks)

@@ -1,6 +1,8 @@
 """fusedkv plan: show which layer takes its keys and values from where, and what its cache costs.
 
-Without a name, lists all methods.
+Without a name, lists all methods. With --cluster: memory and messages per GPU of a model of a given shape
+under one or several methods, in training or, with --serve, in serving; formulas, nothing is run
+(docs/scale.md).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from fusedkv_ext.commands import cluster
 from fusedkv_ext.experiments.entries import parse
 from fusedkv_ext.train.config import ConfigError
 
@@ -22,7 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", metavar="METHOD",
-        help="a name, with options as in cla:factor=3, or a JSON file of a plan; none: list all names",
+        help="a name, with options as in cla:factor=3, or a JSON file of a plan; none: list all names. With "
+        "--cluster several, as vanilla,cla:factor=3",
     )  # fmt: skip
     parser.add_argument(
         "--layers", type=int, default=8, metavar="N",
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of the cache (default: %(default)s)"
     )
+    cluster.add_arguments(parser.add_argument_group("on a cluster"))
 
 
 def _list(as_json: bool) -> int:
@@ -88,6 +93,9 @@ def _about(method: Method) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.cluster is not None:
+        return cluster.run(args)
+    cluster.refuse(args, cluster.OPTIONS, "needs --cluster, as in --cluster gpus=8,tp=2")
     if args.name is None:
         return _list(args.json)
     import torch
@@ -99,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
     entry = parse(args.name)
     try:
         section = ModelSection(
-            plan=entry.method, plan_options=dict(entry.options), num_hidden_layers=args.layers
+            plan=entry.method,
+            plan_options=dict(entry.options),
+            num_hidden_layers=args.layers,
         )
         plan = resolve_plan(section)
         vanilla = CachePlan.named("vanilla", plan.num_layers)

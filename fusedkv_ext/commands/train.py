@@ -20,7 +20,6 @@ from fusedkv_ext.experiments.entries import split_label
 from fusedkv_ext.train.config import ConfigError, TrainConfig, known_keys, load_toml
 
 if TYPE_CHECKING:
-
     from fusedkv_ext.train.progress import Progress
 
 # Options that are short for a configuration key.
@@ -144,7 +143,8 @@ def _train(args: argparse.Namespace) -> int:
 
     progress = make_progress(sys.stderr if args.json else sys.stdout)
     try:
-        if args.resume and checkpoints.latest(args.out / "checkpoints") is not None:
+        newest = checkpoints.latest(args.out / "checkpoints")
+        if args.resume and distributed.from_rank_zero(newest is not None):
             this, warnings = loop.resume(args.out, change)
             progress.line(f"resuming {args.out} at step {this.trainer.step}")
             for warning in warnings:

@@ -7,7 +7,6 @@ dicts and loses what a layer put in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.heads import Side, Sum, mixed
 from fusedkv_ext.hf.cache import KVSharingDict, prepare
 from fusedkv_ext.hf.interface import NAME, attend, folds, prefix, ranges_if_folding
-from fusedkv_ext.hf.parallel import check_parallel, for_all_ranks
+from fusedkv_ext.hf.parallel import check_parallel
+from fusedkv_ext.shards import for_all_ranks
 
 __all__ = ["PlanAttention", "SharedKV"]
 
@@ -161,19 +161,17 @@ class PlanAttention(nn.Module):
         available.append(states.transpose(1, 2))
         return mixed(available, mixes, self._weights(index, query)).transpose(1, 2)
 
-    def _weights(self, index: int, query: Tensor) -> Callable[[int | None], Tensor | None]:
+    def _weights(self, index: int, query: Tensor) -> list[Tensor | None]:
         """Fusion weights by segment, of keys (0) or values (1): fp32 (m, g, D), g the heads of this rank."""
-        fusion, heads = self.kv_fusion, query.shape[1] // self.num_key_value_groups
-
-        def weights(segment: int | None) -> Tensor | None:
-            if segment is None:
-                return None
-            found = fusion("value" if index else "key", segment)
-            if found.shape[1] <= heads:
-                return found
-            return for_all_ranks(found[:, :heads].contiguous(), self.q_proj.weight)
-
-        return weights
+        if self.kv_fusion is None:
+            return []
+        heads = query.shape[1] // self.num_key_value_groups
+        return [
+            found
+            if found is None or found.shape[1] <= heads
+            else for_all_ranks(found[:, :heads].contiguous(), self.q_proj.weight.device_mesh)
+            for found in self.kv_fusion()[index]
+        ]
 
     def _attend(
         self,
@@ -253,8 +251,8 @@ class PlanAttention(nn.Module):
                 query[:, :, heads],
                 [part.of(keys[part.index]) for part in key.tensors],
                 [part.of(values[part.index]) for part in value.tensors],
-                key_weights(key.segment),
-                value_weights(value.segment),
+                None if key.segment is None else key_weights[key.segment],
+                None if value.segment is None else value_weights[value.segment],
                 self.scaling,
                 window,
                 ranges,

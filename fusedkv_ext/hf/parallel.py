@@ -1,19 +1,15 @@
-"""Tensor parallelism: which plans the ranks can share, and gradients of what every rank has whole.
+"""Tensor and pipeline parallelism of transformers: which plans the ranks can share.
 
 transformers gives each rank some of the KV heads, in order, with the query heads that read them. Fusion
 weights per head are sharded alike (``base_model_tp_plan`` of our configs). Weights that all heads share stay
-whole on every rank, where they see the gradient of that rank's heads only.
+whole on every rank, where they see the gradient of that rank's heads only (``shards.for_all_ranks``).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
-
 from fusedkv_ext.plan import CachePlan
 
-__all__ = ["check_parallel", "for_all_ranks"]
+__all__ = ["check_parallel"]
 
 
 def check_parallel(plan: CachePlan, num_kv_heads: int, tp_size: int = 1, pp_size: int = 1) -> None:
@@ -39,17 +35,3 @@ def check_parallel(plan: CachePlan, num_kv_heads: int, tp_size: int = 1, pp_size
             f"plan {plan.name!r} reads keys and values of earlier layers, and the stages of pipeline "
             "parallelism hand on hidden states only; use FSDP or tensor parallelism"
         )
-
-
-def for_all_ranks(weights: Tensor, sharded: nn.Parameter) -> Tensor:
-    """``weights``, equal on all ranks, whose gradient is the sum over the ranks that share ``sharded``.
-
-    sharded: a parameter of the layer that is a DTensor under tensor parallelism.
-    """
-    if not weights.requires_grad:
-        return weights
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh: Any = sharded.device_mesh
-    whole = DTensor.from_local(weights, mesh, [Replicate()], run_check=False)
-    return whole.to_local(grad_placements=[Partial()])

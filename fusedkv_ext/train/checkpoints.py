@@ -6,6 +6,7 @@ they are deleted. So whenever the process dies, the newest folder with such a na
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,14 +16,13 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.checkpoint import load_pretrained, save_pretrained
-from fusedkv_ext.decoder import Decoder
+from fusedkv_ext.checkpoint import holds_model
 from fusedkv_ext.train.config import TrainConfig
-from fusedkv_ext.train.tokenizer import Tokenizer
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "trainer.pt"
+_TRAINER = "trainer.json"
 
 
 def sync(folder: Path) -> None:
@@ -52,7 +52,7 @@ def latest(root: Path) -> Path | None:
 def resolve(path: str | Path) -> Path:
     """The folder to load: `path` itself when it holds a model, else the run's newest checkpoint."""
     folder = Path(path)
-    if (folder / "model.safetensors").is_file():
+    if holds_model(folder):
         return folder
     found = latest(folder) or latest(folder / "checkpoints")
     if found is None:
@@ -68,6 +68,23 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def publish(scratch: Path, target: Path) -> None:
+    """Gives a folder its name when all that is in it is on the disk."""
+    for folder in (*(path for path in scratch.iterdir() if path.is_dir()), scratch):
+        sync(folder)
+    scratch.rename(target)
+    sync(target.parent)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints."""
+    for _, old in checkpoints(root)[:-keep]:
+        trash = root / f".trash-{old.name}"
+        shutil.rmtree(trash, ignore_errors=True)
+        old.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
 def write(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
     """Writes `root/step-N` and deletes all but the newest `keep` checkpoints. fill: puts the files into the
     folder that it is given.
@@ -79,14 +96,8 @@ def write(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> 
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         fill(scratch)
-        sync(scratch)
-        scratch.rename(target)
-        sync(root)
-    for _, old in checkpoints(root)[:-keep]:
-        trash = root / f".trash-{old.name}"
-        shutil.rmtree(trash, ignore_errors=True)
-        old.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        publish(scratch, target)
+    prune(root, keep)
     return target
 
 
@@ -95,18 +106,48 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     torch.save({"format": _FORMAT, **state}, folder / _STATE)
 
 
-def save(
-    root: Path, model: Decoder, state: dict[str, Any], *, tokenizer: Tokenizer | None = None, keep: int = 2
-) -> Path:
-    """Writes `root/step-N` for N = state["step"] and deletes all but the newest `keep` checkpoints."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` left in a checkpoint folder. Raises ValueError when it is damaged or of another
+    version.
+    """
+    path = folder / _STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and EOF errors of several kinds
+        raise ValueError(f"{path} is damaged and cannot be read ({type(error).__name__})") from error
+    if state.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
+    return state
 
-    def fill(scratch: Path) -> None:
-        save_pretrained(model, scratch)
-        write_state(scratch, state)
-        if tokenizer is not None:
-            tokenizer.save(scratch)
 
-    return write(root, state["step"], fill, keep=keep)
+def write_trainer(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes what `read_trainer` reads: what a run needs to go on that is no tensor."""
+    text = json.dumps({"format": _FORMAT, **facts}, indent=2)
+    (folder / _TRAINER).write_text(text + "\n", encoding="utf-8")
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """What `write_trainer` left in a checkpoint folder. Raises ValueError when that is no checkpoint of a
+    run, or damaged, or of another version.
+    """
+    path = folder / _TRAINER
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds a model but no {_TRAINER}: it can generate text, not go on training"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged and cannot be read ({error})") from error
+    if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
+    return facts
+
+
+def training_config(folder: Path) -> TrainConfig | None:
+    """How the model in a checkpoint folder was trained; None where the folder does not say."""
+    known = (folder / _TRAINER).is_file()
+    return TrainConfig.from_dict(read_trainer(folder)["config"]) if known else None
 
 
 def clean(root: Path) -> None:
@@ -115,37 +156,3 @@ def clean(root: Path) -> None:
         for path in root.iterdir():
             if path.name.startswith((".partial-", ".trash-")):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """What `write_state` left in a checkpoint folder. Raises ValueError when it is damaged or of another
-    version.
-    """
-    path = folder / _STATE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # zip, pickle and EOF errors of several kinds
-        raise ValueError(f"{path} is damaged and cannot be read ({type(error).__name__})") from error
-    if state.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
-    return state
-
-
-def training_config(folder: Path) -> TrainConfig | None:
-    """How the model in a checkpoint folder was trained; None where the folder does not say."""
-    path = folder / _STATE
-    return TrainConfig.from_dict(read_state(folder, mmap=True)["config"]) if path.is_file() else None
-
-
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Decoder, dict[str, Any]]:
-    """(model, state) as given to `save`. Raises ValueError when the folder is no checkpoint of a run."""
-    path = folder / _STATE
-    if not path.is_file():
-        raise ValueError(f"{folder} holds a model but no {_STATE}: it can generate text, not go on training")
-    state = read_state(folder)
-    model = load_pretrained(folder, device=device)
-    for parameter in model.parameters():
-        # Out of the file's memory into memory of its own: matrix products may round differently on addresses
-        # of another alignment, and a resumed run is to repeat the uninterrupted one bit for bit.
-        parameter.data = parameter.data.clone()
-    return model, state

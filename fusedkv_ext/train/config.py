@@ -1,4 +1,4 @@
-"""The configuration of a training run: four sections, typed, with every key checked.
+"""The configuration of a training run: five sections, typed, with every key checked.
 
 Values come from, in rising priority: the defaults below, a TOML file, `--set section.key=value`.
 """
@@ -65,6 +65,7 @@ class DataSection:
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     vocab_size: int = 0  # ids that the tokenizer is expected to have, within a tenth; 0: any number
     seq_len: int = 256
+    document_masks: bool = False  # tokens of a sequence see and predict within their own document only
     cache_dir: str = ""  # empty: $XDG_CACHE_HOME/fusedkv
 
 
@@ -100,11 +101,24 @@ class RunSection:
 
 
 @dataclass(frozen=True)
+class ParallelSection:
+    """How the processes of torchrun share a run, as in `parallel.Layout`, and what each saves."""
+
+    dp_replicate: int = 1  # copies of the weights
+    dp_shard: int = 0  # processes that share a copy, with sequences of their own; 0: those that remain
+    cp: int = 1  # processes that share the tokens of a sequence
+    tp: int = 1  # processes that share the heads
+    activation_checkpointing: str = "none"  # or "non_reentrant", "reentrant": run layers again
+    compile: bool = False  # each layer by torch.compile
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -273,6 +287,10 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("optim.grad_clip", lambda value: value >= 0, ">= 0"),
     ("run.seed", lambda value: 0 <= value < 2**63, "from 0 to 2^63 - 1"),
     ("run.precision", lambda value: value in ("fp32", "bf16"), '"fp32" or "bf16"'),
+    *((f"parallel.{name}", lambda value: value >= 1, ">= 1") for name in ("dp_replicate", "cp", "tp")),
+    ("parallel.dp_shard", lambda value: value >= 0, ">= 0"),
+    ("parallel.activation_checkpointing", lambda value: value in ("none", "reentrant", "non_reentrant"),
+        '"none", "reentrant" or "non_reentrant"'),
     *((f"run.{name}", lambda value: value >= 1, ">= 1") for name in (
         "steps", "batch_size", "accumulate", "log_every", "valid_every", "valid_batches", "save_every",
         "keep")),
@@ -289,6 +307,11 @@ def _validate(config: TrainConfig) -> None:
         raise ConfigError(
             f"run.batch_size ({config.run.batch_size}) must be a multiple of run.accumulate "
             f"({config.run.accumulate})"
+        )
+    if config.parallel.cp > 1 and config.data.seq_len % (2 * config.parallel.cp):
+        raise ConfigError(
+            f"data.seq_len ({config.data.seq_len}) must be a multiple of 2 x parallel.cp "
+            f"({2 * config.parallel.cp}): each of the ranks has two chunks of a sequence"
         )
     if config.data.seq_len > config.model.max_position_embeddings:
         raise ConfigError(

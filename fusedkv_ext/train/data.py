@@ -2,7 +2,9 @@
 
 A corpus is encoded once into two flat files of ids, `train.bin` and `valid.bin`, in the user's cache folder
 under a key made of the content of the files, the tokenizer and the split, and memory-mapped from then on.
-Which windows a step sees is a pure function of (seed, step): a resumed run needs no state of a loader.
+The order of the data is a pure function of (seed, step): the windows of a step are drawn for the whole
+batch, and each data parallel rank takes its rows (`rows_of`). So a resumed run needs no state of a loader,
+any number of ranks trains on the same windows, and ranks that share sequences get equal ones.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fusedkv_ext.packing import IGNORED, document_ids_of, next_tokens
 from fusedkv_ext.train.corpus import Corpus, TextFile, default_corpus, split_files, split_text, user_corpus
 from fusedkv_ext.train.tokenizer import Tokenizer, pack
 
@@ -58,6 +61,7 @@ class TokenData:
     train: Tensor
     valid: Tensor
     info: DataInfo
+    separator: int | None = None  # the id that ends a document
 
     @property
     def tokens_per_byte(self) -> float:
@@ -192,7 +196,8 @@ def prepare(
         if info is None:
             raise OSError(f"the token files in {target} could not be read back; is the disk full?")
     return TokenData(_map(target / "train.bin", info.train_tokens, info.vocab_size),
-                     _map(target / "valid.bin", info.valid_tokens, info.vocab_size), info)  # fmt: skip
+                     _map(target / "valid.bin", info.valid_tokens, info.vocab_size),
+                     info, tokenizer.separator)  # fmt: skip
 
 
 def _map(path: Path, count: int, vocab_size: int) -> Tensor:
@@ -213,13 +218,32 @@ def check_length(tokens: Tensor, seq_len: int, side: str) -> None:
         )
 
 
-def training_batch(tokens: Tensor, seed: int, step: int, batch_size: int, seq_len: int) -> Tensor:
-    """Ids (batch_size, seq_len) int64 of windows drawn uniformly; a pure function of the arguments."""
+def rows_of(rank: int, ranks: int, batch_size: int) -> slice:
+    """The rows of a batch that data parallel rank `rank` of `ranks` has: equal shares, side by side."""
+    share = batch_size // ranks
+    return slice(rank * share, (rank + 1) * share)
+
+
+def training_batch(
+    tokens: Tensor, seed: int, step: int, batch_size: int, seq_len: int, rows: slice = slice(None)
+) -> Tensor:
+    """Ids (batch_size, seq_len) int64 of windows drawn uniformly; a pure function of the arguments.
+
+    rows: those wanted of the batch; the others are drawn but not read.
+    """
     check_length(tokens, seq_len, "training")
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     starts = torch.randint(tokens.numel() - seq_len + 1, (batch_size,), generator=generator)
-    return _windows(tokens, starts.tolist(), seq_len)
+    return _windows(tokens, starts[rows].tolist(), seq_len)
+
+
+def judged_tokens(ids: Tensor, separator: int | None) -> int:
+    """How many tokens of windows (B, T) a model's loss judges: all but the first of each window or, with a
+    separator, of each document in it.
+    """
+    document_ids = None if separator is None else document_ids_of(ids, separator)
+    return int((next_tokens(ids, document_ids) != IGNORED).sum())
 
 
 def validation_batches(tokens: Tensor, batch_size: int, seq_len: int, max_batches: int) -> Iterator[Tensor]:

@@ -1,9 +1,7 @@
-"""Data parallel training under torchrun: each process has the whole model and its share of every batch.
+"""The processes of torchrun as one run: they start together, agree, take turns and end together.
 
-`session` joins the processes; without torchrun it does nothing, and everything else here is then a no-op.
-Gradients are added up by one all-reduce after the last part of a batch, in buckets that depend on the model
-alone. DistributedDataParallel overlaps that with the backward, but orders its buckets by what the first
-backward of a process did: a resumed run would add in another order than an uninterrupted one.
+`session` joins them; without torchrun it does nothing, and everything else here is then a no-op. How they
+share the model is told in `fusedkv_ext.parallel`.
 """
 
 from __future__ import annotations
@@ -11,23 +9,28 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from fusedkv_ext.parallel import Layout, Mesh, make_mesh
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 
 T = TypeVar("T")
 
-_BUCKET_BYTES = 64 * 2**20
+_LOST = (
+    "lost contact with the other processes of this run. If one of them ended, its own message, if it left "
+    "any, says why; training goes on from its last checkpoint with --resume ({})"
+)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _store: dist.Store | None = None
+_files: dist.ProcessGroup | None = None
 _turns = itertools.count()
 
 
@@ -45,7 +48,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Number of processes of this run."""
     return dist.get_world_size() if _active() else 1
 
 
@@ -53,10 +56,10 @@ def world_size() -> int:
 def session() -> Iterator[None]:
     """Joins the processes of torchrun (gloo for CPU tensors, nccl for CUDA tensors) and leaves them.
 
-    An error that rank 0 has said already ends the other ranks without a word. Raises ConfigError for an
-    environment that names several processes but is not torchrun's.
+    An error that another process has said already ends this one without a word. Raises ConfigError for an
+    environment that names several processes but is not torchrun's, and LostContact when any collective fails.
     """
-    global _store
+    global _store, _files
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -65,7 +68,7 @@ def session() -> Iterator[None]:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but "
             f"{' and '.join(missing) + ' not set' if missing else 'this torch has no torch.distributed'}; "
-            "start with torchrun, or unset WORLD_SIZE to train in one process"
+            "start with torchrun, or unset WORLD_SIZE for one process"
         )
     # Its functions have the default group as a default argument, whatever that is on import. Imported later,
     # as torch.optim does, it would hold the group for good, and with it gloo's threads: one that is still
@@ -80,24 +83,42 @@ def session() -> Iterator[None]:
     dist.init_process_group(backend, store=group, rank=number, world_size=world)
     try:
         yield
+    except KeyboardInterrupt:
+        if number:  # rank 0 says it
+            raise SystemExit(130) from None
+        raise
     except Exception as error:
-        if _said_by_rank_zero(error):
+        known = _as_lost_contact(error)
+        if _said_elsewhere(known):
             raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+        if known is not error:
+            raise known from error
         raise
     total(0.0)  # nobody leaves while another still talks to it
     dist.destroy_process_group()
-    _store = None
+    _store = _files = None
 
 
-def _said_by_rank_zero(error: Exception) -> bool:
-    """Whether rank 0 ends with the same words or, for lost contact, with any; waits a moment for it."""
-    if rank() == 0:
-        _store.set("error", str(error))
-        return False
+def _as_lost_contact(error: Exception) -> Exception:
+    """Collectives fail inside of models too, those of gloo with an error of no type of its own."""
+    failed = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
+    return LostContact(_LOST.format(error)) if failed else error
+
+
+def _said_elsewhere(error: Exception) -> bool:
+    """Whether another process says why: rank 0 the same, for which this waits a moment, or, where contact is
+    lost, any that was faster."""
+    lost = isinstance(error, LostContact)
     try:
-        _store.wait(["error"], timedelta(seconds=5))
-        return isinstance(error, LostContact) or _store.get("error") == str(error).encode()
-    except RuntimeError:  # rank 0 did not fail, or the store has gone with it
+        if rank() == 0:
+            _store.set("error", str(error))
+        else:
+            with suppress(dist.DistStoreError):  # rank 0 did not fail
+                _store.wait(["error"], timedelta(seconds=5))
+                if lost or _store.get("error") == str(error).encode():
+                    return True
+        return _store.add("said", 1) > 1 and lost
+    except RuntimeError:  # the store has gone with rank 0
         return False
 
 
@@ -117,25 +138,35 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
+def layout(config: TrainConfig) -> tuple[int, int, int, int]:
+    """Processes along `parallel.DIMS`. Raises ConfigError when they are not those that there are."""
+    section = config.parallel
+    try:
+        return Layout(section.dp_replicate, section.dp_shard, section.cp, section.tp).sizes(world_size())
+    except ValueError as error:
+        raise ConfigError(f"parallel: {error}") from error
+
+
+def mesh(config: TrainConfig, device: torch.device) -> Mesh | None:
+    """How the processes share this run; None without torchrun."""
+    sizes = layout(config)
+    return make_mesh(Layout(*sizes), device.type) if world_size() > 1 else None
+
+
 def check_batch(config: TrainConfig) -> None:
-    """Raises ConfigError unless every process gets equally many sequences in every part of a batch."""
-    run, world = config.run, world_size()
-    if run.batch_size % (world * run.accumulate):
+    """Raises ConfigError unless every data rank gets equally many sequences in every part of a batch."""
+    replicas, shards, *_ = layout(config)
+    run, ranks = config.run, replicas * shards
+    if run.batch_size % (ranks * run.accumulate):
         raise ConfigError(
-            f"run.batch_size ({run.batch_size}) must be a multiple of processes x run.accumulate "
-            f"({world} x {run.accumulate} = {world * run.accumulate})"
+            f"run.batch_size ({run.batch_size}) must be a multiple of data ranks x run.accumulate "
+            f"({ranks} x {run.accumulate} = {ranks * run.accumulate})"
         )
 
 
 def _all_reduce(tensor: Tensor, *, maximum: bool = False) -> None:
     """In place: the sum, or the maximum, over the processes."""
-    try:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
-    except RuntimeError as error:
-        raise LostContact(
-            "lost contact with the other processes of this run. If one of them ended, its own message, if "
-            f"it left any, says why; go on from the last checkpoint with --resume ({error})"
-        ) from error
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
 
 
 def total(*values: float) -> list[float]:
@@ -149,32 +180,34 @@ def total(*values: float) -> list[float]:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any process; equal on all of them, which have to ask together."""
-    return total(float(flag))[0] > 0
+    return any_ranks(flag)[0]
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Replaces each parameter's gradient by its sum over the processes."""
+def any_ranks(*flags: bool) -> list[bool]:
+    """`any_rank` of several flags in one message."""
+    return [count > 0 for count in total(*map(float, flags))]
+
+
+def from_rank_zero(value: T) -> T:
+    """What rank 0 gives; the processes have to ask together."""
     if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        _all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors together, each bucket closed by the one that fills it."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(each.nbytes for each in bucket) >= _BUCKET_BYTES:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
+def files_group() -> dist.ProcessGroup | None:
+    """All processes, for reading and writing checkpoints; made by the first call, which they make together.
+
+    A group of its own: these collectives run on another thread than those of the training, and of two threads
+    on one group nobody could say whose message comes first. Through gloo, since files are written from host
+    memory. None without torchrun.
+    """
+    global _files
+    if _active() and _files is None:
+        _files = dist.new_group(backend="gloo")
+    return _files
 
 
 def rank_zero_first(work: Callable[[], T]) -> T:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from fusedkv_ext.checkpoint import CONFIG, allocate
 from fusedkv_ext.train import checkpoints, distributed
 from fusedkv_ext.train.config import ConfigError, TrainConfig
 from fusedkv_ext.train.data import TokenData, prepare
-from fusedkv_ext.train.extras import need
 from fusedkv_ext.train.metrics import MetricsLog, NoMetricsLog, Record
 from fusedkv_ext.train.progress import Progress
+from fusedkv_ext.train.saving import CheckpointError, Saver, collect, restore
 from fusedkv_ext.train.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from fusedkv_ext.train.trainer import StepResult, Trainer, TrainingDiverged, build_model, resolve_device
 
@@ -42,38 +45,49 @@ class RunResult:
 
 @dataclass
 class Run:
-    """A trainer together with where it writes."""
+    """A trainer together with where it writes; under torchrun all processes make one."""
 
     trainer: Trainer
     tokenizer: Tokenizer
     folder: Path
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.checkpoint_root, self.trainer.config.run.keep)
 
     @property
     def checkpoint_root(self) -> Path:
         return self.folder / "checkpoints"
 
     def save(self) -> Path:
-        """The checkpoint of this step. Under torchrun rank 0 writes it; all processes hold the same state."""
-        trainer = self.trainer
-        if distributed.rank():
-            return checkpoints.folder_of(self.checkpoint_root, trainer.step)
-        state = {
-            **trainer.state_dict(),
+        """Begins to write the checkpoint of this step, which is there after `saver.wait()`; together on all
+        processes.
+        """
+        trainer, tokenizer = self.trainer, self.tokenizer
+        config = json.dumps(trainer.model.config.to_dict(), indent=2) + "\n"
+        facts = {
+            "step": trainer.step,
+            "seconds": trainer.seconds,
             "config": trainer.config.to_dict(),
             "data_key": trainer.data.info.key,
             "threads": torch.get_num_threads(),
             "processes": distributed.world_size(),
-            "torch": str(torch.__version__),  # a plain string: only plain types are loaded again
+            "torch": str(torch.__version__),
         }
-        return checkpoints.save(
-            self.checkpoint_root, trainer.model, state, tokenizer=self.tokenizer, keep=trainer.config.run.keep
-        )
+
+        def fill(folder: Path) -> None:
+            (folder / CONFIG).write_text(config, encoding="utf-8")
+            checkpoints.write_trainer(folder, facts)
+            tokenizer.save(folder)
+
+        return self.saver.save(trainer.step, collect(trainer), fill)
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
     """The token files of a configuration; rank 0 makes them, the others find them.
 
-    Raises ConfigError when the tokenizer is not of the size that `data.vocab_size` expects.
+    Raises ConfigError when the tokenizer is not of the size that `data.vocab_size` expects, or does not end
+    documents when `data.document_masks` needs that.
     """
     data, size = config.data, tokenizer.vocab_size
     if data.vocab_size and abs(size - data.vocab_size) > data.vocab_size / 10:
@@ -81,6 +95,11 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
             f"this configuration is for a vocabulary of about {data.vocab_size:,} (data.vocab_size), but "
             f"{data.tokenizer or 'without data.tokenizer the vocabulary is bytes and'} has {size:,}; give "
             "another one with --tokenizer, or train with this one by --set data.vocab_size=0"
+        )
+    if data.document_masks and tokenizer.separator is None:
+        raise ConfigError(
+            f"data.document_masks: {data.tokenizer} has no token that ends documents, such as <|endoftext|>; "
+            "give another one with --tokenizer, or train with data.document_masks=false"
         )
     return distributed.rank_zero_first(
         lambda: prepare(
@@ -125,33 +144,35 @@ def start(config: TrainConfig, folder: Path) -> Run:
             f"{folder} already holds a run; add --resume to go on with it, or choose another --out"
         )
     distributed.check_batch(config)  # now, not after hours of encoding
-    need("safetensors", "Writing checkpoints")  # to say so now, not at the first checkpoint
     config = absolute_paths(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     data = load_data(config, tokenizer)
     model = build_model(config, tokenizer.vocab_size)
     if distributed.rank() == 0:  # of a run that was killed before its first checkpoint
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    trainer = Trainer(model, data, config, resolve_device(config.run.device))
-    _check_alike(trainer)
-    return Run(trainer, tokenizer, folder)
+        checkpoints.clean(folder / "checkpoints")
+    _check_alike(0, config, data, _sums(model) if distributed.world_size() > 1 else [])
+    return Run(Trainer(model, data, config, resolve_device(config.run.device)), tokenizer, folder)
 
 
-def _check_alike(trainer: Trainer) -> None:
-    """Raises ConfigError when the processes of torchrun do not begin with the same state."""
-    if distributed.world_size() == 1:
-        return
-    # Sums of integers: the same whatever the order in which a machine adds.
-    bits = [int(weight.detach().flatten().view(torch.uint8).sum()) for weight in trainer.model.parameters()]
+def _check_alike(step: int, config: TrainConfig, data: TokenData, weights: list[int]) -> None:
+    """Raises ConfigError when the processes of torchrun do not begin with the same state; before they share
+    a model, where those that differ would wait for each other.
+    """
     distributed.check_alike(
         {
-            "step": trainer.step,
-            "configuration": trainer.config,
-            "text": trainer.data.info.key,
-            "weights": bits,
+            "step": step,
+            "configuration": config,
+            "text": data.info.key,
+            "weights": weights,
             "version of torch": torch.__version__,
         }
     )
+
+
+def _sums(model: nn.Module) -> list[int]:
+    """Of the bits of each weight, as integers: the same whatever the order in which a machine adds."""
+    return [int(weight.detach().flatten().view(torch.uint8).sum()) for weight in model.parameters()]
 
 
 def resume(
@@ -163,11 +184,12 @@ def resume(
     were: ConfigError otherwise.
     """
     newest = checkpoints.latest(folder / "checkpoints")
+    distributed.check_alike({"newest checkpoint": newest and newest.name})
     if newest is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint to resume")
     if distributed.rank() == 0:
         checkpoints.clean(folder / "checkpoints")
-    model, state = checkpoints.load(newest)
+    state = checkpoints.read_trainer(newest)
     saved = TrainConfig.from_dict(state["config"])
     config = absolute_paths(change(saved))
     if config.model != saved.model or config.data.tokenizer != saved.data.tokenizer:
@@ -181,9 +203,10 @@ def resume(
             "the training text is not what this run began with (files, their content or the split changed); "
             "restore it, or start a new run in another --out"
         )
-    trainer = Trainer(model, data, config, resolve_device(config.run.device))
-    trainer.load_state_dict(state)
-    _check_alike(trainer)
+    _check_alike(state["step"], config, data, [])  # weights are read from the same files
+    trainer = Trainer(allocate(newest), data, config, resolve_device(config.run.device))
+    restore(newest, trainer)
+    trainer.step, trainer.seconds = state["step"], state["seconds"]
     if distributed.rank() == 0:
         log = MetricsLog(folder / "metrics.jsonl")
         log.forget_after(trainer.step)
@@ -234,7 +257,7 @@ def run(
     stopped = False
     started, train_loss, valid_loss = (trainer.step, trainer.seconds), None, None
     try:
-        while trainer.step < end and not (stopped := distributed.any_rank(should_stop())):
+        while trainer.step < end and not (stopped := _asked(this, should_stop)):
             result = trainer.train_step()
             pending.append(result.loss)
             if result.observed is not None:
@@ -254,14 +277,18 @@ def run(
             if result.step % config.save_every == 0:
                 this.save()
         if stopped:
-            this.save()  # before the validation: whoever sent the signal may not wait for that
+            this.save()
+            this.saver.wait()  # before the validation: whoever sent the signal may not wait for that
         valid_loss = _validate(trainer, log, progress) if valid_loss is None else valid_loss
         saved = this.save()
+        this.saver.wait()
     except TrainingDiverged as error:
+        this.saver.close()
         newest = checkpoints.latest(this.checkpoint_root)
         where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise TrainingDiverged(f"{error}; {where}") from error
     finally:
+        this.saver.close()  # whatever ends the run, a checkpoint that is being written gets to its end
         log.close()
     return RunResult(
         steps=trainer.step,
@@ -274,6 +301,15 @@ def run(
         checkpoint=str(saved),
         finished=trainer.step >= config.steps,
     )
+
+
+def _asked(this: Run, should_stop: Callable[[], bool]) -> bool:
+    """Whether any process is to stop. Raises CheckpointError on all of them when one could not write."""
+    stop, failed = distributed.any_ranks(should_stop(), this.saver.failed)
+    if failed:
+        this.saver.wait()
+        raise CheckpointError("another process could not write its part of a checkpoint")
+    return stop
 
 
 def _describe(this: Run) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -20,10 +20,19 @@ from torch import Tensor, nn
 
 from fusedkv_ext.decoder import Decoder, DecoderConfig
 from fusedkv_ext.fusion import param_groups
+from fusedkv_ext.packing import document_ids_of
+from fusedkv_ext.parallel import parallelize, synchronise
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.train import distributed
 from fusedkv_ext.train.config import ConfigError, ModelSection, OptimSection, TrainConfig
-from fusedkv_ext.train.data import TokenData, check_length, training_batch, validation_batches
+from fusedkv_ext.train.data import (
+    TokenData,
+    check_length,
+    judged_tokens,
+    rows_of,
+    training_batch,
+    validation_batches,
+)
 from fusedkv_ext.train.metrics import Record, bits_per_byte
 
 
@@ -96,11 +105,8 @@ def resolve_layer_types(section: ModelSection) -> tuple[str, ...] | None:
     return tuple(pattern[i % len(pattern)] for i in range(layers)) if pattern else None
 
 
-def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
-    """A decoder with initial weights drawn from `run.seed`; torch's global generator is left as it was.
-
-    Raises ConfigError for sections that `DecoderConfig` does not take.
-    """
+def decoder_config(config: TrainConfig, vocab_size: int) -> DecoderConfig:
+    """The sizes and the plan of a configuration. Raises ConfigError for a section that cannot be."""
     section = config.model
     values = {item.name: getattr(section, item.name) for item in fields(section)}
     del values["plan_options"]
@@ -110,29 +116,41 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
     if section.kv_lora_rank is not None:
         values["head_dim"] = None  # of ordinary attention
     try:
-        decoder_config = DecoderConfig(vocab_size=vocab_size, **values)
+        return DecoderConfig(vocab_size=vocab_size, **values)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
+    """A decoder with initial weights drawn from `run.seed`; torch's global generator is left as it was.
+
+    Raises ConfigError for sections that `DecoderConfig` does not take.
+    """
+    sizes = decoder_config(config, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return Decoder(decoder_config)
+        return Decoder(sizes)
 
 
 class Trainer:
     """Trains a module that maps `(ids, labels)` to `(logits, loss)`; labels are the ids, shifted inside the
-    module.
+    module. With `data.document_masks` it also gets `document_ids` and `num_judged`, as `Decoder` does.
 
-    model: fp32 weights, moved to `device`; the same on all processes of torchrun, each of which runs its
-    rows of every batch (`distributed`). Raises ConfigError for a batch size that they cannot share, and
+    model: fp32 weights, moved to `device`; under torchrun a Decoder, the same on all processes, which is then
+    shared among them as `config.parallel` says: parameters become DTensors, and each data rank runs its rows
+    of every batch. Raises ConfigError for a layout or a batch size that does not fit the processes, and
     ValueError when the text is shorter than one window.
     """
 
     def __init__(self, model: nn.Module, data: TokenData, config: TrainConfig, device: torch.device) -> None:
         distributed.check_batch(config)
+        self.data, self.config, self.device = data, config, device
+        self.mesh = distributed.mesh(config, device)
         check_length(data.train, config.data.seq_len, "training")
         check_length(data.valid, config.data.seq_len, "validation")
-        self.model = model.to(device)
-        self.data, self.config, self.device = data, config, device
+        self.model = model
+        self._share()  # moves each layer's part to the device, so the whole need not fit there
+        self.model.to(device)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, optim.weight_decay),
@@ -147,6 +165,31 @@ class Trainer:
         # the metrics. No part of the run's state: whoever resumes a run sets it again.
         self.observe: Callable[[int, nn.Module], Record | None] | None = None
 
+    def _share(self) -> None:
+        parallel, precision = self.config.parallel, self.config.run.precision
+        how = None if parallel.activation_checkpointing == "none" else parallel.activation_checkpointing
+        if self.mesh is None and how is None and not parallel.compile:
+            return
+        try:
+            parallelize(
+                self.model,
+                self.mesh,
+                precision=precision,
+                activation_checkpointing=how,
+                compile=parallel.compile,
+            )
+        except ValueError as error:
+            raise ConfigError(f"parallel: {error}") from error
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or groups of them, that run sequences of their own."""
+        return 1 if self.mesh is None else self.mesh.data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        return 0 if self.mesh is None else self.mesh.data_rank
+
     @property
     def tokens_per_step(self) -> int:
         return self.config.run.batch_size * self.config.data.seq_len
@@ -159,19 +202,40 @@ class Trainer:
         return bits_per_byte(loss, self.data.tokens_per_byte)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.run.precision == "bf16":
+        if self.config.run.precision == "bf16" and self.mesh is None:  # a mesh gathers weights in bf16
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def _parts(self) -> Iterator[Tensor]:
-        """This process's windows of the coming step, in `accumulate` parts: all processes together have the
-        same windows however many processes and parts there are.
+    @property
+    def _separator(self) -> int | None:
+        """The id that ends a document, where the model is to keep documents apart."""
+        return self.data.separator if self.config.data.document_masks else None
+
+    def _windows(self) -> Tensor:
+        """This data rank's windows of the coming step: all data ranks together have the same ones however
+        many they are.
         """
         run, data = self.config.run, self.config.data
-        batch = training_batch(self.data.train, run.seed, self.step, run.batch_size, data.seq_len)
-        own = batch.chunk(distributed.world_size())[distributed.rank()]
-        for part in own.chunk(run.accumulate):
-            yield part.to(self.device)
+        rows = rows_of(self.data_rank, self.data_ranks, run.batch_size)
+        return training_batch(self.data.train, run.seed, self.step, run.batch_size, data.seq_len, rows)
+
+    def _num_judged(self, windows: Tensor) -> float | None:
+        """By what each part divides its sum of losses: the judged tokens of the whole batch over the number
+        of all parts. The mean over parts is then the mean over tokens, whichever parts these are in. None:
+        all parts have equally many.
+        """
+        if self._separator is None:
+            return None
+        judged = self._total(judged_tokens(windows, self._separator))
+        return max(judged, 1.0) / (self.config.run.accumulate * self.data_ranks)
+
+    def _loss(self, ids: Tensor, num_judged: float | None = None) -> Tensor:
+        ids, options = ids.to(self.device), {}
+        if self._separator is not None:
+            document_ids = document_ids_of(ids, self._separator)
+            options = {"document_ids": document_ids, "num_judged": num_judged}
+        with self._autocast():
+            return self.model(ids, labels=ids, **options)[1]
 
     def train_step(self) -> StepResult:
         """One optimizer step. Raises TrainingDiverged, before the weights change, when something is not
@@ -181,16 +245,18 @@ class Trainer:
         run, optim = self.config.run, self.config.optim
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = 0.0, run.accumulate * distributed.world_size()
-        for ids in self._parts():
-            with self._autocast():
-                part_loss = self.model(ids, labels=ids)[1] / parts
+        loss, parts = 0.0, run.accumulate * self.data_ranks
+        windows = self._windows()
+        num_judged = self._num_judged(windows)
+        for part, ids in enumerate(windows.chunk(run.accumulate), 1):
+            synchronise(self.model, part == run.accumulate)
+            part_loss = self._loss(ids, num_judged) / parts
             part_loss.backward()
             loss += part_loss.item()
-        distributed.sum_gradients(self.model)
-        (loss,) = distributed.total(loss)
+        loss = self._total(loss)
         observed = self.observe(self.step + 1, self.model) if self.observe else None
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         rate = learning_rate(self.step, optim, run.steps)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingDiverged(
@@ -205,6 +271,10 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         return StepResult(self.step, loss, norm, rate, observed)
 
+    def _total(self, value: float) -> float:
+        """Added up over the data ranks; the processes of one have the same value."""
+        return distributed.total(value)[0] * self.data_ranks / distributed.world_size()
+
     @torch.no_grad()
     def evaluate(self, max_batches: int | None = None) -> float:
         """Mean loss, in nats per token, over windows of the validation text that are the same every time,
@@ -213,24 +283,17 @@ class Trainer:
         run, data = self.config.run, self.config.data
         was_training = self.model.training
         self.model.eval()
-        total = rows = 0.0
+        total = judged = 0.0
         limit = max_batches or run.valid_batches
-        parts, world = run.accumulate * distributed.world_size(), distributed.world_size()
+        parts = run.accumulate * self.data_ranks
         batches = validation_batches(self.data.valid, run.batch_size // parts, data.seq_len, limit * parts)
-        for ids in islice(batches, distributed.rank(), None, world):
-            ids = ids.to(self.device)
-            with self._autocast():
-                loss = self.model(ids, labels=ids)[1]
-            total += loss.item() * len(ids)
-            rows += len(ids)
+        while turn := list(islice(batches, self.data_ranks)):
+            # Who gets none in the last turn runs another's, for nothing: processes gather weights together.
+            ids = turn[min(self.data_rank, len(turn) - 1)]
+            loss = self._loss(ids)
+            if self.data_rank < len(turn):
+                tokens = judged_tokens(ids, self._separator)
+                total += loss.item() * tokens
+                judged += tokens
         self.model.train(was_training)
-        total, rows = distributed.total(total, rows)
-        return total / rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights."""
-        return {"step": self.step, "seconds": self.seconds, "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        return self._total(total) / max(self._total(judged), 1.0)
