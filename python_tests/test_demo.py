@@ -102,14 +102,13 @@ def test_models_see_equal_tokens_in_equal_order(
     trainers = training.make_trainers(settings.config, data)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in trainers}
     for name, trainer in trainers.items():
-        parts = trainer._parts
+        windows = trainer._windows
 
-        def recorded(name: str = name, parts: Callable = parts) -> list[torch.Tensor]:
-            batch = list(parts())
-            seen[name] += batch
-            return batch
+        def recorded(name: str = name, windows: Callable = windows) -> torch.Tensor:
+            seen[name].append(windows())
+            return seen[name][-1]
 
-        monkeypatch.setattr(trainer, "_parts", recorded)
+        monkeypatch.setattr(trainer, "_windows", recorded)
         for _ in range(3):
             trainer.train_step()
     for name in PLANS[1:]:
