@@ -47,6 +47,7 @@ def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
     try:
         new_config.write_text(config + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, new_weights, metadata={"format": "pt", "config": config})
+        new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors lets nobody else read it
         for path in (new_config, new_weights):
             _sync(path)
         # While the files change places there is no config.json, and loading takes the one inside the weights.

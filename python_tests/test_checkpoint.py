@@ -130,6 +130,12 @@ def test_killed_at_any_moment_the_folder_loads(
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    save_pretrained(tiny_decoder("fusedkv"), tmp_path)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_config_json_is_what_counts(tmp_path: Path) -> None:
     save_pretrained(tiny_decoder("fusedkv"), tmp_path)
     edit(tmp_path, max_position_embeddings=128)
