@@ -214,6 +214,13 @@ def test_layers_that_run_again_change_nothing(name: str, how: str, two: list[dic
         assert_same(rank["again"][name, how], expected)
 
 
+def test_compiled_layers_that_run_again_change_nothing(two: list[dict]) -> None:
+    expected = alone(TWO["fusedkv"], optimise=False)
+    for rank in two:
+        assert_same(rank["compiled"], expected)
+        assert rank["graphs"] == 2, "one for layers that store, one for layers that fuse"
+
+
 def test_norms_of_heads_need_the_sum_over_the_processes(two: list[dict]) -> None:
     expected = alone(TWO["vanilla"], optimise=False)["gradients"]
     for rank in two:
@@ -352,6 +359,15 @@ def _steps(cases: dict[str, Case], mesh: Any) -> dict[str, Any]:
     return found
 
 
+def _compiled() -> tuple[Any, int]:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    model = build(TWO["fusedkv"]).double()
+    parallelize(model, make_mesh(Layout(tp=2), "cpu"), activation_checkpointing="non_reentrant", compile=True)
+    return step(model, {}, optimise=False), counters["stats"]["unique_graphs"]
+
+
 def _two() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     found: dict[str, Any] = {"steps": _steps(TWO, mesh), "again": {}, "tokens": {}}
@@ -360,6 +376,8 @@ def _two() -> dict[str, Any]:
         for layer in model.model.layers:
             layer.activation_checkpointing = how
         found["again"][name, how] = step(model, orders, optimise=False)
+
+    found["compiled"], found["graphs"] = _compiled()
 
     model, _ = _shared(TWO["vanilla"], mesh)
     for module in model.modules():

@@ -35,7 +35,7 @@ def add_configuration(parser: argparse.ArgumentParser, config: str | None = None
     parser.add_argument(
         "--config", default=config, metavar="NAME|FILE",
         help=f"sizes and budget: {', '.join(names())}, or a TOML file with the sections model, data, optim, "
-        "run" + (" (default: %(default)s)" if config else ""),
+        "run, parallel" + (" (default: %(default)s)" if config else ""),
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.parallel import rules  # noqa: F401  (operations take DTensors)
 from fusedkv_ext.parallel.context import share_tokens
@@ -40,7 +42,9 @@ def parallelize(
     for layer in model.model.layers:
         layer.activation_checkpointing = activation_checkpointing
         if compile:
-            layer.compile()
+            # What a checkpoint is around. One within a graph would keep the DeviceMesh of DTensors, which
+            # AOTAutograd refuses (tp), and has to be one graph, which attention outside of it is not (cp).
+            layer._run = torch.compile(layer._run)
     if mesh is not None:
         shard_weights(model, mesh.fsdp, precision)
         # That the norm of the gradient, one number, is summed over one dimension after the other.
