@@ -122,9 +122,10 @@ class Saver:
         error = future.exception()
         if error is not None:
             cause = dcp_files.first_cause(error)
+            newest = checkpoints.latest(self._root)
             raise CheckpointError(
-                f"{target} could not be written ({type(cause).__name__}: {cause}); the checkpoints before it "
-                "are whole: go on from the newest with --resume"
+                f"{target} could not be written ({type(cause).__name__}: {cause}); "
+                + (f"{newest.name} is whole: go on from it with --resume" if newest else "there is none yet")
             ) from error
 
     def close(self) -> None:
