@@ -172,7 +172,7 @@ def test_a_plain_dict_between_layers_would_be_caught(two: list[dict]) -> None:
     positions = model.model.rope.cos_sin(torch.arange(ids.shape[1]))
     assert positions[0].shape[0] == ids.shape[1]
     torch.testing.assert_close(DictModel(model)(ids), build("fusedkv")(ids), rtol=1e-12, atol=1e-12)
-    assert all(rank["dict"] == "KeyError(1)" for rank in two)
+    assert all(rank["dict"].startswith("KeyError") for rank in two)
 
 
 def test_in_bf16_fusion_weights_stay_fp32_in_the_pass_and_in_the_sum(two: list[dict]) -> None:

