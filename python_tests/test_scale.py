@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from meta_memory import Live, as_on_cuda
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedkv_ext.cache import KVCache
@@ -201,6 +202,8 @@ def test_decoding_reads_what_the_papers_say() -> None:
 
 @pytest.mark.parametrize("method", KINDS)
 def test_flops_of_a_prompt_are_those_of_the_decoder(method: str) -> None:
+    if method == "gqa" and TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("FlopCounterMode of torch 2.11 does not count attention of grouped heads")
     config = shape("332m", method)
     server = Server(config, context=2048)
     model, ids = decoder(config).eval(), torch.zeros(1, 2048, dtype=torch.long, device="meta")

@@ -100,9 +100,9 @@ def session() -> Iterator[None]:
 
 
 def _as_lost_contact(error: Exception) -> Exception:
-    """Collectives fail inside of models too, those of gloo with an error of no type of its own."""
-    failed = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
-    return LostContact(_LOST.format(error)) if failed else error
+    """Collectives fail inside of models too, those of gloo with errors of no type of their own."""
+    failed = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    return LostContact(_LOST.format(error)) if failed and not isinstance(error, LostContact) else error
 
 
 def _said_elsewhere(error: Exception) -> bool:
