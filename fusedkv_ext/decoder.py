@@ -159,13 +159,11 @@ class DecoderModel(nn.Module):
         self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
         # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
-        self._taken_sides = [  # layers whose keys, and whose values, later layers take; latents are keys
-            {j for i in range(plan.num_layers) for j in sources(i) if j != i}
-            for sources in (
-                (self._sources.__getitem__,) * 2
-                if config.kv_lora_rank is not None
-                else (plan.key_sources, plan.value_sources)
-            )
+        # Layers whose keys, and whose values, later layers take. Latents are keys, whatever they are read as.
+        latent = config.kv_lora_rank is not None
+        sides = (self._sources.__getitem__,) * 2 if latent else (plan.key_sources, plan.value_sources)
+        self._taken_sides = [
+            {j for i in range(plan.num_layers) for j in sources(i) if j != i} for sources in sides
         ]
         self._cached_sources = [
             sources if layer.self_attn.mixes_before_storing else ()

@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedkv_ext.autograd
 import fusedkv_ext.ops
@@ -104,3 +106,18 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_cpu_level(request.param)
     yield request.param
     _native.set_cpu_level(before)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
+    """Grows by the storages of K and V whenever attention fuses them."""
+    storages: list[StorageWeakRef] = []
+    fuse = fusedkv_ext.ops._fuse_both
+
+    def recorded(*args: object) -> tuple[Tensor, Tensor]:
+        pair = fuse(*args)
+        storages.extend(StorageWeakRef(x.untyped_storage()) for x in pair)
+        return pair
+
+    monkeypatch.setattr(fusedkv_ext.ops, "_fuse_both", recorded)
+    return storages

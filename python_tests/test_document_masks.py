@@ -233,25 +233,15 @@ def test_no_mask_is_kept_for_the_backward(
 
 
 @pytest.mark.parametrize("name", ["two_documents", "chunks"])
-def test_recomputed_fusion_and_masks_nest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedkv_ext import ops
-
+def test_recomputed_fusion_and_masks_nest(name: str, fused: list[StorageWeakRef]) -> None:
     case, ids = found(name)
     inputs, grad = leaves(case)
     expected = torch.autograd.grad(attend(case, inputs, ids), inputs, grad)
-    storages: list[StorageWeakRef] = []
-    fuse = ops._fuse_both
-
-    def recorded(*args: object) -> tuple[Tensor, Tensor]:
-        pair = fuse(*args)
-        storages.extend(StorageWeakRef(x.untyped_storage()) for x in pair)
-        return pair
-
-    monkeypatch.setattr(ops, "_fuse_both", recorded)
+    fused.clear()
     out = attend(case, inputs, ids, recompute_fusion=True)
-    assert len(storages) == 2 and all(storage.expired() for storage in storages)
+    assert len(fused) == 2 and all(storage.expired() for storage in fused)
     assert_same_bits(torch.autograd.grad(out, inputs, grad), expected)
-    assert len(storages) == 4 and all(storage.expired() for storage in storages)
+    assert len(fused) == 4 and all(storage.expired() for storage in fused)
 
 
 def test_ids_modified_before_the_backward_raise() -> None:

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fusedkv_ext import Decoder, FusedKVAttention, fused_kv_attn_func, ops
+from fusedkv_ext import Decoder, FusedKVAttention, fused_kv_attn_func
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -44,21 +44,6 @@ def attend(case: Case, inputs: list[Tensor], **options: object) -> Tensor:
     keys, values, weights = rest[: case.m_k], rest[case.m_k :][: case.m_v], rest[case.m_k + case.m_v :]
     options = {**case.options, "return_lse": False, **options}
     return fused_kv_attn_func(q, keys, values, *weights, **options)
-
-
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
-    """Grows by the storages of K and V whenever attention fuses them."""
-    storages: list[StorageWeakRef] = []
-    fuse = ops._fuse_both
-
-    def recorded(*args: object) -> tuple[Tensor, Tensor]:
-        pair = fuse(*args)
-        storages.extend(StorageWeakRef(x.untyped_storage()) for x in pair)
-        return pair
-
-    monkeypatch.setattr(ops, "_fuse_both", recorded)
-    return storages
 
 
 def alive(storages: list[StorageWeakRef]) -> int:
