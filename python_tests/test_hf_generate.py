@@ -9,7 +9,15 @@ pytest.importorskip("transformers")
 
 from hf_tiny import IMPLEMENTATIONS, Ops, left_padded, sizes, tiny_model, tokens
 from tiny import PLANS
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config, StaticCache, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen3Config,
+    StaticCache,
+    set_seed,
+)
 
 EVERY_PLAN = sorted(PLANS)
 SOME_PLANS = ("fusedkv", "fusedkv-lite", "cla", "skipv1", "skipv1-yoco", "yoco++", "patchwork")
@@ -117,3 +125,13 @@ def test_generate_stops_and_pads_as_the_plain_model(family: str) -> None:
     stop = int(free[0, 8])
     options = {"max_new_tokens": 10, "eos_token_id": stop}
     assert torch.equal(greedy(ours, ids, **options), greedy(plain, ids, **options))
+
+
+@pytest.mark.parametrize("plan", ["fusedkv", "skipv1"])
+def test_continuous_batching_gives_the_same_tokens(plan: str) -> None:
+    model = tiny_model("llama", plan, "sdpa")
+    prompts = [tokens(n).tolist() for n in (5, 9)]
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    out = model.generate_batch(inputs=prompts, generation_config=settings)
+    found = [request.generated_tokens for request in out.values()]
+    assert found == [greedy(model, torch.tensor([ids]))[0, len(ids) :].tolist() for ids in prompts]

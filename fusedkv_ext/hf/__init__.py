@@ -1,10 +1,18 @@
 """Llama and Qwen3 of HuggingFace transformers on any cache plan.
 
-Importing this package registers the model types ``fusedkv_llama`` and ``fusedkv_qwen3`` with AutoConfig,
-AutoModel and AutoModelForCausalLM, and the attention implementation "fusedkv". Nothing is patched.
+Importing this package registers the model types ``fusedkv_llama`` and ``fusedkv_qwen3`` with the Auto
+classes, and the attention implementation "fusedkv". Nothing is patched. Releases of transformers, PEFT,
+accelerate and torch that were never tested with it give a warning.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from fusedkv_ext.hf.config import (
     FusedKVLlamaConfig,
@@ -16,20 +24,33 @@ from fusedkv_ext.hf.convert import Conversion, calibration_windows, convert_mode
 from fusedkv_ext.hf.interface import register_attention
 from fusedkv_ext.hf.modeling import (
     FusedKVLlamaForCausalLM,
+    FusedKVLlamaForQuestionAnswering,
+    FusedKVLlamaForSequenceClassification,
+    FusedKVLlamaForTokenClassification,
     FusedKVLlamaModel,
     FusedKVQwen3ForCausalLM,
+    FusedKVQwen3ForQuestionAnswering,
+    FusedKVQwen3ForSequenceClassification,
+    FusedKVQwen3ForTokenClassification,
     FusedKVQwen3Model,
 )
 from fusedkv_ext.hf.uptrain import uptrain
 from fusedkv_ext.hf.uptrain_settings import UptrainSettings
+from fusedkv_ext.hf.versions import warn_if_untested
 
 __all__ = [
     "Conversion",
     "FusedKVLlamaConfig",
     "FusedKVLlamaForCausalLM",
+    "FusedKVLlamaForQuestionAnswering",
+    "FusedKVLlamaForSequenceClassification",
+    "FusedKVLlamaForTokenClassification",
     "FusedKVLlamaModel",
     "FusedKVQwen3Config",
     "FusedKVQwen3ForCausalLM",
+    "FusedKVQwen3ForQuestionAnswering",
+    "FusedKVQwen3ForSequenceClassification",
+    "FusedKVQwen3ForTokenClassification",
     "FusedKVQwen3Model",
     "UptrainSettings",
     "cache_bytes_per_token",
@@ -40,11 +61,36 @@ __all__ = [
     "uptrain",
 ]
 
+warn_if_untested()
 register_attention()
-for _config, _model, _causal in (
-    (FusedKVLlamaConfig, FusedKVLlamaModel, FusedKVLlamaForCausalLM),
-    (FusedKVQwen3Config, FusedKVQwen3Model, FusedKVQwen3ForCausalLM),
+for _config, *_models in (
+    (
+        FusedKVLlamaConfig,
+        FusedKVLlamaModel,
+        FusedKVLlamaForCausalLM,
+        FusedKVLlamaForSequenceClassification,
+        FusedKVLlamaForTokenClassification,
+        FusedKVLlamaForQuestionAnswering,
+    ),
+    (
+        FusedKVQwen3Config,
+        FusedKVQwen3Model,
+        FusedKVQwen3ForCausalLM,
+        FusedKVQwen3ForSequenceClassification,
+        FusedKVQwen3ForTokenClassification,
+        FusedKVQwen3ForQuestionAnswering,
+    ),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
+    for _auto, _model in zip(
+        (
+            AutoModel,
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoModelForTokenClassification,
+            AutoModelForQuestionAnswering,
+        ),
+        _models,
+        strict=True,
+    ):
+        _auto.register(_config, _model, exist_ok=True)

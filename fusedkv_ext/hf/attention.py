@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fusedkv_ext.dense import visible
 from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.heads import Side, Sum, mixed
-from fusedkv_ext.hf.cache import KVSharingDict, prepare
+from fusedkv_ext.hf.cache import KVSharingDict, LayerCache
 from fusedkv_ext.hf.interface import NAME, attend, folds, prefix, ranges_if_folding
 from fusedkv_ext.hf.parallel import check_parallel
+from fusedkv_ext.hf.versions import check_keywords, takes_cache
 from fusedkv_ext.shards import for_all_ranks
 
 __all__ = ["PlanAttention", "SharedKV"]
@@ -30,11 +31,14 @@ class SharedKV(KVSharingDict):
     (B, heads, T, D) as attention reads them, and "layer new" -> those of the tokens of this pass alone.
 
     steps: tokens of this pass. keep: how many of the last ones the layers that store nothing compute; None:
-    all.
+    all. window_start: the position of the first token that masks of layers with a window speak of. cached: a
+    layer has stored what is new in the cache.
     """
 
     steps: int = 0
     keep: int | None = None
+    window_start: int = 0
+    cached: bool = False
     _cut: tuple[Tensor, Tensor] | None = None
 
     def kept_rows(self, mask: Tensor | None) -> Tensor | None:
@@ -82,6 +86,7 @@ class PlanAttention(nn.Module):
             return None
         return nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -91,18 +96,26 @@ class PlanAttention(nn.Module):
         shared_kv_states: SharedKV | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the attention of transformers; ``shared_kv_states`` is made by the model, one for each pass."""
+        """As the attention of transformers; ``shared_kv_states`` is made by the model, one for each pass.
+
+        Raises ValueError for a keyword that it does not know, unless that is None.
+        """
+        check_keywords(kwargs, f"{type(self).__name__} (plan {self.plan.name!r})")
         shared = SharedKV() if shared_kv_states is None else shared_kv_states
-        query, keys, values = self._states(hidden_states, position_embeddings, past_key_values, shared)
+        cache = None
+        if past_key_values is not None:
+            heads = self.config.num_key_value_heads
+            cache = LayerCache(past_key_values, self.layer_idx, heads, self.plan.name, kwargs)
+        query, keys, values = self._states(hidden_states, position_embeddings, cache, shared)
         steps = shared.steps or hidden_states.shape[1]
-        out, weights = self._attend(query, keys, values, attention_mask, steps, kwargs)
+        out, weights = self._attend(query, keys, values, attention_mask, steps, shared.window_start, kwargs)
         return self.o_proj(out.flatten(2)), weights
 
     def _states(
         self,
         x: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        cache: Cache | None,
+        cache: LayerCache | None,
         shared: SharedKV,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """Rotated queries (B, H, S, D), and keys and values (B, T, heads, D) of (*sources, this layer)."""
@@ -113,8 +126,6 @@ class PlanAttention(nn.Module):
         else:
             key = self._heads(self.k_proj(x), getattr(self, "k_norm", None))
         query, key = self._family.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if cache is not None:
-            prepare(cache, self.layer_idx, self.k_heads, self.v_heads)
         own: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.k_proj is not None or self.v_proj is not None:
             nothing = query.new_empty(query.shape[0], 0, *query.shape[2:])
@@ -124,9 +135,12 @@ class PlanAttention(nn.Module):
             value = self._mixed(value, self._values.mixes, 1, shared, query)
             own = key, value
             if cache is not None:
-                own = cache.update(key, value, self.layer_idx)
+                own = cache.store(key, value)
+                shared.cached = True
             if self._is_source:
                 shared[f"{self.layer_idx}"], shared[f"{self.layer_idx} new"] = own, (key, value)
+        elif cache is not None:
+            cache.store_nothing()
         pairs = [*(self._source(shared, f"{j}") for j in self._sources), own]
         sides = zip(*pairs, strict=True)
         keys, values = ([None if x is None else x.transpose(1, 2) for x in side] for side in sides)
@@ -180,6 +194,7 @@ class PlanAttention(nn.Module):
         values: list[Tensor | None],
         mask: Tensor | None,
         steps: int,
+        window_start: int,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, H, D), and what the implementation gives beside it."""
@@ -188,8 +203,8 @@ class PlanAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         if name in ("sdpa", NAME) and mask is None:
             keys, values = prefix(keys, steps), prefix(values, steps)
-        if window is not None:
-            keys, values = self._last_tokens(keys, values, mask)
+        if window is not None and mask is not None:
+            keys, values = (self._masked_tokens(side, mask, window_start) for side in (keys, values))
         if name == NAME and not dropout and kwargs.get("is_causal", True) and folds(self.head_dim):
             out = self._attend_sources(query, keys, values, mask, window)
             if out is not None:
@@ -207,24 +222,21 @@ class PlanAttention(nn.Module):
             kwargs = {**kwargs, "sliding_window": window}
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-    def _last_tokens(
-        self, keys: list[Tensor | None], values: list[Tensor | None], mask: Tensor | None
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Of a layer with a window: as many tokens of each source as its mask has columns.
+    def _masked_tokens(self, side: list[Tensor | None], mask: Tensor, start: int) -> list[Tensor | None]:
+        """Of a layer with a window: the tokens of each source that its mask has columns for.
 
-        A source may keep all tokens and not only a window of them.
+        start: the position of the first column. A source without a window keeps all tokens, and a static one
+        has free slots behind them.
         """
-        tokens = {x.shape[1] for x in (*keys, *values) if x is not None}
-        wanted = min(tokens) if mask is None else mask.shape[-1]
-        if tokens == {wanted}:
-            return keys, values
-        if min(tokens) < wanted:
+        wanted = mask.shape[-1]
+        if any(x is not None and x.shape[1] < wanted for x in side):
             raise ValueError(
-                f"layer {self.layer_idx} has a window and reads caches of {sorted(tokens)} tokens with a "
-                f"mask for {wanted}: static caches cannot line windows up with all tokens; use a dynamic one"
+                f"layer {self.layer_idx} of plan {self.plan.name!r} has a window and a mask for {wanted} "
+                f"tokens, but reads caches of {[x.shape[1] for x in side if x is not None]}; pass a cache "
+                "made for this config, or none"
             )
-        keys, values = ([None if x is None else x[:, -wanted:] for x in side] for side in (keys, values))
-        return keys, values
+        begins = [0 if x is None else min(start, x.shape[1] - wanted) for x in side]
+        return [x if x is None else x[:, i : i + wanted] for x, i in zip(side, begins, strict=True)]
 
     def _attend_sources(
         self,

@@ -6,10 +6,23 @@ differs here: some layers store keys only, values only, or fewer heads of one th
 
 from __future__ import annotations
 
+import warnings
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    QuantizedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from fusedkv_ext.hf.versions import TESTED
 
 __all__ = [
     "HAS_DUMMY_LAYER",
@@ -18,7 +31,10 @@ __all__ = [
     "UnevenDynamicLayer",
     "UnevenStaticLayer",
     "UnevenStaticSlidingWindowLayer",
-    "prepare",
+    "LayerCache",
+    "cached_tokens",
+    "check_growth",
+    "window_start",
 ]
 
 try:  # transformers 5.23 and later
@@ -34,6 +50,8 @@ except ImportError:
                 self[name] = tuple(x.to(device, non_blocking=non_blocking) for x in self[name])
             return self
 
+
+_QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with 5.23
 
 # Without it a layer that stores nothing has a layer in the cache that stays empty, but for those at the end.
 HAS_DUMMY_LAYER = hasattr(cache_utils, "DummyLayer")
@@ -53,7 +71,7 @@ class _UnevenStatic:
         super().lazy_initialization(key_states, value_states[..., :0])  # values of the keys' heads: no bytes
         self.v_head_dim = value_states.shape[-1]
         shape = (*value_states.shape[:2], self.max_cache_len, value_states.shape[-1])
-        self.values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.values = value_states.new_zeros(shape)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.values)
 
@@ -73,23 +91,116 @@ class EmptyDynamicLayer(DynamicLayer):
         """Nothing to remove. The stock layer fails here."""
 
 
-def prepare(cache: Cache, layer: int, key_heads: int, value_heads: int) -> None:
-    """Makes layer ``layer`` of a cache fit for so many heads of keys and values, unless something is stored
-    there already. Called before each update; whoever made the cache needs to know nothing of the plan.
+class LayerCache(NamedTuple):
+    """What one layer of a model does with a cache of transformers; whoever made that needs to know nothing of
+    the plan.
+
+    heads: KV heads of the layer, stored or not. keywords: those that attention got, of which the cache of
+    continuous batching wants some.
     """
-    if key_heads == value_heads and (key_heads or HAS_DUMMY_LAYER):
-        return
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= layer:
-            cache.layers.append(cache.layer_class_to_replicate())
-    old = cache.layers[layer] if layer < len(cache.layers) else None
-    if old is None or old.is_initialized:
-        return
-    if type(old) is DynamicLayer:
-        cache.layers[layer] = EmptyDynamicLayer() if key_heads == value_heads else UnevenDynamicLayer()
-    elif key_heads == value_heads:
-        return
-    elif type(old) is StaticLayer:
-        cache.layers[layer] = UnevenStaticLayer(old.max_cache_len)
-    elif type(old) is StaticSlidingWindowLayer:
-        cache.layers[layer] = UnevenStaticSlidingWindowLayer(old.max_cache_len, old.max_cache_len)
+
+    cache: Any
+    layer: int
+    heads: int
+    plan: str
+    keywords: dict[str, Any]
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds new tokens, key (B, Gk, S, D) and value (B, Gv, S, D), and returns all that attention reads.
+
+        Raises ValueError where the cache already holds tokens of other numbers of heads.
+        """
+        if not isinstance(self.cache, Cache):  # of continuous batching, which has blocks of all heads
+            if self.keywords.get("block_table") is not None:
+                raise ValueError(
+                    "continuous batching with block tables lets flash attention read the cache of one layer, "
+                    f'but layers of plan {self.plan!r} read several; use attn_implementation="sdpa"'
+                )
+            return self._store_padded(key, value, (self.heads, self.heads), kwargs=self.keywords)
+        held = self._prepared(key.shape[1], value.shape[1])
+        if held is None or not held.is_initialized or held.keys is None or held.keys.dim() != 4:
+            return self.cache.update(key, value, self.layer)
+        heads, stored = (held.keys.shape[1], held.values.shape[1]), (key.shape[1], value.shape[1])
+        if heads == stored or isinstance(held, _QUANTIZED):
+            return self.cache.update(key, value, self.layer)
+        if not isinstance(held, StaticLayer) or min(heads) < max(stored):
+            raise ValueError(
+                f"the cache holds {heads[0]} heads of keys and {heads[1]} of values for layer {self.layer}, "
+                f"but plan {self.plan!r} stores {stored[0]} and {stored[1]} there: another model filled it, "
+                "or PEFT's prefix tuning, which does not know such plans; pass a cache made for this config"
+            )
+        # Allocated before anything was stored (early_initialization), for as many heads on either side.
+        return self._store_padded(key, value, heads)
+
+    def _store_padded(
+        self, key: Tensor, value: Tensor, heads: tuple[int, int], **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores keys and values as the first of so many heads."""
+        missing = heads[0] - key.shape[1], heads[1] - value.shape[1]
+        padded = (F.pad(x, (0, 0, 0, 0, 0, n)) for x, n in zip((key, value), missing, strict=True))
+        keys, values = self.cache.update(*padded, self.layer, **keywords)
+        return keys[:, : key.shape[1]], values[:, : value.shape[1]]
+
+    def store_nothing(self) -> None:
+        """For a layer that stores nothing. Warns where the cache holds tokens for it all the same."""
+        held = self._prepared(0, 0) if isinstance(self.cache, Cache) else None
+        if isinstance(held, DynamicLayer) and held.is_initialized and held.get_seq_length():
+            warnings.warn(
+                f"the cache holds {held.get_seq_length()} tokens for layer {self.layer}, which stores "
+                f"nothing under plan {self.plan!r}: no layer reads them, so PEFT's prefix tuning has no "
+                "effect there",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _prepared(self, key_heads: int, value_heads: int) -> Any:
+        """This layer of the cache, fit for so many heads of keys and values unless something is stored there
+        already; None: the cache has none."""
+        cache, layer = self.cache, self.layer
+        if key_heads == value_heads and (key_heads or HAS_DUMMY_LAYER):
+            return cache.layers[layer] if layer < len(cache.layers) else None
+        if cache.layer_class_to_replicate is not None:
+            while len(cache.layers) <= layer:
+                cache.layers.append(cache.layer_class_to_replicate())
+        old = cache.layers[layer] if layer < len(cache.layers) else None
+        if old is None or old.is_initialized:
+            return old
+        if type(old) is DynamicLayer:
+            cache.layers[layer] = EmptyDynamicLayer() if key_heads == value_heads else UnevenDynamicLayer()
+        elif key_heads == value_heads:
+            return old
+        elif type(old) is StaticLayer:
+            cache.layers[layer] = UnevenStaticLayer(old.max_cache_len)
+        elif type(old) is StaticSlidingWindowLayer:
+            cache.layers[layer] = UnevenStaticSlidingWindowLayer(old.max_cache_len, old.max_cache_len)
+        return cache.layers[layer]
+
+
+def window_start(cache: Cache, steps: int) -> int:
+    """The position of the first column of the masks for layers with a window, before ``steps`` tokens are
+    added. transformers makes these masks for the first such layer of the cache."""
+    sliding = getattr(cache, "is_sliding", ())
+    if True not in sliding:
+        return 0
+    return cache.get_mask_sizes(steps, sliding.index(True))[1]
+
+
+def cached_tokens(cache: Any) -> int | None:
+    """Tokens of each sequence in a cache; None without one that counts them."""
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else None
+
+
+def check_growth(cache: Any, stored: bool, expected: int | None) -> None:
+    """RuntimeError unless a pass of the model stored its tokens in ``cache``, which then holds ``expected``.
+
+    A transformers that hands its cache to layers under a name that they do not know would otherwise lose all
+    earlier tokens without an error.
+    """
+    found = None if expected is None else cached_tokens(cache)
+    if not stored or found != expected:
+        what = f"it holds {found} tokens, not {expected}" if stored else "no layer was handed it"
+        raise RuntimeError(
+            f"the cache did not grow: {what}. transformers {transformers.__version__} hands caches on in a "
+            f"way that fusedkv_ext does not know; install {' to '.join(TESTED['transformers'])}, or pass "
+            "use_cache=False"
+        )

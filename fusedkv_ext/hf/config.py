@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -27,6 +27,9 @@ def _plan(text: str) -> CachePlan:
 
 class PlanConfig:
     """What the configs of all model families share."""
+
+    # No remote code. TRL reads this of every config class that transformers does not have by name.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

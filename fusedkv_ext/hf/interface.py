@@ -8,6 +8,7 @@ slots is read as what it says, tokens start..stop of each sequence; any other ma
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -20,10 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fusedkv_ext import ops
+from fusedkv_ext.hf.versions import check_keywords
 
 __all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
 
 NAME = "fusedkv"
+
+_SDPA_KEYWORDS = frozenset(inspect.signature(sdpa_attention_forward).parameters)
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -129,10 +133,13 @@ def fusedkv_attention_forward(
     """ "fusedkv" in a plain model of transformers: (B, heads, tokens, D) in, (B, S, H, D) out.
 
     Models of this package do not come here: they attend over several sources.
+    Raises ValueError for a keyword that it does not know (attention sinks, soft caps), unless that is None.
     """
+    check_keywords(kwargs, 'attn_implementation="fusedkv"', also=_SDPA_KEYWORDS)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if causal and not dropout and folds(q.shape[3]) and folds(v.shape[3]):
+    biased = kwargs.get("position_bias") is not None  # which only SDPA takes
+    if causal and not dropout and not biased and folds(q.shape[3]) and folds(v.shape[3]):
         ranges = None
         if attention_mask is None:
             k, v = prefix([k, v], q.shape[1])

@@ -38,7 +38,9 @@ class LanguageModel(nn.Module):
         text = model.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or sys.maxsize
         self.config = SimpleNamespace(vocab_size=text.vocab_size, max_position_embeddings=limit)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        arguments = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in arguments
+        self._cache = "cache" if "cache" in arguments else "past_key_values"  # before transformers 5.24
 
     @property
     def name(self) -> str:
@@ -50,12 +52,12 @@ class LanguageModel(nn.Module):
         """ids (B, S) -> logits (B, S, V), of the last `logits_to_keep` positions where that is not 0."""
         settings: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            settings["past_key_values"] = cache.states
+            settings[self._cache] = cache.states
         if self._keeps_logits:
             settings["logits_to_keep"] = logits_to_keep
         output = self.model(input_ids=ids, **settings)
         if cache is not None:
-            cache.states = output.past_key_values
+            cache.states = output[self._cache]
         return output.logits[:, -logits_to_keep:]
 
     def make_cache(self, batch_size: int, max_len: int) -> Cache:

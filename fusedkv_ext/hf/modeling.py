@@ -1,5 +1,6 @@
 """Llama and Qwen3 on any cache plan: subclasses of transformers' models, whose loop over layers they run.
 
+Each module is built once, with the names of transformers' own, so checkpoints of the plain model fit.
 ``Model.forward`` puts one ``SharedKV`` among the keyword arguments that transformers hands to every layer.
 Layers after the last one that stores anything compute only the positions whose logits are wanted (the early
 exit of YOCO, arXiv:2405.05254).
@@ -7,40 +8,58 @@ exit of YOCO, arXiv:2405.05254).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.hf.attention import PlanAttention, SharedKV
+from fusedkv_ext.hf.cache import cached_tokens, check_growth, window_start
 from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config
 from fusedkv_ext.hf.interface import NAME
 from fusedkv_ext.hf.parallel import check_parallel
+from fusedkv_ext.hf.versions import CACHE, takes_cache
 
 __all__ = [
     "FusedKVLlamaForCausalLM",
+    "FusedKVLlamaForQuestionAnswering",
+    "FusedKVLlamaForSequenceClassification",
+    "FusedKVLlamaForTokenClassification",
     "FusedKVLlamaModel",
     "FusedKVQwen3ForCausalLM",
+    "FusedKVQwen3ForQuestionAnswering",
+    "FusedKVQwen3ForSequenceClassification",
+    "FusedKVQwen3ForTokenClassification",
     "FusedKVQwen3Model",
 ]
 
 
-@contextmanager
-def _without_layers(config: Any) -> Iterator[None]:
-    """The models of transformers name the class of their layers; with no layers they make all the rest."""
-    _ = config.plan  # raises where there is none, before anything large is made
-    layers, config.num_hidden_layers = config.num_hidden_layers, 0
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = layers
+class _Llama:
+    """Where the parts of a Llama come from. They are looked up when a model is made, so that whoever replaces
+    one in transformers' module (liger-kernel) reaches these models too."""
+
+    _family, _prefix = modeling_llama, "Llama"
+
+    @classmethod
+    def _part(cls, name: str) -> Any:
+        return getattr(cls._family, cls._prefix + name)
+
+
+class _Qwen3(_Llama):
+    """Where the parts of a Qwen3 come from."""
+
+    _family, _prefix = modeling_qwen3, "Qwen3"
 
 
 class _PlanLayer:
@@ -49,8 +68,12 @@ class _PlanLayer:
     _attention: type[nn.Module]
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        nn.Module.__init__(self)  # that of transformers' layer would make an attention of its own
+        self.hidden_size = config.hidden_size
         self.self_attn = self._attention(config, layer_idx)
+        self.mlp = self._part("MLP")(config)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, self._part("RMSNorm")(config.hidden_size, eps=config.rms_norm_eps))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         shared = kwargs.get("shared_kv_states")
@@ -69,7 +92,7 @@ class _PlanLayer:
 class _PlanPreTrained:
     """Mixin of all models."""
 
-    _skip_keys_device_placement = ["past_key_values", "shared_kv_states"]
+    _skip_keys_device_placement = [CACHE, "shared_kv_states"]
     _keep_in_fp32_modules_strict = ["kv_fusion"]
 
     @torch.no_grad()
@@ -140,13 +163,19 @@ class _PlanModel(_PlanPreTrained):
     _layer: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
-        with _without_layers(config):
-            super().__init__(config)
-        self.layers.extend(self._layer(config, i) for i in range(config.num_hidden_layers))
-        dropped = _dropped(config)
+        dropped = _dropped(config)  # raises where there is no plan, before anything large is made
+        PreTrainedModel.__init__(self, config)  # that of transformers' model would make layers of its own
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(self._layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = self._part("RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = self._part("RotaryEmbedding")(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *dropped}
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -159,22 +188,34 @@ class _PlanModel(_PlanPreTrained):
         **kwargs: Any,
     ) -> Any:
         """As the model of transformers. rows_to_keep: compute that many last positions only, after the last
-        layer that stores anything; the result then has no others if there is such a layer."""
+        layer that stores anything; the result then has no others if there is such a layer.
+
+        Raises RuntimeError where transformers did not hand its cache on to the layers.
+        """
         shared = SharedKV()
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         shared.steps = 0 if inputs is None else inputs.shape[1]
         if rows_to_keep is not None and self._exits_early(kwargs) and rows_to_keep < shared.steps:
             shared.keep = rows_to_keep
-        return super().forward(
+        if self.has_sliding_layers and past_key_values is not None:
+            shared.window_start = window_start(past_key_values, shared.steps)
+        # Of prompts only, which is once per generate: static caches count on the device.
+        counts = shared.steps > 1 and not torch.compiler.is_compiling()
+        length = cached_tokens(past_key_values) if counts else None
+        out = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             shared_kv_states=shared,
+            **{CACHE: past_key_values},
             **kwargs,
         )
+        cache = getattr(out, CACHE, None) if past_key_values is None else past_key_values
+        if cache is not None and not (self.training and any(x.gradient_checkpointing for x in self.layers)):
+            check_growth(cache, shared.cached, None if length is None else length + shared.steps)
+        return out
 
     def _exits_early(self, kwargs: dict[str, Any]) -> bool:
         """Not where all positions of the hidden states are asked for, nor where masks have no rows to cut."""
@@ -203,9 +244,10 @@ class _PlanCausalLM(_PlanPreTrained):
     _model: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
-        with _without_layers(config):
-            super().__init__(config)
+        PreTrainedModel.__init__(self, config)  # that of transformers' model would make a plain one
         self.model = self._model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _get_static_cache_init_shape(self) -> Any:
@@ -214,6 +256,7 @@ class _PlanCausalLM(_PlanPreTrained):
         even = all(x.k_heads == x.v_heads for x in attentions)
         return super()._get_static_cache_init_shape() if even else None
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -234,28 +277,26 @@ class _PlanCausalLM(_PlanPreTrained):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE: past_key_values},
             **kwargs,
         )
 
 
-class FusedKVLlamaAttention(PlanAttention, modeling_llama.LlamaAttention):
+class FusedKVLlamaAttention(_Llama, PlanAttention, modeling_llama.LlamaAttention):
     """LlamaAttention of one layer of a plan."""
 
-    _family = modeling_llama
 
-
-class FusedKVLlamaDecoderLayer(_PlanLayer, modeling_llama.LlamaDecoderLayer):
+class FusedKVLlamaDecoderLayer(_Llama, _PlanLayer, modeling_llama.LlamaDecoderLayer):
     """LlamaDecoderLayer of one layer of a plan."""
 
     _attention = FusedKVLlamaAttention
 
 
-class FusedKVLlamaPreTrainedModel(_PlanPreTrained, modeling_llama.LlamaPreTrainedModel):
+class FusedKVLlamaPreTrainedModel(_Llama, _PlanPreTrained, modeling_llama.LlamaPreTrainedModel):
     """What the Llama models of this package share."""
 
     config: FusedKVLlamaConfig
@@ -276,19 +317,31 @@ class FusedKVLlamaForCausalLM(_PlanCausalLM, FusedKVLlamaPreTrainedModel, modeli
     _model = FusedKVLlamaModel
 
 
-class FusedKVQwen3Attention(PlanAttention, modeling_qwen3.Qwen3Attention):
+class FusedKVLlamaForSequenceClassification(GenericForSequenceClassification, FusedKVLlamaPreTrainedModel):
+    """LlamaForSequenceClassification on a cache plan: reward models and other classifiers."""
+
+
+class FusedKVLlamaForTokenClassification(GenericForTokenClassification, FusedKVLlamaPreTrainedModel):
+    """LlamaForTokenClassification on a cache plan."""
+
+
+class FusedKVLlamaForQuestionAnswering(GenericForQuestionAnswering, FusedKVLlamaPreTrainedModel):
+    """LlamaForQuestionAnswering on a cache plan."""
+
+    base_model_prefix = modeling_llama.LlamaForQuestionAnswering.base_model_prefix
+
+
+class FusedKVQwen3Attention(_Qwen3, PlanAttention, modeling_qwen3.Qwen3Attention):
     """Qwen3Attention of one layer of a plan."""
 
-    _family = modeling_qwen3
 
-
-class FusedKVQwen3DecoderLayer(_PlanLayer, modeling_qwen3.Qwen3DecoderLayer):
+class FusedKVQwen3DecoderLayer(_Qwen3, _PlanLayer, modeling_qwen3.Qwen3DecoderLayer):
     """Qwen3DecoderLayer of one layer of a plan."""
 
     _attention = FusedKVQwen3Attention
 
 
-class FusedKVQwen3PreTrainedModel(_PlanPreTrained, modeling_qwen3.Qwen3PreTrainedModel):
+class FusedKVQwen3PreTrainedModel(_Qwen3, _PlanPreTrained, modeling_qwen3.Qwen3PreTrainedModel):
     """What the Qwen3 models of this package share."""
 
     config: FusedKVQwen3Config
@@ -307,3 +360,17 @@ class FusedKVQwen3ForCausalLM(_PlanCausalLM, FusedKVQwen3PreTrainedModel, modeli
     """Qwen3ForCausalLM on a cache plan."""
 
     _model = FusedKVQwen3Model
+
+
+class FusedKVQwen3ForSequenceClassification(GenericForSequenceClassification, FusedKVQwen3PreTrainedModel):
+    """Qwen3ForSequenceClassification on a cache plan: reward models and other classifiers."""
+
+
+class FusedKVQwen3ForTokenClassification(GenericForTokenClassification, FusedKVQwen3PreTrainedModel):
+    """Qwen3ForTokenClassification on a cache plan."""
+
+
+class FusedKVQwen3ForQuestionAnswering(GenericForQuestionAnswering, FusedKVQwen3PreTrainedModel):
+    """Qwen3ForQuestionAnswering on a cache plan."""
+
+    base_model_prefix = modeling_qwen3.Qwen3ForQuestionAnswering.base_model_prefix

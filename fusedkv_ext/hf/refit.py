@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from fusedkv_ext.hf.attention import SharedKV
+from fusedkv_ext.hf.versions import CACHE
 
 __all__ = ["REFITTED", "refit"]
 
@@ -74,7 +75,7 @@ class _Stream:
 
 def _masks(config: Any, hidden: Tensor, positions: Tensor) -> dict[str, Tensor | None]:
     """The mask of each type of layer, in the form that the model's attention implementation takes."""
-    seen = {"inputs_embeds": hidden, "attention_mask": None, "past_key_values": None}
+    seen = {"inputs_embeds": hidden, "attention_mask": None, CACHE: None}
     seen["position_ids"] = positions.expand(len(hidden), -1)
     masks = {FULL: create_causal_mask(config, **seen)}
     if SLIDING in (getattr(config, "layer_types", None) or ()):
