@@ -1,4 +1,4 @@
-"""Releases of transformers and others: which were tested, and that no keyword and no cache is lost silently."""
+"""Which releases of transformers and others were tested; no keyword and no cache is lost silently."""
 
 from __future__ import annotations
 
