@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 // torch's number of a dtype.
 inline int32_t dtype_code(const Tensor& x) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
   return code;
 }
 
@@ -29,10 +29,10 @@ inline Tensor empty_tensor(const Tensor& like, std::initializer_list<int64_t> si
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
                                                          dtype, device_type, device_index, &made));
   return Tensor(made);
 }
