@@ -38,7 +38,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-hf test-lm-eval test-real simt instructions bench performance-doc docs lint format cuda-objects abi sdist wheel clean distclean
+.PHONY: help build demo test test-hf test-lm-eval test-real simt instructions bench performance-doc docs lint format cuda-objects floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
@@ -55,6 +55,7 @@ help:
 	@echo "make lint          ruff on Python, clang-format on csrc"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
+	@echo "make floor         compile the binding layer against the headers of the oldest torch, which it fetches (80 MB, once)"
 	@echo "make abi           check that the built libraries use LibTorch's stable ABI only"
 	@echo "make build         environment and native build, nothing more"
 	@echo "make sdist wheel   packages in dist/"
@@ -165,6 +166,9 @@ cuda-objects: $(DEPS)
 	    $(BIN)/cmake --build $(CUDA_OBJECTS) --target _C_cuda && \
 	    echo "cuda-objects: every .cu compiled for $(CUDA_OBJECTS_ARCHS) in $$SECONDS s"; \
 	fi
+
+floor: $(DEPS)
+	@$(BIN)/python scripts/floor_check.py
 
 abi: $(NATIVE)
 	@scripts/abi_check.sh $(BIN)
