@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import ModuleType
@@ -84,3 +85,98 @@ def test_says_what_is_missing(gpu_check: ModuleType, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu_check, "ask", lambda *command: None)
     with pytest.raises(gpu_check.CannotRun, match="no NVIDIA GPU"):
         gpu_check.find_machine(None)
+
+
+def test_missing_numpy_is_said_first_where_tests_are_to_run(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "ask", lambda *command: None if command[-1] == "import numpy" else "")
+    for name in ("tests", "racecheck"):
+        with pytest.raises(gpu_check.CannotRun, match="no numpy, which the tests need; pip install numpy"):
+            gpu_check.check_packages(["build", name])
+    gpu_check.check_packages(["build", "benchmark"])
+
+
+SUITE = {
+    "conftest.py": """
+        import pytest
+
+        @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.cuda)])
+        def device(request):
+            return request.param
+
+        @pytest.fixture
+        def tensor(device):
+            return device
+
+        @pytest.fixture
+        def plain():
+            return 1
+        """,
+    "test_asks_indirectly.py": "def test_one(tensor): pass",
+    "test_marks_a_test.py": """
+        import pytest
+
+        @pytest.mark.cuda
+        def test_one(): pass
+        """,
+    "test_has_a_fixture_of_its_own.py": """
+        import pytest
+
+        @pytest.fixture(autouse=True)
+        def own(device): pass
+
+        @pytest.mark.usefixtures("own")
+        class TestAll:
+            def test_one(self, own): pass
+        """,
+    "test_has_none.py": """
+        import pytest
+
+        def helper(device): pass
+
+        @pytest.mark.parametrize(("plain", "device"), [(1, "cpu")])
+        def test_one(plain, device): pass
+        """,
+    "test_cannot_be_imported.py": """
+        import a_package_that_this_machine_lacks
+
+        def test_one(device): pass
+        """,
+}
+
+
+@pytest.fixture
+def suite(gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "python_tests"
+    folder.mkdir()
+    for name, text in SUITE.items():
+        (folder / name).write_text(textwrap.dedent(text))
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "TESTS", folder)
+    return folder
+
+
+def test_files_are_found_by_their_fixtures_and_marks(gpu_check: ModuleType, suite: Path) -> None:
+    with_cuda = sorted(name for name in SUITE if name not in ("conftest.py", "test_has_none.py"))
+    assert gpu_check.cuda_test_files() == [f"python_tests/{name}" for name in with_cuda]
+
+
+def test_a_file_that_cannot_be_collected_costs_only_itself(
+    gpu_check: ModuleType, suite: Path, tmp_path: Path
+) -> None:
+    steps = gpu_check.commands("tests", 60, tmp_path)
+    result = gpu_check.run_stage("tests", steps, 60, tmp_path / "log")
+    gpu_check.write_report(tmp_path / "report.json", {}, [result], tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tests"] == dict(tests=4, failures=0, errors=1, skipped=0) and result.rc == 1
+    assert "a_package_that_this_machine_lacks" in (tmp_path / "log").read_text()
+
+
+def test_no_cuda_test_of_this_session_is_in_another_file(
+    gpu_check: ModuleType, request: pytest.FixtureRequest
+) -> None:
+    files = {item.path for item in request.session.items if item.get_closest_marker("cuda")}
+    if not files:
+        pytest.skip("needs CUDA tests in the same session; run the whole suite")
+    assert files <= {gpu_check.ROOT / name for name in gpu_check.cuda_test_files()}

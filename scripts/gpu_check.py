@@ -6,6 +6,7 @@ Standard library only, except where another process asks torch about the GPU.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -31,6 +32,8 @@ TOTAL = 525
 LIMITS = {"build": 150, "tests": 130, "memcheck": 60, "racecheck": 60, "synccheck": 60, "benchmark": TOTAL}
 BENCHMARK_MARGIN = 20
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+TESTS = ROOT / "python_tests"
+_CUDA = "pytest.mark.cuda"
 
 MACHINE = """
 import json, torch
@@ -82,7 +85,7 @@ def find_machine(commit: str | None) -> dict[str, Any]:
     ):
         if shutil.which(os.environ.get("CUDACXX", tool) if tool == "nvcc" else tool) is None:
             raise CannotRun(f"no {tool} here; {hint}")
-    for module in ("torch", "pybind11", "pytest"):
+    for module in ("torch", "pybind11"):
         if ask(sys.executable, "-c", f"import {module}") is None:
             raise CannotRun(f"{sys.executable} has no {module}")
     machine = ask(sys.executable, "-c", MACHINE)
@@ -99,6 +102,60 @@ def find_machine(commit: str | None) -> dict[str, Any]:
         "nvcc": (ask(os.environ.get("CUDACXX", "nvcc"), "--version") or "").split("\n")[-1],
         "cpu_cores": os.cpu_count(),
     }
+
+
+def check_packages(names: list[str]) -> None:
+    """Raises CannotRun where a stage of these would find out late that a package is missing."""
+    if not {"tests", *SANITIZERS} & set(names):
+        return
+    for module in ("pytest", "numpy"):
+        if ask(sys.executable, "-c", f"import {module}") is None:
+            raise CannotRun(
+                f"{sys.executable} has no {module}, which the tests need; pip install {module}, or leave the "
+                "tests out: --only build,benchmark"
+            )
+
+
+def _fixtures_of(function: ast.FunctionDef) -> set[str]:
+    """What pytest looks up for a test or a fixture: its arguments, without those of its own parametrize."""
+    names = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    for call in function.decorator_list:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
+            named = call.args if call.func.attr == "usefixtures" else call.args[:1]
+            words = [
+                node.value for each in named for node in ast.walk(each) if isinstance(node, ast.Constant)
+            ]
+            if call.func.attr == "usefixtures":
+                names.update(words)
+            elif call.func.attr == "parametrize":
+                names -= {name.strip() for word in words for name in str(word).split(",")}
+    return names
+
+
+def _cuda_fixtures(tree: ast.Module, known: set[str]) -> set[str]:
+    """`known` and the fixtures of a module that have the mark `cuda` or take one that has."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    fixtures = [each for each in functions if "pytest.fixture" in ast.unparse(each.decorator_list[0])]
+    found = known | {
+        each.name for each in fixtures if _CUDA in "".join(map(ast.unparse, each.decorator_list))
+    }
+    while new := {each.name for each in fixtures if _fixtures_of(each) & found} - found:
+        found |= new
+    return found
+
+
+def cuda_test_files() -> list[str]:
+    """The test files that have CUDA tests. They are read, not imported: some import what a machine lacks."""
+    conftest = ast.parse((TESTS / "conftest.py").read_text(encoding="utf-8"))
+    shared, found = _cuda_fixtures(conftest, set()), []
+    for path in sorted(TESTS.glob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        fixtures, nodes = _cuda_fixtures(tree, shared), list(ast.walk(tree))
+        tests = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"]
+        marked = any(isinstance(node, ast.Attribute) and ast.unparse(node) == _CUDA for node in nodes)
+        if marked or any(_fixtures_of(test) & fixtures for test in tests):
+            found.append(path.relative_to(ROOT).as_posix())
+    return found
 
 
 def sanitizer_command(tool: str) -> list[str]:
@@ -127,7 +184,9 @@ def commands(name: str, seconds: float, work: Path) -> list[list[str]]:
         return [[sys.executable, "benchmarks/gpu.py", "--seconds", limit, "--json", f"{work}/benchmark.json"]]
     if name == "tests":
         workers = ["-n", "4"] if ask(sys.executable, "-c", "import xdist") is not None else []
-        return [pytest_command(f"--junitxml={work / 'tests.xml'}", *workers)]
+        # A file that this machine cannot import costs its own tests, not those of the others.
+        options = ["--continue-on-collection-errors", f"--junitxml={work / 'tests.xml'}"]
+        return [pytest_command(*options, *workers, *cuda_test_files())]
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DFUSEDKV_CUDA=ON", "-DFUSEDKV_SIMT=OFF"]
     return [
         ["cmake", "-S", ".", "-B", BUILD, "-G", "Ninja", "--log-level=WARNING", *options],
@@ -237,6 +296,7 @@ def main() -> int:
             return 0
         try:
             machine = find_machine(given.commit)
+            check_packages(names)
         except CannotRun as error:
             print(f"gpu_check: {error}", file=sys.stderr)
             return 2
