@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkv_ext import checked_files
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.decoder_config import MODEL_TYPE, DecoderConfig
 
@@ -34,8 +35,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Writes ``model`` into ``folder``, which is made if it is not there; a checkpoint in it is replaced.
 
-    Atomic: until the new one is complete on disk the old one loads. A tied head is not stored twice.
-    Raises ImportError without the safetensors package, OSError if the folder cannot be written.
+    Atomic: until the new one is complete on disk the old one loads. A tied head is not stored twice. The
+    weights file carries its checksum, which ``load_pretrained`` compares.
+    Raises ImportError without the safetensors package, OSError, naming the file, if it cannot be written.
     """
     safetensors = _safetensors()
     folder = Path(folder)
@@ -44,12 +46,15 @@ def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in stored_tensors(model).items()}
 
     new_config, new_weights = (folder / f".{name}.tmp" for name in (CONFIG, WEIGHTS))
+    metadata = {"format": "pt", "config": config, checked_files.SUM: checked_files.NO_SUM}
     try:
-        new_config.write_text(config + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, new_weights, metadata={"format": "pt", "config": config})
-        new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors lets nobody else read it
-        for path in (new_config, new_weights):
-            _sync(path)
+        with checked_files.naming(folder / WEIGHTS):
+            new_config.write_text(config + "\n", encoding="utf-8")
+            safetensors.torch.save_file(tensors, new_weights, metadata=metadata)
+            checked_files.stamp(new_weights)
+            new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors lets nobody else read it
+            for path in (new_config, new_weights):
+                _sync(path)
         # While the files change places there is no config.json, and loading takes the one inside the weights.
         # Each sync keeps a power cut from making the steps in another order.
         (folder / CONFIG).unlink(missing_ok=True)
@@ -77,7 +82,8 @@ def load_pretrained(
 
     Raises ImportError without the safetensors package (for a checkpoint of a run, torch.distributed),
     FileNotFoundError where there is no checkpoint, and ValueError for a config or a weights file that cannot
-    be: missing, truncated, from a newer version, tensors missing, unexpected or of a wrong shape.
+    be: missing, truncated, from a newer version, tensors missing, unexpected or of a wrong shape. ValueError,
+    too, where the bytes of a file do not have the checksum with which it was written.
     """
     folder = Path(folder)
     if (folder / STATE).is_dir():
@@ -130,8 +136,15 @@ def open_weights(folder: Path, device: torch.device | str = "cpu") -> Iterator[A
         raise ValueError(f"{folder / WEIGHTS} is truncated or no safetensors file: {error}") from error
 
 
+def verify_weights(folder: Path) -> None:
+    """Reads the weights file of a folder and compares it with the checksum that ``save_pretrained`` put into
+    it. Raises ValueError where they differ; the file of another program has none."""
+    checked_files.verify_stamp(folder / WEIGHTS, f"restore {folder} from a copy")
+
+
 def _from_safetensors(folder: Path, device: torch.device | str) -> Decoder:
     with open_weights(folder, device) as file:
+        verify_weights(folder)
         model = _meta_model(_read_config(folder, file.metadata() or {}))
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         _check_tensors(shapes, model, folder / WEIGHTS)

@@ -9,17 +9,26 @@ from __future__ import annotations
 import pathlib
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-__all__ = ["first_cause", "read", "stored"]
+from fusedkv_ext import checked_files
+
+__all__ = ["Writer", "first_cause", "read", "stored"]
 
 _METADATA = ".metadata"
 
@@ -60,10 +69,65 @@ class _Reader(dcp.FileSystemReader):
         super().set_up_storage_reader(*args, **kwargs)
 
 
+class _SummedFiles(FileSystem):
+    """Torch's own files, and the checksums of those that were written, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[str, int] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[IO[bytes]]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as file:
+                yield file
+            return
+        with checked_files.writing(Path(path)) as file:
+            yield file
+        self.sums[Path(path).name] = file.checksum
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+
+
+@dataclass(frozen=True)
+class _Written(WriteResult):
+    """What a process tells the first one of a tensor, with the checksum of the file that it is in."""
+
+    checksum: int
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes a folder that `read` reads, with the checksum of each file; files are in torch's format.
+
+    An error of the disk comes as OSError with the name of the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=True)
+        self.fs = _SummedFiles()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        def with_sums(done: Future[list[WriteResult]]) -> list[WriteResult]:
+            return [
+                _Written(**vars(each), checksum=self.fs.sums[each.storage_data.relative_path])
+                for each in done.value()
+            ]
+
+        return super().write_data(plan, planner).then(with_sums)
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        super().finish(metadata, results)
+        sums = {each.storage_data.relative_path: each.checksum for part in results for each in part}
+        checked_files.write_sums(Path(self.path), {**sums, _METADATA: self.fs.sums[_METADATA]})
+
+
 def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Shapes (``size``) and dtypes (``properties.dtype``) of the tensors in a folder, by name.
 
-    Raises ValueError, naming the file and what to do, where some of it is missing or cut off.
+    Raises ValueError, naming the file and what to do, where some of it is missing or cut off. The tensors'
+    bytes are not read, so not compared with their checksums.
     """
     metadata = _metadata(folder)
     _check_files(folder, metadata)
@@ -75,13 +139,16 @@ def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
     its part.
 
     group: of the processes that read together; an error of one is an error of all. None: this one by itself.
+    Every file is compared with its checksum first, the processes of a group each some files.
     Raises ValueError where the folder is damaged or has no tensor of that name, shape and dtype.
     """
     metadata, problem = Metadata({}), None
     try:
         metadata = _metadata(folder)
-        _check_files(folder, metadata)
+        files = _check_files(folder, metadata)
         _check_tensors(folder, metadata, tensors)
+        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        checked_files.verify(folder, files[rank::size], _advice(folder))
     except ValueError as error:
         problem = error
     alone = group is None
@@ -128,11 +195,13 @@ def _metadata(folder: Path) -> Metadata:
         ) from error
     if not sound:  # what is no tensor would be unpickled on reading
         raise ValueError(f"{path} lists other things than tensors; no checkpoint of this package does")
+    checked_files.verify(folder, [_METADATA], _advice(folder))
     metadata.storage_meta = StorageMeta()
     return metadata
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def _check_files(folder: Path, metadata: Metadata) -> list[str]:
+    """Names of the files, which are there at their full lengths."""
     sizes: dict[str, int] = {}
     for part in metadata.storage_data.values():
         sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
@@ -142,6 +211,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise ValueError(f"{path} is missing; {_advice(folder)}")
         if (found := path.stat().st_size) < size:
             raise ValueError(f"{path} is damaged: it has {found} bytes, not {size}; {_advice(folder)}")
+    return sorted(sizes)
 
 
 def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:

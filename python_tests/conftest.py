@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # Tests make thousands of tiny parallel regions: threads that spin between them keep each other from the
@@ -106,6 +108,22 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_cpu_level(request.param)
     yield request.param
     _native.set_cpu_level(before)
+
+
+@pytest.fixture
+def largest_file() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which no file grows beyond so many bytes: the system refuses, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ is wrong.
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,45 @@ def test_damaged_files(tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(ValueError, match="config.json"):
             load_pretrained(tmp_path)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    model = tiny_decoder("fusedkv")
+    save_pretrained(model, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    checksum = whole.index(b'"crc32":"') + len(b'"crc32":"')
+    for at in (checksum, header, header + 1000, len(whole) // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors is damaged: its checksum is .*; restore"):
+            load_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    assert same(load_pretrained(tmp_path), model)
+
+
+def test_a_file_without_a_checksum_loads(tmp_path: Path) -> None:
+    """Of an earlier version, or saved anew by another program."""
+    model = tiny_decoder("fusedkv")
+    save_pretrained(model, tmp_path)
+    tensors = safetensors_torch.load_file(tmp_path / "model.safetensors")
+    safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert same(load_pretrained(tmp_path), model)
+
+
+def test_a_file_that_does_not_fit_the_disk_is_named_and_the_old_one_stays(
+    tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    old = tiny_decoder("fusedkv")
+    save_pretrained(old, tmp_path)
+    for size in (100, 20_000):  # the config, the weights
+        with pytest.raises(OSError, match=r"File too large: '.*model.safetensors'") as caught:
+            with largest_file(size):
+                save_pretrained(tiny_decoder("yoco"), tmp_path)
+        assert caught.value.errno == errno.EFBIG
+        assert same(load_pretrained(tmp_path), old)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -229,6 +229,14 @@ def test_a_damaged_part_is_an_error_of_all(two: list[dict]) -> None:
         assert "delete it to go on from the checkpoint before it" in rank["damaged"]
 
 
+def test_each_part_is_compared_with_its_checksum(two: list[dict]) -> None:
+    """By one of the processes; all hear of it."""
+    for rank in two:
+        for name, said in rank["flipped"].items():
+            assert f"{name} is damaged: its checksum is" in said
+        assert rank["flipped"].keys() == {"__0_0.distcp", "__1_0.distcp"}
+
+
 # Killed
 
 
@@ -336,6 +344,25 @@ def _damaged(folder: Path) -> str:
     return "no error"
 
 
+def _flipped(folder: Path) -> dict[str, str]:
+    found = {}
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        run = folder / f"flipped{name}"
+        if dist.get_rank() == 0:
+            shutil.copytree(step_of(folder / "whole", 3), step_of(run, 3))
+            path = step_of(run, 3) / "state" / name
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        dist.barrier()
+        try:
+            loop.resume(run)
+            found[name] = "no error"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def _two(folder: Path) -> dict:
     _saved(folder)
     loop.run(loop.start(config_of(folder, LONG), folder / "whole"), SilentProgress())
@@ -344,6 +371,7 @@ def _two(folder: Path) -> dict:
         "full": _full(folder),
         "apart": _apart(folder),
         "damaged": _damaged(folder),
+        "flipped": _flipped(folder),
     }
 
 

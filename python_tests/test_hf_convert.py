@@ -265,6 +265,15 @@ class TestFolders:
         assert set(record["changed"]) <= set(dict(model.named_parameters()))
         assert (out / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
 
+    @pytest.mark.parametrize("size", [20_000, 2_000])
+    def test_a_folder_that_does_not_fit_the_disk_is_named(self, size, original, tmp_path, largest_file):
+        conversion = convert_model(plain(), "fusedkv")
+        with pytest.raises(OSError, match="File too large: '.*out'"):
+            with largest_file(size):
+                save_conversion(conversion, tmp_path / "out", original, {"long": "-" * 3000})
+        assert [path.name for path in tmp_path.iterdir()] == ["original"]
+        assert save_conversion(conversion, tmp_path / "out", original, {}).is_dir()
+
     @pytest.mark.parametrize("how", ["prefix", "layers", "kvsharer"])
     def test_searched_plans_keep_their_budget_and_load(
         self, how, original, text, tmp_path, capsys, monkeypatch

@@ -20,8 +20,8 @@ MAX_FUNCTION_LINES = 80
 # Lower layers first. A module imports from layers before its own and from its own folder, never from later
 # ones.
 LAYERS = [
-    {"reference", "documents", "dcp_files"},
-    {"_native"},
+    {"reference", "documents", "checked_files"},
+    {"_native", "dcp_files"},
     {"_checks", "_fakes", "recompute"},
     {"dense"},
     {"ops"},

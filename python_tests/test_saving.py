@@ -7,13 +7,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tiny import tiny_run
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fusedkv_ext import dcp_files
 from fusedkv_ext.checkpoint import load_pretrained
@@ -56,6 +60,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full: set[int] = set()
+        self.full_at: str | None = None  # the file, whenever it is written
         self.forgets: set[int] = set()
         self.ready = threading.Event()
         self.ready.set()
@@ -69,6 +74,8 @@ class Disk:
                 assert self.ready.wait(60)
                 if any(f"step-{step:08d}" in str(writer.path) for step in self.full):
                     raise OSError(28, "No space left on device")
+                if self.full_at is not None:  # a device that is always full, in place of the file
+                    (writer.path / self.full_at).symlink_to("/dev/full")
                 written = write(writer, *args)
                 if any(f"step-{step:08d}" in str(writer.path) for step in self.forgets):
                     (writer.path / "__0_0.distcp").unlink()
@@ -89,8 +96,10 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 def test_what_a_checkpoint_holds(config: TrainConfig, tmp_path: Path) -> None:
     newest = run_in(tmp_path / "run", config, stop_after=1)
-    assert sorted(path.name for path in newest.iterdir()) == ["config.json", "state", "trainer.json"]
-    assert sorted(path.name for path in (newest / "state").iterdir()) == [".metadata", "__0_0.distcp"]
+    files = ["checksums.json", "config.json", "state", "trainer.json"]
+    assert sorted(path.name for path in newest.iterdir()) == files
+    state = [".metadata", "__0_0.distcp", "checksums.json"]
+    assert sorted(path.name for path in (newest / "state").iterdir()) == state
     names = set(dcp_files.stored(newest / "state"))
     weights = {name for name, _ in load_pretrained(newest).named_parameters()}  # a tied head is one parameter
     kinds = ("exp_avg", "exp_avg_sq", "step")
@@ -167,6 +176,37 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(
     assert names_in(run) == ["step-00000002", "step-00000004", "step-00000006"]
 
 
+# A device that is always full.
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+
+
+@needs_dev_full
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata.tmp", "checksums.json"])
+def test_a_full_disk_is_named_whatever_torch_makes_of_it(
+    file: str, config: TrainConfig, tmp_path: Path, disk: Disk
+) -> None:
+    disk.full_at = file
+    message = rf"could not be written \(OSError: \[Errno 28\] No space left on device: '.*/{file}'"
+    with pytest.raises(saving.CheckpointError, match=f"step-00000002 {message}"):
+        run_in(tmp_path / "run", config)
+
+
+@needs_dev_full
+def test_a_disk_that_is_full_amid_a_large_tensor_is_named(tmp_path: Path) -> None:
+    """Of what no buffer holds, torch's writer of archives says "unexpected pos"."""
+    large = {"large": torch.randn(300_000)}
+    (tmp_path / "trainer.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/trainer.pt'"):
+        checkpoints.write_state(tmp_path, large)
+    (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointException) as caught:
+            dcp.save(large, storage_writer=saving._Writer(tmp_path, lambda: None), no_dist=True)
+    cause = dcp_files.first_cause(caught.value)
+    assert isinstance(cause, OSError) and "No space left on device" in str(cause) and "distcp" in str(cause)
+
+
 def test_a_part_that_is_not_in_the_folder_keeps_it_from_getting_its_name(
     config: TrainConfig, tmp_path: Path, disk: Disk
 ) -> None:
@@ -221,6 +261,11 @@ def garbage_inside(path: Path) -> None:
     path.write_bytes(data)
 
 
+def garbage_without_checksums(path: Path) -> None:
+    garbage_inside(path)
+    (path.parent / "checksums.json").unlink()
+
+
 def half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -228,7 +273,8 @@ def half(path: Path) -> None:
 DAMAGE = {
     "part missing": ("__0_0.distcp", Path.unlink, r"__0_0\.distcp is missing; "),
     "part cut off": ("__0_0.distcp", half, r"__0_0\.distcp is damaged: it has \d+ bytes, not \d+; "),
-    "part garbled": ("__0_0.distcp", garbage_inside, r"state cannot be read \(.*\); "),
+    "part garbled": ("__0_0.distcp", garbage_inside, r"__0_0\.distcp is damaged: its checksum is .*; "),
+    "part of an old one": ("__0_0.distcp", garbage_without_checksums, r"state cannot be read \(.*\); "),
     "list missing": (".metadata", Path.unlink, r"\.metadata is missing; "),
     "list cut off": (".metadata", half, r"\.metadata is damaged and cannot be read \(.*\); "),
     "list garbled": (".metadata", garbage_inside, r"\.metadata is damaged and cannot be read \(.*\); "),
@@ -245,6 +291,92 @@ def test_damaged_files_are_named_with_what_to_do(case: str, config: TrainConfig,
         with pytest.raises(ValueError, match=message + advice):
             read(newest)
     assert checkpoints.resolve(tmp_path / "run") == newest
+
+
+def flip(path: Path, at: float) -> None:
+    """One bit, so far into the file."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def as_torch_reads(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint without this package."""
+    metadata = dcp.FileSystemReader(checkpoint / "state").read_metadata()
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, checkpoint_id=checkpoint / "state", no_dist=True)
+    return tensors
+
+
+@pytest.mark.parametrize("at", [0.01, 0.3, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("file", ["state/__0_0.distcp", "state/.metadata", "trainer.json"])
+def test_a_flipped_bit_is_found(file: str, at: float, checkpoint: Path) -> None:
+    flip(checkpoint / file, at)
+    message = rf"{Path(file).name} is damaged.*; restore .*step-00000003 from a copy, or delete it to go on"
+    with pytest.raises(ValueError, match=message):
+        loop.resume(checkpoint.parents[1])
+    if file.startswith("state"):
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    return run_in(folder / "run", tiny_run(folder, **{"run.keep": 10}), stop_after=3).parents[1]
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(trained, tmp_path / "copy")) / "checkpoints" / "step-00000003"
+
+
+def test_every_file_has_a_checksum_or_none(checkpoint: Path) -> None:
+    whole = tensors_of(checkpoint)
+    path = checkpoint / "state" / "checksums.json"
+    sums = json.loads(path.read_text())
+    for name in ("__0_0.distcp", ".metadata"):
+        path.write_text(json.dumps({"crc32": {k: v for k, v in sums["crc32"].items() if k != name}}))
+        with pytest.raises(ValueError, match=rf"checksums.json has no checksum of {name}; restore"):
+            load_pretrained(checkpoint)
+    for text in ("{}", "[]", "", '{"crc32": {"__0_0.distcp": 1}}', '{"crc32": {"__0_0.distcp": "x"}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="checksums.json is damaged and cannot be read"):
+            load_pretrained(checkpoint)
+    # Checkpoints of earlier versions have none.
+    path.unlink()
+    (checkpoint / "checksums.json").unlink()
+    read = tensors_of(checkpoint)
+    assert all(torch.equal(read[name], whole[name]) for name in whole)
+    assert loop.resume(checkpoint.parents[1])[0].trainer.step == 3
+
+
+def test_a_flipped_bit_in_a_state_of_one_file_is_found(tmp_path: Path) -> None:
+    state = {"weights": {"w": torch.randn(1000)}, "step": 3}
+    checkpoints.write_state(tmp_path, state)
+    whole = (tmp_path / "trainer.pt").read_bytes()
+    for at in (0.02, 0.5, 0.98):
+        flip(tmp_path / "trainer.pt", at)
+        with pytest.raises(ValueError, match=r"trainer.pt is damaged: its checksum is .*; restore"):
+            checkpoints.read_state(tmp_path)
+        (tmp_path / "trainer.pt").write_bytes(whole)
+    assert torch.equal(checkpoints.read_state(tmp_path)["weights"]["w"], state["weights"]["w"])
+    (tmp_path / "checksums.json").unlink()  # as of an earlier version
+    assert checkpoints.read_state(tmp_path)["step"] == 3
+    theirs = torch.load(tmp_path / "trainer.pt", weights_only=True)
+    assert torch.equal(theirs["weights"]["w"], state["weights"]["w"])
+
+
+def test_the_format_is_torchs(checkpoint: Path) -> None:
+    theirs, ours = as_torch_reads(checkpoint), tensors_of(checkpoint)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
 class Hostile:

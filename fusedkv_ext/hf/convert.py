@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fusedkv_ext import checked_files
 from fusedkv_ext.hf.absorb import Repair, absorb
 from fusedkv_ext.hf.config import PlanConfig, cache_bytes_per_token, config_for
 from fusedkv_ext.hf.explained import explained_layers
@@ -200,7 +201,7 @@ def save_conversion(
     """Writes a Hugging Face folder: the model, the tokenizer and other small files of ``original``, and
     conversion.json with ``report``. It appears whole or not at all. tokenizer: in place of the original's.
 
-    Raises FileExistsError when ``out`` is there already.
+    Raises FileExistsError when ``out`` is there already, OSError, naming it, where the disk is full.
     """
     out, original = Path(out), Path(original)
     if out.exists():
@@ -208,9 +209,10 @@ def save_conversion(
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        save_like(conversion.model, original, scratch)
-        if tokenizer is not None:
-            tokenizer.save(scratch)
+        with checked_files.naming(out):
+            save_like(conversion.model, original, scratch)
+            if tokenizer is not None:
+                tokenizer.save(scratch)
         config = conversion.model.config
         record = {
             "original": str(original.resolve()),
@@ -226,7 +228,8 @@ def save_conversion(
             },
             **report,
         }
-        (scratch / CONVERSION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with checked_files.naming(out / CONVERSION):
+            (scratch / CONVERSION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
         scratch.rename(out)
     except BaseException:

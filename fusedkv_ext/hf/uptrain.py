@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fusedkv_ext import checked_files
 from fusedkv_ext.hf.loading import CONVERSION, save_like
 from fusedkv_ext.hf.uptrain_run import Run, UptrainResult, load, partial_folder
 from fusedkv_ext.hf.uptrain_settings import UptrainSettings
@@ -212,14 +213,15 @@ def _finish(run: Run, log: MetricsLog, progress: Progress) -> UptrainResult:
     log.write({"kind": "result", "step": trainer.step, **result.to_dict()})
     scratch = run.partial / "model"
     shutil.rmtree(scratch, ignore_errors=True)
-    save_like(model, run.folder, scratch)
-    if trainer.settings.tokenizer is not None:
-        run.tokenizer.save(scratch)
-    if run.conversion is not None:
-        text = json.dumps(_conversion(run, result), indent=2) + "\n"
-        (scratch / CONVERSION).write_text(text, encoding="utf-8")
-    shutil.copyfile(log.path, scratch / "metrics.jsonl")
-    checkpoints.sync(scratch)
+    with checked_files.naming(run.out):
+        save_like(model, run.folder, scratch)
+        if trainer.settings.tokenizer is not None:
+            run.tokenizer.save(scratch)
+        if run.conversion is not None:
+            text = json.dumps(_conversion(run, result), indent=2) + "\n"
+            (scratch / CONVERSION).write_text(text, encoding="utf-8")
+        shutil.copyfile(log.path, scratch / "metrics.jsonl")
+        checkpoints.sync(scratch)
     scratch.rename(run.out)
     shutil.rmtree(run.partial)
     return result

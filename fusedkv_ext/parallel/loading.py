@@ -9,7 +9,15 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fusedkv_ext.checkpoint import PREFIX, STATE, allocate, filled, open_weights, stored_tensors
+from fusedkv_ext.checkpoint import (
+    PREFIX,
+    STATE,
+    allocate,
+    filled,
+    open_weights,
+    stored_tensors,
+    verify_weights,
+)
 from fusedkv_ext.decoder import Decoder
 from fusedkv_ext.parallel.tensor import check_shares, head_orders, share_heads
 
@@ -52,6 +60,7 @@ def load_shared(
 
         dcp_files.read(folder / STATE, {PREFIX + name: part for name, part in parts.items()})
     else:
+        verify_weights(folder)
         with open_weights(folder, device) as file, torch.no_grad():
             for name, part in parts.items():
                 part.to_local().copy_(file.get_slice(name)[_place(part)])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fusedkv_ext import checked_files
 from fusedkv_ext.checkpoint import holds_model
 from fusedkv_ext.train.config import TrainConfig
 
@@ -95,15 +96,18 @@ def write(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> 
         scratch = root / f".partial-{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        fill(scratch)
-        publish(scratch, target)
+        with checked_files.naming(target):
+            fill(scratch)
+            publish(scratch, target)
     prune(root, keep)
     return target
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes what `read_state` reads: plain types and tensors."""
-    torch.save({"format": _FORMAT, **state}, folder / _STATE)
+    with checked_files.writing(folder / _STATE) as file:
+        torch.save({"format": _FORMAT, **state}, file)
+    checked_files.write_sums(folder, {_STATE: file.checksum})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -111,10 +115,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     version.
     """
     path = folder / _STATE
+    checked_files.verify(folder, [_STATE], _advice(folder))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and EOF errors of several kinds
-        raise ValueError(f"{path} is damaged and cannot be read ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} is damaged and cannot be read ({type(error).__name__}); {_advice(folder)}"
+        ) from error
     if state.pop("format", None) != _FORMAT:
         raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
     return state
@@ -123,7 +130,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def write_trainer(folder: Path, facts: dict[str, Any]) -> None:
     """Writes what `read_trainer` reads: what a run needs to go on that is no tensor."""
     text = json.dumps({"format": _FORMAT, **facts}, indent=2)
-    (folder / _TRAINER).write_text(text + "\n", encoding="utf-8")
+    with checked_files.writing(folder / _TRAINER) as file:
+        file.write(f"{text}\n".encode())
+    checked_files.write_sums(folder, {_TRAINER: file.checksum})
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
@@ -135,10 +144,11 @@ def read_trainer(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds a model but no {_TRAINER}: it can generate text, not go on training"
         )
+    checked_files.verify(folder, [_TRAINER], _advice(folder))
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged and cannot be read ({error})") from error
+        raise ValueError(f"{path} is damaged and cannot be read ({error}); {_advice(folder)}") from error
     if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
         raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
     return facts
@@ -148,6 +158,10 @@ def training_config(folder: Path) -> TrainConfig | None:
     """How the model in a checkpoint folder was trained; None where the folder does not say."""
     known = (folder / _TRAINER).is_file()
     return TrainConfig.from_dict(read_trainer(folder)["config"]) if known else None
+
+
+def _advice(folder: Path) -> str:
+    return f"restore {folder} from a copy, or delete it to go on from the checkpoint before it"
 
 
 def clean(root: Path) -> None:

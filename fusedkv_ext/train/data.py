@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fusedkv_ext import checked_files
 from fusedkv_ext.packing import IGNORED, document_ids_of, next_tokens
 from fusedkv_ext.train.corpus import Corpus, TextFile, default_corpus, split_files, split_text, user_corpus
 from fusedkv_ext.train.tokenizer import Tokenizer, pack
@@ -110,7 +111,7 @@ def _split(corpus: Corpus, held_out: Corpus | None, fraction: float) -> tuple[_D
 def _write_tokens(path: Path, documents: _Documents, tokenizer: Tokenizer) -> tuple[int, int]:
     """Returns (tokens, bytes of text)."""
     tokens = text_bytes = 0
-    with path.open("wb") as file:
+    with checked_files.naming(path), path.open("wb") as file:
         for text in documents.texts():
             ids = tokenizer.encode(text)
             if tokenizer.separator is not None:

@@ -41,11 +41,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; those before it are untouched."""
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(dcp_files.Writer):
     """Commits what all processes have written, on the first of them; they all hear of an error."""
 
     def __init__(self, folder: Path, commit: Callable[[], None]) -> None:
-        super().__init__(folder, sync_files=True)
+        super().__init__(folder)
         self._commit = commit
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
