@@ -32,7 +32,7 @@ CHECKSUMS = "checksums.json"
 # A safetensors file carries its own checksum, so that the two are replaced together: metadata of this name,
 # which `stamp` fills in. It is that of the file with zeros in its place.
 SUM, NO_SUM = "crc32", "0" * 8
-_STAMP = re.compile(rb'"crc32":"([0-9a-f]{8})"')
+_STAMP = re.compile(rf'"{SUM}":"([0-9a-f]{{8}})"'.encode())
 _BLOCK = 1 << 22
 
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from fusedkv_ext import checked_files
     from fusedkv_ext.checkpoint import is_huggingface, load_pretrained, save_pretrained
     from fusedkv_ext.train import checkpoints
     from fusedkv_ext.train.extras import need
@@ -44,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.folder.with_name(f".partial-{args.folder.name}-{os.getpid()}")
     try:
-        save_pretrained(model, scratch)
-        saved_tokenizer(found).save(scratch)
-        checkpoints.publish(scratch, args.folder)
+        with checked_files.naming(args.folder):
+            save_pretrained(model, scratch)
+            saved_tokenizer(found).save(scratch)
+            checkpoints.publish(scratch, args.folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
