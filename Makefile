@@ -4,13 +4,13 @@
 #   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
 #   ARGS="--quick"      arguments passed on by `make demo`, `make test`, `make bench` and `make instructions`
 #   HF=5.19.0           transformers for `make test-hf`               REAL=build/real where `make test-real` keeps downloads
-#   FUSEDKV_CUDA=0      build without CUDA                            TORCH_CUDA_ARCH_LIST="9.0a"
+#   FUSEDKV_CUDA=0 / 1  without CUDA / with CUDA or not at all        TORCH_CUDA_ARCH_LIST="9.0a"
 #   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-FUSEDKV_CUDA ?= 1
+FUSEDKV_CUDA ?=
 HF ?= 5.19.0
 REAL ?= build/real
 
@@ -32,7 +32,8 @@ COUNTER := build/count_instructions
 OTHER_HF := $(abspath build/transformers-$(HF))
 LM_EVAL := $(abspath build/lm-eval/site-packages)
 
-NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
+NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard build_support/*.py) \
+    $(shell find csrc -type f 2>/dev/null)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # CMake and Ninja come from the environment, whatever the machine has; build requirements must be there, torch first of all.
 export PATH := $(BIN):$(PATH)
@@ -74,6 +75,7 @@ $(DEPS): constraints.txt
 $(NATIVE): $(DEPS) $(NATIVE_SOURCES)
 	@echo "building the native module (incremental after the first time)"
 	@$(PIP) install --no-build-isolation --no-deps -e .
+	@$(BIN)/fusedkv info | grep '^CUDA ops'
 	@touch $@
 
 build: $(NATIVE)
@@ -156,7 +158,8 @@ format: $(DEPS)
 # keeps what ptxas says of each kernel. A library is linked too, where torch has no CUDA against a stand-in for it.
 cuda-objects: $(DEPS)
 	@if [ "$(FUSEDKV_CUDA)" = 0 ]; then echo "cuda-objects: skipped, FUSEDKV_CUDA=0 turns CUDA off"; \
-	elif ! command -v "$${CUDACXX:-nvcc}" >/dev/null; then echo "cuda-objects: skipped, no nvcc on this machine"; \
+	elif ! nvcc=$$($(BIN)/python build_support/native_config.py nvcc); then exit 1; \
+	elif [ -z "$$nvcc" ]; then echo "cuda-objects: skipped, no nvcc on this machine"; \
 	else \
 	    TORCH_CUDA_ARCH_LIST="$(CUDA_OBJECTS_ARCHS)" $(BIN)/cmake -S . -B $(CUDA_OBJECTS) -G Ninja --log-level=WARNING \
 	        -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=ON -DFUSEDKV_SIMT=OFF \

@@ -1,14 +1,13 @@
 """Entry of pip: configures and builds CMakeLists.txt with Ninja. Downloads nothing.
 
 Build with ``pip install --no-build-isolation .`` (or ``-e .``), so that the torch of this environment is the
-one compiled against. ``FUSEDKV_CUDA=0`` leaves the CUDA kernels out; ``TORCH_CUDA_ARCH_LIST`` chooses their
-architectures; ``MAX_JOBS`` limits the compilers.
+one compiled against. ``FUSEDKV_CUDA=0`` leaves the CUDA ops out and ``1`` insists on them;
+``TORCH_CUDA_ARCH_LIST`` chooses their architectures; ``MAX_JOBS`` limits the compilers.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,18 +17,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
-
-def find_tool(name: str) -> str:
-    """The tool of this environment (pip installs cmake and ninja as scripts), else the one on PATH."""
-    beside_python = Path(sysconfig.get_path("scripts")) / name
-    found = str(beside_python) if beside_python.exists() else shutil.which(name)
-    if found is None:
-        sys.exit(
-            f"fusedkv_ext needs {name} to build: pip install cmake ninja pybind11 torch, then "
-            "pip install --no-build-isolation ."
-        )
-    return found
+sys.path.insert(0, str(ROOT / "build_support"))
+from native_config import find_tool, wanted_cuda  # noqa: E402
 
 
 class CMakeBuild(build_ext):
@@ -47,7 +36,6 @@ class CMakeBuild(build_ext):
             ROOT / "fusedkv_ext" if self.editable_mode else Path(self.build_lib).resolve() / "fusedkv_ext"
         )
         cmake = find_tool("cmake")
-        cuda = "OFF" if os.environ.get("FUSEDKV_CUDA") == "0" else "ON"
         configure = [
             cmake,
             "-S",
@@ -58,7 +46,7 @@ class CMakeBuild(build_ext):
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DFUSEDKV_CUDA={cuda}",
+            f"-DFUSEDKV_CUDA={wanted_cuda(os.environ)}",
         ]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         for command in (

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "build_facts.h"
 #include "common/huge_pages.h"
 #include "common/kept_memory.h"
 #include "kernels/attn_decode_cuda.h"
@@ -26,7 +27,10 @@ std::vector<std::string> cpu_levels() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = FUSEDKV_BUILD_TORCH;
-  info["cuda_archs"] = FUSEDKV_BUILD_CUDA_ARCHS;
+  info["cuda"] = FUSEDKV_BUILD_CUDA;
+  info["cuda_code"] = FUSEDKV_BUILD_CUDA_CODE;
+  info["cuda_reason"] = FUSEDKV_BUILD_CUDA_REASON;
+  info["warning"] = FUSEDKV_BUILD_WARNING;
   info["max_sources"] = fusedkv::kMaxSources;
   info["split_tokens"] = fusedkv::kSplitTokens;
   info["cell_tokens"] = fusedkv::kCellTokens;

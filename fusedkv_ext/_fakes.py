@@ -1,13 +1,15 @@
-"""Shapes and dtypes of what the ops return, for torch.compile and meta tensors."""
+"""Ops in Python: shapes and dtypes of what they return, for torch.compile and meta tensors, and the refusal
+of CUDA tensors where there are no CUDA ops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fusedkv_ext import _native  # noqa: F401  (defines torch.ops.fusedkv)
+from fusedkv_ext import _native
 
 # As in csrc/kernels: the length of a schedule follows from them.
 _MAX_BLOCKS, _GENERIC_ROWS = 2048, 4
@@ -88,3 +90,15 @@ def register_fakes(namespace: str) -> None:
 
 
 register_fakes("fusedkv")
+
+
+def _refuse_cuda(*args: object) -> NoReturn:
+    raise NotImplementedError(_native.cuda_error())
+
+
+# The dispatcher's own error lists every backend of torch and does not know the reason. Registered here, it
+# reaches compiled code and direct calls of torch.ops too.
+_refusals = torch.library.Library("fusedkv", "IMPL")
+if _native.cuda_error() is not None and torch.backends.cuda.is_built():
+    for _name in _FAKES:
+        _refusals.impl(_name, _refuse_cuda, "CUDA")

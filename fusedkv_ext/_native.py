@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-_BUILD_HINT = "build it with `pip install --no-build-isolation .` in the environment that has torch"
+_BUILD = "pip install --no-build-isolation ."
+_BUILD_HINT = f"build it with `{_BUILD}` in the environment that has torch"
 
 try:
     from fusedkv_ext import _C
@@ -22,19 +23,32 @@ except ImportError as error:
     )
     raise ImportError(f"fusedkv_ext's native module _C {reason}; {_BUILD_HINT}.") from None
 
-_cuda_error: str | None = None
-if torch.version.cuda is None:
-    _cuda_error = f"torch {torch.__version__} has no CUDA"
-else:
-    _spec = importlib.util.find_spec("fusedkv_ext")
-    _library = os.path.join(os.path.dirname(_spec.origin), "_C_cuda.so") if _spec and _spec.origin else ""
-    if not os.path.exists(_library):
-        _cuda_error = f"this build has no CUDA ops (no nvcc, or FUSEDKV_CUDA=0); {_BUILD_HINT}"
-    else:
-        try:
-            torch.ops.load_library(_library)
-        except OSError as error:
-            _cuda_error = f"_C_cuda.so does not load with torch {torch.__version__} ({error}); {_BUILD_HINT}"
+
+def _load_cuda_ops() -> str | None:
+    """Loads ``_C_cuda.so``; returns why there are no CUDA ops, and what to do, or None."""
+    rebuild = f"rebuild with `FUSEDKV_CUDA=1 {_BUILD}` in the source tree"
+    torch_name = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{torch_name} has no CUDA; install a torch with CUDA, then {rebuild}"
+    if reason := _C.build_info()["cuda_reason"]:
+        return f"fusedkv_ext was built without CUDA ops: {reason}; {rebuild}"
+    try:
+        torch.ops.load_library(os.path.join(os.path.dirname(_C.__file__), "_C_cuda.so"))
+    except OSError as error:
+        return f"fusedkv_ext's CUDA ops do not load with {torch_name}: {error.__cause__ or error}; {rebuild}"
+    return None
+
+
+def _warn_without_cuda_ops() -> None:
+    """Shows what the build warned of, as pip hides the output of a successful build, where it matters."""
+    info = _C.build_info()
+    expected = info["warning"] or not info["cuda_reason"]
+    if _cuda_error and expected and torch.version.cuda and torch.cuda.device_count():
+        warnings.warn(_cuda_error, stacklevel=3)
+
+
+_cuda_error = _load_cuda_ops()
+_warn_without_cuda_ops()
 
 _wanted_level = os.environ.get("FUSEDKV_CPU_LEVEL")
 if _wanted_level and _wanted_level not in _C.cpu_levels():
@@ -46,8 +60,7 @@ if _wanted_level and _wanted_level not in _C.cpu_levels():
 
 
 def build_info() -> dict[str, Any]:
-    """What is loaded: torch at build time, CUDA architectures compiled, CPU SIMD levels, why CUDA ops are
-    absent."""
+    """What is loaded: torch, CUDA and its code at build time, CPU SIMD levels, why CUDA ops are absent."""
     return {
         **_C.build_info(),
         "cpu_level": _C.cpu_level(),
@@ -55,6 +68,11 @@ def build_info() -> dict[str, Any]:
         "cuda_ops": _cuda_error is None,
         "cuda_error": _cuda_error,
     }
+
+
+def cuda_error() -> str | None:
+    """Why there are no CUDA ops, and what to do; None if there are."""
+    return _cuda_error
 
 
 def cpu_levels() -> list[str]:
