@@ -210,6 +210,21 @@ def test_nvcc_that_does_not_work_is_an_error(
             config.configure("AUTO", {"CUDA_HOME": str(tmp_path / "cuda")})
 
 
+def test_gpu_check_finds_the_nvcc_that_the_build_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
+    assert spec is not None and spec.loader is not None
+    gpu_check = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", gpu_check)
+    spec.loader.exec_module(gpu_check)
+    monkeypatch.setenv("CUDACXX", "")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
+    gpu_check.name_nvcc()
+    assert os.environ["CUDACXX"] == str(tmp_path / "cuda" / "bin" / "nvcc")
+
+
 def test_facts_of_torch_are_read_without_importing_it(config: ModuleType) -> None:
     program = "import native_config as n, sys; print(n.read_torch()); assert 'torch' not in sys.modules"
     done = subprocess.run(

@@ -274,6 +274,12 @@ def set_environment(machine: dict[str, Any]) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def name_nvcc() -> None:
+    """Finds an nvcc that is not on PATH as the build does; a variable that leads nowhere is its error."""
+    if nvcc := ask(sys.executable, "build_support/native_config.py", "nvcc"):
+        os.environ["CUDACXX"] = nvcc
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the stages, their limits and commands")
@@ -285,6 +291,7 @@ def main() -> int:
         parser.error(f"unknown stages {sorted(unknown)}; expected some of {list(LIMITS)}")
     # The scripts of this Python's environment first: cmake and ninja may be there only.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    name_nvcc()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if given.list:
