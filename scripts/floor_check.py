@@ -66,7 +66,9 @@ def fetch(folder: Path) -> None:
 
 def configure(python: str) -> None:
     """Lets CMake write down how each source is compiled, for CUDA and for the executor too."""
-    cuda = "OFF" if os.environ.get("FUSEDKV_CUDA") == "0" else "ON"
+    find_nvcc = [python, str(ROOT / "build_support" / "native_config.py"), "nvcc"]
+    nvcc = "" if os.environ.get("FUSEDKV_CUDA") == "0" else subprocess.check_output(find_nvcc, text=True).strip()
+    cuda = "ON" if nvcc else "OFF"
     options = [f"-DPython_EXECUTABLE={python}", f"-DFUSEDKV_CUDA={cuda}", "-DFUSEDKV_SIMT=ON"]
     command = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "--log-level=WARNING", *options]
     done = subprocess.run(command, capture_output=True, text=True)
