@@ -1,0 +1,94 @@
+"""``attn_implementation="fusedkv"`` on plain models of transformers: what they ask for, or a refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+)
+
+from fusedkv_ext.hf.interface import fusedkv_attention_forward
+
+IDS = torch.arange(2, 14)[None]
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    pad_token_id=0,
+)
+# What attention has beyond Llama's, and the keyword that carries it.
+MODELS: dict[str, tuple[PreTrainedConfig, str | None]] = {
+    "llama": (LlamaConfig(**SIZES), None),
+    "gpt-oss": (GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1), "s_aux"),
+    "gemma2": (Gemma2Config(**SIZES, attn_logit_softcapping=1.0), "softcap"),
+    "gemma2 without a cap": (Gemma2Config(**SIZES, attn_logit_softcapping=None), None),
+    "t5": (
+        T5Config(
+            vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+        ),
+        "position_bias",
+    ),
+}
+
+
+def lively(model: PreTrainedModel) -> PreTrainedModel:
+    """Sinks, caps and biases with which a model that leaves them out differs."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "sinks" in name:
+                weight.fill_(3.0)
+            elif weight.dim() > 1:
+                weight.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_a_plain_model_computes_what_eager_attention_does_or_names_what_is_missing(kind: str) -> None:
+    config, keyword = MODELS[kind]
+    model = lively(AutoModel.from_config(config, attn_implementation="eager"))
+    inputs = {"decoder_input_ids": IDS[:, :5]} if kind == "t5" else {"use_cache": False}
+    expected = model(IDS, **inputs).last_hidden_state
+    model.set_attn_implementation("fusedkv")
+    try:
+        found = model(IDS, **inputs).last_hidden_state
+    except ValueError as error:
+        assert keyword is not None and keyword in str(error)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Attention(nn.Module):
+    """Enough of an attention module for the function."""
+
+    is_causal, layer_idx, num_key_value_groups = True, 0, 1
+
+
+def attend(**keywords: Any) -> Tensor:
+    q, k, v = torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    return fusedkv_attention_forward(Attention(), q, k, v, None, **keywords)[0]
+
+
+@pytest.mark.parametrize("keyword", ["s_aux", "softcap", "position_bias", "a_keyword_of_tomorrow"])
+def test_keywords_that_attention_does_not_know_are_refused_unless_none(keyword: str) -> None:
+    torch.testing.assert_close(attend(**{keyword: None}), attend())
+    for value in (torch.ones(2), 30.0):
+        with pytest.raises(ValueError, match=keyword):
+            attend(**{keyword: value})
