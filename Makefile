@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
 #   ARGS="--quick"      arguments passed on by `make demo`, `make test`, `make bench` and `make instructions`
-#   HF=5.19.0           transformers for `make test-hf`               REAL=build/real where `make test-real` keeps downloads
+#   HF=5.17.0           transformers for `make test-hf`               REAL=build/real where `make test-real` keeps downloads
 #   FUSEDKV_CUDA=0 / 1  without CUDA / with CUDA or not at all        TORCH_CUDA_ARCH_LIST="9.0a"
 #   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
 
@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 FUSEDKV_CUDA ?=
-HF ?= 5.19.0
+HF ?= 5.17.0
 REAL ?= build/real
 
 SHELL := /bin/bash
@@ -30,7 +30,11 @@ WHEEL_MAX_KB := 40000
 SIMT := build/simt/_C_simt.so
 COUNTER := build/count_instructions
 OTHER_HF := $(abspath build/transformers-$(HF))
+# transformers' own tests, by version. The environment has the newest supported transformers.
+HF_TESTS := $(abspath build/transformers-tests)
+NEWEST_HF = $(shell $(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
 LM_EVAL := $(abspath build/lm-eval/site-packages)
+TRL := $(abspath build/trl/site-packages)
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard build_support/*.py) \
     $(shell find csrc -type f 2>/dev/null)
@@ -39,13 +43,15 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-hf test-lm-eval test-real simt instructions bench performance-doc docs lint format cuda-objects floor abi sdist wheel clean distclean
+.PHONY: help build demo test test-hf test-lm-eval test-trl test-real simt instructions bench performance-doc docs lint format cuda-objects floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
 	@echo "make test          the test suite (ARGS='-k decode -x')"
-	@echo "make test-hf       the tests of Hugging Face models with another transformers (HF=5.19.0)"
+	@echo "make test-hf       the tests of Hugging Face models with the oldest transformers (HF=5.17.0), and transformers' own"
+	@echo "                   tests of models with the oldest and the newest, which it fetches (140 MB on disk)"
 	@echo "make test-lm-eval  the test with EleutherAI's lm_eval, which it fetches (620 MB on disk)"
+	@echo "make test-trl      the tests with TRL, which it fetches (270 MB on disk)"
 	@echo "make test-real     the tests on SmolLM2-135M and real text, which it fetches (110 MB; REAL=build/real keeps them)"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
 	@echo "make instructions  count what one decode call executes per SIMD level, beside the record (ARGS=--record)"
@@ -87,22 +93,42 @@ test: $(NATIVE) $(SIMT) $(COUNTER)
 	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q $(ARGS)
 
 # Packages in a folder that stands before the environment's own, which stays as it is.
-$(OTHER_HF): $(DEPS)
+$(OTHER_HF): $(DEPS) constraints-hf.txt
 	@echo "installing transformers $(HF) into $@"
-	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial transformers==$(HF) && mv $@.partial $@
+	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial -r constraints-hf.txt transformers==$(HF) && mv $@.partial $@
+
+# The wheel has no tests. The source package has those of tests/ itself, to which they belong as a package.
+$(HF_TESTS)/%: $(DEPS) constraints-hf.txt
+	@echo "fetching the tests of transformers $*"
+	@rm -rf $@ $@.partial && mkdir -p $@.partial
+	@$(PIP) download --no-deps --no-build-isolation --no-binary transformers -d $@.partial transformers==$*
+	@tar -xzf $@.partial/transformers-$*.tar.gz -C $@.partial --strip-components=1 transformers-$*/tests
+	@rm $@.partial/transformers-$*.tar.gz && touch $@.partial/tests/__init__.py
+	@$(PIP) install --no-deps --target $@.partial -c constraints-hf.txt parameterized && mv $@.partial $@
 
 # The folder is named so because dill, which lm_eval pickles with, takes modules from elsewhere for scripts.
 $(LM_EVAL): $(DEPS) constraints-lm-eval.txt
 	@echo "installing lm_eval and what it needs into $@"
 	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial -r constraints-lm-eval.txt && mv $@.partial $@
 
-test-hf: $(NATIVE) $(OTHER_HF)
+$(TRL): $(DEPS) constraints-trl.txt
+	@echo "installing trl and what it needs into $@"
+	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial -r constraints-trl.txt && mv $@.partial $@
+
+# With the newest transformers transformers' own tests alone: `make test` runs ours with it.
+test-hf: $(NATIVE) $(OTHER_HF) $(HF_TESTS)/$(HF)
 	@PYTHONPATH=$(OTHER_HF) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(HF)"'
-	@PYTHONPATH=$(OTHER_HF) $(BIN)/python -m pytest -q python_tests/test_hf_*.py $(ARGS)
+	@$(MAKE) --no-print-directory $(HF_TESTS)/$(NEWEST_HF)
+	@PYTHONPATH=$(HF_TESTS)/$(NEWEST_HF) $(BIN)/python -m pytest -q python_tests/test_hf_mixins.py $(ARGS)
+	@PYTHONPATH=$(OTHER_HF):$(HF_TESTS)/$(HF) $(BIN)/python -m pytest -q python_tests/test_hf_*.py $(ARGS)
 
 test-lm-eval: $(NATIVE) $(LM_EVAL)
 	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -c 'import lm_eval'
 	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q python_tests/test_hf_lm_eval.py $(ARGS)
+
+test-trl: $(NATIVE) $(TRL)
+	@PYTHONPATH=$(TRL) $(BIN)/python -c 'import trl'
+	@PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q python_tests/test_hf_trl.py $(ARGS)
 
 $(REAL)/smollm2: $(DEPS)
 	@test -e $@ || $(BIN)/python scripts/smollm2.py $@

@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from hf_tiny import VOCAB, tiny_model
 from ranks import HAS_GLOO, rank_main, run_ranks
 from torch import Tensor
@@ -39,12 +39,22 @@ def batch(step: int) -> Tensor:
     return torch.randint(2, VOCAB, (4, 9), generator=torch.Generator().manual_seed(step))
 
 
+def accelerator_with_fsdp2() -> Accelerator:
+    """On CPUs accelerate leaves FSDP out without a word, so its state is told what it is on GPUs."""
+    accelerator = Accelerator(cpu=True)
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    # A plugin remembers the layers of the first model that it is for.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+    )
+    return accelerator
+
+
 def ranks(folder: Path) -> dict[str, Any]:
     """The losses of five steps of each case over the halves of a batch, and what was wrapped."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     found = {}
     for case in CASES:
+        accelerator = accelerator_with_fsdp2()
         model, optimizer = accelerator.prepare(*model_and_optimizer(*case))
         losses = []
         for step in range(STEPS):
@@ -65,7 +75,7 @@ def test_five_steps_under_accelerate_have_the_losses_of_one_process(tmp_path: Pa
     assert found[0] == found[1]
     for case in CASES:
         losses, wrapped = found[0]["/".join(case)]
-        assert [name for name in wrapped if name] == [f"model.layers.{i}" for i in range(4)]
+        assert {f"model.layers.{i}" for i in range(4)} < set(wrapped)
         model, optimizer = model_and_optimizer(*case)
         for step in range(STEPS):
             ids = batch(step)

@@ -67,8 +67,8 @@ def fetch(folder: Path) -> None:
 def configure(python: str) -> None:
     """Lets CMake write down how each source is compiled, for CUDA and for the executor too."""
     find_nvcc = [python, str(ROOT / "build_support" / "native_config.py"), "nvcc"]
-    nvcc = "" if os.environ.get("FUSEDKV_CUDA") == "0" else subprocess.check_output(find_nvcc, text=True).strip()
-    cuda = "ON" if nvcc else "OFF"
+    off = os.environ.get("FUSEDKV_CUDA") == "0"
+    cuda = "OFF" if off or not subprocess.check_output(find_nvcc).strip() else "ON"
     options = [f"-DPython_EXECUTABLE={python}", f"-DFUSEDKV_CUDA={cuda}", "-DFUSEDKV_SIMT=ON"]
     command = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "--log-level=WARNING", *options]
     done = subprocess.run(command, capture_output=True, text=True)
