@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -223,15 +223,31 @@ class KVCache:
                 rotated = [layer.stores_rope * rope_dim for layer in latent_layers(plan)]
                 latent = [layer.stored_channels(head_dim) for layer in latent_layers(plan)]
                 self._keys = [allocate(1, sum(widths)) for widths in zip(rotated, latent, strict=True)]
-                self._values = [
-                    x[..., start:] if width and x is not None else None
-                    for x, start, width in zip(self._keys, rotated, latent, strict=True)
-                ]
+                self._values = self._latents()
                 self._owned = [x for x in self._keys if x is not None]
             self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
         self.device = self.seq_lens.device
+
+    def _latents(self) -> list[Tensor | None]:
+        """The values of a cache of latents: the channels of the keys that positions do not rotate."""
+        starts = [layer.stores_rope * (self.rope_dim or 0) for layer in latent_layers(self.plan)]
+        return [
+            x[..., start:] if x is not None and x.shape[-1] > start else None
+            for x, start in zip(self._keys, starts, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: no views, which would become tensors of their own, and nothing that
+        is made when it is first asked for."""
+        values = self._values if self.rope_dim is None else None
+        return {**self.__dict__, "_values": values, "_schedules": {}, "_rotary": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._values is None:
+            self._values = self._latents()
 
     def keys(self, layer: int) -> Tensor:
         """The key cache of a layer, whole. ValueError if the layer stores no keys."""

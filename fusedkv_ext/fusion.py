@@ -240,6 +240,10 @@ class FusionWeights(nn.Module):
         """Forgets the expanded weights that were kept. ``train()`` and ``eval()`` do so too."""
         self._expanded.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have parameters of their own, which what was kept knows nothing of."""
+        return {**self.__dict__, "_expanded": {}}
+
     def train(self, mode: bool = True) -> FusionWeights:
         self.clear_cache()
         return super().train(mode)
