@@ -276,7 +276,7 @@ def test_backward_refuses_bad_buffers(device: torch.device) -> None:
     grad, sources, weights = backward_inputs(Case("bad", T=3, D=16, dtype=torch.bfloat16), device)
     good = [torch.zeros(grad.shape, device=device) for _ in range(2)]
     bad = {
-        "same memory": (ValueError, [good[0], good[0]]),
+        "shares memory with": (ValueError, [good[0], good[0]]),
         "holds 1 tensors": (ValueError, good[:1]),
         "expected .*like sources": (ValueError, [x[:, :2].contiguous() for x in good]),
         "not contiguous": (ValueError, [x.transpose(0, 2).contiguous().transpose(0, 2) for x in good]),

@@ -27,10 +27,11 @@ Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_c
                       std::optional<Tensor> block_table, std::optional<Tensor> rotary_cos,
                       std::optional<Tensor> rotary_sin, bool rotary_interleaved,
                       std::optional<Tensor> query) {
-  const AppendCall call = append_call({key, value, key_cache, value_cache, cache_seqlens, block_table,
-                                       rotary_cos, rotary_sin, rotary_interleaved, query},
-                                      /*cuda=*/false);
+  const AppendArguments arguments{key,         value,      key_cache,  value_cache,        cache_seqlens,
+                                  block_table, rotary_cos, rotary_sin, rotary_interleaved, query};
+  const AppendCall call = append_call(arguments, /*cuda=*/false);
   check_contents(call);
+  begin_writes(arguments);
   const CpuKernels& kernels = cpu_kernels();
   torch::stable::parallel_for(0, call.params.B * call.params.S, 16, [&](int64_t begin, int64_t end) {
     kernels.append_kvcache(call.params, begin, end);

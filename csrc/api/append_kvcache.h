@@ -8,6 +8,7 @@
 
 #include "api/caches.h"
 #include "api/new_tensor.h"
+#include "api/writes.h"
 #include "kernels/append_kvcache.h"
 
 namespace fusedkv::api {
@@ -98,6 +99,29 @@ inline AppendCall append_call(const AppendArguments& x, bool cuda) {
   check_value(p.query.D == p.key.D, "query has shape ", Shape{query}, "; expected the head dim of key, ",
               p.key.D);
   return call;
+}
+
+// The last step before the caches are written. Each of their elements is its own and no other argument's:
+// else the result would depend on what comes first.
+inline void begin_writes(const AppendArguments& x) {
+  const Extent keys(x.key_cache, "key_cache"), values(x.value_cache, "value_cache");
+  check_own_memory(keys);
+  check_own_memory(values);
+  check_apart(keys, values);
+  const auto check = [&](const Tensor& read, const char* name) {
+    const Extent other(read, name);
+    check_apart(keys, other);
+    check_apart(values, other);
+  };
+  check(x.key, "key");
+  check(x.value, "value");
+  check(x.cache_seqlens, "cache_seqlens");
+  if (x.block_table) check(*x.block_table, "block_table");
+  if (x.rotary_cos) check(*x.rotary_cos, "rotary_cos");
+  if (x.rotary_sin) check(*x.rotary_sin, "rotary_sin");
+  if (x.query) check(*x.query, "query");
+  count_write(x.key_cache, "key_cache");
+  count_write(x.value_cache, "value_cache");
 }
 
 }  // namespace fusedkv::api

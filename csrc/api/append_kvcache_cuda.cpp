@@ -14,9 +14,9 @@ Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_c
                       std::optional<Tensor> query) {
   check_device(key, "key", kCuda);
   const DeviceScope scope(key);
-  const AppendCall call = append_call({key, value, key_cache, value_cache, cache_seqlens, block_table,
-                                       rotary_cos, rotary_sin, rotary_interleaved, query},
-                                      kCuda);
+  const AppendArguments arguments{key,         value,      key_cache,  value_cache,        cache_seqlens,
+                                  block_table, rotary_cos, rotary_sin, rotary_interleaved, query};
+  const AppendCall call = append_call(arguments, kCuda);
   const auto use = [&](const Tensor& x, const char* name) {
     check_same_gpu(x, name, key, "key");
     scope.uses(x, name);
@@ -33,6 +33,7 @@ Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_c
   use_optional(rotary_cos, "rotary_cos");
   use_optional(rotary_sin, "rotary_sin");
   use_optional(query, "query");
+  begin_writes(arguments);
   scope.makes(call.rotated, "the rotated query");
   check_launch(append_kvcache_cuda(call.params, scope.stream()), "append_kvcache");
   return call.rotated;

@@ -88,6 +88,7 @@ Tensor fuse_kv_backward_accumulate(Tensor grad, std::vector<Tensor> sources, Ten
                                    std::vector<Tensor> grad_sources, bool needs_weights) {
   FuseKVParams p = fuse_kv_backward_params(grad, sources, weights, false);
   set_source_gradients(p, grad_sources, sources, false);
+  begin_writes(grad_sources, grad, sources, weights, needs_weights);
   const auto [grad_weights, partial] = new_weight_gradients(p, weights, needs_weights);
   backward(p);
   return grad_weights;

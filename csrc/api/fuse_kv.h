@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "api/caches.h"
+#include "api/writes.h"
 
 namespace fusedkv::api {
 
@@ -121,10 +122,28 @@ inline void set_source_gradients(FuseKVParams& p, const std::vector<Tensor>& gra
     check_same_dtype(x, own, grads[0], "grad_sources[0]");
     check_value(x.is_contiguous(), own, " is not contiguous");
     p.grad_sources[j] = x.mutable_data_ptr();
-    for (int i = 0; i < j && x.numel() > 0; ++i)
-      check_value(p.grad_sources[i] != p.grad_sources[j], own, " is the same memory as ",
-                  name_of("grad_sources", i), "; expected a buffer per source");
   }
+}
+
+// The last step before the gradients of the sources are added up. Each buffer is apart from the others and
+// from what is read, else the result would depend on what comes first. Only an element of source j may be
+// that of buffer j: kernels read it before they write there.
+inline void begin_writes(const std::vector<Tensor>& grad_sources, const Tensor& grad,
+                         const std::vector<Tensor>& sources, const Tensor& weights, bool reads_sources) {
+  const Extent of_grad(grad, "grad"), of_weights(weights, "weights");
+  std::vector<Extent> written, read;
+  for (size_t j = 0; j < sources.size(); ++j) {
+    written.emplace_back(grad_sources[j], name_of("grad_sources", j));
+    read.emplace_back(sources[j], name_of("sources", j));
+  }
+  for (size_t j = 0; j < written.size(); ++j) {
+    for (size_t i = 0; i < j; ++i) check_apart(written[i], written[j]);
+    check_apart(written[j], of_grad);
+    check_apart(written[j], of_weights);
+    for (size_t i = 0; reads_sources && i < read.size(); ++i)
+      if (i != j || !written[j].is(read[j])) check_apart(written[j], read[i]);
+  }
+  for (size_t j = 0; j < written.size(); ++j) count_write(grad_sources[j], written[j].name);
 }
 
 // (the gradient of the weights, the partial sums that it is made of).

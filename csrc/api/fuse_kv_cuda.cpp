@@ -121,6 +121,7 @@ Tensor fuse_kv_backward_accumulate(Tensor grad, std::vector<Tensor> sources, Ten
     check_value(aligned16(p.grad_sources[j]), name_of("grad_sources", j),
                 " does not start at a multiple of 16 bytes");
   }
+  begin_writes(grad_sources, grad, sources, weights, needs_weights);
   uses(scope, grad_sources, "grad_sources");
   return backward(p, grad, sources, weights, needs_weights, scope);
 }
