@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Tensors = Tensor | Sequence[Tensor]
 Arguments = Mapping[str, Tensor | Sequence[Tensor] | None]  # by their names
@@ -64,6 +65,8 @@ def plain_on_cpu(tensors: Sequence[object]) -> bool:
     """Whether all are dense CPU tensors without a gradient: what ``check_inputs`` asks for, in one pass and
     without its messages, for calls that take microseconds."""
     grad = torch.is_grad_enabled()
+    if in_forward_mode():
+        return False
     for x in tensors:
         if not isinstance(x, Tensor) or not x.is_cpu or x.layout is not _STRIDED or x.is_nested:
             return False
@@ -245,11 +248,35 @@ def check_scale(softmax_scale: object, head_dim: int) -> float:
     return float(softmax_scale)
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode AD is on, be it torch.func.jvp or a ``dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+def may_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether one of them has a gradient to get, or may have a tangent."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return in_forward_mode()
+
+
 def check_no_grad(op: str, arguments: Arguments, instead: str) -> None:
-    """Ops without a backward would drop gradients silently: refuse."""
+    """Ops without a backward would drop gradients silently: refuse. Tangents too."""
     if torch.is_grad_enabled():
         for name, j, x in _each(arguments):
             if x.requires_grad:
                 raise ValueError(
                     f"{_label(name, j)} requires grad, and {op} is not differentiable; {instead}"
+                )
+    check_no_tangent(op, arguments, instead)
+
+
+def check_no_tangent(op: str, arguments: Arguments, instead: str) -> None:
+    """Refuses what would give a tangent of zeros. Within several transforms of torch.func nobody sees the
+    tangents of the outer ones."""
+    if in_forward_mode():
+        for name, j, x in _each(arguments):
+            if forward_ad.unpack_dual(x).tangent is not None or torch._C._functorch.is_gradtrackingtensor(x):
+                raise ValueError(
+                    f"{_label(name, j)} has a forward-mode tangent, and {op} gives none; {instead}"
                 )

@@ -80,7 +80,7 @@ def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     Returns:
         (B, T, G, D) in the sources' dtype: summed in float32 (float64 for float64) and rounded once.
 
-    Differentiable in both. The backward is deterministic and saves only the sources and the weights.
+    Differentiable in both, in reverse and forward mode. The backward is deterministic and saves only these.
     Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
     """
     sources, weights = _check_fusion(sources, weights)
@@ -104,22 +104,24 @@ def fuse_kv_backward(
     Args:
         grad: (B, T, G, D), the gradient of fuse_kv's result, in the sources' dtype.
         sources, weights: as in :func:`fuse_kv`.
-        grad_sources: m buffers (B, T, G, D), contiguous and apart from each other, float32 or the sources'
-            dtype, to which the sources' gradients are added. None: new tensors.
+        grad_sources: m buffers (B, T, G, D), contiguous, apart from each other and what is read, float32 or
+            the sources' dtype, to which the sources' gradients are added. None: new tensors.
         needs_weights: False returns None for the weights' gradient and does not read the sources.
 
     Returns:
         The m gradients of the sources (``grad_sources`` where given, else in the sources' dtype) and that of
         the weights in their own shape and dtype.
 
-    Two runs give the same bits. Nothing is recorded for autograd.
+    Two runs give the same bits. Nothing is recorded for autograd; a forward-mode tangent raises ValueError.
     Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
     """
-    grad = _checks.check_tensor("grad", grad).detach()
+    grad = _checks.check_tensor("grad", grad)
     sources, canonical = _check_fusion(sources, weights)
     needs_weights = _checks.check_flag("needs_weights", needs_weights)
-    arguments = [grad.contiguous(), [x.detach() for x in sources], canonical.detach()]
-    _checks.check_same_device({"grad": grad, "sources": sources})
+    inputs = {"grad": grad, "sources": sources, "weights": canonical}
+    _checks.check_same_device(inputs)
+    _checks.check_no_tangent("fuse_kv_backward", inputs, "use fuse_kv with torch.func.vjp")
+    arguments = [grad.detach().contiguous(), [x.detach() for x in sources], canonical.detach()]
     if grad_sources is None:
         grads, grad_weights = _call(_ops.fuse_kv_backward.default, *arguments, True, needs_weights)
         results = list(grads.unbind(0))
@@ -188,9 +190,9 @@ def fused_kv_attn_func(
     )
 
     sources = (keys, values, key_weights, value_weights)
-    differentiates = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, *keys, *values, key_weights, value_weights)
-    )
+    differentiates = _checks.may_differentiate(q, *keys, *values, key_weights, value_weights)
+    if return_lse:
+        _checks.check_no_tangent("return_lse", {"q": q, "keys": keys, **weights}, "leave return_lse out")
     folds = document_ids is None and not differentiates
     if folds and folds_dense(q, keys, values, right, q.device.type):
         seqlens = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
@@ -273,7 +275,7 @@ def fused_kv_attn_with_kvcache(
             "fused_kv_attn_with_kvcache",
             {"q": q, "key_caches": key_caches, "value_caches": value_caches, "cache_seqlens": cache_seqlens},
             {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table},
-            "use fused_kv_attn_func to train, torch.no_grad() to decode",
+            "use fused_kv_attn_func to train, torch.no_grad() and plain tensors to decode",
             ("key_caches", "value_caches"),
         )
     if q.dtype != key_caches[0].dtype:
@@ -316,9 +318,9 @@ def attend_cached(
     it reads.
     """
     arguments = (q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table)
-    if torch.is_grad_enabled():
+    if _checks.may_differentiate(q, key_weights, value_weights):
         inputs = {"q": q, "key_weights": key_weights, "value_weights": value_weights}
-        _checks.check_no_grad("attention over a cache", inputs, "call under torch.no_grad()")
+        _checks.check_no_grad("attention over a cache", inputs, "pass .detach()ed tensors")
     if _debug_checks:
         _checks.check_contents(cache_seqlens, block_table, key_caches[0])
         if schedule is not None:
@@ -378,6 +380,7 @@ def append_kvcache(
     Args:
         key, value: (B, S, G, D) and (B, S, Gv, Dv). Tokens at negative positions (left padding) are skipped.
         key_cache, value_cache: (B, capacity, G, D), or (P, page_size, G, D) with a block_table; key's dtype.
+            They share no element with each other or with what is read; views of one tensor are fine.
         cache_seqlens: (B,) int32, lengths after the append. block_table: (B, max_pages) int32.
         rotary_cos, rotary_sin: (max_len, rotary_dim / 2), row p rotates the token at position p (RoPE, arXiv
             2104.09864); rotary_dim <= D, further channels are copied. None: keys are written as they are.
@@ -389,7 +392,6 @@ def append_kvcache(
         they are.
 
     A CUDA token whose length, page or row of the tables is out of range is not written.
-
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
     """
@@ -398,7 +400,7 @@ def append_kvcache(
     if not _checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
         caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
         arguments = {"key": key, "value": value, **caches}
-        _checks.check_inputs("append_kvcache", arguments, tables, "append under torch.no_grad()")
+        _checks.check_inputs("append_kvcache", arguments, tables, "append .detach()ed tensors")
     if not torch.compiler.is_compiling() and (key_cache.is_neg() or value_cache.is_neg()):
         name = "key_cache" if key_cache.is_neg() else "value_cache"
         raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
@@ -428,9 +430,9 @@ def append_cached(
 
     The caches are its own memory, the tables contiguous fp32; the native op still checks what it reads.
     """
-    if torch.is_grad_enabled():
+    if _checks.may_differentiate(key, value, query):
         inputs = {"key": key, "value": value, "query": query}
-        _checks.check_no_grad("append_kvcache", inputs, "append under torch.no_grad()")
+        _checks.check_no_grad("append_kvcache", inputs, "append .detach()ed tensors")
     if _debug_checks:
         _checks.check_contents(cache_seqlens, block_table, key_cache)
     cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkv_ext._checks import in_forward_mode
+
 Checkpointing = Literal["reentrant", "non_reentrant"]
 
 Fuse = Callable[[], Sequence[Tensor]]
@@ -86,11 +88,12 @@ def recomputed(fuse: Fuse, fused: Sequence[Tensor], inputs: Sequence[Tensor]) ->
             makes the backward raise RuntimeError.
 
     These contexts nest. Within other saved-tensor hooks nothing happens: those of activation checkpointing
-    drop or move all that is saved, and the inner hooks would hide it from them.
+    drop or move all that is saved, and the inner hooks would hide it from them. Nor in forward mode: what is
+    made again would have lost its tangents.
     """
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     outer = None if top is None else getattr(top[0], "__self__", None)
-    if top is not None and not isinstance(outer, _Refuse):
+    if top is not None and not isinstance(outer, _Refuse) or in_forward_mode():
         yield
         return
     refuse = _Refuse(fuse, fused, inputs, outer)

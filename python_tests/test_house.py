@@ -21,8 +21,8 @@ MAX_FUNCTION_LINES = 80
 # ones.
 LAYERS = [
     {"reference", "documents", "checked_files"},
-    {"_native", "dcp_files"},
-    {"_checks", "_fakes", "recompute"},
+    {"_native", "_checks", "dcp_files"},
+    {"_fakes", "recompute"},
     {"dense"},
     {"ops"},
     {"explain"},
