@@ -22,8 +22,13 @@ from transformers.cache_utils import QuantizedLayer
 from fusedkv_ext.plan import CachePlan
 
 WINDOW, PROMPT, NEW = 4, 7, 4
-# Their caches hold what that of another plan holds.
+# Not the plans whose caches hold what that of another plan holds; but readers of full layers between which a
+# layer with a window stores.
 ALIKE = {"fusedkv-lite-learnable", "fusedkv-lite-rev", "gqa", "mqa"}
+CASES = {name: PLANS[name] for name in sorted(PLANS.keys() - ALIKE)}
+CASES |= {
+    f"{name} storing 3": CachePlan.named(name, LAYERS, storage_layers=3) for name in ("fusedkv", "yoco")
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 TYPES = {
     "full": [FULL] * LAYERS,
@@ -79,19 +84,22 @@ def may_refuse(plan: CachePlan, types: str, cache: str) -> bool:
 
 
 def greedy(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Each step computes all tokens anew."""
+    """The logits of each new token (NEW, VOCAB), where each step computes all tokens anew."""
+    found = []
     for _ in range(NEW):
-        logits = model(ids, use_cache=False).logits[:, -1:]
-        ids = torch.cat((ids, logits.argmax(-1)), dim=1)
-    return ids
+        logits = model(ids, use_cache=False).logits[:, -1]
+        found.append(logits)
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+    return torch.cat(found)
 
 
 def outcome(model: PreTrainedModel, prompt: Tensor, cache: Cache, expected: Tensor) -> str:
     """ "right", "wrong", "refused" before anything was computed, or the error."""
     passes: list[Any] = []
     hook = model.register_forward_hook(lambda *_: passes.append(None))
+    options = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
     try:
-        found = model.generate(prompt, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+        found = model.generate(prompt, past_key_values=cache, **options)
     except ValueError as error:
         named = model.config.plan.name in str(error)
         return f"refused, {len(passes)} passes too late" if passes else "refused" if named else repr(error)
@@ -99,20 +107,22 @@ def outcome(model: PreTrainedModel, prompt: Tensor, cache: Cache, expected: Tens
         return repr(error)[:100]
     finally:
         hook.remove()
-    return "right" if torch.equal(found, expected) else "wrong"
+    # Norms round to float32 within a model of float64.
+    tolerance = 1e-4 * expected.abs().max().item()
+    return "right" if torch.allclose(torch.cat(found.logits).double(), expected, atol=tolerance) else "wrong"
 
 
 @pytest.mark.parametrize("types", TYPES)
 @torch.no_grad()
 def test_every_plan_over_every_cache_decodes_as_without_a_cache(types: str) -> None:
     bad, right = [], 0
-    for name in sorted(PLANS.keys() - ALIKE):
-        plan = PLANS[name]
+    for name, plan in CASES.items():
         windows = dict(sliding_window=WINDOW, use_sliding_window=True, layer_types=TYPES[types])
         try:
             model = tiny_model("qwen3", plan, **windows).double()
         except ValueError as error:  # layers with full attention that read windows
-            assert types not in ("full", "windows last") and name in str(error)
+            assert plan.name in str(error)
+            assert types not in ("full", "windows last") or "needs transformers 5.23" in str(error)
             continue
         prompt = tokens(1, PROMPT)
         model.set_attn_implementation("eager")
