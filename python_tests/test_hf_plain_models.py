@@ -81,14 +81,26 @@ class Attention(nn.Module):
     is_causal, layer_idx, num_key_value_groups = True, 0, 1
 
 
+def inputs() -> Tensor:
+    """Queries, keys and values: (3, B, H, S, D)."""
+    return torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+
 def attend(**keywords: Any) -> Tensor:
-    q, k, v = torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
-    return fusedkv_attention_forward(Attention(), q, k, v, None, **keywords)[0]
+    return fusedkv_attention_forward(Attention(), *inputs(), None, **keywords)[0]
 
 
-@pytest.mark.parametrize("keyword", ["s_aux", "softcap", "position_bias", "a_keyword_of_tomorrow"])
+@torch.no_grad()
+def test_a_position_bias_is_added_to_the_scores() -> None:
+    bias = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+    q, k, v = inputs()
+    scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(attend(position_bias=bias), (scores.softmax(-1) @ v).transpose(1, 2))
+
+
+@pytest.mark.parametrize("keyword", ["s_aux", "softcap", "a_keyword_of_tomorrow"])
 def test_keywords_that_attention_does_not_know_are_refused_unless_none(keyword: str) -> None:
-    torch.testing.assert_close(attend(**{keyword: None}), attend())
+    torch.testing.assert_close(attend(**{keyword: None, "position_bias": None}), attend())
     for value in (torch.ones(2), 30.0):
         with pytest.raises(ValueError, match=keyword):
             attend(**{keyword: value})
