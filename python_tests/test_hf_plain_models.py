@@ -94,7 +94,8 @@ def attend(**keywords: Any) -> Tensor:
 def test_a_position_bias_is_added_to_the_scores() -> None:
     bias = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(1))
     q, k, v = inputs()
-    scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    later = torch.ones(5, 5).triu(1).bool()
+    scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias).masked_fill(later, float("-inf"))
     torch.testing.assert_close(attend(position_bias=bias), (scores.softmax(-1) @ v).transpose(1, 2))
 
 
