@@ -17,7 +17,6 @@ Tensors = Tensor | Sequence[Tensor]
 Arguments = Mapping[str, Tensor | Sequence[Tensor] | None]  # by their names
 
 ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
 MAX_SOURCES = 32
 MAX_WINDOW = 2**31  # lengths are int32
 _STRIDED = torch.strided
@@ -152,8 +151,8 @@ def check_sources(name: str, sources: Sequence[Tensor], like_name: str, like: Te
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{name} has head dim {head_dim}; expected a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    if head_dim < 1:
+        raise ValueError(f"{name} has head dim {head_dim}; expected at least 1")
 
 
 def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -216,6 +215,57 @@ def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: 
             f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)"
         )
     return weights.to(sum_dtype).expand(shape).contiguous()
+
+
+def check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
+    """The sources and their weights as (m, G, D)."""
+    sources = as_tensors("sources", sources)
+    check_sources("sources", sources, "sources[0]", sources[0])
+    check_head_dim("sources[0]", sources[0].shape[3])
+    if sources[0].dtype not in (*ATTENTION_DTYPES, torch.float64):
+        raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
+    weights = canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
+    check_same_device({"sources": sources, "weights": weights})
+    return sources, weights
+
+
+def autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Under autocast, float tensors in its dtype."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [_lowered(x, dtype) for x in tensors]
+
+
+def autocast_like(q: Tensor, cache: Tensor) -> Tensor:
+    """Under autocast, queries in the dtype of a cache, which is not copied."""
+    device_type = q.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return q
+    return _lowered(q, cache.dtype)
+
+
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def rotary_table(name: str, x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
+    return x.float().contiguous()
+
+
+def attention_weights(
+    keys: Sequence[Tensor], values: Sequence[Tensor], key_weights: Tensor | None, value_weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if key_weights is not None:
+        key_weights = canonical_weights("key_weights", key_weights, len(keys), *keys[0].shape[2:], keys[0])
+    if value_weights is not None:
+        value_weights = canonical_weights(
+            "value_weights", value_weights, len(values), *values[0].shape[2:], values[0]
+        )
+    return key_weights, value_weights
 
 
 def check_window(causal: object, window_size: object) -> tuple[int, int]:

@@ -180,10 +180,10 @@ class KVCache:
             _check_positive(name, size)
         if rope_dim is not None:
             _check_positive("rope_dim", rope_dim)
-            if num_kv_heads != 1 or rope_dim % 8:
+            if num_kv_heads != 1 or rope_dim % 2:
                 raise ValueError(
-                    "with rope_dim the cache keeps latents: num_kv_heads must be 1 and rope_dim a multiple "
-                    f"of 8, got num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
+                    "with rope_dim the cache keeps latents: num_kv_heads must be 1 and rope_dim even, "
+                    f"got num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
                 )
         self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
         self.dtype = dtype or torch.get_default_dtype()
@@ -362,7 +362,7 @@ class KVCache:
         made room for.
         """
         self._check_rows(layer, latent)
-        # The op takes head dims up to 256, and always a second side: here it has no heads.
+        # The op always takes a second side: here it has no heads.
         new, cached = as_heads(latent), as_heads(self.keys(layer))
         sides = (new, new[:, :, :0], cached, cached[:, :, :0])
         ops.append_cached(*sides, self.seq_lens, self.block_table, None, None, False, None)

@@ -433,8 +433,8 @@ class Decoder(nn.Module):
         lengths: Sequence[int] | None,
         advance: bool,
     ) -> None:
-        if ids.dim() != 2 or ids.shape[1] == 0 or ids.is_floating_point():
-            raise ValueError(f"ids must be (B, S) integers with S > 0, got {ids.dtype} {tuple(ids.shape)}")
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"ids must be (B, S) integers, got {ids.dtype} {tuple(ids.shape)}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0 (all), got {logits_to_keep}")
         if labels is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from fusedkv_ext.recompute import recomputed
+from fusedkv_ext.sizes import always, is_open
 
 # With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied. With
 # documents the mask of a chunk is the largest tensor: (B, C, T) in q's dtype.
@@ -28,18 +29,30 @@ def dense_attention(
     that see nothing give zeros. documents: (B, T) integers, S <= T; p sees the keys of its own document only.
     """
     S, T = q.shape[1], k.shape[1]
-    # Only a prefix of the rows can be blind: p + right < 0.
-    blind = min(max(S - T - right, 0), S) if right >= 0 else (S if T == 0 else 0)
-    chunk = S - blind if left < 0 and documents is None else max(_CHUNK, left)
+    blind = _blind_rows(S, T, right)
+    chunk = S if left < 0 and documents is None else max(_CHUNK, left)
+    # SDPA of no rows where all are blind: it gives them their place in the graph, and gradients of zeros.
     chunks = [
-        _sdpa(q[:, i : min(i + chunk, S)], k, v, scale, i + T - S, left, right, documents)
-        for i in range(blind, S, max(chunk, 1))
+        _sdpa(q[:, i:end], k, v, scale, i + T - S, left, right, documents)
+        for i, end in _chunks(blind, S, chunk) or [(S, S)]
     ]
     if blind:
         chunks.insert(0, q.new_zeros(q.shape[0], blind, q.shape[2], v.shape[3]))
-    if not chunks:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def _blind_rows(S: int, T: int, right: int) -> int:
+    """How many rows see nothing. Only a prefix can: p + right < 0."""
+    if right < 0:
+        return S if T == 0 else 0
+    return 0 if always(S - T <= right) else min(max(S - T - right, 0), S)
+
+
+def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Rows begin..end - 1 in pieces of ``size``; in one piece where a graph serves any number of them."""
+    if is_open(end):
+        return [(begin, end)]
+    return [(i, min(i + size, end)) for i in range(begin, end, max(size, 1))]
 
 
 def _sdpa(
@@ -54,13 +67,13 @@ def _sdpa(
 ) -> Tensor:
     """SDPA of rows that all see something; row 0 stands at ``position``."""
     S, T = q.shape[1], k.shape[1]
-    begin = max(position - left, 0) if left >= 0 else 0
-    end = min(position + S + right, T) if right >= 0 else T
+    begin = position - left if left >= 0 and always(position > left) else 0
+    end = position + S + right if right >= 0 and always(position + S + right < T) else T
     k, v = k[:, begin:end], v[:, begin:end]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # Without a left bound there is one chunk: its last row is the last token, which sees all keys.
     causal = right == 0 and left < 0 and documents is None
-    square = causal and S == T
+    square = causal and always(S == T)
     lower_right = causal and not square and _masks_lower_right(q, k, v)
     masked = documents is not None or (not (square or lower_right) and (left >= 0 or right >= 0))
     mask, keeping = None, nullcontext()
@@ -144,12 +157,12 @@ def dense_lse(
     with torch.no_grad():
         sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         keys = k.to(sum_dtype)
-        for i in range(0, S, _CHUNK):
-            rows = q[:, i : i + _CHUNK].to(sum_dtype).unflatten(2, (G, H // G)) * scale
+        for i, end in _chunks(0, S, _CHUNK) or [(0, 0)]:
+            rows = q[:, i:end].to(sum_dtype).unflatten(2, (G, H // G)) * scale
             scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
             mask = visible(rows.shape[1], T, i + T - S, left, right, q.device)
             if documents is not None:
                 own = documents[:, i + T - S : i + T - S + rows.shape[1], None]
                 mask = (mask & (own == documents[:, None, :]))[:, None]
             lse.append(torch.logsumexp(scores.masked_fill(~mask, float("-inf")), dim=-1).float())
-        return torch.cat(lse, dim=2) if lse else q.new_zeros(q.shape[0], H, 0, dtype=torch.float32)
+        return torch.cat(lse, dim=2)

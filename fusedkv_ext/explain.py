@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkv_ext import _C, _checks, _native, ops
+from fusedkv_ext import _C, _checks, _native, dispatch
 from fusedkv_ext._checks import Tensors
 
 __all__ = ["Explanation", "explain"]
@@ -223,13 +223,16 @@ def _decide(
     """Whether the call folds, and why."""
     q, keys, values = call.q, call.keys, call.values
     sources, head_dim = max(len(keys), len(values)), max(q.shape[3], values[0].shape[3])
-    most = ops.decode_max_rows(device_type, q.dtype, sources, head_dim)
+    most = dispatch.decode_max_rows(device_type, q.dtype, sources, head_dim)
     dtype = str(q.dtype).removeprefix("torch.")
     what = f"{dtype} on {device_type} with m = {sources} and head dim {head_dim}"
+    if not dispatch.native_head_dim(q.shape[3], values[0].shape[3]):
+        dims = sorted({q.shape[3], values[0].shape[3]})
+        return False, f"head dim {' and '.join(map(str, dims))}: kernels take multiples of 8 up to 256"
     few = f"{call.rows} query rows per KV head, of at most {most} for {what}"
     many = f"{call.rows} query rows per KV head, more than the {most} for {what}"
     if call.cached:
-        if ops.folds_cached(q, keys, values, device_type):
+        if dispatch.folds_cached(q, keys, values, device_type):
             return True, few if call.rows <= most else f"{many}, but in a graph the lengths are not known"
         wanted = "returns lse" if return_lse else "is batch-invariant" if batch_invariant else None
         return wanted is not None, many if wanted is None else f"{many}, but only this kernel {wanted}"
@@ -237,7 +240,7 @@ def _decide(
         return False, "an input requires grad, and only fuse_kv and dense attention have a backward"
     if packed:
         return False, "document_ids, which only dense attention masks"
-    if ops.folds_dense(q, keys, values, call.right, device_type):
+    if dispatch.folds_dense(q, keys, values, call.right, device_type):
         return True, few
     if call.rows > most:
         return False, many
@@ -249,13 +252,19 @@ def _decide(
 def _dense_kernel(call: _Call) -> str:
     if not any(_is_fused(call, side) for side in call.sides):
         return "torch SDPA"
-    return "torch SDPA after " + ("fuse_kv" if call.page_size is None else "fuse_kvcache")
+    gathered = call.page_size is not None or _is_gathered(call)
+    return "torch SDPA after " + ("fuse_kvcache" if gathered else "fuse_kv")
+
+
+def _is_gathered(call: _Call) -> bool:
+    """Whether the call brings sequences of all lengths together, to attend at once."""
+    return call.cached and not dispatch.native_head_dim(*(head_dim for _, head_dim, _ in call.sides))
 
 
 def _is_fused(call: _Call, side: tuple[int, int, bool]) -> bool:
     """Whether the dense path writes a tensor for this side: the sum, or the tokens out of their pages."""
     sources, _, weighted = side
-    return sources > 1 or weighted or call.page_size is not None
+    return sources > 1 or weighted or call.page_size is not None or _is_gathered(call)
 
 
 def _fixed_splits(call: _Call, size: int) -> int:

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedkv_ext import ops
-from fusedkv_ext._checks import MAX_HEAD_DIM, check_no_grad
+from fusedkv_ext._checks import check_no_grad
 from fusedkv_ext.attention import RMSNorm, check_call
 from fusedkv_ext.cache import KV, KVCache, as_heads
+from fusedkv_ext.dispatch import native_head_dim
 from fusedkv_ext.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.packing import document_positions
 from fusedkv_ext.plan import CachePlan, LatentLayer, Segment, latent_layers
@@ -333,7 +334,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_pe, q_latent), dim=-1)
         key_weights, value_weights = self._read_weights(fusion)
         left = self.window_size[0]
-        if not self._cut and q.shape[-1] <= MAX_HEAD_DIM:
+        if not self._cut and native_head_dim(q.shape[-1], up_key.shape[-1]):
             keys = [cache.keys(j) for j, *_ in self._key_parts]
             values = [cache.values(j) for j, *_ in self._value_parts]
             schedule = cache.schedule(q.shape[1], q.shape[2], 1, self.window_size)
@@ -355,7 +356,7 @@ class LatentAttention(nn.Module):
 def check_sizes(
     kv_lora_rank: int, qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int, q_lora_rank: int | None
 ) -> None:
-    """ValueError, naming the size, unless they are multiples of 8 and a head has at most 256 channels."""
+    """ValueError, naming the size, unless they are positive and the rotated channels make pairs."""
     sizes = {
         "kv_lora_rank": kv_lora_rank,
         "qk_nope_head_dim": qk_nope_head_dim,
@@ -363,13 +364,10 @@ def check_sizes(
         "v_head_dim": v_head_dim,
     }
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 8 or size % 8:
-            raise ValueError(f"{name} must be a positive multiple of 8, got {size!r}")
-    if qk_nope_head_dim + qk_rope_head_dim > MAX_HEAD_DIM or v_head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"qk_nope_head_dim + qk_rope_head_dim and v_head_dim must be at most {MAX_HEAD_DIM}, got "
-            f"{qk_nope_head_dim} + {qk_rope_head_dim} and {v_head_dim}"
-        )
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+    if qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim must be even, got {qk_rope_head_dim}")
     if q_lora_rank is not None and (not isinstance(q_lora_rank, int) or q_lora_rank < 1):
         raise ValueError(f"q_lora_rank must be a positive int or None, got {q_lora_rank!r}")
 
@@ -407,7 +405,7 @@ def _attend_blocks(
 ) -> list[Tensor]:
     """P V_e for each of ``values``, with P = softmax(scale sum_j q_j K_j^T) causal, within ``left`` tokens.
 
-    For what the kernel does not take: head dims above 256, one query per source. queries: (B, S, H, D_j) of
+    For what the kernel does not take: wide or odd head dims, one query per source. queries: (B, S, H, D_j) of
     the last S tokens; keys, values: where their D_j and D_e channels lie in the cache. Returns (B, S, H,
     D_e), fp32 (fp64 for fp64); rows that see nothing are zero. Online softmax (arXiv 1805.02867) over blocks
     of tokens.

@@ -65,9 +65,11 @@ class Experts(nn.Module):
         """
         # torch's grouped product wants strides of whole 16 bytes. In bfloat16 it is one kernel on GPUs of
         # SM90 and later, without a look at `ends` from the host. Elsewhere it loops too, it has no float64,
-        # and torch.compile takes it in bfloat16 alone: there a loop of our own does as well.
+        # and torch.compile takes it in bfloat16 alone: there a loop of our own does as well. Graphs have that
+        # loop as one operation, for how many rows an expert gets is no number that they know.
         aligned = all(size % 8 == 0 for size in self.down_proj.shape[1:])
-        products = _grouped if rows.dtype is torch.bfloat16 and aligned else _looped
+        looped = _looped_in_graph if torch.compiler.is_compiling() else _looped
+        products = _grouped if rows.dtype is torch.bfloat16 and aligned else looped
         return products(rows, self.gate_up_proj.to(rows.dtype), self.down_proj.to(rows.dtype), ends)
 
     def extra_repr(self) -> str:
@@ -89,6 +91,56 @@ def _looped(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor
             gate, up = F.linear(part, in_proj).chunk(2, dim=-1)
             outs.append(F.linear(F.silu(gate) * up, out_proj))
     return torch.cat(outs) if outs else rows
+
+
+def _looped_in_graph(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    gate, up = _grouped_linear(rows, gate_up, ends).chunk(2, dim=-1)
+    return _grouped_linear(F.silu(gate) * up, down, ends)
+
+
+def _parts(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    return rows.tensor_split(ends[:-1].tolist())  # on a GPU the host waits here
+
+
+@torch.library.custom_op("fusedkv_moe::grouped_linear", mutates_args=())
+def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """(N, in), weight (E, out, in) -> (N, out): the rows before ends[0] by weight[0], and so on."""
+    return torch.cat([F.linear(part, w) for part, w in zip(_parts(rows, ends), weight, strict=True)])
+
+
+@torch.library.custom_op("fusedkv_moe::grouped_outer", mutates_args=())
+def _grouped_outer(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """(N, out), (N, in) -> (E, out, in): the gradient of the weight."""
+    pairs = zip(_parts(grad, ends), _parts(rows, ends), strict=True)
+    return torch.stack([of_out.T @ part for of_out, part in pairs])
+
+
+@_grouped_linear.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@_grouped_outer.register_fake
+def _(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    return grad.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, weight, ends = ctx.saved_tensors
+    return _grouped_linear(grad, weight.mT, ends), _grouped_outer(grad, rows, ends), None
+
+
+def _outer_backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad, rows, ends = ctx.saved_tensors
+    return _grouped_linear(rows, c, ends), _grouped_linear(grad, c.mT, ends), None
+
+
+_grouped_linear.register_autograd(_linear_backward, setup_context=_save)
+_grouped_outer.register_autograd(_outer_backward, setup_context=_save)
 
 
 class MoE(nn.Module):

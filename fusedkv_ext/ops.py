@@ -1,8 +1,11 @@
-"""The operations of fusedkv_ext and the rule that picks a kernel.
+"""The operations of fusedkv_ext.
 
 Words and shapes: B batch, S query length, T key/value length, H query heads, G key/value heads (H a multiple
-of G), D head dim (a multiple of 8 up to 256), m sources (1 to 32), P pages. Layout as in flash-attn: q (B, S,
-H, D), k and v (B, T, G, D); the last dim is contiguous, other strides are free.
+of G), D head dim, m sources (1 to 32), P pages. Layout as in flash-attn: q (B, S, H, D), k and v (B, T, G,
+D); the last dim is contiguous, other strides are free.
+
+Kernels take head dims that are multiples of 8 up to 256 (``dispatch.native_head_dim``). All operations take
+the others too, on every device and slower: attention then always fuses first and attends densely.
 
 The maths: FusedKV, arXiv 2512.03870, K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j.
 """
@@ -21,7 +24,10 @@ from torch import Tensor
 from fusedkv_ext import _checks, _fakes  # noqa: F401  (registers the fakes of torch.ops.fusedkv)
 from fusedkv_ext._checks import Tensors
 from fusedkv_ext.dense import dense_attention, dense_lse
+from fusedkv_ext.dispatch import folds_cached, folds_dense, in_graph, native_head_dim
+from fusedkv_ext.head_dims import from_eights, fuse_backward_in_eights, in_eights
 from fusedkv_ext.recompute import recomputed
+from fusedkv_ext.sizes import always
 
 __all__ = [
     "append_kvcache",
@@ -38,8 +44,6 @@ _ops = torch.ops.fusedkv
 _NATIVE_ERROR = re.compile(r"fusedkv (ValueError|TypeError): (.*)")
 _debug_checks = False
 
-FEW_ROWS = 32  # query rows per KV head that every kernel folds: what one task of the CPU keeps
-
 
 def debug_checks(enabled: bool) -> None:
     """Checks what stands in CUDA tensors too, at the price of a synchronisation per call: lengths, block
@@ -50,24 +54,6 @@ def debug_checks(enabled: bool) -> None:
     """
     global _debug_checks
     _debug_checks = bool(enabled)
-
-
-def decode_max_rows(device_type: str, dtype: torch.dtype, sources: int, head_dim: int) -> int:
-    """The crossover of the two ways to attend, in query rows per KV head: R = S * H / G.
-
-    Up to this many, attention reads the sources where they lie, weights folded into q and the output; with
-    more, it fuses them once and attends densely. Per KV head, for m = 2, 16-bit elements and T tokens,
-    folding costs 4 R T D FLOP more, and fusing keys and values moves 12 T D bytes: with P FLOP/s and B byte/s
-    they break even at R = 3 P / B, 570 rows at an H100's 640 TFLOP/s and 3.35 TB/s. So 512 where tensor cores
-    fold: CUDA, bfloat16 and float16, head dims up to 128, or 256 with one source of each. Elsewhere, and on
-    the CPU, folding computes much slower than a dense attention: 32 rows, what one task of the CPU keeps.
-
-    Args:
-        sources, head_dim: the larger of m_k and m_v, and of D and Dv.
-    """
-    tensor_cores = head_dim <= 128 if sources == 2 else sources == 1
-    half = dtype in (torch.bfloat16, torch.float16)
-    return 512 if device_type == "cuda" and half and tensor_cores else FEW_ROWS
 
 
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
@@ -83,8 +69,12 @@ def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     Differentiable in both, in reverse and forward mode. The backward is deterministic and saves only these.
     Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
     """
-    sources, weights = _check_fusion(sources, weights)
-    return _call(_ops.fuse_kv.default, sources, weights)
+    sources, weights = _checks.check_fusion(sources, weights)
+    heads, head_dim = sources[0].shape[2:]
+    if native_head_dim(head_dim):
+        return _call(_ops.fuse_kv.default, sources, weights)
+    (weights,) = in_eights([weights])
+    return from_eights(_call(_ops.fuse_kv.default, in_eights(sources), weights), heads, head_dim)
 
 
 def fuse_kv_backward(
@@ -116,20 +106,21 @@ def fuse_kv_backward(
     Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
     """
     grad = _checks.check_tensor("grad", grad)
-    sources, canonical = _check_fusion(sources, weights)
+    sources, canonical = _checks.check_fusion(sources, weights)
     needs_weights = _checks.check_flag("needs_weights", needs_weights)
     inputs = {"grad": grad, "sources": sources, "weights": canonical}
     _checks.check_same_device(inputs)
     _checks.check_no_tangent("fuse_kv_backward", inputs, "use fuse_kv with torch.func.vjp")
     arguments = [grad.detach().contiguous(), [x.detach() for x in sources], canonical.detach()]
-    if grad_sources is None:
-        grads, grad_weights = _call(_ops.fuse_kv_backward.default, *arguments, True, needs_weights)
-        results = list(grads.unbind(0))
-    else:
+    results = None
+    if grad_sources is not None:
         results = _checks.as_tensors("grad_sources", grad_sources)
         _checks.check_same_device({"grad": grad, "grad_sources": results})
         _checks.check_no_grad("fuse_kv_backward", {"grad_sources": results}, "pass buffers that need none")
-        grad_weights = _call(_ops.fuse_kv_backward_accumulate.default, *arguments, results, needs_weights)
+    if native_head_dim(sources[0].shape[3]):
+        results, grad_weights = _backward(*arguments, results, needs_weights)
+    else:
+        results, grad_weights = fuse_backward_in_eights(_backward, *arguments, results, needs_weights)
     if not needs_weights:
         return results, None
     return results, grad_weights.sum_to_size(weights.shape).to(weights.dtype)
@@ -176,14 +167,14 @@ def fused_kv_attn_func(
     """
     q = _checks.check_tensor("q", q)
     keys, values = _checks.as_tensors("keys", keys), _checks.as_tensors("values", values)
-    (q,), keys, values = _autocast([q]), _autocast(keys), _autocast(values)
+    (q,), keys, values = _checks.autocast([q]), _checks.autocast(keys), _checks.autocast(values)
     _checks.check_attention(q, keys, values)
     left, right = _checks.check_window(causal, window_size)
     scale = _checks.check_scale(softmax_scale, q.shape[3])
     return_lse = _checks.check_flag("return_lse", return_lse)
     document_ids = _checks.check_document_ids(document_ids, q, keys[0])
     recompute_fusion = _checks.check_flag("recompute_fusion", recompute_fusion)
-    key_weights, value_weights = _attention_weights(keys, values, key_weights, value_weights)
+    key_weights, value_weights = _checks.attention_weights(keys, values, key_weights, value_weights)
     weights = {"key_weights": key_weights, "value_weights": value_weights}
     _checks.check_same_device(
         {"q": q, "keys": keys, "values": values, **weights, "document_ids": document_ids}
@@ -242,10 +233,8 @@ def fused_kv_attn_with_kvcache(
             m_v with Dv.
         key_weights, value_weights: as in :func:`fused_kv_attn_func`.
         cache_seqlens: (B,) int32, valid tokens of each sequence, those S included.
-        block_table: (B, max_pages) int32, the page of each page_size tokens. Entries past the length are not
-            looked at.
-        softmax_scale, causal, window_size, return_lse: as in :func:`fused_kv_attn_func`, but ``causal`` is
-            True by default.
+        block_table: (B, max_pages) int32, the page of each page_size tokens; unused entries hold anything.
+        softmax_scale, causal (default True), window_size, return_lse: as in :func:`fused_kv_attn_func`.
         schedule: what :func:`decode_schedule` made of these very lengths, S, H, G, capacity, left window and
             batch_invariant, once for all layers of a step. None: it is made anew. A right one does not change
             the result; one of other lengths gives wrong results, and no error without ``debug_checks``.
@@ -262,7 +251,7 @@ def fused_kv_attn_with_kvcache(
     Two equal calls give the same bits; with few rows (``decode_max_rows``), ``return_lse`` or
     ``batch_invariant`` also for every number of CPU threads. With many rows torch's SDPA computes, whose last
     bits may depend on it. With few rows, and in a CUDA graph always, a CUDA call waits for nothing: it can be
-    captured, and replayed with other lengths.
+    captured, and replayed with other lengths. Head dims that no kernel takes count as many rows.
 
     Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
     (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
@@ -279,22 +268,24 @@ def fused_kv_attn_with_kvcache(
             ("key_caches", "value_caches"),
         )
     if q.dtype != key_caches[0].dtype:
-        q = _autocast_like(q, key_caches[0])
+        q = _checks.autocast_like(q, key_caches[0])
     if not q.dim() == key_caches[0].dim() == value_caches[0].dim() == 4:
         _checks.check_rank4({"q": q, "key_caches": key_caches[:1], "value_caches": value_caches[:1]})
-    left, right = _checks.check_window(causal, window_size)
-    scale = _checks.check_scale(softmax_scale, q.shape[3])
+    how = _checks.check_scale(softmax_scale, q.shape[3]), *_checks.check_window(causal, window_size)
     return_lse = _checks.check_flag("return_lse", return_lse)
     batch_invariant = _checks.check_flag("batch_invariant", batch_invariant)
-    key_weights, value_weights = _attention_weights(key_caches, value_caches, key_weights, value_weights)
+    weights = _checks.attention_weights(key_caches, value_caches, key_weights, value_weights)
     if schedule is not None:
-        _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, batch_invariant)
-    arguments = (q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table)
+        _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, how[1], batch_invariant)
+    arguments = (q, key_caches, value_caches, *weights, cache_seqlens, block_table)
     if not (return_lse or batch_invariant):
-        return attend_cached(*arguments, scale, left, right, schedule, host_seqlens)
+        return attend_cached(*arguments, *how, schedule, host_seqlens)
     if _debug_checks:
         _checks.check_contents(cache_seqlens, block_table, key_caches[0])
-    both = _call(_ops.attn_with_kvcache.default, *arguments, scale, left, right, schedule, batch_invariant)
+    if native_head_dim(q.shape[3], value_caches[0].shape[3]):
+        both = _call(_ops.attn_with_kvcache.default, *arguments, *how, schedule, batch_invariant)
+    else:
+        both = _attend_gathered(*arguments, *how, host_seqlens, return_lse, batch_invariant)
     return both if return_lse else both[0]
 
 
@@ -327,6 +318,8 @@ def attend_cached(
             _check_schedule(schedule, q, key_caches[0], cache_seqlens, block_table, left, False)
     if folds_cached(q, key_caches, value_caches, _device_type(q)):
         return _call(_ops.attn_with_kvcache.default, *arguments, scale, left, right, schedule, False)[0]
+    if not native_head_dim(q.shape[3], value_caches[0].shape[3]):
+        return _attend_gathered(*arguments, scale, left, right, host_seqlens, False, False)[0]
     return _prefill_with_kvcache(*arguments, scale, left, right, _lengths(cache_seqlens, host_seqlens))
 
 
@@ -405,9 +398,9 @@ def append_kvcache(
         name = "key_cache" if key_cache.is_neg() else "value_cache"
         raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
     if rotary_cos is not None:
-        rotary_cos = _rotary_table("rotary_cos", rotary_cos)
+        rotary_cos = _checks.rotary_table("rotary_cos", rotary_cos)
     if rotary_sin is not None:
-        rotary_sin = _rotary_table("rotary_sin", rotary_sin)
+        rotary_sin = _checks.rotary_table("rotary_sin", rotary_sin)
     interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
     cached = (key, value, key_cache, value_cache, cache_seqlens, block_table)
     rotated = append_cached(*cached, rotary_cos, rotary_sin, interleaved, query)
@@ -439,6 +432,17 @@ def append_cached(
     return _call(_ops.append_kvcache.default, *cached, rotary_cos, rotary_sin, rotary_interleaved, query)
 
 
+def _backward(
+    grad: Tensor, sources: list[Tensor], weights: Tensor, buffers: list[Tensor] | None, needs_weights: bool
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the sources, new or added to ``buffers``, and that of the weights."""
+    if buffers is None:
+        grads, of_weights = _call(_ops.fuse_kv_backward.default, grad, sources, weights, True, needs_weights)
+        return list(grads.unbind(0)), of_weights
+    arguments = (grad, sources, weights, buffers, needs_weights)
+    return buffers, _call(_ops.fuse_kv_backward_accumulate.default, *arguments)
+
+
 # ---- helpers -------------------------------------------------------------------------------------------
 
 
@@ -460,59 +464,6 @@ def _device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type  # the flag is the cheaper one
 
 
-def _autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Under autocast, float tensors in its dtype."""
-    device_type = _device_type(tensors[0])
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [_lowered(x, dtype) for x in tensors]
-
-
-def _autocast_like(q: Tensor, cache: Tensor) -> Tensor:
-    """Under autocast, queries in the dtype of a cache, which is not copied."""
-    device_type = _device_type(q)
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return q
-    return _lowered(q, cache.dtype)
-
-
-def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def _rotary_table(name: str, x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
-    return x.float().contiguous()
-
-
-def _attention_weights(
-    keys: Sequence[Tensor], values: Sequence[Tensor], key_weights: Tensor | None, value_weights: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if key_weights is not None:
-        key_weights = _checks.canonical_weights(
-            "key_weights", key_weights, len(keys), *keys[0].shape[2:], keys[0]
-        )
-    if value_weights is not None:
-        value_weights = _checks.canonical_weights(
-            "value_weights", value_weights, len(values), *values[0].shape[2:], values[0]
-        )
-    return key_weights, value_weights
-
-
-def _check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
-    """The sources and their weights as (m, G, D)."""
-    sources = _checks.as_tensors("sources", sources)
-    _checks.check_sources("sources", sources, "sources[0]", sources[0])
-    _checks.check_head_dim("sources[0]", sources[0].shape[3])
-    if sources[0].dtype not in (*_checks.ATTENTION_DTYPES, torch.float64):
-        raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
-    weights = _checks.canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
-    _checks.check_same_device({"sources": sources, "weights": weights})
-    return sources, weights
-
-
 def _fuse(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     if weights is None:
         if len(sources) == 1:
@@ -528,7 +479,10 @@ def _fuse_both(
     value_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """K and V; in one launch where both are sums."""
-    if any(weights is None and len(x) == 1 for x, weights in ((keys, key_weights), (values, value_weights))):
+    single = any(
+        weights is None and len(x) == 1 for x, weights in ((keys, key_weights), (values, value_weights))
+    )
+    if single or not native_head_dim(keys[0].shape[3], values[0].shape[3]):
         return _fuse(keys, key_weights), _fuse(values, value_weights)
     return _fuse_pair(keys, key_weights, values, value_weights)
 
@@ -540,17 +494,11 @@ def _fuse_pair(
     value_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(fuse_kv(keys, key_weights), fuse_kv(values, value_weights)) in one launch; None: all ones."""
-    key_weights, value_weights = (
-        _checks.canonical_weights(
-            name,
-            x[0].new_ones(()) if weights is None else weights,
-            len(x),
-            *x[0].shape[2:],
-            x[0],
-        )
-        for name, x, weights in (("key_weights", keys, key_weights), ("value_weights", values, value_weights))
-    )
-    return _call(_ops.fuse_kv_pair.default, keys, key_weights, values, value_weights)
+    arguments: list[Any] = []
+    for name, side, weights in (("key_weights", keys, key_weights), ("value_weights", values, value_weights)):
+        weights = side[0].new_ones(()) if weights is None else weights
+        arguments += [side, _checks.canonical_weights(name, weights, len(side), *side[0].shape[2:], side[0])]
+    return _call(_ops.fuse_kv_pair.default, *arguments)
 
 
 def _recomputing(
@@ -597,33 +545,65 @@ def _check_schedule(
         raise ValueError("schedule was made of other lengths or options; call decode_schedule again")
 
 
-def folds_dense(
-    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], right: int, device_type: str
-) -> bool:
-    """Whether ``fused_kv_attn_func`` without a gradient reads the sources where they lie."""
-    # The kernel's rows are the last S tokens: with S > T those before the first token must be blind.
-    aligned = q.shape[1] <= keys[0].shape[1] or right == 0
-    return aligned and q.dtype != torch.float64 and _few_rows(q, keys, values, device_type)
+def _check_cached(*arguments: Any) -> None:
+    """The native op's checks, on no query rows: same messages, no work. arguments: up to ``right``."""
+    q, *rest = arguments
+    _call(_ops.attn_with_kvcache.default, q[:, :0], *rest, None, False)
 
 
-def folds_cached(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
-    """Whether ``fused_kv_attn_with_kvcache`` without lse reads the sources where they lie.
+def _attend_gathered(
+    q: Tensor,
+    key_caches: Sequence[Tensor],
+    value_caches: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    host_seqlens: Sequence[int] | None,
+    return_lse: bool,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over caches with head dims that no kernel takes: fuse what rows see, then attend densely.
 
-    Fusing first needs the lengths on the host: not in a graph, be it torch.compile's or CUDA's, and not of
-    DTensors, where this process has its own sequences' only.
+    Sequences end together, so those that are shorter begin later: their slots before that are a document of
+    their own. Where the host has no lengths, as in a graph, all slots of the caches are fused.
     """
-    if _few_rows(q, keys, values, device_type) or device_type == "meta" or torch.compiler.is_compiling():
-        return True
-    return hasattr(q, "to_local") or (q.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _few_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
-    _, steps, num_heads, head_dim = q.shape
-    rows = steps * (num_heads // max(keys[0].shape[2], 1))
-    if rows <= FEW_ROWS:
-        return True
-    sources, head_dim = max(len(keys), len(values)), max(head_dim, values[0].shape[3])
-    return rows <= decode_max_rows(device_type, q.dtype, sources, head_dim)
+    caches = (key_caches, value_caches)
+    state = (key_weights, value_weights, cache_seqlens, block_table, scale, left, right)
+    _check_cached(q, *caches, *state)
+    if batch_invariant and q.shape[0] > 1:
+        rows = [slice(b, b + 1) for b in range(q.shape[0])]
+        outs = []
+        for row in rows:
+            own = caches if block_table is not None else [[x[row] for x in side] for side in caches]
+            table = None if block_table is None else block_table[row]
+            host = None if host_seqlens is None else list(host_seqlens)[row]
+            state = (key_weights, value_weights, cache_seqlens[row], table, scale, left, right, host)
+            outs.append(_attend_gathered(q[row], *own, *state, return_lse, False))
+        out, lse = zip(*outs, strict=True)
+        return torch.cat(out), torch.cat(lse) if return_lse else None
+    S, capacity = q.shape[1], key_caches[0].shape[1]
+    if block_table is not None:
+        capacity *= block_table.shape[1]
+    longest = capacity
+    if not in_graph(q, q.device.type):
+        longest = min(max(0, *_lengths(cache_seqlens, host_seqlens)), capacity) if q.shape[0] else 0
+    tokens = longest if left < 0 or always(longest <= S + left) else S + left
+    if not always(tokens >= S):
+        tokens = tokens + S  # rows before the first token
+    k = _fuse_cached(key_caches, key_weights, cache_seqlens, block_table, tokens)
+    v = _fuse_cached(value_caches, value_weights, cache_seqlens, block_table, tokens)
+    lengths = cache_seqlens[:, None]
+    own = (torch.arange(tokens, device=q.device) >= tokens - lengths).int()
+    padding = torch.arange(S, device=q.device) < S - lengths
+    out = dense_attention(q, k, v, scale, left, right, own).masked_fill(padding[:, :, None, None], 0)
+    out = out.masked_fill(((lengths < 0) | (lengths > capacity))[:, :, None, None], math.nan)
+    if not return_lse:
+        return out, None
+    return out, dense_lse(q, k, scale, left, right, own).masked_fill(padding[:, None], -math.inf)
 
 
 def _prefill_with_kvcache(
@@ -645,11 +625,8 @@ def _prefill_with_kvcache(
     equal lengths, else one a sequence, in a workspace of one sequence.
     """
     sides = ((key_caches, key_weights), (value_caches, value_weights))
-    # The native op's checks, on no query rows: same messages, no work.
-    rest = (cache_seqlens, block_table, scale, left, right, None, False)
-    _call(
-        _ops.attn_with_kvcache.default, q[:, :0], key_caches, value_caches, key_weights, value_weights, *rest
-    )
+    caches = (key_caches, value_caches, key_weights, value_weights)
+    _check_cached(q, *caches, cache_seqlens, block_table, scale, left, right)
     B, S = q.shape[:2]
     page_size = key_caches[0].shape[1]
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
@@ -695,6 +672,22 @@ def _gather(
     """The last ``tokens`` tokens of some sequences of one length, fused."""
     if block_table is None:
         return _fuse([cache[rows, length - tokens : length] for cache in caches], weights)
+    return _fuse_cached(caches, weights, lengths, block_table, tokens)
+
+
+def _fuse_cached(
+    caches: Sequence[Tensor],
+    weights: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    tokens: int,
+) -> Tensor:
+    """The last ``tokens`` tokens of each sequence, fused: (B, tokens, G, D), zeros before its first."""
+    shape = caches[0].shape[2:]
     if weights is None:
-        weights = torch.ones(len(caches), *caches[0].shape[2:], device=caches[0].device)
-    return _call(_ops.fuse_kvcache.default, caches, weights, lengths, block_table, tokens)
+        weights = torch.ones(len(caches), *shape, device=caches[0].device)
+    if native_head_dim(shape[1]):
+        return _call(_ops.fuse_kvcache.default, caches, weights, lengths, block_table, tokens)
+    (weights,) = in_eights([weights])
+    fused = _call(_ops.fuse_kvcache.default, in_eights(caches), weights, lengths, block_table, tokens)
+    return from_eights(fused, *shape)

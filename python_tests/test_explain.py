@@ -11,7 +11,7 @@ from cases import Case, cache_inputs, dense_inputs, named
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext import _native, ops
+from fusedkv_ext import _native, dispatch, ops
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -135,8 +135,8 @@ def test_path_of_fused_kv_attn_with_kvcache_is_what_runs(
 def test_cuda_folds_more_rows_where_tensor_cores_do(
     dtype: torch.dtype, sources: int, dim: int, most: int
 ) -> None:
-    assert ops.decode_max_rows("cuda", dtype, sources, dim) == most
-    assert ops.decode_max_rows("cpu", dtype, sources, dim) == 32
+    assert dispatch.decode_max_rows("cuda", dtype, sources, dim) == most
+    assert dispatch.decode_max_rows("cpu", dtype, sources, dim) == 32
     keys = [torch.empty(1, 4096, 1, dim, dtype=dtype, device="meta")] * sources
     for rows, path in ((most, "fold"), (most + 1, "fuse-once")):
         q = torch.empty(1, rows, 1, dim, dtype=dtype, device="meta")

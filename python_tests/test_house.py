@@ -20,9 +20,9 @@ MAX_FUNCTION_LINES = 80
 # Lower layers first. A module imports from layers before its own and from its own folder, never from later
 # ones.
 LAYERS = [
-    {"reference", "documents", "checked_files"},
+    {"reference", "documents", "checked_files", "sizes"},
     {"_native", "_checks", "dcp_files"},
-    {"_fakes", "recompute"},
+    {"_fakes", "dispatch", "head_dims", "recompute"},
     {"dense"},
     {"ops"},
     {"explain"},

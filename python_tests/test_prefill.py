@@ -8,7 +8,7 @@ from cases import Case, cache_inputs
 from compare import assert_matches_oracle, assert_near, assert_same_bits
 from torch import Tensor
 
-from fusedkv_ext import dense, fused_kv_attn_func, fused_kv_attn_with_kvcache, ops, reference
+from fusedkv_ext import dense, dispatch, fused_kv_attn_func, fused_kv_attn_with_kvcache, ops, reference
 
 CPU = torch.device("cpu")
 NO_SUCH_LENGTH = 2**31 - 1
@@ -109,7 +109,7 @@ def test_a_cuda_graph_keeps_to_the_kernel(capturing: bool, monkeypatch: pytest.M
 
     caches = [torch.empty(1, 700, 2, 128, dtype=torch.bfloat16, device="meta")]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert ops.folds_cached(OnGpu(), caches, caches, "cuda") == capturing
+    assert dispatch.folds_cached(OnGpu(), caches, caches, "cuda") == capturing
 
 
 def test_host_lengths_change_nothing_and_must_be_those_of_the_tensor(device: torch.device) -> None:

@@ -39,7 +39,7 @@ inline AppendTensor append_tensor(const Tensor& x, const char* name, const Tenso
               "; expected B and S of key, ", Shape{key});
   check_value(x.size(2) == cache.size(2) && x.size(3) == cache.size(3), name, " has shape ", Shape{x},
               " and ", cache_name, " has ", Shape{cache}, "; expected equal heads and head dim");
-  check_head_dim(x.size(3), name);
+  check_has_channels(x.size(3), name);
   return {x.const_data_ptr(), x.stride(0),     x.stride(1),     x.stride(2), cache.mutable_data_ptr(),
           cache.stride(0),    cache.stride(1), cache.stride(2), x.size(2),   x.size(3)};
 }

@@ -40,10 +40,12 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   p.Dv = values[0].size(3);
   p.num_keys = int(keys.size());
   p.num_values = int(values.size());
-  check_head_dim(p.D, "q");
+  // Without rows nothing is computed: a call that only checks its arguments, which any head dim may make.
+  const auto check_channels = p.S == 0 ? check_has_channels : check_head_dim;
+  check_channels(p.D, "q");
   check_value(keys[0].size(3) == p.D, "key_caches[0] has shape ", Shape{keys[0]}, "; expected head dim ", p.D,
               " as q has");
-  check_head_dim(p.Dv, "value_caches[0]");
+  check_channels(p.Dv, "value_caches[0]");
   check_value(p.G >= 1 && p.H >= 1 && p.H % p.G == 0, "q has ", p.H, " heads and key_caches[0] has ", p.G,
               "; expected a multiple");
   for (int64_t i = 0; i < 3; ++i)

@@ -2,8 +2,9 @@
 
 Few query rows, those of decoding and of verifying a few guessed tokens, read the sources where they lie,
 with the weights folded into the query and the output: no fused key or value is ever made. More rows fuse once
-and attend densely (``ops.decode_max_rows`` is the rule). A mask of left padding or of a static cache's empty
-slots is read as what it says, tokens start..stop of each sequence; any other mask goes to SDPA as it is.
+and attend densely (``dispatch.decode_max_rows`` is the rule). A mask of left padding or of a static cache's
+empty slots is read as what it says, tokens start..stop of each sequence; any other mask goes to SDPA as it
+is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fusedkv_ext import ops
+from fusedkv_ext.dispatch import native_head_dim
 from fusedkv_ext.hf.versions import check_keywords
 
 __all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
@@ -47,8 +49,8 @@ def prefix(tensors: Sequence[Tensor | None], steps: int) -> list[Tensor | None]:
 
 
 def folds(head_dim: int) -> bool:
-    """Whether our kernels take this head dim."""
-    return head_dim % 8 == 0 and head_dim <= 256
+    """Whether our kernels take this head dim: with another torch's own attention is the better one."""
+    return native_head_dim(head_dim)
 
 
 def ranges_if_folding(query: Tensor, key: Tensor, mask: Tensor) -> Ranges | None:

@@ -216,7 +216,7 @@ class CachePlan:
         rotated key.
 
         Raises ValueError for a plan that cannot be said on latents (plan/latent.py has the rules), and when a
-        share of ``kv_lora_rank`` is not a multiple of 8 channels.
+        share of ``kv_lora_rank`` is no whole number of channels.
         """
         for name, size in (("kv_lora_rank", kv_lora_rank), ("rope_dim", rope_dim)):
             whole_number(size, name, minimum=1)

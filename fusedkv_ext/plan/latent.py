@@ -81,13 +81,13 @@ class LatentLayer(NamedTuple):
 
 
 def channels(share: Share, kv_lora_rank: int) -> tuple[int, int]:
-    """A share of the latent as a range of channels; ValueError unless both bounds are multiples of 8."""
+    """A share of the latent as a range of channels; ValueError unless these are whole."""
     start, stop = (bound * kv_lora_rank for bound in share)
-    if start % 8 or stop % 8:
+    if start.denominator > 1 or stop.denominator > 1:
         denominator = max(bound.denominator for bound in share)
         raise ValueError(
-            f"kv_lora_rank={kv_lora_rank}: the share {share[0]}..{share[1]} of the latent must begin and end "
-            f"at multiples of 8 channels; kv_lora_rank must be a multiple of {8 * denominator}"
+            f"kv_lora_rank={kv_lora_rank}: the share {share[0]}..{share[1]} of the latent is no whole number "
+            f"of channels; kv_lora_rank must be a multiple of {denominator}"
         )
     return int(start), int(stop)
 
