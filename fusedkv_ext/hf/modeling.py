@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -121,7 +121,7 @@ class _PlanPreTrained:
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
+            if "ignore_mismatched_sizes" not in str(error) or not _is_plain(pretrained_model_name_or_path):
                 raise
             raise ValueError(
                 f"{pretrained_model_name_or_path} has other sizes than this config. Where a plan stores only "
@@ -155,6 +155,12 @@ class _PlanPreTrained:
                 )
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable, **kwargs)
+
+
+def _is_plain(folder: Any) -> bool:
+    """Whether a checkpoint is of a model of transformers and not of this package."""
+    fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    return not fields.get("model_type", "").startswith("fusedkv_")
 
 
 class _PlanModel(_PlanPreTrained):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from packaging.version import Version
 from transformers.models.llama import modeling_llama
 
@@ -29,6 +30,7 @@ CACHE = "cache" if "cache" in _arguments else _OLD_CACHE
 
 # What transformers hands to attention beside the arguments that attention names.
 _KEYWORDS = {
+    "cache_position",  # which transformers itself ignores since 5.0
     "cu_seq_lens_k",
     "cu_seq_lens_q",
     "is_causal",
@@ -42,6 +44,9 @@ _KEYWORDS = {
     "return_dict",
     "seq_idx",
     "use_cache",
+    # of the loss
+    "ignore_index",
+    "shift_labels",
     # continuous batching; up to 5.23 with its own cache as "cache"
     "block_table",
     "cache",
@@ -71,18 +76,22 @@ def check_keywords(kwargs: dict[str, Any], where: str, also: frozenset[str] = fr
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Renames the argument ``past_key_values`` of a method to ``CACHE``, also in its signature.
 
-    The old name is still accepted.
+    The old name is still accepted, with transformers' FutureWarning.
     """
     if CACHE == _OLD_CACHE:
         return forward
 
     @functools.wraps(forward)
     def renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        old = kwargs.get(_OLD_CACHE)
+        if old is not None and not torch.compiler.is_compiling():
+            message = f"`{_OLD_CACHE}` is deprecated since transformers 5.24; use `{CACHE}` instead"
+            warnings.warn(message, FutureWarning, stacklevel=2)
         if CACHE in kwargs:
             cache = kwargs.pop(CACHE)
-            if kwargs.get(_OLD_CACHE) is None:
+            if old is None:
                 kwargs[_OLD_CACHE] = cache
-            elif cache is not None and cache is not kwargs[_OLD_CACHE]:
+            elif cache is not None and cache is not old:
                 raise TypeError(f"{CACHE} and {_OLD_CACHE} are two names of one argument; pass {CACHE} alone")
         return forward(self, *args, **kwargs)
 
