@@ -88,11 +88,13 @@ def _sdpa(
             keeping = recomputed(lambda: [_document_mask(*inputs)], [mask], [documents])
     elif masked:
         mask = visible(S, end - begin, position - begin, left, right, q.device)
-    if q.shape[1] != k.shape[1] and not _reads_groups(q, v, masked):
+    grouped = not always(q.shape[1] == k.shape[1])
+    if grouped and not _reads_groups(q, v, masked):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     with keeping:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
         )
     return out.transpose(1, 2)
 
