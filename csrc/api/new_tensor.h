@@ -32,8 +32,8 @@ inline Tensor empty_tensor(const Tensor& like, std::initializer_list<int64_t> si
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
-                                                         dtype, device_type, device_index, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(), dtype,
+                                                  device_type, device_index, &made));
   return Tensor(made);
 }
 
