@@ -103,8 +103,8 @@ inline void check_rank4(const Tensor& x, Name name, const char* expected) {
               " in its last dim; expected 1 (call .contiguous())");
 }
 
-// What the kernels of fuse_kv and of cached attention take. (_checks.native_head_dim is the same rule; for
-// other head dims ops.py composes these ops with torch's.)
+// What the kernels of fuse_kv and of cached attention take. dispatch.native_head_dim is the same rule; for
+// other head dims ops.py composes these ops with torch's.
 inline void check_head_dim(int64_t head_dim, Name name) {
   check_value(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, name, " has head dim ", head_dim,
               "; expected a multiple of 8 from 8 to 256");

@@ -18,17 +18,15 @@ void define_ops(Library& m) {
       "fuse_kv_backward_accumulate(Tensor grad, Tensor[] sources, Tensor weights, Tensor(a!)[] grad_sources,"
       " bool needs_weights) -> Tensor");
   m.def(
-      "fuse_kvcache(Tensor[] caches, Tensor weights, Tensor cache_seqlens, Tensor? block_table, SymInt "
-      "tokens)"
-      " -> Tensor");
+      "fuse_kvcache(Tensor[] caches, Tensor weights, Tensor cache_seqlens, Tensor? block_table,"
+      " SymInt tokens) -> Tensor");
   m.def(
       "attn_with_kvcache(Tensor q, Tensor[] key_caches, Tensor[] value_caches, Tensor? key_weights,"
       " Tensor? value_weights, Tensor cache_seqlens, Tensor? block_table, float softmax_scale,"
       " int window_left, int window_right, Tensor? schedule, bool batch_invariant) -> (Tensor, Tensor)");
   m.def(
-      "attn_schedule(Tensor cache_seqlens, SymInt query_length, int num_heads, int num_kv_heads, SymInt "
-      "capacity,"
-      " int window_left, bool batch_invariant) -> Tensor");
+      "attn_schedule(Tensor cache_seqlens, SymInt query_length, int num_heads, int num_kv_heads,"
+      " SymInt capacity, int window_left, bool batch_invariant) -> Tensor");
   m.def(
       "append_kvcache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
       " Tensor cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin,"
