@@ -18,7 +18,7 @@ __all__ = ["CACHE", "TESTED", "check_keywords", "takes_cache", "untested", "warn
 # Oldest and newest minor release. None: the oldest is what transformers itself asks for.
 TESTED = {
     "transformers": ("5.17", "5.24"),
-    "torch": ("2.11", "2.13"),
+    "torch": ("2.11", "2.14"),
     "peft": (None, "0.21"),
     "accelerate": (None, "1.15"),
 }
