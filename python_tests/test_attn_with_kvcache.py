@@ -197,7 +197,8 @@ def test_caches_may_have_more_than_2_to_31_elements() -> None:
     table = torch.tensor([[0, pages - 1]], dtype=torch.int32)
     key, q = torch.randn(1, 1, 1, dim).to(BF16), torch.randn(1, 1, 4, dim).to(BF16)
     lengths = torch.tensor([20], dtype=torch.int32)
-    append_kvcache(key, key, cache, cache, cache_seqlens=lengths, block_table=table)
+    no_values, no_cache = key[:, :, :0], cache[:, :, :0]  # one cache may not be written twice
+    append_kvcache(key, no_values, cache, no_cache, cache_seqlens=lengths, block_table=table)
     used[1, 3] = key[0, 0]
     assert torch.equal(cache[-1], used[1])
     got = fused_kv_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, block_table=table)
