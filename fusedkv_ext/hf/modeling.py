@@ -159,6 +159,8 @@ class _PlanPreTrained:
 
 def _is_plain(folder: Any) -> bool:
     """Whether a checkpoint is of a model of transformers and not of this package."""
+    if folder is None:  # from_pretrained(None, state_dict=...)
+        return False
     fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
     return not fields.get("model_type", "").startswith("fusedkv_")
 
