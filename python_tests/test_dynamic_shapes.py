@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from compare import assert_near
+from tiny import tiny_decoder
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
@@ -160,32 +161,23 @@ def test_fusion_and_its_gradients_have_two_graphs(D: int) -> None:
         assert counter.frame_count == 2
 
 
-def tiny_decoder(**sizes: object) -> fkv.Decoder:
-    shape = {"head_dim": 8} if "kv_lora_rank" not in sizes else {}
-    config = fkv.DecoderConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        plan=fkv.CachePlan.named("fusedkv", 2),
-        **(shape | sizes),
-    )
-    return fkv.Decoder(config)
+def decoder(**sizes: object) -> fkv.Decoder:
+    """Of two layers: few graphs to compile."""
+    plan = fkv.CachePlan.named("fusedkv", 2)
+    return tiny_decoder(plan, num_hidden_layers=2, max_position_embeddings=4096, **sizes)
 
 
-MODELS = {"heads": {}, "latent_experts": LATENT | EXPERTS}
+LATENT_MODEL = LATENT | {"head_dim": None}
+MODELS = {"heads": {}, "latent_experts": LATENT_MODEL | EXPERTS}
 
 
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
 def test_a_decoder_trains_on_any_length_with_one_graph(sizes: dict[str, int]) -> None:
-    model = tiny_decoder(**sizes)
+    model = decoder(**sizes)
     graph, counter = compiled(model)
     parameters = list(model.parameters())
     for n in (40, 65):
-        ids = torch.randint(64, (2, n))
+        ids = torch.randint(61, (2, n))
         torch._dynamo.mark_dynamic(ids, 1)
         results = []
         for call in (graph, model):
@@ -196,11 +188,11 @@ def test_a_decoder_trains_on_any_length_with_one_graph(sizes: dict[str, int]) ->
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("sizes", "page_size"), [({}, 4), (LATENT, None)], ids=["paged", "latent"])
+@pytest.mark.parametrize(("sizes", "page_size"), [({}, 4), (LATENT_MODEL, None)], ids=["paged", "latent"])
 def test_decode_steps_of_any_length_have_two_graphs(sizes: dict[str, int], page_size: int | None) -> None:
-    model = tiny_decoder(**sizes).eval()
+    model = decoder(**sizes).eval()
     graph, counter = compiled(model)
-    ids = torch.randint(64, (2, 20))
+    ids = torch.randint(61, (2, 20))
     with torch.no_grad():
         full, cache = model(ids), model.make_cache(2, 24, page_size=page_size)
         model(ids[:, :8], cache=cache)
@@ -330,8 +322,8 @@ def test_modules_export(name: str) -> None:
 
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
 def test_decoders_export(sizes: dict[str, int]) -> None:
-    model = First(tiny_decoder(**sizes).eval())
-    assert_exports(model, lambda n: [torch.randint(64, (2, n))], ({1: T},), False)
+    model = First(decoder(**sizes).eval())
+    assert_exports(model, lambda n: [torch.randint(61, (2, n))], ({1: T},), False)
 
 
 # ---- inductor ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, dense_inputs
+from tiny import tiny_decoder
 from torch import Tensor
 
 import fusedkv_ext as fkv
@@ -20,21 +21,7 @@ OPTIONS = {
     "recompute": {"recompute_fusion": True, "causal": True},
 }
 CPU = torch.device("cpu")
-LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-
-
-def tiny_decoder(**sizes: int) -> fkv.Decoder:
-    config = fkv.DecoderConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        plan=fkv.CachePlan.named("fusedkv", 4),
-        **sizes or {"head_dim": 8},
-    )
-    return fkv.Decoder(config)
+LATENT = {"head_dim": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 
 
 def leaves_of(B: int, S: int, T: int, weights: str, D: int = 16) -> tuple[list[Tensor], tuple]:
@@ -127,24 +114,24 @@ def test_attention_modules_of_nothing(plan: str, size: tuple[int, int]) -> None:
 
 
 def test_a_decoder_of_no_sequences() -> None:
-    model, ids = tiny_decoder(), torch.zeros(0, 5, dtype=torch.int64)
+    model, ids = tiny_decoder("fusedkv"), torch.zeros(0, 5, dtype=torch.int64)
     logits, loss = model(ids, labels=ids)
-    assert logits.shape == (0, 5, 64) and loss == 0
+    assert logits.shape == (0, 5, 61) and loss == 0
     loss.backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("sizes", [{}, LATENT], ids=["heads", "latent"])
 def test_a_decoder_of_no_tokens(sizes: dict[str, int]) -> None:
-    model, none = tiny_decoder(**sizes), torch.zeros(2, 0, dtype=torch.int64)
+    model, none = tiny_decoder("fusedkv", **sizes), torch.zeros(2, 0, dtype=torch.int64)
     logits = model(none)
-    assert logits.shape == (2, 0, 64)
+    assert logits.shape == (2, 0, 61)
     logits.sum().backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
-    ids = torch.randint(64, (2, 5))
+    ids = torch.randint(61, (2, 5))
     with torch.no_grad():
         cache = model.make_cache(2, 8)
-        assert model(none, cache=cache).shape == (2, 0, 64)
+        assert model(none, cache=cache).shape == (2, 0, 61)
         model(ids[:, :4], cache=cache)
-        assert model(none, cache=cache).shape == (2, 0, 64) and cache.lengths == (4, 4)
+        assert model(none, cache=cache).shape == (2, 0, 61) and cache.lengths == (4, 4)
         torch.testing.assert_close(model(ids[:, 4:], cache=cache), model(ids)[:, 4:])

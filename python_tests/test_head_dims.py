@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case, cache_inputs, dense_inputs, named, random_tensor
 from compare import assert_close, assert_matches_oracle, assert_same_bits
+from tiny import tiny_decoder
 from torch import Tensor
 
 import fusedkv_ext as fkv
@@ -277,17 +278,7 @@ def test_explain_says_why() -> None:
 @pytest.mark.parametrize("head_dim", [12, 100, 264])
 @pytest.mark.parametrize("plan", ["vanilla", "fusedkv", "fusedkv-lite", "yoco", "yoco++", "skipv1"])
 def test_decoders_of_any_head_dim_decode_as_they_read(plan: str, head_dim: int) -> None:
-    config = fkv.DecoderConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        plan=fkv.CachePlan.named(plan, 4),
-    )
-    model, ids = fkv.Decoder(config).double(), torch.randint(64, (2, 9))
+    model, ids = tiny_decoder(plan, head_dim=head_dim).double(), torch.randint(61, (2, 9))
     loss = model(ids, labels=ids)[1]
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -299,20 +290,8 @@ def test_decoders_of_any_head_dim_decode_as_they_read(plan: str, head_dim: int) 
 
 @pytest.mark.parametrize("plan", ["vanilla", "fusedkv", "skipv1"])
 def test_latents_of_any_width(plan: str) -> None:
-    config = fkv.DecoderConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        plan=fkv.CachePlan.named(plan, 4),
-        kv_lora_rank=30,
-        qk_nope_head_dim=260,
-        qk_rope_head_dim=6,
-        v_head_dim=9,
-    )
-    model, ids = fkv.Decoder(config), torch.randint(64, (2, 9))
+    widths = dict(kv_lora_rank=30, qk_nope_head_dim=260, qk_rope_head_dim=6, v_head_dim=9, head_dim=None)
+    model, ids = tiny_decoder(plan, **widths), torch.randint(61, (2, 9))
     model(ids, labels=ids)[1].backward()
     for page_size in (None, 4):
         assert torch.equal(

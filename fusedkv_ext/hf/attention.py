@@ -104,8 +104,7 @@ class PlanAttention(nn.Module):
         shared = SharedKV() if shared_kv_states is None else shared_kv_states
         cache = None
         if past_key_values is not None:
-            heads = self.config.num_key_value_heads
-            cache = LayerCache(past_key_values, self.layer_idx, heads, self.plan.name, kwargs)
+            cache = LayerCache(past_key_values, self.layer_idx, self.plan.name, kwargs)
         query, keys, values = self._states(hidden_states, position_embeddings, cache, shared)
         steps = shared.steps or hidden_states.shape[1]
         out, weights = self._attend(query, keys, values, attention_mask, steps, shared.window_start, kwargs)
@@ -135,7 +134,7 @@ class PlanAttention(nn.Module):
             value = self._mixed(value, self._values.mixes, 1, shared, query)
             own = key, value
             if cache is not None:
-                own = cache.store(key, value)
+                own = cache.store(key, value, query.shape[1] // self.num_key_value_groups)
                 shared.cached = True
             if self._is_source:
                 shared[f"{self.layer_idx}"], shared[f"{self.layer_idx} new"] = own, (key, value)

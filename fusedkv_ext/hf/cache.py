@@ -93,20 +93,18 @@ class EmptyDynamicLayer(DynamicLayer):
 
 class LayerCache(NamedTuple):
     """What one layer of a model does with a cache of transformers; whoever made that needs to know nothing of
-    the plan.
-
-    heads: KV heads of the layer, stored or not. keywords: those that attention got, of which the cache of
-    continuous batching wants some.
+    the plan. keywords: those that attention got, of which the cache of continuous batching wants some.
     """
 
     cache: Any
     layer: int
-    heads: int
     plan: str
     keywords: dict[str, Any]
 
-    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def store(self, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Adds new tokens, key (B, Gk, S, D) and value (B, Gv, S, D), and returns all that attention reads.
+
+        heads: KV heads of the layer on this rank, stored or not.
 
         Raises ValueError where the cache already holds tokens of other numbers of heads.
         """
@@ -116,21 +114,22 @@ class LayerCache(NamedTuple):
                     "continuous batching with block tables lets flash attention read the cache of one layer, "
                     f'but layers of plan {self.plan!r} read several; use attn_implementation="sdpa"'
                 )
-            return self._store_padded(key, value, (self.heads, self.heads), kwargs=self.keywords)
+            return self._store_padded(key, value, (heads, heads), kwargs=self.keywords)
         held = self._prepared(key.shape[1], value.shape[1])
         if held is None or not held.is_initialized or held.keys is None or held.keys.dim() != 4:
             return self.cache.update(key, value, self.layer)
-        heads, stored = (held.keys.shape[1], held.values.shape[1]), (key.shape[1], value.shape[1])
-        if heads == stored or isinstance(held, _QUANTIZED):
+        allocated, stored = (held.keys.shape[1], held.values.shape[1]), (key.shape[1], value.shape[1])
+        if allocated == stored or isinstance(held, _QUANTIZED):
             return self.cache.update(key, value, self.layer)
-        if not isinstance(held, StaticLayer) or min(heads) < max(stored):
+        if not isinstance(held, StaticLayer) or min(allocated) < max(stored):
             raise ValueError(
-                f"the cache holds {heads[0]} heads of keys and {heads[1]} of values for layer {self.layer}, "
-                f"but plan {self.plan!r} stores {stored[0]} and {stored[1]} there: another model filled it, "
-                "or PEFT's prefix tuning, which does not know such plans; pass a cache made for this config"
+                f"the cache holds {allocated[0]} heads of keys and {allocated[1]} of values for layer "
+                f"{self.layer}, but plan {self.plan!r} stores {stored[0]} and {stored[1]} there: another "
+                "model filled it, or PEFT's prefix tuning, which does not know such plans; pass a cache made "
+                "for this config"
             )
         # Allocated before anything was stored (early_initialization), for as many heads on either side.
-        return self._store_padded(key, value, heads)
+        return self._store_padded(key, value, allocated)
 
     def _store_padded(
         self, key: Tensor, value: Tensor, heads: tuple[int, int], **keywords: Any
