@@ -119,16 +119,16 @@ $(TRL): $(DEPS) constraints-trl.txt
 test-hf: $(NATIVE) $(OTHER_HF) $(HF_TESTS)/$(HF)
 	@PYTHONPATH=$(OTHER_HF) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(HF)"'
 	@$(MAKE) --no-print-directory $(HF_TESTS)/$(NEWEST_HF)
-	@PYTHONPATH=$(HF_TESTS)/$(NEWEST_HF) $(BIN)/python -m pytest -q python_tests/test_hf_mixins.py $(ARGS)
-	@PYTHONPATH=$(OTHER_HF):$(HF_TESTS)/$(HF) $(BIN)/python -m pytest -q python_tests/test_hf_*.py $(ARGS)
+	@PYTHONPATH=$(HF_TESTS)/$(NEWEST_HF) $(BIN)/python -m pytest -q python_tests/hf/test_hf_mixins.py $(ARGS)
+	@PYTHONPATH=$(OTHER_HF):$(HF_TESTS)/$(HF) $(BIN)/python -m pytest -q python_tests/*/test_hf_*.py $(ARGS)
 
 test-lm-eval: $(NATIVE) $(LM_EVAL)
 	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -c 'import lm_eval'
-	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q python_tests/test_hf_lm_eval.py $(ARGS)
+	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q python_tests/evaluation/test_hf_lm_eval.py $(ARGS)
 
 test-trl: $(NATIVE) $(TRL)
 	@PYTHONPATH=$(TRL) $(BIN)/python -c 'import trl'
-	@PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q python_tests/test_hf_trl.py $(ARGS)
+	@PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q python_tests/hf/test_hf_trl.py $(ARGS)
 
 $(REAL)/smollm2: $(DEPS)
 	@test -e $@ || $(BIN)/python scripts/smollm2.py $@
@@ -139,7 +139,7 @@ $(REAL)/text/bible.txt: $(DEPS)
 	@touch $@
 
 test-real: $(NATIVE) $(REAL)/smollm2 $(REAL)/text/bible.txt
-	@FUSEDKV_REAL_WEIGHTS=$(abspath $(REAL)) $(BIN)/python -m pytest -q python_tests/test_real_weights.py $(ARGS)
+	@FUSEDKV_REAL_WEIGHTS=$(abspath $(REAL)) $(BIN)/python -m pytest -q python_tests/hf/test_real_weights.py $(ARGS)
 
 simt: $(SIMT)
 
@@ -167,9 +167,9 @@ performance-doc: $(NATIVE)
 	@$(BIN)/python -m fusedkv_ext.bench.report .
 
 docs: performance-doc
-	@$(BIN)/python -m fusedkv_ext.plan.page .
-	@$(BIN)/python -m fusedkv_ext.experiments.page .
-	@$(BIN)/python -m fusedkv_ext.scale.page .
+	@$(BIN)/python -m fusedkv_ext.lab.pages.methods .
+	@$(BIN)/python -m fusedkv_ext.lab.pages.experiments .
+	@$(BIN)/python -m fusedkv_ext.lab.pages.planner .
 
 lint: $(DEPS)
 	@$(BIN)/ruff check .

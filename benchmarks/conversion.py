@@ -21,21 +21,15 @@ from typing import Any
 import torch
 
 import fusedkv_ext as fkv
-from fusedkv_ext.documents import write
-from fusedkv_ext.experiments.evaluate import read_text
-from fusedkv_ext.hf import (
-    cache_bytes_per_token,
-    calibration_windows,
-    config_for,
-    convert_model,
-    save_conversion,
-    uptrain,
-)
+from fusedkv_ext.conversion import calibration_windows, convert_model, save_conversion, uptrain
+from fusedkv_ext.conversion.plan_search import SourceTable, search
+from fusedkv_ext.conversion.pooling import POOLING
+from fusedkv_ext.conversion.second_moments import Moments, collect
+from fusedkv_ext.evaluation.hf_perplexity import perplexity
+from fusedkv_ext.evaluation.perplexity import read_text
+from fusedkv_ext.hf import cache_bytes_per_token, config_for
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
-from fusedkv_ext.hf.moments import Moments, collect
-from fusedkv_ext.hf.perplexity import perplexity
-from fusedkv_ext.hf.pooling import POOLING
-from fusedkv_ext.hf.search import SourceTable, search
+from fusedkv_ext.lab.reporting import write
 from fusedkv_ext.plan import CachePlan
 
 CALIBRATION_TOKENS, CALIBRATION_WINDOW, JUDGED_TOKENS, WINDOW = 16384, 512, 8192, 2048
@@ -109,10 +103,17 @@ def main() -> None:
         torch.save(collect(model, windows), moments_file)
     moments = torch.load(moments_file, weights_only=False)
     result: dict[str, Any] = {
-        "model": args.model.name, "text": args.text.name, "eval": args.eval.name, "torch": torch.__version__,
-        "calibration_tokens": windows.numel(), "judged_tokens": JUDGED_TOKENS, "window": WINDOW,
-        "uptrain_tokens": args.uptrain, "original": judge(model), "rows": [],
-    }  # fmt: skip
+        "model": args.model.name,
+        "text": args.text.name,
+        "eval": args.eval.name,
+        "torch": torch.__version__,
+        "calibration_tokens": windows.numel(),
+        "judged_tokens": JUDGED_TOKENS,
+        "window": WINDOW,
+        "uptrain_tokens": args.uptrain,
+        "original": judge(model),
+        "rows": [],
+    }
     for label, plan in plans(model, moments):
         if args.only and label not in args.only:
             continue
@@ -139,9 +140,17 @@ def main() -> None:
         if args.uptrain and row.get("uptrain_tokens") != args.uptrain:
             if not trained.exists():
                 uptrain(
-                    folder, [args.text], trained, tokens=args.uptrain, resume=True, batch_size=2,
-                    seq_len=512, validations=0, valid_tokens=2048, valid_text=(str(args.eval),),
-                )  # fmt: skip
+                    folder,
+                    [args.text],
+                    trained,
+                    tokens=args.uptrain,
+                    resume=True,
+                    batch_size=2,
+                    seq_len=512,
+                    validations=0,
+                    valid_tokens=2048,
+                    valid_text=(str(args.eval),),
+                )
             row["uptrain_tokens"], row["uptrained"] = args.uptrain, judge(load_causal_lm(trained))
             record = json.loads((trained / "conversion.json").read_text())["uptraining"]
             row["uptrain_seconds"] = record["seconds"]

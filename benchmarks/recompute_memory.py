@@ -25,9 +25,15 @@ def step(tokens: int, recompute_fusion: bool) -> None:
 
     torch.manual_seed(0)
     config = fkv.DecoderConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, plan="fusedkv", recompute_fusion=recompute_fusion,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        plan="fusedkv",
+        recompute_fusion=recompute_fusion,
+    )
     model = fkv.Decoder(config)
     ids = torch.randint(0, 512, (1, tokens))
     model(ids[:, :64], labels=ids[:, :64])[1].backward()  # gradients and libraries are there before the step

@@ -4,15 +4,15 @@ A table (:class:`CachePlan`) says where each layer's keys and values come from; 
 any such table.
 """
 
-from fusedkv_ext import autograd as _autograd  # noqa: F401  (registers the derivative of fuse_kv)
-from fusedkv_ext.attention import FusedKVAttention
-from fusedkv_ext.cache import KV, KVCache
-from fusedkv_ext.checkpoint import load_pretrained, save_pretrained
-from fusedkv_ext.decoder import Decoder, DecoderConfig
-from fusedkv_ext.explain import Explanation, explain
-from fusedkv_ext.fusion import FusionWeights, param_groups
-from fusedkv_ext.mla import LatentAttention
-from fusedkv_ext.ops import (
+from fusedkv_ext.cache.kv_cache import KV, KVCache
+from fusedkv_ext.checkpoint.pretrained import load_pretrained, save_pretrained
+from fusedkv_ext.layers.attention import FusedKVAttention
+from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
+from fusedkv_ext.layers.fusion import FusionWeights, param_groups
+from fusedkv_ext.layers.latent_attention import LatentAttention
+from fusedkv_ext.ops import autograd as _autograd  # noqa: F401  (registers the derivative of fuse_kv)
+from fusedkv_ext.ops.explanation import Explanation, explain
+from fusedkv_ext.ops.functional import (
     append_kvcache,
     debug_checks,
     decode_schedule,
@@ -21,8 +21,8 @@ from fusedkv_ext.ops import (
     fused_kv_attn_func,
     fused_kv_attn_with_kvcache,
 )
+from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
-from fusedkv_ext.rope import RotaryEmbedding, apply_rotary
 
 __version__ = "0.1.0"
 
@@ -55,10 +55,13 @@ __all__ = [
 ]
 
 
+# Subpackages that need more than torch, imported when they are first asked for.
+_LAZY = ("conversion", "hf")
+
+
 def __getattr__(name: str) -> object:
-    """``fusedkv_ext.hf``, which needs transformers, is imported when it is first asked for."""
-    if name == "hf":
+    if name in _LAZY:
         import importlib
 
-        return importlib.import_module("fusedkv_ext.hf")
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from fusedkv_ext.cli import main
+from fusedkv_ext.cli.main import main
 
 
 def _run() -> object:

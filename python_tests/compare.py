@@ -26,7 +26,7 @@ def assert_matches_oracle(
     terms: float = 1,
     **kwargs: object,
 ) -> Outputs:
-    """Calls ``op`` and judges what it returns by ``oracle``, a function of ``fusedkv_ext.reference``.
+    """Calls ``op`` and judges what it returns by ``oracle``, a function of ``fusedkv_ext.ops.reference``.
 
     ``terms`` as in ``assert_close``. Returns what ``op`` returned, so that a test can go on with it.
     """

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import fusedkv_ext.autograd
 import fusedkv_ext.ops
-from fusedkv_ext import _native
+import fusedkv_ext.ops.autograd
+from fusedkv_ext.ops import native
 
 MAX_THREADS = min(2, os.cpu_count() or 1)
 
@@ -70,8 +70,8 @@ def simt_library() -> Simt:
             pytest.fail(reason)
         pytest.skip(reason)
     torch.ops.load_library(SIMT_LIBRARY)
-    fusedkv_ext._fakes.register_fakes("fusedkv_simt")
-    fusedkv_ext.autograd.register("fusedkv_simt")
+    fusedkv_ext.ops.fakes.register_fakes("fusedkv_simt")
+    fusedkv_ext.ops.autograd.register("fusedkv_simt")
     return Simt()
 
 
@@ -101,13 +101,13 @@ def device(backend: str) -> torch.device:
     return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
-@pytest.fixture(params=_native.cpu_levels())
+@pytest.fixture(params=native.cpu_levels())
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per level and goes back to the usual one afterwards."""
-    before = _native.cpu_level()
-    _native.set_cpu_level(request.param)
+    before = native.cpu_level()
+    native.set_cpu_level(request.param)
     yield request.param
-    _native.set_cpu_level(before)
+    native.set_cpu_level(before)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkv_ext
-from fusedkv_ext import reference
+from fusedkv_ext.ops import reference
 
 OPS = ("fuse_kv", "fused_kv_attn_func", "fused_kv_attn_with_kvcache", "append_kvcache")
 CPU = torch.device("cpu")

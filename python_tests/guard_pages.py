@@ -13,7 +13,8 @@ import mmap
 import torch
 from torch import Tensor
 
-from fusedkv_ext import _native, append_kvcache, fuse_kv, fused_kv_attn_with_kvcache
+from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_with_kvcache
+from fusedkv_ext.ops import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIMS = ((8, 24), (24, 8), (40, 72), (64, 128), (200, 16))
@@ -86,8 +87,8 @@ def run(dtype: torch.dtype, dim: int, value_dim: int, walls: Walls, paged: bool)
 def main() -> None:
     """All levels, dtypes and head dims, walls at the end and at the start of every input."""
     faulthandler.enable()
-    for level in _native.cpu_levels():
-        _native.set_cpu_level(level)
+    for level in native.cpu_levels():
+        native.set_cpu_level(level)
         for dtype in DTYPES:
             for dim, value_dim in DIMS:
                 for at_end in (True, False):

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fusedkv_ext.decoder import Decoder, DecoderConfig
-from fusedkv_ext.fusion import FusionWeights
+from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
+from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
-from fusedkv_ext.train.config import TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 
 LAYERS = 4
 NAMED = CachePlan.names()

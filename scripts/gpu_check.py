@@ -42,7 +42,7 @@ print(json.dumps(dict(gpu=p.name, capability=[p.major, p.minor], multiprocessors
                       memory_bytes=p.total_memory, torch=torch.__version__, cuda=torch.version.cuda)))
 """
 LOADED = (
-    "from fusedkv_ext import _native as n; i = n.build_info(); print(i); raise SystemExit(i['cuda_error'])"
+    "from fusedkv_ext.ops import native as n; i = n.build_info(); print(i); raise SystemExit(i['cuda_error'])"
 )
 
 
@@ -148,7 +148,7 @@ def cuda_test_files() -> list[str]:
     """The test files that have CUDA tests. They are read, not imported: some import what a machine lacks."""
     conftest = ast.parse((TESTS / "conftest.py").read_text(encoding="utf-8"))
     shared, found = _cuda_fixtures(conftest, set()), []
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         fixtures, nodes = _cuda_fixtures(tree, shared), list(ast.walk(tree))
         tests = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"]
@@ -166,7 +166,7 @@ def sanitizer_command(tool: str) -> list[str]:
         # Without torch's caching allocator each tensor is an allocation of its own, with bounds of its own.
         *("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
         *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"),
-        *(option, "kns=fusedkv", *pytest_command("python_tests/test_sanitizer_cases.py")),
+        *(option, "kns=fusedkv", *pytest_command("python_tests/simt/test_sanitizer_cases.py")),
     ]
 
 

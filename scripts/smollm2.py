@@ -130,9 +130,11 @@ def tokenizer_of(fields: dict[str, Any]) -> Any:
         model_max_length=fields["llama.context_length"],
         chat_template=fields["tokenizer.chat_template"],
         clean_up_tokenization_spaces=False,
-        **{f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
-           for ours, theirs in named.items()},
-    )  # fmt: skip
+        **{
+            f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
+            for ours, theirs in named.items()
+        },
+    )
 
 
 def convert(gguf: Path, folder: Path, dtype: str) -> None:

@@ -17,9 +17,15 @@ from gpu_suite.measure import Case, Contestant, Lab, Row
 def ours(x: DecodeInputs, name: str = "fusedkv_ext", **options: object) -> Contestant:
     def run(i: int) -> Tensor:
         return fkv.fused_kv_attn_with_kvcache(
-            x.q, x.paged(x.key_buffers[i]), x.paged(x.value_buffers[i]), x.key_weights, x.value_weights,
-            cache_seqlens=x.seqlens, block_table=x.table, **options,
-        )  # fmt: skip
+            x.q,
+            x.paged(x.key_buffers[i]),
+            x.paged(x.value_buffers[i]),
+            x.key_weights,
+            x.value_weights,
+            cache_seqlens=x.seqlens,
+            block_table=x.table,
+            **options,
+        )
 
     return x.contestant(name, "paged", run)
 
@@ -73,8 +79,11 @@ def _cell(family: str, shape: Decode, priority: int) -> Cell:
 def _grid_priority(B: int, T: int, ratio: int, page: int | None, sizes: Sizes) -> int:
     """0: the headline; 1: one step away from it and the corners; 2 and more: the rest of the grid."""
     b, t, r, p = (
-        sizes.batches.index(B), sizes.contexts.index(T), sizes.ratios.index(ratio), sizes.pages.index(page)
-    )  # fmt: skip
+        sizes.batches.index(B),
+        sizes.contexts.index(T),
+        sizes.ratios.index(ratio),
+        sizes.pages.index(page),
+    )
     away = (b != 1) + (t != 1) + (r != 1)
     if p == 0:
         corner = (b, t, r) in ((0, 0, 1), (2, 1, 0), (2, 1, 2))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedkv_ext import reference
+from fusedkv_ext.ops import reference
 from gpu_suite.measure import Contestant, Lab, Result, assert_near
 
 TOKEN_MULTIPLE = 64  # capacities are whole pages of every page size in use
@@ -98,9 +98,9 @@ class DecodeInputs:
     def paged(self, buffer: Tensor) -> list[Tensor]:
         """m pools (P, page size, G, D); the contiguous caches where there are no pages."""
         caches = self.split(buffer)
-        return caches if self.shape.page is None else [
-            x.view(-1, self.shape.page, *x.shape[2:]) for x in caches
-        ]  # fmt: skip
+        return (
+            caches if self.shape.page is None else [x.view(-1, self.shape.page, *x.shape[2:]) for x in caches]
+        )
 
     def concat(self, buffer: Tensor) -> Tensor:
         """One cache (B, capacity, G, m * D)."""

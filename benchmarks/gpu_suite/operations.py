@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext import reference
 from fusedkv_ext.bench.peers import eager_fuse
+from fusedkv_ext.ops import reference
 from gpu_suite.cells import Cell, Sizes
 from gpu_suite.measure import Case, Contestant, Lab, Result, Row, assert_near
 from gpu_suite.peers import compiled
@@ -68,9 +68,17 @@ class FuseInputs:
             if not isinstance(call, str)
         ]
         return Case(
-            "fuse", op, self.shape_text, contestants[0], contestants[1:], passes * self.nbytes, 0.0, "copy",
-            self.sets, unavailable,
-        )  # fmt: skip
+            "fuse",
+            op,
+            self.shape_text,
+            contestants[0],
+            contestants[1:],
+            passes * self.nbytes,
+            0.0,
+            "copy",
+            self.sets,
+            unavailable,
+        )
 
 
 def _formula(sources: Sequence[Tensor], weights: Tensor, grad: Tensor) -> list[Tensor]:
@@ -193,18 +201,31 @@ class AppendInputs:
 
     def ours(self, i: int) -> list[Tensor]:
         query = fkv.append_kvcache(
-            self.keys[i], self.values[i], self.key_caches[i], self.value_caches[i],
-            cache_seqlens=self.seqlens, block_table=self.table, rotary_cos=self.cos, rotary_sin=self.sin,
+            self.keys[i],
+            self.values[i],
+            self.key_caches[i],
+            self.value_caches[i],
+            cache_seqlens=self.seqlens,
+            block_table=self.table,
+            rotary_cos=self.cos,
+            rotary_sin=self.sin,
             query=self.queries[i],
-        )  # fmt: skip
+        )
         return [query, self.key_caches[i], self.value_caches[i]]
 
     def separately(self, call: Callable[..., list[Tensor]]) -> Callable[[int], list[Tensor]]:
         """``call``, which is ``torch_append`` or a compiled form of it, on set i."""
         return lambda i: call(
-            self.queries[i], self.keys[i], self.values[i], self.key_caches[i], self.value_caches[i],
-            self.seqlens, self.table, self.cos, self.sin,
-        )  # fmt: skip
+            self.queries[i],
+            self.keys[i],
+            self.values[i],
+            self.key_caches[i],
+            self.value_caches[i],
+            self.seqlens,
+            self.table,
+            self.cos,
+            self.sin,
+        )
 
     def check(self, result: Result) -> None:
         """The last tokens of the first and the last sequence."""
@@ -222,9 +243,14 @@ class AppendInputs:
                 cache = x.new_zeros(1, self.length, heads, x.shape[3], dtype=torch.float64)
                 new = x[b : b + 1, -last:].double()
                 reference.append_kvcache(
-                    new, new, cache, torch.zeros_like(cache),
-                    cache_seqlens=self.seqlens[b : b + 1], rotary_cos=self.cos, rotary_sin=self.sin,
-                )  # fmt: skip
+                    new,
+                    new,
+                    cache,
+                    torch.zeros_like(cache),
+                    cache_seqlens=self.seqlens[b : b + 1],
+                    rotary_cos=self.cos,
+                    rotary_sin=self.sin,
+                )
                 exact[name] = cache[:, -last:]
             assert_near(f"stored keys of sequence {b}", stored_key, exact["key"])
             assert_near(f"rotated queries of sequence {b}", query[b : b + 1, -last:], exact["query"])

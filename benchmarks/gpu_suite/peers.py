@@ -198,9 +198,16 @@ def _triton(x: DecodeInputs) -> Contestant | str:
 
     def call(i: int, config: triton_fused.Config) -> Tensor:
         return triton_fused.decode(
-            x.q, x.paged(x.key_buffers[i]), x.paged(x.value_buffers[i]), x.key_weights, x.value_weights,
-            x.seqlens, x.table, x.lab.sm_count, config,
-        )  # fmt: skip
+            x.q,
+            x.paged(x.key_buffers[i]),
+            x.paged(x.value_buffers[i]),
+            x.key_weights,
+            x.value_weights,
+            x.seqlens,
+            x.table,
+            x.lab.sm_count,
+            config,
+        )
 
     def run(i: int) -> Tensor:
         return call(i, triton_fused.tuned(key, lambda config: call(0, config)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext import reference
+from fusedkv_ext.ops import reference
 from gpu_suite.cells import Cell, Sizes
 from gpu_suite.measure import Case, Contestant, Lab, Result, Row, assert_near
 
@@ -33,9 +33,7 @@ class Layer:
         self.projections = [lab.random(G * D, hidden, scale=hidden**-0.5) for _ in range(2)]
         rope = fkv.RotaryEmbedding(D).to(lab.device)
         self.cos_sin = rope.cos_sin(torch.arange(T, device=lab.device))
-        self.fused = [
-            fkv.fuse_kv(self.keys, self.key_weights), fkv.fuse_kv(self.values, self.value_weights)
-        ]  # fmt: skip
+        self.fused = [fkv.fuse_kv(self.keys, self.key_weights), fkv.fuse_kv(self.values, self.value_weights)]
         # Causal: half of the products.
         self.flops = 2.0 * T * T * H * D
 
@@ -91,9 +89,15 @@ def prefill_cells(sizes: Sizes) -> Iterator[Cell]:
                     "SDPA alone", lambda i: layer.sdpa(*layer.fused), layer.check_fused, bound=True
                 )
                 case = Case(
-                    "prefill", "fusion + SDPA", layer.shape_text, mine, [projecting, alone],
-                    0, layer.flops, "matmul",
-                )  # fmt: skip
+                    "prefill",
+                    "fusion + SDPA",
+                    layer.shape_text,
+                    mine,
+                    [projecting, alone],
+                    0,
+                    layer.flops,
+                    "matmul",
+                )
                 yield lab.row(case)
 
             first = T == sizes.prefill_tokens[-1] and G == sizes.prefill_heads

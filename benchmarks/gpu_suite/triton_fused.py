@@ -86,11 +86,30 @@ if triton is not None:
 
     @triton.jit
     def _split_kernel(
-        q, k1, k2, v1, v2, key_weights, value_weights, lengths, table, partial, maxima, sums,
-        scale, table_stride, capacity, splits, rows, G,
-        DIM: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SOURCES: tl.constexpr,
+        q,
+        k1,
+        k2,
+        v1,
+        v2,
+        key_weights,
+        value_weights,
+        lengths,
+        table,
+        partial,
+        maxima,
+        sums,
+        scale,
+        table_stride,
+        capacity,
+        splits,
+        rows,
+        G,
+        DIM: tl.constexpr,
+        ROWS: tl.constexpr,
+        TOKENS: tl.constexpr,
+        SOURCES: tl.constexpr,
         PAGE: tl.constexpr,
-    ):  # fmt: skip
+    ):
         pair, split = tl.program_id(0), tl.program_id(1)
         seq, head = pair // G, pair % G
         length = tl.load(lengths + seq)
@@ -188,12 +207,32 @@ def decode(
     # Unused arguments still are pointers of the right kind.
     a, b = (maxima if w is None else w for w in (key_weights, value_weights))
     _split_kernel[(B * G, splits)](
-        q, keys[0], keys[-1], values[0], values[-1], a, b, lengths, lengths if table is None else table,
-        partial, maxima, sums,
-        D**-0.5 * 1.4426950408889634, 0 if table is None else table.stride(0), slots, splits, rows, G,
-        DIM=D, ROWS=max(MIN_ROWS, triton.next_power_of_2(rows)), TOKENS=config.tokens, SOURCES=sources,
-        PAGE=0 if table is None else slots, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        q,
+        keys[0],
+        keys[-1],
+        values[0],
+        values[-1],
+        a,
+        b,
+        lengths,
+        lengths if table is None else table,
+        partial,
+        maxima,
+        sums,
+        D**-0.5 * 1.4426950408889634,
+        0 if table is None else table.stride(0),
+        slots,
+        splits,
+        rows,
+        G,
+        DIM=D,
+        ROWS=max(MIN_ROWS, triton.next_power_of_2(rows)),
+        TOKENS=config.tokens,
+        SOURCES=sources,
+        PAGE=0 if table is None else slots,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     _merge_kernel[(B * H,)](
         partial, maxima, sums, out, splits, rows, DIM=D, SPLITS=triton.next_power_of_2(splits), num_warps=4
     )

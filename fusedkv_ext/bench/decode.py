@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext import reference
 from fusedkv_ext.bench import peers
 from fusedkv_ext.bench.criterion import require_right
 from fusedkv_ext.bench.measure import Cell, Entry
 from fusedkv_ext.bench.settings import DTYPES, Settings
+from fusedkv_ext.ops import reference
 
 FAMILY = "decode"
 CONTEXT, BATCH, SHORT = "decode, by context", "decode, by batch", "decode, cache in L2"
@@ -234,8 +234,10 @@ def curve_cell(op: str, B: int, T: int, params: dict[str, object], s: Settings) 
     one, two = (make([T] * B, 4, m, DTYPES[s.dtype], s) for m in (1, 2))
     (k,), (v,) = one.head_major()
     keys, values = two.head_major()
-    torch_one = {"SDPA on packed rows": partial(peers.packed_sdpa, one.q, k, v),
-                 "matmul + softmax": partial(peers.matmul, one.q, k, v)}  # fmt: skip
+    torch_one = {
+        "SDPA on packed rows": partial(peers.packed_sdpa, one.q, k, v),
+        "matmul + softmax": partial(peers.matmul, one.q, k, v),
+    }
     torch_two = {
         "SDPA on concatenated sources": peers_of_many(two)["SDPA on concatenated sources"],
         "folded matmuls": partial(peers.folded, two.q, keys, values, two.a, two.b),

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext import reference
 from fusedkv_ext.bench.criterion import require_right
 from fusedkv_ext.bench.measure import Cell, Entry
 from fusedkv_ext.bench.peers import eager_fuse, rotate_and_store
 from fusedkv_ext.bench.settings import DTYPES, Settings
+from fusedkv_ext.ops import reference
 
 FAMILY = "fuse"
 SOURCES = 2
 FORWARD, BACKWARD, AUTOGRAD, BOTH = (
-    "fuse_kv", "fuse_kv_backward", "fuse_kv, backward by autograd", "fuse_kv, forward + backward",
-)  # fmt: skip
+    "fuse_kv",
+    "fuse_kv_backward",
+    "fuse_kv, backward by autograd",
+    "fuse_kv, forward + backward",
+)
 
 
 def fuse_cell(name: str, s: Settings) -> Cell:
@@ -72,23 +75,35 @@ def fuse_cell(name: str, s: Settings) -> Cell:
         FAMILY,
         [
             row(
-                FORWARD, partial(forward, fkv.fuse_kv), partial(forward, eager_fuse), forward_bytes,
+                FORWARD,
+                partial(forward, fkv.fuse_kv),
+                partial(forward, eager_fuse),
+                forward_bytes,
                 check_forward,
             ),
             row(
-                BACKWARD, called, eager_by_autograd, backward_bytes,
+                BACKWARD,
+                called,
+                eager_by_autograd,
+                backward_bytes,
                 partial(check_gradients, called, BACKWARD),
             ),
             row(
-                AUTOGRAD, by_autograd, eager_by_autograd, backward_bytes,
+                AUTOGRAD,
+                by_autograd,
+                eager_by_autograd,
+                backward_bytes,
                 partial(check_gradients, by_autograd, AUTOGRAD),
             ),
             row(
-                BOTH, partial(both, fkv.fuse_kv), partial(both, eager_fuse), forward_bytes + backward_bytes,
+                BOTH,
+                partial(both, fkv.fuse_kv),
+                partial(both, eager_fuse),
+                forward_bytes + backward_bytes,
                 partial(check_gradients, partial(both, fkv.fuse_kv), BOTH),
             ),
         ],
-    )  # fmt: skip
+    )
 
 
 def append_cell(name: str, s: Settings) -> Cell:
@@ -100,9 +115,7 @@ def append_cell(name: str, s: Settings) -> Cell:
     cache = fkv.KVCache(fkv.CachePlan.named("vanilla", 1), 1, S, G, D, dtype=dtype)
     caches = [cache.keys(0), cache.values(0)]
     others = [torch.empty_like(x) for x in caches]
-    options = {
-        "cache_seqlens": torch.tensor([S], dtype=torch.int32), "rotary_cos": cos, "rotary_sin": sin
-    }  # fmt: skip
+    options = {"cache_seqlens": torch.tensor([S], dtype=torch.int32), "rotary_cos": cos, "rotary_sin": sin}
 
     def run() -> tuple[Tensor, ...]:
         fkv.append_kvcache(key, value, *caches, **options)
@@ -122,9 +135,16 @@ def append_cell(name: str, s: Settings) -> Cell:
 
     # Keys and values are read and written.
     row = Entry(
-        "append_kvcache with rotary", "append", {"S": S}, dtype, run, check, 4 * key.nbytes, "copy",
+        "append_kvcache with rotary",
+        "append",
+        {"S": S},
+        dtype,
+        run,
+        check,
+        4 * key.nbytes,
+        "copy",
         {"torch rotary + copy_": peer},
-    )  # fmt: skip
+    )
     return Cell(FAMILY, [row])
 
 

@@ -83,9 +83,7 @@ def versus(op: str, dtype: str | None = None, *, per_byte: bool = False, **param
     """Our time / the time of the base of the same cell; per_byte: both divided by their bytes."""
 
     which = "per_byte" if per_byte else "x"
-    return lambda rows: [
-        row["versus"][which] for row in select(rows, op, dtype, **params) if row["versus"]
-    ]
+    return lambda rows: [row["versus"][which] for row in select(rows, op, dtype, **params) if row["versus"]]
 
 
 def memory(rows: Rows) -> Iterable[float]:
@@ -121,50 +119,97 @@ GOALS = (
     Goal("decode", "float32, 1 and 2 sources: of the read roof", roof("decode", "float32"), 85, unit="%"),
     Goal("decode", "1 source, H = G: as fast as SDPA", beside("SDPA", "decode", BF16, m=1, R=1), 5),
     Goal(
-        "decode", "1 source, H/G = 4: as fast as SDPA with enable_gqa",
-        beside("SDPA enable_gqa", "decode", BF16, m=1, R=4), 20,
+        "decode",
+        "1 source, H/G = 4: as fast as SDPA with enable_gqa",
+        beside("SDPA enable_gqa", "decode", BF16, m=1, R=4),
+        20,
     ),
     Goal("decode", "1 source: as fast as the best formulation in torch", best("decode", BF16, m=1), 2.5),
     Goal(
-        "decode", "2 sources: as fast as eager fuse + SDPA",
-        beside("eager fuse + SDPA", "decode", BF16, m=2), 15,
+        "decode",
+        "2 sources: as fast as eager fuse + SDPA",
+        beside("eager fuse + SDPA", "decode", BF16, m=2),
+        15,
     ),
     Goal(
-        "decode", "2 sources: as fast as SDPA on concatenated sources",
-        beside("SDPA on concatenated sources", "decode", BF16, m=2), 5,
+        "decode",
+        "2 sources: as fast as SDPA on concatenated sources",
+        beside("SDPA on concatenated sources", "decode", BF16, m=2),
+        5,
     ),
     Goal("decode", "2 sources: as fast as folded matmuls", beside("folded matmuls", "decode", BF16, m=2), 2),
     Goal(
-        "decode", "time per byte of 2 sources, to 1 source",
-        versus("decode", BF16, per_byte=True, m=2), 1.03, at_least=False,
+        "decode",
+        "time per byte of 2 sources, to 1 source",
+        versus("decode", BF16, per_byte=True, m=2),
+        1.03,
+        at_least=False,
     ),
-    Goal("decode", "time in pages of 16, to contiguous",
-         versus("decode, paged", page=16), 1.05, at_least=False),
-    Goal("decode", "time in pages of 64, to contiguous",
-         versus("decode, paged", page=64), 1.05, at_least=False),
-    Goal("decode", "time of a ragged batch, to an equal one of the same bytes",
-         versus("decode, ragged lengths"), 1.10, at_least=False),
+    Goal(
+        "decode", "time in pages of 16, to contiguous", versus("decode, paged", page=16), 1.05, at_least=False
+    ),
+    Goal(
+        "decode", "time in pages of 64, to contiguous", versus("decode, paged", page=64), 1.05, at_least=False
+    ),
+    Goal(
+        "decode",
+        "time of a ragged batch, to an equal one of the same bytes",
+        versus("decode, ragged lengths"),
+        1.10,
+        at_least=False,
+    ),
     Goal("decode", "caches in L2, 128 to 2048 tokens: as fast as the best of torch", best(SHORT), 1),
     Goal("fuse", "forward: of the copy roof", roof(FORWARD), 85, unit="%"),
     Goal("fuse", "forward: as fast as eager", beside("eager", FORWARD), 2),
     Goal("fuse", "backward: of the copy roof", both(roof(BACKWARD), roof(AUTOGRAD)), 75, unit="%"),
-    Goal("fuse", "backward: as fast as eager autograd",
-         both(beside("eager", BACKWARD), beside("eager", AUTOGRAD)), 2),
-    Goal("prefill", "time to first token of Lite and FusedKV, to vanilla", _readers(TTFT), 0.58,
-         at_least=False),
+    Goal(
+        "fuse",
+        "backward: as fast as eager autograd",
+        both(beside("eager", BACKWARD), beside("eager", AUTOGRAD)),
+        2,
+    ),
+    Goal(
+        "prefill", "time to first token of Lite and FusedKV, to vanilla", _readers(TTFT), 0.58, at_least=False
+    ),
     Goal("train", "training step of Lite and FusedKV, to vanilla", _readers(STEP), 1, at_least=False),
     Goal("train", "peak memory of training Lite and FusedKV, to vanilla", memory, 1, at_least=False),
-    Goal("model", "time per output token, cache-bound: Lite, to vanilla",
-         versus(TPOT, plan="fusedkv-lite", bound="cache"), 1.02, at_least=False),
-    Goal("model", "time per output token, cache-bound: FusedKV, to vanilla",
-         versus(TPOT, plan="fusedkv", bound="cache"), 1.6, at_least=False),
-    Goal("model", "time per output token, weight-bound at a long context: Lite and FusedKV, to vanilla",
-         _readers(TPOT, bound="weights"), 1, at_least=False),
-    Goal("model", "time per output token, weight-bound at a short context: Lite and FusedKV, to vanilla",
-         _readers(TPOT, bound="weights-short"), 1, at_least=False),
-    Goal("model", "Python time per token and layer: attention less the operations in it", python_time,
-         30, at_least=False, unit="us"),
-)  # fmt: skip
+    Goal(
+        "model",
+        "time per output token, cache-bound: Lite, to vanilla",
+        versus(TPOT, plan="fusedkv-lite", bound="cache"),
+        1.02,
+        at_least=False,
+    ),
+    Goal(
+        "model",
+        "time per output token, cache-bound: FusedKV, to vanilla",
+        versus(TPOT, plan="fusedkv", bound="cache"),
+        1.6,
+        at_least=False,
+    ),
+    Goal(
+        "model",
+        "time per output token, weight-bound at a long context: Lite and FusedKV, to vanilla",
+        _readers(TPOT, bound="weights"),
+        1,
+        at_least=False,
+    ),
+    Goal(
+        "model",
+        "time per output token, weight-bound at a short context: Lite and FusedKV, to vanilla",
+        _readers(TPOT, bound="weights-short"),
+        1,
+        at_least=False,
+    ),
+    Goal(
+        "model",
+        "Python time per token and layer: attention less the operations in it",
+        python_time,
+        30,
+        at_least=False,
+        unit="us",
+    ),
+)
 
 
 def judge(rows: Rows, families: Iterable[str]) -> list[Record]:

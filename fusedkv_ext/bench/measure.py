@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext import _native
 from fusedkv_ext.bench.criterion import Outputs, require_same_maths
+from fusedkv_ext.ops import native
 
 Clock = Callable[[], float]
 Peer = Callable[[], Outputs] | str  # or the reason why there is none
@@ -290,8 +290,10 @@ def commit() -> str:
     """Of the tree that this file is tracked in, "-dirty" where it was changed; "unknown" without one."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        for command in (["ls-files", "--error-unmatch", Path(__file__).name],
-                        ["describe", "--always", "--dirty", "--exclude", "*"]):  # fmt: skip
+        for command in (
+            ["ls-files", "--error-unmatch", Path(__file__).name],
+            ["describe", "--always", "--dirty", "--exclude", "*"],
+        ):
             done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -311,7 +313,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "level": _native.cpu_level(),
+        "level": native.cpu_level(),
         "cache_bytes": _cache_bytes(),
     }
 

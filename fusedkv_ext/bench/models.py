@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import fusedkv_ext as fkv
-from fusedkv_ext import attention, reference
 from fusedkv_ext.bench.criterion import require_right
 from fusedkv_ext.bench.decode import fill
 from fusedkv_ext.bench.measure import Cell, Entry
 from fusedkv_ext.bench.settings import DTYPES, Settings, Shape
+from fusedkv_ext.layers import attention
+from fusedkv_ext.ops import reference
 
 PLANS = ("vanilla", "fusedkv-lite", "fusedkv")
 TTFT, STEP, TPOT = "time to first token", "training step", "time per output token"
@@ -54,9 +55,7 @@ def check_logits(model: fkv.Decoder) -> None:
     """A prompt and one more token out of a cache, against the model in float64 without one. The same maths
     in the working dtype: the model without a cache, attending as the oracle does."""
     ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS))
-    with torch.no_grad(), mock.patch.object(
-        attention.ops, "fused_kv_attn_func", _oracle_attention
-    ):  # fmt: skip
+    with torch.no_grad(), mock.patch.object(attention.ops, "fused_kv_attn_func", _oracle_attention):
         exact = copy.deepcopy(model).double()(ids)[:, -2:]
         same = model(ids)[:, -2:]
     with torch.inference_mode():

@@ -106,9 +106,7 @@ def folded(
     return sum(out * w[:, None].to(dtype) for out, w in zip(outs, b, strict=True)).view(q.shape)
 
 
-def rotate_and_store(
-    key: Tensor, value: Tensor, caches: Sequence[Tensor], cos: Tensor, sin: Tensor
-) -> None:
+def rotate_and_store(key: Tensor, value: Tensor, caches: Sequence[Tensor], cos: Tensor, sin: Tensor) -> None:
     """``append_kvcache`` of a prompt into empty caches: rotary in float32, then two copies."""
     x, y = key.float().chunk(2, dim=-1)
     c, s = cos[:, None], sin[:, None]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedkv_ext.bench.decode import BATCH, CONTEXT
 from fusedkv_ext.bench.goals import select
-from fusedkv_ext.train.extras import need
+from fusedkv_ext.extras import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,9 +63,11 @@ def time_over_context(axes: Axes, result: Result) -> None:
     _curves(axes, rows, "T", lambda row, us: us)
     two = [row for row in rows if row["params"]["m"] == 2]
     axes.plot(
-        [row["params"]["T"] for row in two], [_roof_us(row) for row in two], **_ROOF,
+        [row["params"]["T"] for row in two],
+        [_roof_us(row) for row in two],
+        **_ROOF,
         label="read roof, 2 sources",
-    )  # fmt: skip
+    )
     axes.set_yscale("log")
     _tidy(axes, "Time of one token", "cached tokens", "us")
 
@@ -86,9 +88,11 @@ def cost_over_batch(axes: Axes, result: Result) -> None:
     _curves(axes, rows, "B", lambda row, us: us / row["params"]["B"])
     two = [row for row in rows if row["params"]["m"] == 2]
     axes.plot(
-        [row["params"]["B"] for row in two], [_roof_us(row) / row["params"]["B"] for row in two], **_ROOF,
+        [row["params"]["B"] for row in two],
+        [_roof_us(row) / row["params"]["B"] for row in two],
+        **_ROOF,
         label="read roof, 2 sources",
-    )  # fmt: skip
+    )
     axes.set_ylim(bottom=0)
     tokens = rows[0]["params"]["T"] if rows else 0
     _tidy(axes, f"Cost per token at {tokens:,} cached tokens", "sequences", "us per sequence")

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedkv_ext import documents
 from fusedkv_ext.bench import goals
 from fusedkv_ext.bench.decode import BATCH, CONTEXT, SHORT
 from fusedkv_ext.bench.settings import FAMILIES
+from fusedkv_ext.lab import reporting
 
 Result = dict[str, Any]
 Record = dict[str, Any]
@@ -134,7 +134,7 @@ def goals_table(result: Result) -> str:
         [goal["family"], goal["goal"], _bound(goal), figure(goal["measured"], goal["unit"]), _met(goal)]
         for goal in result["goals"]
     ]
-    return documents.table(["family", "the worst of its rows", "goal", "measured", ""], rows)
+    return reporting.table(["family", "the worst of its rows", "goal", "measured", ""], rows)
 
 
 def _microseconds(row: Record) -> str:
@@ -157,7 +157,7 @@ def _shares(row: Record) -> list[str]:
 
 
 def _operations(rows: Sequence[Record]) -> str:
-    return documents.table(
+    return reporting.table(
         ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "times as fast as"],
         [[r["op"], r["shape"], r["dtype"], _microseconds(r), *_shares(r), _beside(r)] for r in rows],
     )
@@ -170,7 +170,7 @@ def _variants(rows: Sequence[Record]) -> str:
         ratio = f"{times(row['versus']['x'])} {row['versus']['to']}" if row["versus"] else ""
         lines.append([row["op"], row["shape"], row["dtype"], _microseconds(row), *_shares(row), ratio])
     titles = ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "time, to"]
-    return documents.table(titles, lines)
+    return reporting.table(titles, lines)
 
 
 def _models(rows: Sequence[Record]) -> str:
@@ -183,7 +183,7 @@ def _models(rows: Sequence[Record]) -> str:
         peak = f"{row['peak_mb']:,.0f}" if row["peak_mb"] else ""
         lines.append([row["op"], shape, row["dtype"], plan, _microseconds(row), ratio, peak])
     titles = ["what", "shape", "dtype", "plan", "us (quartiles)", "to vanilla", "peak MB"]
-    return documents.table(titles, lines)
+    return reporting.table(titles, lines)
 
 
 def rows_tables(result: Result) -> str:
@@ -222,12 +222,14 @@ def headline(result: Result) -> str:
         lines.append(
             [
                 f"{what}, {p['T']:,} tokens, {p['R']} query head{'s' if p['R'] > 1 else ''} per KV head",
-                f"{row['us'] / 1e3:.1f} ms", f"{row['gb_per_s']:.1f}", f"{row['percent_of_roof']:.0f} %",
+                f"{row['us'] / 1e3:.1f} ms",
+                f"{row['gb_per_s']:.1f}",
+                f"{row['percent_of_roof']:.0f} %",
                 f"{times(row['x_best'])} {row['best_peer']}",
             ]
-        )  # fmt: skip
+        )
     titles = ["decode, one token, bfloat16", "time", "GB/s", "of the read roof", "as fast as torch's best"]
-    return documents.table(titles, lines)
+    return reporting.table(titles, lines)
 
 
 BLOCKS: dict[str, Callable[[Result], str]] = {
@@ -240,7 +242,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
 
 def filled(text: str, results: Path) -> str:
     """A document with every generated block made anew from the files of the folder ``results``."""
-    return documents.filled_from_results(text, BLOCKS, results)
+    return reporting.filled_from_results(text, BLOCKS, results)
 
 
 def main(root: Path) -> None:

@@ -14,13 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from fusedkv_ext.hf.config import (
-    FusedKVLlamaConfig,
-    FusedKVQwen3Config,
-    cache_bytes_per_token,
-    config_for,
-)
-from fusedkv_ext.hf.convert import Conversion, calibration_windows, convert_model, save_conversion
+from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config, cache_bytes_per_token, config_for
 from fusedkv_ext.hf.interface import register_attention
 from fusedkv_ext.hf.modeling import (
     FusedKVLlamaForCausalLM,
@@ -34,12 +28,9 @@ from fusedkv_ext.hf.modeling import (
     FusedKVQwen3ForTokenClassification,
     FusedKVQwen3Model,
 )
-from fusedkv_ext.hf.uptrain import uptrain
-from fusedkv_ext.hf.uptrain_settings import UptrainSettings
 from fusedkv_ext.hf.versions import warn_if_untested
 
 __all__ = [
-    "Conversion",
     "FusedKVLlamaConfig",
     "FusedKVLlamaForCausalLM",
     "FusedKVLlamaForQuestionAnswering",
@@ -52,13 +43,8 @@ __all__ = [
     "FusedKVQwen3ForSequenceClassification",
     "FusedKVQwen3ForTokenClassification",
     "FusedKVQwen3Model",
-    "UptrainSettings",
     "cache_bytes_per_token",
-    "calibration_windows",
     "config_for",
-    "convert_model",
-    "save_conversion",
-    "uptrain",
 ]
 
 warn_if_untested()

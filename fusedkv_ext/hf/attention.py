@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fusedkv_ext.dense import visible
-from fusedkv_ext.fusion import FusionWeights
-from fusedkv_ext.heads import Side, Sum, mixed
 from fusedkv_ext.hf.cache import KVSharingDict, LayerCache
 from fusedkv_ext.hf.interface import NAME, attend, folds, prefix, ranges_if_folding
 from fusedkv_ext.hf.parallel import check_parallel
 from fusedkv_ext.hf.versions import check_keywords, takes_cache
-from fusedkv_ext.shards import for_all_ranks
+from fusedkv_ext.layers.fusion import FusionWeights
+from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed
+from fusedkv_ext.layers.shards import for_all_ranks
+from fusedkv_ext.ops.sdpa import visible
 
 __all__ = ["PlanAttention", "SharedKV"]
 
@@ -63,8 +63,8 @@ class PlanAttention(nn.Module):
         super().__init__(config, layer_idx)
         plan, heads = config.plan, config.num_key_value_heads
         self.plan = plan
-        self._keys = Side.resolve(plan, layer_idx, heads, "key")
-        self._values = Side.resolve(plan, layer_idx, heads, "value")
+        self._keys = SidePlan.resolve(plan, layer_idx, heads, "key")
+        self._values = SidePlan.resolve(plan, layer_idx, heads, "value")
         self.k_heads, self.v_heads = self._keys.num_stored, self._values.num_stored
         self._sources = plan.source_layers(layer_idx)
         later = range(layer_idx + 1, plan.num_layers)
@@ -165,7 +165,7 @@ class PlanAttention(nn.Module):
         return shared[name]
 
     def _mixed(
-        self, states: Tensor, mixes: tuple[Sum, ...], index: int, shared: SharedKV, query: Tensor
+        self, states: Tensor, mixes: tuple[WeightedSum, ...], index: int, shared: SharedKV, query: Tensor
     ) -> Tensor:
         """(B, heads, S, D) to be stored: mixed with the sources' new tokens where the plan says so."""
         if not mixes:

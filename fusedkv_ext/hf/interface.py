@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fusedkv_ext import ops
-from fusedkv_ext.dispatch import native_head_dim
 from fusedkv_ext.hf.versions import check_keywords
+from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops.dispatch import native_head_dim
 
 __all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.train.extras import need
-from fusedkv_ext.train.tokenizer import FileTokenizer
+from fusedkv_ext.extras import need
+from fusedkv_ext.training.data.tokenizer import FileTokenizer
 
 INDEX = "model.safetensors.index.json"
 CONVERSION = "conversion.json"

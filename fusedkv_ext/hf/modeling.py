@@ -23,13 +23,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from fusedkv_ext.fusion import FusionWeights
 from fusedkv_ext.hf.attention import PlanAttention, SharedKV
 from fusedkv_ext.hf.cache import cached_tokens, check_growth, window_start
 from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config
 from fusedkv_ext.hf.interface import NAME
 from fusedkv_ext.hf.parallel import check_parallel
 from fusedkv_ext.hf.versions import CACHE, takes_cache
+from fusedkv_ext.layers.fusion import FusionWeights
 
 __all__ = [
     "FusedKVLlamaForCausalLM",
@@ -126,7 +126,7 @@ class _PlanPreTrained:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has other sizes than this config. Where a plan stores only "
                 "some KV heads of a layer (skipv1 and others), a checkpoint of the plain model must be "
-                "converted: fkv.hf.convert_model, or the command fusedkv convert"
+                "converted: fkv.conversion.convert_model, or the command fusedkv convert"
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():

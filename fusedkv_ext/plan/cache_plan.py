@@ -15,15 +15,7 @@ import torch
 from fusedkv_ext.plan.drawing import draw
 from fusedkv_ext.plan.latent import latent_layers
 from fusedkv_ext.plan.methods import METHODS
-from fusedkv_ext.plan.pieces import (
-    SIDES,
-    Fusion,
-    LayerPlan,
-    ResolvedSegment,
-    Segment,
-    Side,
-    whole_number,
-)
+from fusedkv_ext.plan.pieces import SIDES, Fusion, LayerPlan, ResolvedSegment, Segment, Side, whole_number
 
 FORMAT = 1
 

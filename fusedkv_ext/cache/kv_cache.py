@@ -1,0 +1,550 @@
+"""The key/value cache of a plan: memory for what storage layers store, contiguous or in pages, nothing else.
+
+Layers that only read own no memory: their attention is handed the tensors of their source layers. The cache
+knows lengths and pages; which layer reads what is the plan's business, and attention asks it.
+
+Everything is right-aligned. A step brings S rows, the last S tokens of each sequence, so ragged prompts are
+padded on the left: a row before the start of its sequence is not stored, and attention gives zeros for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops import native
+from fusedkv_ext.ops.rope import RotaryEmbedding
+from fusedkv_ext.plan import CachePlan, latent_layers
+
+__all__ = ["CacheFullError", "KV", "KVCache"]
+
+
+class KV(NamedTuple):
+    """What one layer stores: ``key`` (B, T, Gk, D) after RoPE and ``value`` (B, T, Gv, D).
+
+    Only the heads that the layer stores; None on a side of which it stores none. Latent attention stores one
+    tensor for both: ``key`` is then [k_pe ; c], (B, T, 1, channels), and ``value`` None.
+    """
+
+    key: Tensor | None
+    value: Tensor | None
+
+
+class CacheFullError(ValueError):
+    """The new tokens do not fit. The cache is as it was before the call."""
+
+
+class PageTable:
+    """Which pages hold which sequence: bookkeeping on the host, no keys and no values.
+
+    A page may belong to several sequences (after a reorder); its reference count says to how many. Whoever
+    writes into a page must be its only owner, so ``extend`` replaces a shared last page by a copy of its own.
+    """
+
+    def __init__(self, batch_size: int, page_size: int, max_pages: int, num_pages: int) -> None:
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.rows = torch.full((batch_size, max_pages), -1, dtype=torch.int32)
+        self.pages: list[list[int]] = [[] for _ in range(batch_size)]
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owners = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def extend(self, old: list[int], new: list[int]) -> tuple[list[tuple[int, int]], bool]:
+        """Makes room for lengths ``new``; returns copies to make (from page, to page) and if rows changed."""
+        held = [len(pages) for pages in self.pages]
+        growth = [-(-length // self.page_size) - count for count, length in zip(held, new, strict=True)]
+        tails = self._shared_tails(old, new)
+        # Of k writers of a page with r owners the last one may keep it if nobody else is left.
+        spare = sum(writers == self._owners[page] for page, writers in Counter(tails.values()).items())
+        needed = sum(growth) + len(tails) - spare
+        if needed > len(self._free):
+            raise CacheFullError(
+                f"the page pool is full: lengths {_brief(new)} need {needed} more pages of {self.page_size} "
+                f"tokens, {len(self._free)} of {self.num_pages} are free; free(b) finished sequences, crop, "
+                "or make a cache with more num_pages"
+            )
+        copies = []
+        for b, page in tails.items():
+            if self._owners[page] > 1:
+                self._owners[page] -= 1
+                own = self._take()
+                copies.append((page, own))
+                self._set(b, len(self.pages[b]) - 1, own)
+        for b, count in enumerate(growth):
+            for _ in range(count):
+                self.pages[b].append(-1)
+                self._set(b, len(self.pages[b]) - 1, self._take())
+        return copies, bool(copies) or any(growth)
+
+    def truncate(self, b: int, length: int) -> bool:
+        """Gives back the pages beyond ``length`` tokens; returns whether there were any."""
+        keep = -(-length // self.page_size)
+        dropped = self.pages[b][keep:]
+        del self.pages[b][keep:]
+        for page in dropped:
+            self._release(page)
+        if dropped:
+            self.rows[b, keep:] = -1
+        return bool(dropped)
+
+    def reorder(self, index: list[int]) -> None:
+        """Sequence b becomes what sequence index[b] was; a sequence taken twice shares its pages."""
+        chosen = [list(self.pages[i]) for i in index]
+        for page in (page for pages in chosen for page in pages):
+            self._owners[page] += 1
+        for page in (page for pages in self.pages for page in pages):
+            self._release(page)
+        self.pages = chosen
+        self.rows.copy_(self.rows[index])
+
+    def _shared_tails(self, old: list[int], new: list[int]) -> dict[int, int]:
+        """Sequences that are about to write into a last page which is not theirs alone, and that page."""
+        return {
+            b: pages[-1]
+            for b, pages in enumerate(self.pages)
+            if new[b] > old[b] and old[b] % self.page_size and self._owners[pages[-1]] > 1
+        }
+
+    def _set(self, b: int, column: int, page: int) -> None:
+        self.pages[b][column] = page
+        self.rows[b, column] = page
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._owners[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        self._owners[page] -= 1
+        if self._owners[page] == 0:
+            self._free.append(page)
+
+
+class KVCache:
+    """Keys and values of the storage layers of ``plan``: B = ``batch_size`` sequences of up to ``max_len``.
+
+    Layout, per storage layer that stores Gk key heads and Gv value heads of the G = ``num_kv_heads``:
+
+    * contiguous (``page_size`` None): keys (B, max_len, Gk, D), values (B, max_len, Gv, D), ``block_table``
+      None;
+    * paged: keys (P, page_size, Gk, D), values (P, page_size, Gv, D) with P = ``num_pages``, by default
+      enough for all sequences at full length. One ``block_table`` (B, ceil(max_len / page_size)) int32 serves
+      all layers: token t of sequence b lies in page block_table[b, t // page_size], slot t % page_size.
+      Unused entries are -1.
+
+    * of latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c], of
+      as many of the rope_dim rotated channels k_pe and the r = ``head_dim`` channels of the latent c as the
+      layer stores (plan/latent.py). ``keys`` is all of it, ``values`` its view of c.
+
+    A step is: ``advance(n)``, once, which makes room; then every layer, in order, appends its S = max(n) new
+    rows and attends. ``seq_lens`` (B,) int32 on ``device`` counts the valid tokens, the new ones included.
+
+    Args:
+        dtype: of keys and values; default ``torch.get_default_dtype()``.
+        num_pages: fewer pages than the default let more sequences share one pool than fit at full length.
+        rope_dim: keep latents; num_kv_heads is then 1 and head_dim is kv_lora_rank.
+
+    Raises ValueError for sizes below one, for ``num_pages`` without ``page_size``, and for a plan that cannot
+    be said on latents.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        batch_size: int,
+        max_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        rope_dim: int | None = None,
+    ) -> None:
+        sizes = {
+            "batch_size": batch_size,
+            "max_len": max_len,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
+        for name, size in sizes.items():
+            _check_positive(name, size)
+        if rope_dim is not None:
+            _check_positive("rope_dim", rope_dim)
+            if num_kv_heads != 1 or rope_dim % 2:
+                raise ValueError(
+                    "with rope_dim the cache keeps latents: num_kv_heads must be 1 and rope_dim even, "
+                    f"got num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
+                )
+        self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
+        self.dtype = dtype or torch.get_default_dtype()
+        self.page_size, self.rope_dim = page_size, rope_dim
+        self._lengths = [0] * batch_size
+        self._step = 0
+        self._table: PageTable | None = None
+        self._schedules: dict[tuple[int, ...], Tensor] = {}
+        self._rotary: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+        # Made under inference mode these would be inference tensors, which nobody may change outside of it.
+        with torch.inference_mode(False):
+            slots: tuple[int, int] = (batch_size, max_len)
+            if page_size is not None:
+                _check_positive("page_size", page_size)
+                max_pages = -(-max_len // page_size)
+                num_pages = batch_size * max_pages if num_pages is None else num_pages
+                _check_positive("num_pages", num_pages)
+                self._table = PageTable(batch_size, page_size, max_pages, num_pages)
+                slots = (num_pages, page_size)
+            elif num_pages is not None:
+                raise ValueError(f"num_pages={num_pages} needs page_size: only a paged cache has pages")
+
+            def allocate(heads: int, dim: int = head_dim) -> Tensor | None:
+                if not heads * dim:
+                    return None
+                tensor = torch.empty((*slots, heads, dim), dtype=self.dtype, device=device)
+                if tensor.device.type == "cpu":
+                    native.advise_huge_pages(tensor)  # every step reads all of it
+                return tensor
+
+            if rope_dim is None:
+                layers = range(plan.num_layers)
+                self._keys = [allocate(len(plan.stored_key_heads(i, num_kv_heads))) for i in layers]
+                self._values = [allocate(len(plan.stored_value_heads(i, num_kv_heads))) for i in layers]
+                self._owned = [x for x in (*self._keys, *self._values) if x is not None]
+            else:
+                rotated = [layer.stores_rope * rope_dim for layer in latent_layers(plan)]
+                latent = [layer.stored_channels(head_dim) for layer in latent_layers(plan)]
+                self._keys = [allocate(1, sum(widths)) for widths in zip(rotated, latent, strict=True)]
+                self._values = self._latents()
+                self._owned = [x for x in self._keys if x is not None]
+            self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
+            self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+            self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
+        self.device = self.seq_lens.device
+
+    def _latents(self) -> list[Tensor | None]:
+        """The values of a cache of latents: the channels of the keys that positions do not rotate."""
+        starts = [layer.stores_rope * (self.rope_dim or 0) for layer in latent_layers(self.plan)]
+        return [
+            x[..., start:] if x is not None and x.shape[-1] > start else None
+            for x, start in zip(self._keys, starts, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: no views, which would become tensors of their own, and nothing that
+        is made when it is first asked for."""
+        values = self._values if self.rope_dim is None else None
+        return {**self.__dict__, "_values": values, "_schedules": {}, "_rotary": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._values is None:
+            self._values = self._latents()
+
+    def keys(self, layer: int) -> Tensor:
+        """The key cache of a layer, whole. ValueError if the layer stores no keys."""
+        return _stored(self._keys, layer, "keys", self.plan)
+
+    def values(self, layer: int) -> Tensor:
+        """The value cache of a layer, whole. ValueError if the layer stores no values."""
+        return _stored(self._values, layer, "values", self.plan)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Valid tokens of each sequence: ``seq_lens``, but on the host, where nobody waits for them."""
+        return tuple(self._lengths)
+
+    @property
+    def free_pages(self) -> int | None:
+        """Pages that no sequence owns; None for a contiguous cache."""
+        return None if self._table is None else self._table.num_free
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values, used or not; without ``seq_lens`` and ``block_table``."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._owned)
+
+    def advance(self, n: int | Sequence[int] | Tensor) -> None:
+        """Makes room for the next step: ``n`` new tokens per sequence, one number or one per sequence, (B,).
+
+        Numbers may differ only for sequences that are empty: the S = max(n) rows of a step end at the end of
+        each sequence, so the first S - n[b] rows of an empty one are padding, while they would overwrite the
+        last tokens of any other. A tensor on a device is waited for; better give numbers from the host.
+
+        Raises ValueError for a wrong shape, negative numbers or differing ones as above, and CacheFullError
+        when ``max_len`` or the page pool does not suffice; the cache is then as before.
+        """
+        counts = [n] * self.batch_size if isinstance(n, int) else self._per_sequence("n", n)
+        step = max(counts)
+        for b, (count, length) in enumerate(zip(counts, self._lengths, strict=True)):
+            if count < 0:
+                raise ValueError(f"n must not be negative, but sequence {b} got {count}; use crop to shorten")
+            if count < step and length > 0:
+                raise ValueError(
+                    f"n: sequence {b} holds {length} tokens and gets {count} new ones while another gets "
+                    f"{step}; only empty sequences may get fewer. Advance by one number, or free(b) first"
+                )
+            if length + count > self.max_len:
+                raise CacheFullError(
+                    f"sequence {b} holds {length} tokens and {count} more came, but max_len is "
+                    f"{self.max_len}; crop, or make a cache with a larger max_len"
+                )
+        lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        if self._table is not None:
+            copies, changed = self._table.extend(self._lengths, lengths)
+            self._copy_pages(copies)
+            if changed:
+                self._sync_table()
+        self._lengths, self._step = lengths, step
+        self._schedules.clear()
+        if isinstance(n, int):
+            self.seq_lens.add_(n)
+        else:
+            self._sync_lengths()
+
+    def append(
+        self,
+        layer: int,
+        key: Tensor | None,
+        value: Tensor | None,
+        *,
+        query: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary_interleaved: bool = False,
+    ) -> Tensor | None:
+        """Stores the rows of this step: ``key`` (B, S, Gk, D) after RoPE and ``value`` (B, S, Gv, D).
+
+        None on a side that the layer does not store. With ``rotary``, as ``rotary_tables`` returns it, the
+        key comes before RoPE and is rotated on the way; so is ``query``, (B, S or fewer, H, D) of the last
+        tokens, which is returned as a new tensor (else None).
+
+        Raises ValueError if the sides are not those that the layer stores, or if S is not the number of rows
+        that ``advance`` made room for.
+        """
+        key_cache, value_cache = self._keys[layer], self._values[layer]
+        if (key is None) != (key_cache is None) or (value is None) != (value_cache is None):
+            raise ValueError(
+                f"layer {layer} stores keys: {_yes(key_cache)}, values: {_yes(value_cache)}, but got "
+                f"key: {_yes(key)}, value: {_yes(value)}"
+            )
+        stored = value if key is None else key
+        given = query if stored is None else stored
+        if given is None:
+            return None
+        if stored is not None:
+            self._check_rows(layer, stored)
+        if query is not None and query.shape[1] != given.shape[1]:
+            self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
+            key = value = key_cache = value_cache = None
+            given = query
+        # The op always takes both sides: one that is not stored has no heads.
+        if key is None or value is None:
+            none = given[:, :, :0]
+            key, key_cache = (none, self._no_heads) if key is None else (key, key_cache)
+            value, value_cache = (none, self._no_heads) if value is None else (value, value_cache)
+        cos, sin = (None, None) if rotary is None else rotary
+        cached = (key, value, key_cache, value_cache, self.seq_lens, self.block_table)
+        rotated = ops.append_cached(*cached, cos, sin, rotary_interleaved, query)
+        return None if query is None else rotated
+
+    def append_latent(self, layer: int, latent: Tensor) -> None:
+        """Stores the rows of this step in a cache of latents: (B, S, 1, C), [k_pe ; c] with k_pe after RoPE.
+
+        Raises ValueError if the layer stores no latent, or if S is not the number of rows that ``advance``
+        made room for.
+        """
+        self._check_rows(layer, latent)
+        # The op always takes a second side: here it has no heads.
+        new, cached = as_heads(latent), as_heads(self.keys(layer))
+        sides = (new, new[:, :, :0], cached, cached[:, :, :0])
+        ops.append_cached(*sides, self.seq_lens, self.block_table, None, None, False, None)
+
+    def _check_rows(self, layer: int, rows: Tensor) -> None:
+        if rows.shape[1] != self._step:
+            raise ValueError(
+                f"layer {layer}: {rows.shape[1]} rows came, but this step is {self._step} rows long; "
+                "call advance(n) once before the layers of a step"
+            )
+
+    def rotary_tables(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """Cos and sin of all positions, contiguous fp32 (max_len, rotary_dim / 2); looked up once a cache."""
+        tables = self._rotary.get(rope)
+        if tables is None:
+            tables = self._rotary[rope] = rope.tables(self.max_len, self.device)
+        return tables
+
+    def positions(self, steps: int) -> Tensor:
+        """Positions of the last S = ``steps`` tokens, int64: (S,) if S > 1 and all are equally long, else
+        (B, S).
+
+        Padding rows, which lie before the start of their sequence, have negative positions. Those of a decode
+        step, S = 1, always come from ``seq_lens``: a CUDA graph would hold on to numbers from the host.
+        """
+        shortest, longest = min(self._lengths), max(self._lengths)
+        if shortest == longest and steps > 1:
+            return torch.arange(longest - steps, longest, device=self.device)
+        return self.seq_lens[:, None] + torch.arange(-steps, 0, device=self.device)
+
+    def begin_step(self) -> None:
+        """Forgets the schedules, so that the next attention makes new ones. ``advance`` does so too.
+
+        Inside a step that is captured in a CUDA graph call it first (``Decoder`` does): schedules are then
+        made in the graph, at each replay, from the lengths that it finds.
+        """
+        self._schedules.clear()
+
+    def schedule(
+        self, query_length: int, num_heads: int, num_kv_heads: int, window_size: tuple[int, int] = (-1, -1)
+    ) -> Tensor | None:
+        """``ops.decode_schedule`` of ``seq_lens``, made once a step for all layers that ask for the same.
+
+        query_length, num_heads, num_kv_heads: S, H and G of the calls, which are not ``batch_invariant``.
+        None on the CPU, which needs none.
+        """
+        if self.device.type == "cpu":
+            return None
+        key = (query_length, num_heads, num_kv_heads, window_size[0])
+        if key not in self._schedules:
+            capacity = self.max_len
+            if self.block_table is not None and self.page_size is not None:
+                capacity = self.block_table.shape[1] * self.page_size
+            self._schedules[key] = ops.decode_schedule(
+                self.seq_lens,
+                query_length=query_length,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                capacity=capacity,
+                window_size=window_size,
+            )
+        return self._schedules[key]
+
+    def crop(self, length: int | Sequence[int] | Tensor) -> None:
+        """Keeps the first ``length`` tokens of each sequence, forgets the rest and frees its pages.
+
+        One number for all, or one per sequence, (B,); a shorter sequence stays as it is. Raises ValueError
+        for a wrong shape or a negative number.
+        """
+        limits = (
+            [length] * self.batch_size if isinstance(length, int) else self._per_sequence("length", length)
+        )
+        if min(limits) < 0:
+            raise ValueError(
+                f"length must not be negative, got {_brief(limits)}; it is the number of tokens to keep"
+            )
+        self._truncate([min(pair) for pair in zip(self._lengths, limits, strict=True)])
+
+    def free(self, b: int) -> None:
+        """Empties sequence b and gives its pages back; its place can take a new prompt.
+
+        Raises ValueError for a b that is not a sequence.
+        """
+        if not 0 <= b < self.batch_size:
+            raise ValueError(f"b must be in 0..{self.batch_size - 1}, got {b}")
+        self._truncate([0 if i == b else length for i, length in enumerate(self._lengths)])
+
+    def reset(self) -> None:
+        """Empties all sequences. The memory stays allocated."""
+        self._truncate([0] * self.batch_size)
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Sequence b becomes what sequence ``index[b]`` was, as beam search wants; indices may repeat.
+
+        A contiguous cache copies; a paged one shares pages and copies a page when one of its owners writes
+        into it. Raises ValueError for a wrong shape or an index out of range.
+        """
+        order = self._per_sequence("index", index)
+        for b, i in enumerate(order):
+            if not 0 <= i < self.batch_size:
+                raise ValueError(f"index[{b}] must be in 0..{self.batch_size - 1}, got {i}")
+        if self._table is not None:
+            self._table.reorder(order)
+            self._sync_table()
+        else:
+            rows = torch.tensor(order, device=self.device)
+            used = max(self._lengths)
+            for tensor in self._owned:
+                tensor[:, :used] = tensor[:, :used].index_select(0, rows)
+        self._lengths = [self._lengths[i] for i in order]
+        self._sync_lengths()
+
+    def __repr__(self) -> str:
+        kind = (
+            "contiguous" if self.page_size is None else f"pages of {self.page_size}, {self.free_pages} free"
+        )
+        return (
+            f"KVCache({self.plan.name}, layers {list(self.plan.storage_layers)}, {kind}, "
+            f"max_len={self.max_len}, lengths={_brief(self._lengths)}, {self.dtype}, {self.nbytes} bytes)"
+        )
+
+    def _truncate(self, lengths: list[int]) -> None:
+        if self._table is not None:
+            freed = [self._table.truncate(b, length) for b, length in enumerate(lengths)]
+            if any(freed):
+                self._sync_table()
+        self._lengths, self._step = lengths, 0
+        self._sync_lengths()
+
+    def _per_sequence(self, name: str, numbers: Sequence[int] | Tensor) -> list[int]:
+        """The numbers on the host (waits for the device if they are there)."""
+        if isinstance(numbers, Tensor) and (numbers.is_floating_point() or numbers.dim() != 1):
+            raise ValueError(
+                f"{name} must be an int or a 1-D integer tensor, got {numbers.dtype} {tuple(numbers.shape)}"
+            )
+        found = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        if len(found) != self.batch_size:
+            raise ValueError(
+                f"{name} must have one number for each of {self.batch_size} sequences, got {len(found)}"
+            )
+        return found
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        if not copies:
+            return
+        source, target = torch.tensor(copies, device=self.device).unbind(1)
+        for tensor in self._owned:
+            tensor[target] = tensor[source]
+
+    def _sync_lengths(self) -> None:
+        self._schedules.clear()
+        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
+
+    def _sync_table(self) -> None:
+        if self._table is not None and self.block_table is not None:
+            self.block_table.copy_(self._table.rows)
+
+
+def as_heads(latent: Tensor) -> Tensor:
+    """(B, T, 1, C) as (B, T, C / g, g), a view: g channels are few enough for all operations."""
+    return latent.flatten(2).unflatten(-1, (-1, math.gcd(latent.shape[-1], 256)))
+
+
+def _stored(tensors: list[Tensor | None], layer: int, side: str, plan: CachePlan) -> Tensor:
+    tensor = tensors[layer]
+    if tensor is None:
+        raise ValueError(
+            f"layer {layer} of plan {plan.name!r} stores no {side}; layers {plan.storage_layers} store"
+        )
+    return tensor
+
+
+def _check_positive(name: str, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a positive int, got {size!r}")
+
+
+def _yes(tensor: Tensor | None) -> str:
+    return "no" if tensor is None else "yes"
+
+
+def _brief(numbers: Sequence[int]) -> str:
+    """The first few numbers, for messages."""
+    return "[" + ", ".join(map(str, numbers[:8])) + (", ...]" if len(numbers) > 8 else "]")

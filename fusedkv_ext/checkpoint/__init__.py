@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors folders, distributed checkpoints, checksums."""

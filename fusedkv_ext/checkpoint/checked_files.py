@@ -1,0 +1,170 @@
+"""Files of weights and states: bytes that have changed on the disk are found, and a full disk is called that.
+
+The checksum is CRC-32: it finds every change of up to 32 neighboring bits and misses one in 4 billion of
+the others. It is no protection against somebody who forges both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = [
+    "CHECKSUMS",
+    "NO_SUM",
+    "SUM",
+    "SummedFile",
+    "naming",
+    "stamp",
+    "verify",
+    "verify_stamp",
+    "write_sums",
+    "writing",
+]
+
+CHECKSUMS = "checksums.json"
+# A safetensors file carries its own checksum, so that the two are replaced together: metadata of this name,
+# which `stamp` fills in. It is that of the file with zeros in its place.
+SUM, NO_SUM = "crc32", "0" * 8
+_STAMP = re.compile(rf'"{SUM}":"([0-9a-f]{{8}})"'.encode())
+_BLOCK = 1 << 22
+
+
+class SummedFile:
+    """A file open for writing from its begin to its end, with the checksum of what was written so far.
+
+    error: of the disk; libraries lose it behind one of their own.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.checksum = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.checksum = zlib.crc32(data, self.checksum)
+        return written
+
+    def __getattr__(self, name: str) -> Any:  # tell, flush, fileno, close
+        return getattr(self._file, name)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[SummedFile]:
+    """The file, opened anew. Raises OSError with its name where the disk does not take it, whatever error the
+    writer has made of that."""
+    file = None
+    with naming(path):
+        try:
+            with path.open("wb") as opened:
+                file = SummedFile(opened)
+                yield file
+        except Exception as error:
+            if file is None or file.error is None or error is file.error:
+                raise
+            raise file.error from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk that name no file get the name of what is being written; those of safetensors become
+    OSError, too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error).__name__ != "SafetensorError" or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def write_sums(folder: Path, sums: Mapping[str, int]) -> None:
+    """Writes down the checksums of the files of a folder, by their names, for `verify`."""
+    text = json.dumps({"crc32": {name: f"{sums[name]:08x}" for name in sorted(sums)}}, indent=1)
+    with naming(folder / CHECKSUMS):
+        (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+
+
+def verify(folder: Path, names: Iterable[str], advice: str) -> None:
+    """Reads files of a folder to their ends and compares them with their checksums.
+
+    A folder without checksums, of an earlier version, is not checked. advice: what to do about damage.
+    Raises ValueError, naming the file, for one that has changed or has no checksum among those there are.
+    """
+    path = folder / CHECKSUMS
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))["crc32"]
+        known = {name: int(text, 16) for name, text in sums.items()}
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged and cannot be read ({error!r}); {advice}") from error
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{path} has no checksum of {name}; {advice}")
+        with (folder / name).open("rb") as file:
+            _compare(folder / name, _sum_of(file), known[name], advice)
+
+
+def stamp(path: Path) -> None:
+    """Fills in the checksum of a safetensors file that was saved with ``metadata={SUM: NO_SUM, ...}``."""
+    with path.open("r+b") as file:
+        found = _find_stamp(file)
+        if found is None or found[2] != int(NO_SUM, 16):
+            raise ValueError(f"{path} has no empty {SUM} among its metadata; save it with {SUM}={NO_SUM!r}")
+        header, place, _ = found
+        checksum = _sum_of(file, zlib.crc32(header))
+        file.seek(place)
+        file.write(f"{checksum:08x}".encode())
+
+
+def verify_stamp(path: Path, advice: str) -> None:
+    """Compares a safetensors file with the checksum in it; one without, as others write them, is not checked.
+
+    Raises ValueError, naming the file, where they differ.
+    """
+    with path.open("rb") as file:
+        if found := _find_stamp(file):
+            header, _, checksum = found
+            _compare(path, _sum_of(file, zlib.crc32(header)), checksum, advice)
+
+
+def _find_stamp(file: IO[bytes]) -> tuple[bytes, int, int] | None:
+    """The header of a safetensors file with zeros as the checksum, where that lies, and what it is."""
+    start = file.read(8)
+    size = int.from_bytes(start, "little")
+    if size > os.fstat(file.fileno()).st_size - 8:  # no safetensors file, or cut off: its reader says so
+        return None
+    header = start + file.read(size)
+    match = _STAMP.search(header)
+    if match is None:
+        return None
+    blank = header[: match.start(1)] + NO_SUM.encode() + header[match.end(1) :]
+    return blank, match.start(1), int(match[1], 16)
+
+
+def _sum_of(file: IO[bytes], checksum: int = 0) -> int:
+    """Of what is left of a file."""
+    while block := file.read(_BLOCK):
+        checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _compare(path: Path, found: int, known: int, advice: str) -> None:
+    if found != known:
+        raise ValueError(f"{path} is damaged: its checksum is {found:08x}, expected {known:08x}; {advice}")

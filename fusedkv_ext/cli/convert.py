@@ -1,0 +1,256 @@
+"""fusedkv convert: give a trained Llama or Qwen3 another cache plan, calibrated in closed form on text.
+
+MODEL is a Hugging Face folder, and so is what comes out. Layers that lose their own keys and values read
+those of the plan's source layers; with --calibrate, their fusion weights and the output projections of their
+attention and feed-forward networks are solved for by least squares. No training; `fusedkv uptrain` goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from fusedkv_ext.training.config import ConfigError
+
+REFITTED = ["o_proj", "down_proj"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a Llama or Qwen3")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--plan",
+        metavar="METHOD",
+        help="a name that `fusedkv plan` lists, with options as in cla:factor=3, or a JSON file of a plan",
+    )
+    which.add_argument(
+        "--search",
+        choices=("prefix", "layers", "kvsharer"),
+        help="find the plan on the text of --calibrate: the sources of FusedKV's form (prefix); which layers "
+        "store, and the sources of the others (layers); whole caches as KVSharer shares them",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--storage-layers", type=int, metavar="N", help="how many layers store keys and values")
+    size.add_argument(
+        "--budget", type=float, metavar="SHARE", help="with --search: how much of the cache may stay, 0 to 1"
+    )
+    parser.add_argument("--calibrate", nargs="+", metavar="PATH", help="UTF-8 text to fit the model to")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="of the text, spread over it (default: %(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=512, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument(
+        "--metric",
+        choices=("score", "plain"),
+        default="score",
+        help="what fusion weights are fitted to: attention scores and outputs, or plain keys and values "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="maps of keys (where RoPE lets them pass) and values, absorbed into the projections",
+    )
+    parser.add_argument(
+        "--refit",
+        nargs="*",
+        choices=("o_proj", "down_proj"),
+        default=REFITTED,
+        help="projections to refit; none after a bare --refit (default: both)",
+    )
+    parser.add_argument(
+        "--pooling",
+        default="mean-v",
+        choices=("mean-v", "mean-vo", "top-norm-v", "top-norm-vo", "svd", "own"),
+        help="how a layer that stores fewer value heads makes them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        metavar="PATH",
+        help="text to judge before and after (default: that of --calibrate)",
+    )
+    parser.add_argument(
+        "--eval-tokens", type=int, default=8192, help="tokens to judge (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: that of MODEL)")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+
+
+def _plan(args: argparse.Namespace, num_layers: int) -> Any:
+    from fusedkv_ext.lab.entries import parse
+    from fusedkv_ext.plan import METHODS, CachePlan
+
+    entry = parse(args.plan)
+    options = dict(entry.options)
+    if entry.method.endswith(".json"):
+        if args.storage_layers is not None:
+            raise ConfigError("--storage-layers is an option of a named plan; the file says it already")
+        return CachePlan.from_json(Path(entry.method).read_text("utf-8"))
+    if METHODS[entry.method].kv_heads(8) != 8:
+        raise ConfigError(
+            f"{entry.method} is a matter of num_key_value_heads, which conversion does not change; choose a "
+            "plan whose layers share caches"
+        )
+    if args.storage_layers is not None and "storage_layers" not in METHODS[entry.method].options:
+        raise ConfigError(f"{entry.method} has no option storage_layers, so --storage-layers says nothing")
+    if args.storage_layers is not None:
+        options["storage_layers"] = args.storage_layers
+    return CachePlan.named(entry.method, num_layers, **options)
+
+
+def _storage_layers(args: argparse.Namespace, layers: int) -> int:
+    """How many layers a searched plan may store."""
+    n = args.storage_layers
+    if n is None:
+        n = int(Fraction(str(args.budget)) * layers)  # 0.58 * 50 < 29
+    if not 1 <= n <= layers:
+        raise ConfigError(f"a plan cannot store {n} of {layers} layers; change --storage-layers or --budget")
+    return n
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What is wrong usage for any model."""
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists already; choose another folder to write")
+    parent = next(path for path in args.out.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"--out: {parent} is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: nothing can be written in {parent}")
+    if args.search and (not args.calibrate or (args.storage_layers is None and args.budget is None)):
+        raise ConfigError("--search needs --calibrate, and --storage-layers or --budget")
+    if args.budget is not None and (args.plan or not 0 < args.budget <= 1):
+        raise ConfigError(f"--budget is a share, 0 to 1, for --search; got {args.budget}")
+    if not args.calibrate:
+        other = {"--metric": args.metric != "score", "--refit": args.refit != REFITTED}
+        given = {"--repair": args.repair, **other}
+        for name in (name for name, value in given.items() if value):
+            raise ConfigError(f"{name} says nothing without --calibrate")
+
+
+def _check_calibration(args: argparse.Namespace, positions: int) -> None:
+    """Numbers of tokens that no text makes good. positions: that the model has."""
+    from fusedkv_ext.conversion.convert import LEAST_TOKENS
+
+    if not 2 <= args.window <= positions:
+        raise ConfigError(
+            f"--window must be at least 2 tokens, and the model has {positions} positions; got {args.window}"
+        )
+    least = max(LEAST_TOKENS, args.window)
+    if args.tokens < least:
+        raise ConfigError(f"--tokens must be at least {least}, got {args.tokens}")
+
+
+def _searched(args: argparse.Namespace, model: Any, windows: Any, moments: Any) -> Any:
+    """The plan that --search finds."""
+    from fusedkv_ext.conversion.kvsharer import kvsharer
+    from fusedkv_ext.conversion.plan_search import SourceTable, search, search_prefix
+
+    layers = model.config.num_hidden_layers
+    n = _storage_layers(args, layers)
+    if args.search == "kvsharer":  # on 30 texts of 64 tokens, as the paper does
+        return kvsharer(model, windows[:, :64][:30], n)
+    table = SourceTable(moments, model)
+    if args.search == "prefix":
+        return search_prefix(table, n).plan
+    return search(table, storage_layers=n).plan
+
+
+def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.extras import need
+
+    need("transformers", "Converting a model", "hf")
+    from fusedkv_ext.conversion.convert import (
+        calibration_windows,
+        check_plain,
+        convert_model,
+        save_conversion,
+    )
+    from fusedkv_ext.conversion.explained_variance import explained_table
+    from fusedkv_ext.conversion.second_moments import collect
+    from fusedkv_ext.evaluation.hf_perplexity import perplexity
+    from fusedkv_ext.evaluation.perplexity import read_text
+    from fusedkv_ext.hf.config import config_for
+    from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
+    from fusedkv_ext.lab.reporting import aligned
+    from fusedkv_ext.training.trainer import resolve_device
+
+    _check(args)
+    out = sys.stderr if args.json else sys.stdout
+
+    def say(line: str) -> None:
+        print(line, file=out, flush=True)
+
+    config = load_config(args.model)
+    plan = None if args.search else _plan(args, config.num_hidden_layers)
+    config_for(config, plan or "vanilla")  # the errors that need no weights
+    try:
+        check_plain(config)
+    except ValueError as error:
+        raise ConfigError(f"{args.model}: {error}") from error
+    if args.search:
+        _storage_layers(args, config.num_hidden_layers)
+    judged = args.eval or args.calibrate
+    tokenizer = load_tokenizer(args.model, config.vocab_size, args.tokenizer) if judged else None
+    context = min(2048, config.max_position_embeddings)
+    windows = None
+    if args.calibrate:
+        _check_calibration(args, config.max_position_embeddings)
+        windows = calibration_windows(
+            read_text(args.calibrate).ids(tokenizer).long(), args.tokens, args.window
+        )
+    text = None if judged is None else read_text(judged).ids(tokenizer)
+    model = load_causal_lm(args.model, device=resolve_device(args.device))
+    before = after = None
+    if text is not None:
+        before = perplexity(model, text, window=context, max_tokens=args.eval_tokens)
+        say(f"original: perplexity {before.perplexity:.2f} over {before.tokens:,} tokens")
+    moments = None
+    if plan is None:
+        moments = collect(model, windows)
+        plan = _searched(args, model, windows, moments)
+        say(str(plan))
+    conversion = convert_model(
+        model,
+        plan,
+        calibration=windows,
+        metric=args.metric,
+        repair=args.repair,
+        refitted=args.refit,
+        pooling=args.pooling,
+        moments=moments,
+        progress=say,
+    )
+    if conversion.explained:
+        say(aligned(explained_table(conversion.plan, conversion.explained, conversion.repairs)))
+    report: dict[str, Any] = {}
+    if text is not None:
+        after = perplexity(conversion.model, text, window=context, max_tokens=args.eval_tokens)
+        say(f"converted: perplexity {after.perplexity:.2f}")
+        report["perplexity"] = {
+            "before": before.perplexity,
+            "after": after.perplexity,
+            "tokens": after.tokens,
+            "text": [str(path) for path in judged],
+        }
+    save_conversion(conversion, args.out, args.model, report, tokenizer if args.tokenizer else None)
+    _report(args, say)
+    return 0
+
+
+def _report(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    record = json.loads((args.out / "conversion.json").read_text("utf-8"))
+    if args.json:
+        print(json.dumps({"folder": str(args.out), **record}))
+        return
+    was, now = record["cache_bytes_per_token"]["original"], record["cache_bytes_per_token"]["converted"]
+    say(f"cache: {now:,} bytes per token, {1 - now / was:.1%} less than {was:,}; model: {args.out}")

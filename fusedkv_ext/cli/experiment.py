@@ -1,0 +1,65 @@
+"""What the commands that train several runs share: their options, and a session that may be interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusedkv_ext.cli.train import add_configuration, changes, stop_signals
+from fusedkv_ext.training.config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from fusedkv_ext.training.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str, config: str | None = None) -> None:
+    """out, config: the defaults of --out and --config."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        help="folder of the runs and the result; the same command again goes on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="K",
+        help="runs of each model, with the seeds run.seed, run.seed + 1, ... (default: %(default)s)",
+    )
+    add_configuration(parser, config)
+
+
+def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The command's defaults with what the command line changes."""
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {args.seeds}")
+    return changes(args)(TrainConfig().updated((defaults or {}).items()))
+
+
+@contextmanager
+def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Progress, Callable[[], bool]]]:
+    """A progress, and the question whether to stop; finds out what is missing before anything is trained."""
+    from fusedkv_ext.lab.figures import need_matplotlib
+    from fusedkv_ext.training import loop
+    from fusedkv_ext.training.progress import make_progress
+    from fusedkv_ext.training.trainer import resolve_device
+
+    need_matplotlib()
+    loop.deterministic(resolve_device(config.run.device))
+    progress = make_progress(sys.stderr if args.json else sys.stdout)
+    try:
+        with stop_signals(progress) as should_stop:
+            yield progress, should_stop
+    finally:
+        progress.close()
+
+
+def stopped(args: argparse.Namespace) -> int:
+    """Says how to go on; returns the exit code."""
+    print(f"stopped; the same command with --out {args.out} goes on", file=sys.stderr)
+    return 130

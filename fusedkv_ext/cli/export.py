@@ -1,0 +1,66 @@
+"""fusedkv export: turn a checkpoint of a training run into one folder with config.json and model.safetensors.
+
+RUN is the --out folder of a run, whose newest checkpoint is taken, or one of its checkpoints, written by any
+number of processes. Weights and tokenizer are exported, what the optimizer keeps is not read. The folder
+loads where a checkpoint does (`fusedkv generate`, `fusedkv eval`, `fusedkv_ext.load_pretrained`), and with a
+torch that has no torch.distributed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from fusedkv_ext.training.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run or a checkpoint")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of all but the fusion weights, which stay float32 (default: as in the checkpoint)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from fusedkv_ext.checkpoint import checked_files
+    from fusedkv_ext.checkpoint.pretrained import is_huggingface, load_pretrained, save_pretrained
+    from fusedkv_ext.extras import need
+    from fusedkv_ext.training import run_folder
+    from fusedkv_ext.training.data.tokenizer import saved_tokenizer
+
+    if args.folder.exists():
+        raise ConfigError(f"{args.folder} exists already; choose another folder to write")
+    if is_huggingface(args.run_folder):
+        raise ConfigError(f"{args.run_folder} is a Hugging Face folder already; there is nothing to export")
+    need("safetensors", "Exporting", "io")
+    found = run_folder.resolve(args.run_folder)
+    model = load_pretrained(found, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = args.folder.with_name(f".partial-{args.folder.name}-{os.getpid()}")
+    try:
+        with checked_files.naming(args.folder):
+            save_pretrained(model, scratch)
+            saved_tokenizer(found).save(scratch)
+            run_folder.publish(scratch, args.folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    result = {
+        "checkpoint": str(found),
+        "folder": str(args.folder),
+        "plan": model.plan.name,
+        "parameters": parameters,
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{args.folder}: {model.plan.name}, {parameters:,} parameters, of {found}")
+    return 0

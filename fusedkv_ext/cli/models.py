@@ -1,0 +1,107 @@
+"""Loading of what the commands take for a model: checkpoints of this package, and Hugging Face folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.training.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, `Decoder` or `hf.language_model.LanguageModel`, and what belongs to it.
+
+    plan: name of its cache plan, or the type of a model of transformers without one. ends: tokens that end a
+    text and are not shown. cache_bytes_per_token: None for a model that keeps no cache.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Tokenizer
+    plan: str
+    ends: frozenset[int | None]
+    cache_bytes_per_token: float | None
+
+
+def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: str) -> Loaded:
+    """path: a Hugging Face folder, a checkpoint or a run. tokenizer: a file; None: the folder's own.
+
+    Under torchrun its processes share the heads of the model (tensor parallelism).
+
+    Raises what `load_pretrained` and `hf.loading` raise, ValueError for a tokenizer that has more tokens than
+    the model, and ConfigError where so many processes cannot share the heads.
+    """
+    import torch
+
+    from fusedkv_ext.checkpoint.pretrained import is_huggingface
+    from fusedkv_ext.training.trainer import resolve_device
+
+    load = _huggingface if is_huggingface(path) else _checkpoint
+    loaded = load(Path(path), tokenizer, device=resolve_device(device), dtype=getattr(torch, dtype))
+    if loaded.tokenizer.vocab_size > loaded.model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {loaded.folder.name} has {loaded.tokenizer.vocab_size} tokens and the model "
+            f"{loaded.model.config.vocab_size}; name the one that it was trained with: --tokenizer FILE"
+        )
+    return loaded
+
+
+def _checkpoint(path: Path, tokenizer_file: str | None, *, device: Any, dtype: Any) -> Loaded:
+    from fusedkv_ext.training.data.tokenizer import load_tokenizer, saved_tokenizer
+    from fusedkv_ext.training.run_folder import resolve
+
+    folder = resolve(path)
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else saved_tokenizer(folder)
+    model = _decoder(folder, device, dtype)
+    ends, cache_bytes = frozenset({tokenizer.separator}), model.config.cache_bytes_per_token(dtype)
+    return Loaded(folder, model, tokenizer, model.plan.name, ends, cache_bytes)
+
+
+def _decoder(folder: Path, device: Any, dtype: Any) -> Any:
+    """The whole model, or under torchrun this process's share of it."""
+    from fusedkv_ext.training import session
+
+    if session.world_size() == 1:
+        from fusedkv_ext.checkpoint.pretrained import load_pretrained
+
+        return load_pretrained(folder, device=device, dtype=dtype)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from fusedkv_ext.distributed.loading import CannotShare, load_sharded
+
+    tp = init_device_mesh(device.type, (session.world_size(),), mesh_dim_names=("tp",))
+    try:
+        return load_sharded(folder, tp, dtype, device)
+    except CannotShare as error:
+        raise ConfigError(str(error)) from error
+
+
+def _huggingface(folder: Path, tokenizer_file: str | None, *, device: Any, dtype: Any) -> Loaded:
+    from fusedkv_ext.extras import need
+
+    need("transformers", "Reading a Hugging Face folder", "hf")
+    from fusedkv_ext.evaluation.language_model import LanguageModel
+    from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
+    from fusedkv_ext.training import session
+
+    config = load_config(folder).get_text_config()
+    tokenizer = load_tokenizer(folder, config.vocab_size, tokenizer_file or None)
+    ranks, settings = session.world_size(), {}
+    if ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(config, name, None) or 0
+            if heads % ranks:  # transformers would cut through them
+                raise ConfigError(
+                    f"{ranks} processes cannot share the heads of the model in {folder}: {name} ({heads}) "
+                    "must be a multiple of their number; start fewer"
+                )
+        settings["distributed_config"] = DistributedConfig(tp_size=ranks, tp_plan="auto")
+    model = LanguageModel(load_causal_lm(folder, device=device, dtype=dtype, **settings))
+    ends = frozenset(model.ends() | {tokenizer.separator})
+    cache_bytes = model.cache_bytes_per_token()  # of this process's heads
+    return Loaded(folder, model, tokenizer, model.name, ends, cache_bytes and cache_bytes * ranks)

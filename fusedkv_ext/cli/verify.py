@@ -1,0 +1,159 @@
+"""Runs the forward operations on small inputs and compares them with the float64 reference.
+
+An operation passes when its error against the oracle in float64 is at most twice the error of the same
+formulas in the working dtype, plus a few roundings; see `fusedkv_ext.bench.criterion`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.bench.criterion import allowed_error, largest_error
+from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operation in one dtype: largest absolute error against the oracle, and what is allowed."""
+
+    op: str
+    dtype: str
+    device: str
+    max_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_error <= self.allowed  # False for NaN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, which has no NaN: null instead."""
+        error = self.max_error if math.isfinite(self.max_error) else None
+        return {**asdict(self), "max_error": error, "passed": self.passed}
+
+
+class _Inputs:
+    """Small inputs with everything in them that tells implementations apart: unequal lengths, G < H, T off
+    any tile.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(_SEED)
+
+        def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, of)
+
+        batch, self.steps, tokens, heads, kv_heads, dim = 2, 3, 37, 4, 2, 48
+        self.sources = [draw(batch, tokens, kv_heads, dim) for _ in range(2)]
+        self.values = [draw(batch, tokens, kv_heads, dim) for _ in range(3)]
+        self.key_weights = draw(2, kv_heads, dim, of=torch.float32)
+        self.value_weights = draw(3, kv_heads, dim, of=torch.float32)
+        self.q = draw(batch, tokens, heads, dim)
+        self.new_q = draw(batch, self.steps, heads, dim)
+        self.new_key, self.new_value = (draw(batch, self.steps, kv_heads, dim) for _ in range(2))
+        angles = torch.rand(tokens, dim // 2, generator=generator).to(device) * 6.28
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.lengths = torch.tensor([tokens, 20], dtype=torch.int32, device=device)
+
+
+Run = Callable[[Any, _Inputs, dict[str, Any]], list[Tensor]]
+
+
+def _fuse(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
+    return [module.fuse_kv(x.sources, x.key_weights, **extra)]
+
+
+def _attend(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
+    return [
+        module.fused_kv_attn_func(
+            x.q,
+            x.sources,
+            x.values,
+            x.key_weights,
+            x.value_weights,
+            causal=True,
+            window_size=(20, 0),
+            **extra,
+        )
+    ]
+
+
+def _decode(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
+    out, lse = module.fused_kv_attn_with_kvcache(
+        x.new_q,
+        x.sources,
+        x.values,
+        x.key_weights,
+        x.value_weights,
+        cache_seqlens=x.lengths,
+        return_lse=True,
+        **extra,
+    )
+    return [out, lse]
+
+
+def _decode_paged(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
+    """The caches cut into pages of 8 that lie in reverse order."""
+    page = 8
+    pages, order = [], None
+    for cache in (*x.sources, *x.values):
+        padded = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, -cache.shape[1] % page))
+        flat = padded.unflatten(1, (-1, page)).flatten(0, 1)
+        order = torch.arange(len(flat) - 1, -1, -1, device=flat.device)
+        pages.append(flat[order])
+    table = order.view(len(x.lengths), -1).to(torch.int32)
+    count = len(x.sources)
+    return [
+        module.fused_kv_attn_with_kvcache(
+            x.new_q,
+            pages[:count],
+            pages[count:],
+            x.key_weights,
+            x.value_weights,
+            cache_seqlens=x.lengths,
+            block_table=table,
+            **extra,
+        )
+    ]
+
+
+def _append(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
+    wide = extra.get("dtype", x.new_key.dtype)
+    caches = [torch.zeros_like(x.sources[0], dtype=wide) for _ in range(2)]
+    module.append_kvcache(
+        x.new_key, x.new_value, *caches, cache_seqlens=x.lengths, rotary_cos=x.cos, rotary_sin=x.sin, **extra
+    )
+    return caches
+
+
+_OPS: dict[str, Run] = {
+    "fuse_kv": _fuse,
+    "fused_kv_attn_func": _attend,
+    "fused_kv_attn_with_kvcache": _decode,
+    "fused_kv_attn_with_kvcache, paged": _decode_paged,
+    "append_kvcache": _append,
+}
+
+
+@torch.no_grad()
+def checks(device: torch.device | str = "cpu") -> Iterator[Check]:
+    """Compares all operations in all dtypes on one device."""
+    device = torch.device(device)
+    for dtype in DTYPES:
+        inputs = _Inputs(dtype, device)
+        for name, call in _OPS.items():
+            exact = call(reference, inputs, {"dtype": torch.float64})
+            naive = largest_error(call(reference, inputs, {}), exact)
+            error = largest_error(call(ops, inputs, {}), exact)
+            allowed = allowed_error(dtype, naive, max(float(x.abs().max()) for x in exact))
+            yield Check(name, str(dtype).removeprefix("torch."), str(device), error, allowed)

@@ -1,0 +1,115 @@
+"""KVSharer (arXiv:2410.18517): which layers take the whole cache of another, found on a calibration text.
+
+Pairs of layers are ranked by the Euclidean distance of their caches, averaged over the texts, most dissimilar
+first. One pair after the other, the later layer reads the earlier one's cache, and keeps doing so if the last
+hidden states of the model then still have a cosine similarity above a threshold with the original's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fusedkv_ext.conversion.plan_search import readable_sources
+from fusedkv_ext.plan import CachePlan, LayerPlan, Segment
+
+__all__ = ["kvsharer"]
+
+ATTENTION = "fusedkv_kvsharer"
+
+
+class _Sharing:
+    """Who reads whom in one pass of the model, and the caches of that pass: travels as an argument."""
+
+    def __init__(self, sources: list[int]) -> None:
+        self.sources = sources
+        self.caches: list[tuple[Tensor, Tensor]] = []
+
+
+def _sharing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kv_sharing: _Sharing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA in which a layer attends to the keys and values of another."""
+    if kv_sharing is not None:
+        kv_sharing.caches.append((key, value))
+        key, value = kv_sharing.caches[kv_sharing.sources[module.layer_idx]]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _sharing_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@torch.no_grad()
+def kvsharer(
+    model: PreTrainedModel,
+    ids: Tensor,
+    storage_layers: int,
+    *,
+    threshold: float = 0.5,
+    similar_first: bool = False,
+) -> CachePlan:
+    """The plan that KVSharer finds for a plain model.
+
+    ids: (N, S) int64 texts; the paper uses 30 of 64 tokens. storage_layers: stop when so many layers store.
+    The plan has more where no more pairs pass. threshold: of the mean cosine similarity of the last hidden
+    states, each text's flattened; the paper's 0.5. similar_first: the other order, to compare with.
+    """
+    layers = model.config.num_hidden_layers
+    if not 1 <= storage_layers <= layers:
+        raise ValueError(f"storage_layers must be in 1..{layers}, got {storage_layers}")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        sources = list(range(layers))
+        expected, caches = _run(model, ids, sources)
+        distances = _distances(caches)
+        order = sorted(
+            ((i, j) for i in range(layers) for j in range(i) if readable_sources(model, i, (j,))),
+            key=lambda pair: distances[pair] if similar_first else -distances[pair],
+        )
+        for i, j in order:
+            if len(set(sources)) <= storage_layers:
+                break
+            if sources[i] != i:
+                continue
+            # Whoever read layer i, and layer i itself, now read what layer j reads.
+            tried = [sources[j] if source == i else source for source in sources]
+            hidden, _ = _run(model, ids, tried)
+            similarity = torch.cosine_similarity(hidden.flatten(1), expected.flatten(1)).mean()
+            if similarity > threshold:
+                sources = tried
+    finally:
+        model.set_attn_implementation(before)
+    return CachePlan("kvsharer", tuple(LayerPlan(Segment((j,)), Segment((j,))) for j in sources))
+
+
+def _run(
+    model: PreTrainedModel, ids: Tensor, sources: list[int]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Last hidden states (N, S, hidden) and the caches of each layer, (N, G, S, D)."""
+    sharing = _Sharing(sources)
+    out = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False, kv_sharing=sharing)
+    return out.last_hidden_state.float(), sharing.caches
+
+
+def _distances(caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(L, L): mean over keys and values, heads and positions of the distance of the averaged caches."""
+    layers = len(caches)
+    distances = torch.zeros(layers, layers)
+    for side in range(2):
+        mean = torch.stack([cache[side].float().mean(0) for cache in caches])  # (L, G, S, D)
+        for i in range(layers):
+            distances[i] += (mean - mean[i]).norm(dim=-1).mean((1, 2)).cpu() / 2
+    return distances

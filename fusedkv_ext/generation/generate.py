@@ -1,0 +1,261 @@
+"""Generation: prompts of unequal length in, tokens out, greedy or sampled, with a cache or, slowly, without.
+
+Prompts are padded on the left, so that new tokens of all sequences stand in the same columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fusedkv_ext.cache.kv_cache import KVCache
+from fusedkv_ext.generation import cuda_graph as graphs
+
+__all__ = ["CausalLM", "Sampling", "generate"]
+
+
+class CausalLM(Protocol):
+    """What ``generate`` needs of a model; ``Decoder`` has it."""
+
+    def __call__(
+        self,
+        ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        lengths: Sequence[int] | None = None,
+        advance: bool = True,
+    ) -> Tensor: ...
+
+    def make_cache(self, batch_size: int, max_len: int, *, page_size: int | None = None) -> KVCache: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from logits.
+
+    temperature: 0 takes the most likely token; otherwise logits are divided by it. top_k: keep that many of
+    the most likely tokens, 0 keeps all. top_p: of these, keep the smallest set whose probability reaches
+    top_p (nucleus sampling, arXiv 1904.09751), 1 keeps all.
+
+    Raises ValueError for numbers out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be finite and at least 0 (greedy), got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (no limit), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (no limit), got {self.top_p}")
+
+    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, V) -> (B,) token ids."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            weakest = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < weakest, -math.inf)
+        if self.top_p < 1:
+            ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+            # A token stays if the more likely ones do not reach top_p without it; the first one always stays.
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p
+            logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def generate(
+    model: CausalLM,
+    ids: Tensor | Sequence[Tensor],
+    max_new_tokens: int,
+    *,
+    vocab_size: int,
+    max_len: int,
+    device: torch.device | None = None,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    stop: int | Sequence[int] | None = None,
+    stream: Callable[[Tensor], None] | None = None,
+    use_cache: bool = True,
+    attention_mask: Tensor | None = None,
+    page_size: int | None = None,
+    pad_token_id: int = 0,
+    cuda_graph: bool | None = None,
+) -> Tensor:
+    """``Decoder.generate``, for any causal model. ``max_len`` bounds prompt and new tokens together."""
+    rows = _rows(ids, attention_mask, vocab_size, device)
+    width = ids.shape[1] if isinstance(ids, Tensor) else max(map(len, rows), default=0)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not 0 <= pad_token_id < vocab_size:
+        raise ValueError(f"pad_token_id must be in 0..{vocab_size - 1}, got {pad_token_id}")
+    prompts = _left_padded(rows, width, pad_token_id, device)
+    if cuda_graph and not (use_cache and prompts.device.type in graphs.CAPTURES):
+        raise ValueError(
+            f"cuda_graph=True needs a model on a CUDA device and use_cache=True; the model is on "
+            f"{prompts.device}, use_cache is {use_cache}"
+        )
+    if not rows or max_new_tokens == 0:
+        return prompts
+    longest = max(map(len, rows))
+    if longest + max_new_tokens > max_len:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
+            f"than max_position_embeddings={max_len}; shorten one of them"
+        )
+    stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
+    choose = functools.partial(sampling or Sampling(), generator=generator)
+
+    with _eval_mode(model), torch.inference_mode():
+        if use_cache:
+            source = _Cached(model, rows, max_new_tokens, page_size, cuda_graph)
+        else:
+            source = _Uncached(model, rows)
+        new = _decode(source, choose, max_new_tokens, stops, pad_token_id, stream)
+    # Copied out here the result is an ordinary tensor, which autograd takes as inputs and labels.
+    return torch.cat((prompts, new.clone()), dim=1)
+
+
+def _decode(
+    next_logits: Callable[[Tensor | None], Tensor],
+    choose: Callable[[Tensor], Tensor],
+    max_new_tokens: int,
+    stops: list[int],
+    pad_token_id: int,
+    stream: Callable[[Tensor], None] | None,
+) -> Tensor:
+    """Token by token until max_new_tokens, or until every sequence has met a stop token: (B, new)."""
+    new: list[Tensor] = []
+    finished = stop_ids = None
+    while len(new) < max_new_tokens:
+        token = choose(next_logits(new[-1] if new else None))
+        if stops:
+            if finished is None or stop_ids is None:
+                stop_ids = torch.tensor(stops, device=token.device)
+                finished = torch.zeros_like(token, dtype=torch.bool)
+            token = token.masked_fill(finished, pad_token_id)
+            finished |= torch.isin(token, stop_ids)
+        new.append(token)
+        if stream is not None:
+            stream(token)
+        if finished is not None and finished.all():
+            break
+    return torch.stack(new, dim=1)
+
+
+@contextmanager
+def _eval_mode(model: CausalLM) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Cached:
+    """Logits of the next token: the prompts once, then one token per sequence and call.
+
+    A decode step is split in two: on the host the cache makes room, adding pages where needed, and what is
+    left is work of the device on tensors that stay where they are, as a CUDA graph wants it.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        rows: list[Tensor],
+        max_new_tokens: int,
+        page_size: int | None,
+        cuda_graph: bool | None,
+    ) -> None:
+        self.model = model
+        self.lengths = [len(row) for row in rows]
+        longest = max(self.lengths)
+        self.prompts = _left_padded(rows, longest, 0, rows[0].device)
+        # The last token is never fed back, so it needs no room.
+        self.cache = model.make_cache(len(rows), longest + max_new_tokens - 1, page_size=page_size)
+        self.step = functools.partial(model, cache=self.cache, logits_to_keep=1, advance=False)
+        self.graph_required = cuda_graph is True
+        self.capture_next = self.graph_required or (
+            cuda_graph is None and graphs.pays_off(model, self.prompts.device, max_new_tokens - 1)
+        )
+
+    def __call__(self, token: Tensor | None) -> Tensor:
+        if token is None:
+            logits = self.model(self.prompts, cache=self.cache, logits_to_keep=1, lengths=self.lengths)
+            return logits[:, -1]
+        self.cache.advance(1)
+        ids = token[:, None]
+        if self.capture_next:
+            # Warming up stores the keys and values of these ids where the step itself will store them again.
+            self.step = graphs.graphed(self.step, ids, self.graph_required)
+            self.capture_next = False
+        return self.step(ids)[:, -1]
+
+
+class _Uncached:
+    """The same by definition: every sequence alone, all of its tokens again for each new one."""
+
+    def __init__(self, model: CausalLM, rows: list[Tensor]) -> None:
+        self.model, self.rows = model, rows
+
+    def __call__(self, token: Tensor | None) -> Tensor:
+        if token is not None:
+            self.rows = [torch.cat((row, token[b : b + 1])) for b, row in enumerate(self.rows)]
+        return torch.stack([self.model(row[None])[0, -1] for row in self.rows])
+
+
+def _rows(
+    ids: Tensor | Sequence[Tensor],
+    attention_mask: Tensor | None,
+    vocab_size: int,
+    device: torch.device | None,
+) -> list[Tensor]:
+    """The prompts one by one, without padding, checked, on the model's device."""
+    if isinstance(ids, Tensor):
+        if ids.dim() != 2:
+            raise ValueError(f"ids must be (B, S) or a list of 1-D tensors, got a tensor {tuple(ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask must have the shape of ids, {tuple(ids.shape)}, got {got}")
+        keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        rows = [row[kept.to(row.device)] for row, kept in zip(ids, keep, strict=True)]
+    elif attention_mask is not None:
+        raise ValueError("attention_mask goes with ids (B, S); prompts in a list have no padding")
+    else:
+        rows = [row if isinstance(row, Tensor) else torch.as_tensor(row, dtype=torch.int64) for row in ids]
+    for b, row in enumerate(rows):
+        if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
+            raise ValueError(f"prompt {b} must be a 1-D integer tensor, got {row.dtype} {tuple(row.shape)}")
+        if len(row) == 0:
+            raise ValueError(f"prompt {b} is empty; give it at least one token, such as a start token")
+    if rows:
+        low, high = (int(x) for x in torch.cat(rows).aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"token ids must be in 0..{vocab_size - 1}, got ids from {low} to {high}")
+    return [row.to(device, torch.int64) for row in rows]
+
+
+def _left_padded(rows: list[Tensor], width: int, pad_token_id: int, device: torch.device | None) -> Tensor:
+    out = torch.full((len(rows), width), pad_token_id, dtype=torch.int64, device=device)
+    for b, row in enumerate(rows):
+        out[b, width - len(row) :] = row
+    return out

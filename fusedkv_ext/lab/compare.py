@@ -1,0 +1,323 @@
+"""Methods trained under one budget: equal data order, tokens and width, several seeds, one rule for the rate.
+
+Every run is a folder of its own with its metrics.jsonl and checkpoints; what is there already is not done
+again, so a comparison that was killed goes on where it was. Learning rates: all seeds at the first rate, one
+seed at each other; the rate of a method is the one whose first seed ended lowest, and the remaining seeds run
+at that rate, too. The rule is the same for all methods.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedkv_ext.lab import runs
+from fusedkv_ext.lab.demo.measure import in_turns
+from fusedkv_ext.lab.entries import Entry
+from fusedkv_ext.lab.reporting import write
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.training import loop, session
+from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.data.tokenizer import load_tokenizer
+from fusedkv_ext.training.data.tokens import TokenData
+from fusedkv_ext.training.metrics import read_metrics
+from fusedkv_ext.training.progress import SilentProgress
+from fusedkv_ext.training.trainer import (
+    Trainer,
+    TrainingDiverged,
+    build_model,
+    ffn_width,
+    resolve_device,
+    resolve_plan,
+)
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods get. seeds: how many, from `run.seed` on. rates: learning rates, the first one is run
+    with all seeds.
+
+    equal: "width": the same sizes for all; "parameters": the FFN of each is widened or narrowed until the
+    model has as many parameters as the first method's.
+    """
+
+    config: TrainConfig
+    seeds: int
+    rates: tuple[float, ...]
+    equal: str = "width"
+
+    @property
+    def first_seed(self) -> int:
+        """The seed with which all rates are run."""
+        return self.config.run.seed
+
+    @property
+    def all_seeds(self) -> list[int]:
+        return runs.seeds_of(self.config, self.seeds)
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """One training run of a comparison."""
+
+    entry: Entry
+    rate: float
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        return root / "runs" / self.entry.folder / f"lr{self.rate:g}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.entry.label} lr {self.rate:g} seed {self.seed}"
+
+
+Results = dict[RunKey, dict[str, Any]]
+
+
+def parameters(config: TrainConfig, vocab_size: int) -> int:
+    """Number of parameters of the model of a configuration, which is not allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(config, vocab_size).parameters())
+
+
+def configs(entries: Sequence[Entry], budget: Budget, vocab_size: int) -> dict[Entry, TrainConfig]:
+    """The configuration of each method, without seed and rate. Raises ConfigError naming a method that cannot
+    have these sizes."""
+    found, counts = {}, []
+    for entry in entries:
+        try:
+            found[entry] = entry.config(budget.config)
+            counts.append(parameters(found[entry], vocab_size))
+        except ValueError as error:
+            raise ConfigError(f"method {entry.label}: {error}") from error
+    if budget.equal == "width":
+        return found
+    return {entry: _resized(config, counts[0], vocab_size) for entry, config in found.items()}
+
+
+def _resized(config: TrainConfig, target: int, vocab_size: int) -> TrainConfig:
+    """The width of the FFN, or of its experts, with which the model comes nearest to `target` parameters."""
+    model = config.model
+    width, key = ffn_width(model), "intermediate_size"
+    if model.num_experts and model.moe_intermediate_size:
+        width, key = model.moe_intermediate_size, "moe_intermediate_size"
+
+    def widened(by: int) -> TrainConfig:
+        return config.updated([(f"model.{key}", max(1, width + by))])
+
+    # Asked of the model, and over many channels: experts whose width follows intermediate_size round it.
+    own, span = parameters(config, vocab_size), 1024
+    per_channel = (parameters(widened(span), vocab_size) - own) / span
+    return widened(round((target - own) / per_channel))
+
+
+def plan_runs(entries: Sequence[Entry], budget: Budget, results: Results) -> list[RunKey]:
+    """The runs that can be started now, in order; with all results there, those that are missing to the end.
+
+    The runs at a method's best rate are known when its runs with the first seed have ended.
+    """
+    first, *others = budget.rates
+    keys = [RunKey(entry, first, seed) for seed in budget.all_seeds for entry in entries]
+    keys += [RunKey(entry, rate, budget.first_seed) for rate in others for entry in entries]
+    for entry in entries:
+        rate = best_rate(entry, budget, results)
+        if rate is not None and rate != first:
+            keys += [RunKey(entry, rate, seed) for seed in budget.all_seeds[1:]]
+    return [key for key in keys if key not in results]
+
+
+def best_rate(entry: Entry, budget: Budget, results: Results) -> float | None:
+    """The rate whose run with the first seed ended lowest; None while one is missing or if all diverged."""
+    losses = {}
+    for rate in budget.rates:
+        result = results.get(RunKey(entry, rate, budget.first_seed))
+        if result is None:
+            return None
+        if result["valid_loss"] is not None:
+            losses[rate] = result["valid_loss"]
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def read_result(folder: Path, config: TrainConfig, text: str) -> dict[str, Any] | None:
+    """The result of a finished run, None where there is none. ConfigError if it is that of other settings or
+    of other text than that of the key `text`."""
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    runs.check_same(config, TrainConfig.from_dict(result["config"]), folder)
+    if "plan" in result:
+        runs.check_same_plan(config, CachePlan.from_dict(result["plan"]), folder)
+    if result.get("text", text) != text:  # the first comparisons did not keep it
+        raise ConfigError(f"{folder} holds a run with other text; restore it, or choose another --out")
+    return result
+
+
+def train_run(config: TrainConfig, folder: Path, threads: int, text: str) -> dict[str, Any]:
+    """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
+    loop.deterministic(resolve_device(config.run.device))
+    plan = resolve_plan(config.model).to_dict()
+    result: dict[str, Any] = {"config": config.to_dict(), "plan": plan, "text": text}
+    try:
+        with _with_threads(threads):
+            done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
+        result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
+    except TrainingDiverged as error:  # a result, too: this rate is too high for this method
+        result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
+    if session.rank() == 0:
+        write(folder / RESULT, json.dumps(result))
+    return result
+
+
+def _config_of(key: RunKey, methods: dict[Entry, TrainConfig]) -> TrainConfig:
+    config = methods[key.entry].updated([("optim.lr", key.rate), ("run.seed", key.seed)])
+    return loop.absolute_paths(config)
+
+
+def load(budget: Budget) -> TokenData:
+    """The text of a comparison as tokens."""
+    return loop.load_data(budget.config, load_tokenizer(budget.config.data.tokenizer))
+
+
+def run_all(
+    entries: Sequence[Entry], budget: Budget, root: Path, *, jobs: int, threads: int
+) -> Iterator[tuple[RunKey, dict[str, Any], int]]:
+    """Trains everything that is missing below `root`; yields (run, result, runs left that are known of).
+
+    jobs: runs at a time, each with `threads` threads. One at a time they run in this process or, under
+    torchrun, in all of its processes together; several each in a process of its own.
+    """
+    if jobs > 1 and session.world_size() > 1:
+        raise ConfigError(f"under torchrun runs follow one another: --jobs must be 1, got {jobs}")
+    data = load(budget).info  # reads the text once for all processes
+    methods = configs(entries, budget, data.vocab_size)
+    results: Results = {}
+    with ExitStack() as stack:
+        train = _at_once if jobs == 1 else stack.enter_context(_processes(jobs))
+        running: dict[Future[dict[str, Any]], RunKey] = {}
+        while True:
+            missing = [key for key in plan_runs(entries, budget, results) if key not in running.values()]
+            for key in missing:
+                config, folder = _config_of(key, methods), key.folder(root)
+                found = read_result(folder, config, data.key)
+                if found is not None:
+                    results[key] = found
+                    yield key, found, len(plan_runs(entries, budget, results))
+                elif len(running) < jobs:
+                    running[train(train_run, config, folder, threads, data.key)] = key
+            if not running and not missing:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                results[key] = future.result()
+                yield key, results[key], len(plan_runs(entries, budget, results))
+
+
+def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[dict[str, Any]]:
+    """Does it here and now."""
+    done: Future[dict[str, Any]] = Future()
+    done.set_result(train(*arguments))
+    return done
+
+
+@contextmanager
+def _with_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
+    """Processes that are ended at once on an error: their runs go on from their checkpoints next time."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield pool.submit
+    except BaseException as error:
+        processes = list((pool._processes or {}).values())  # the pool forgets them when it is shut down
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise RuntimeError(
+                "the process of a run was killed, perhaps for lack of memory; the same command goes on from "
+                "the checkpoints, fewer --jobs need less"
+            ) from error
+        raise
+    pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """For a process of the pool: it ends with the one that trains, even if that is killed, and not before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; that one ends the others
+    parent = multiprocessing.parent_process()
+
+    def wait_for_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def curves(
+    entries: Sequence[Entry], budget: Budget, results: Results, root: Path
+) -> dict[str, list[tuple[float, float]]]:
+    """Validation loss in bits per byte over tokens, mean over the seeds; without runs that diverged."""
+    found = {}
+    for entry in entries:
+        rate = best_rate(entry, budget, results)
+        if rate is None:
+            continue
+        points: dict[int, list[float]] = {}
+        for key in (RunKey(entry, rate, seed) for seed in budget.all_seeds):
+            if results[key]["valid_loss"] is None:
+                continue  # it would bend the mean where it ends
+            for record in read_metrics(key.folder(root) / "metrics.jsonl"):
+                if record["kind"] == "valid":
+                    points.setdefault(record["tokens"], []).append(record["bits_per_byte"])
+        found[entry.label] = [(tokens, statistics.fmean(losses)) for tokens, losses in sorted(points.items())]
+    return found
+
+
+def tokens_per_second(
+    methods: Mapping[Entry, TrainConfig], data: TokenData, threads: int, repeats: int = 7
+) -> dict[Entry, float]:
+    """Training speed of each method: that of the first one, times the ratio of their median steps when these
+    are done in turns, so that noise hits both alike. Two models at a time are in memory.
+    """
+
+    def trainer(config: TrainConfig) -> Trainer:
+        model = build_model(config, data.info.vocab_size)
+        return Trainer(model, data, config, resolve_device(config.run.device))
+
+    (first, config), *others = methods.items()
+    baseline = trainer(config)
+    bases, ratios = [], {first: 1.0}
+    for entry, other in others or [(first, config)]:
+        calls = {"baseline": baseline.train_step, "other": trainer(other).train_step}
+        with _with_threads(threads):
+            seconds = in_turns(calls, repeats, baseline.device)
+        bases.append(seconds["baseline"])
+        if entry is not first:
+            ratios[entry] = seconds["baseline"] / seconds["other"]
+    speed = baseline.tokens_per_step / statistics.median(bases)
+    return {entry: speed * ratio for entry, ratio in ratios.items()}

@@ -1,0 +1,130 @@
+"""What all pictures share: figures without pyplot, colours, writing, and the loss curves of runs.
+
+Figures are made without pyplot, so no window system and no global state is touched. Colours are those of
+Okabe and Ito, which people with any kind of colour vision can tell apart; curves differ in line style as
+well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusedkv_ext.extras import need
+from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.training.metrics import Record, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_KNOWN = {"vanilla": "#4D4D4D", "fusedkv-lite": "#0072B2", "fusedkv": "#D55E00"}
+_STYLES = ("-", "--", "-.", ":")
+
+
+def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of that many inches and its axes; grid: arguments of `Figure.subplots`."""
+    need("matplotlib", "Drawing")
+    figure_module = need("matplotlib.figure", "Drawing")
+    figure = figure_module.Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return figure, figure.subplots(**grid)
+
+
+def need_matplotlib() -> None:
+    """Raises MissingExtra at once, rather than after minutes of training."""
+    need("matplotlib", "Drawing")
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many last parts of all as it takes to tell them apart.
+
+    Raises ConfigError when two are the same path.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"one of {', '.join(map(str, paths))} is named twice; name each once")
+
+
+def colour(name: str, index: int) -> str:
+    """A fixed colour for the plans of the demo, others by turn."""
+    return _KNOWN.get(name, _COLOURS[index % len(_COLOURS)])
+
+
+def line_style(index: int) -> str:
+    """Line styles by turn."""
+    return _STYLES[index % len(_STYLES)]
+
+
+def tidy(axes: Axes, grid: bool = True) -> None:
+    """Takes away what a picture does not need; grid: thin horizontal lines."""
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(True, axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a picture in one go: an old one stays until the new one is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(scratch, format=path.suffix[1:])
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def _smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last `width` values."""
+    return [
+        sum(part) / len(part) for part in (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    ]
+
+
+def loss_curves(curves: Mapping[str, Sequence[Record]], unit: str = "bits") -> Figure:
+    """Training loss (thin as recorded, thick as running mean) and validation loss (dots) over training
+    tokens.
+
+    curves: name -> metrics records. unit: "bits" per byte of text, or "nats" per token.
+    """
+    figure, axes = new_figure(7.2, 4.4)
+    field = "bits_per_byte" if unit == "bits" else "loss"
+    late: list[float] = []
+    for index, (name, records) in enumerate(curves.items()):
+        shade = colour(name, index)
+        for kind in ("train", "valid"):
+            steps, losses = series(list(records), kind, field)
+            tokens = [value / 1e6 for value in series(list(records), kind, "tokens")[1]] or steps
+            if kind == "train":
+                axes.plot(tokens, losses, color=shade, alpha=0.2, linewidth=0.8)
+                smooth = _smooth(losses, max(1, len(losses) // 16))
+                axes.plot(tokens, smooth, color=shade, linestyle=line_style(index), linewidth=1.8, label=name)
+                late += losses[len(losses) // 10 :]
+            else:
+                axes.plot(
+                    tokens,
+                    losses,
+                    "o",
+                    color=shade,
+                    markersize=4,
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                )
+                late += losses[1:]
+    if late:  # the first steps from random weights would squeeze everything else
+        margin = 0.08 * (max(late) - min(late) or 1.0)
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("bits per byte" if unit == "bits" else "nats per token")
+    axes.set_title("Loss: lines training, dots validation", loc="left", fontsize=11)
+    axes.legend(frameon=False)
+    tidy(axes)
+    return figure

@@ -1,0 +1,222 @@
+"""Runs of an experiment: trained once, gone on with after a kill, read when they are done."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fusedkv_ext.layers.decoder import Decoder
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.training import loop, run_folder, session
+from fusedkv_ext.training.config import ConfigError, TrainConfig, known_keys
+from fusedkv_ext.training.data.tokens import TokenData
+from fusedkv_ext.training.metrics import Record, read_metrics
+from fusedkv_ext.training.progress import Progress
+from fusedkv_ext.training.trainer import resolve_plan
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1  # of result files
+Observer = Callable[[int, nn.Module], Record | None]
+
+# What the probe and the gradients train unless they are told otherwise: deep rather than wide, for it is the
+# layers that are looked at; minutes on two cores.
+SMALL = {
+    "model.num_hidden_layers": 12,
+    "model.hidden_size": 96,
+    "model.num_attention_heads": 4,
+    "model.num_key_value_heads": 4,
+    "model.head_dim": 24,
+    "data.seq_len": 128,
+    "run.batch_size": 8,
+    "run.log_every": 20,
+    "run.valid_every": 200,
+    "run.save_every": 100,
+    "run.keep": 1,
+}
+
+
+class Stopped(Exception):
+    """The user asked an experiment to stop; its runs have checkpoints, and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has done all its steps. Losses: those of the last validation."""
+
+    model: Decoder
+    valid_loss: float  # nats per token
+    valid_bits_per_byte: float
+    data: TokenData
+    conditions: dict[str, Any]  # text, device, threads, versions
+
+
+class Spread(NamedTuple):
+    """Mean over seeds and the standard deviation of a seed (n - 1), None for one seed."""
+
+    mean: float
+    sd: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def __format__(self, form: str) -> str:
+        return format(self.mean, form) + ("" if self.sd is None else f" ± {format(self.sd, form)}")
+
+
+def significant(value: Any) -> Any:
+    """Floats rounded to six digits, also those in lists and dictionaries: for files that people read."""
+    if isinstance(value, Mapping):
+        return {key: significant(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [significant(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def dumps(result: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry at the top."""
+    entries = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def seeds_of(config: TrainConfig, count: int) -> list[int]:
+    """`count` seeds from `run.seed` on."""
+    return list(range(config.run.seed, config.run.seed + count))
+
+
+def finish(
+    config: TrainConfig,
+    folder: Path,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    observe: Observer | None = None,
+) -> FinishedRun:
+    """Trains the run in `folder` to its end: from its beginning, from its newest checkpoint, or not at all
+    when it is done.
+
+    observe: see `Trainer.observe`. Raises Stopped when should_stop() said so before the end, and ConfigError
+    when the folder holds a run with another configuration or another process is training it.
+    """
+    if should_stop():
+        raise Stopped
+    with _alone(folder):
+        if run_folder.latest(folder / "checkpoints") is None:
+            this = loop.start(config, folder)
+        else:
+            this, warnings = loop.resume(folder)
+            check_same(config, this.trainer.config, folder)
+            check_same_plan(config, this.trainer.model.plan, folder)
+            for warning in warnings if this.trainer.step < config.run.steps else ():
+                progress.line(f"warning: {folder}: {warning}")
+        trainer = this.trainer
+        trainer.observe = observe
+        # Rank 0 alone looks: it may just have dropped records that another process would still find.
+        ended = [] if session.rank() else _validated(folder / "metrics.jsonl", config.run.steps)
+        if session.any_rank(bool(ended)):
+            own = (ended[-1]["loss"], ended[-1]["bits_per_byte"]) if ended else (0.0, 0.0)
+            losses = session.total(*own)
+        else:
+            progress.line(f"{folder}: {trainer.num_parameters:,} parameters, from step {trainer.step}")
+            result = loop.run(this, progress, should_stop=should_stop)
+            if not result.finished:
+                raise Stopped
+            losses = (result.valid_loss, result.valid_bits_per_byte)
+        conditions = {
+            "text": str(trainer.data.info),
+            "device": str(trainer.device),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+        return FinishedRun(trainer.model, *losses, trainer.data, conditions)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two processes that train one run would overwrite each other: ConfigError in the later one."""
+    if fcntl is None or session.rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is training this run; wait for its end, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _validated(metrics: Path, step: int) -> list[Record]:
+    """Validations of a step: with the last step's a run is complete."""
+    records = read_metrics(metrics) if metrics.exists() else []
+    return [record for record in records if record["kind"] == "valid" and record["step"] == step]
+
+
+def check_same(wanted: TrainConfig, found: TrainConfig, folder: Path) -> None:
+    """ConfigError, which names the first difference, when a folder's run is not the one that is wanted."""
+    wanted = loop.absolute_paths(wanted)
+    for key in known_keys():
+        section, name = key.split(".")
+        old, new = (getattr(getattr(config, section), name) for config in (found, wanted))
+        if old != new:
+            raise ConfigError(
+                f"{folder} holds a run with {key} = {old!r}, now it is {new!r}; give the same settings to go "
+                "on with it, or choose another --out"
+            )
+
+
+def check_same_plan(wanted: TrainConfig, found: CachePlan, folder: Path) -> None:
+    """ConfigError when the file that a plan was read from has another one now."""
+    if resolve_plan(wanted.model) != found:
+        raise ConfigError(
+            f"{folder} holds a run with another plan than {wanted.model.plan} has now; restore that file, or "
+            "choose another --out"
+        )
+
+
+def without_seed(config: TrainConfig) -> dict[str, Any]:
+    """A configuration for a result file: what differs between its runs is said elsewhere."""
+    values = asdict(config)
+    del values["run"]["seed"]
+    return values
+
+
+def check_result(result: Any, path: Path, kind: str, required: Mapping[str, type]) -> dict[str, Any]:
+    """The content of a result file, when it is one of that kind. ValueError names the file otherwise."""
+    expected = f"expected the {kind}.json that `fusedkv {kind}` wrote"
+    if not isinstance(result, dict) or result.get("kind") != kind:
+        found = result.get("kind") if isinstance(result, dict) else type(result).__name__
+        raise ValueError(f"{path} holds {found!r}; {expected}")
+    if result.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {result.get('format')!r}; this version reads format {FORMAT}")
+    for name, type_ in required.items():
+        if not isinstance(result.get(name), type_):
+            raise ValueError(f"{path}: {name!r} is missing or no {type_.__name__}; {expected}")
+    return result
+
+
+def finite_rows(rows: Any, width: int, holes: bool = False) -> bool:
+    """Whether rows is a list of lists of that many finite numbers; holes: None is one, too."""
+
+    def good(x: Any) -> bool:
+        return (holes and x is None) or (isinstance(x, (int, float)) and math.isfinite(x))
+
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == width and all(map(good, row)) for row in rows
+    )

@@ -1,0 +1,1 @@
+"""Modules: attention, latent attention, mixture of experts, fusion weights, and the decoder."""

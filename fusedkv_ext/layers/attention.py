@@ -1,0 +1,361 @@
+"""Attention of one layer of a cache plan: FusedKV (arXiv 2512.03870) and every other row of the plan's table.
+
+A layer projects and stores the KV heads that the plan gives it, reads the others from its source layers, and
+mixes with its fusion weights: before it stores where it names itself among the sources, when it reads where
+it does not. Keys are stored after RoPE. Keys and values travel as arguments and return values, so the module
+works inside anybody's block, under activation checkpointing and under FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedkv_ext.cache.kv_cache import KV, KVCache
+from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
+from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed, mixes_any
+from fusedkv_ext.layers.shards import local
+from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops.packing import document_positions
+from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
+from fusedkv_ext.plan import CachePlan
+
+__all__ = ["FusedKVAttention", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in the dtype of the input (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.shared = False  # by ranks, under tensor parallelism
+        self.of_heads = False  # and each sees its own heads only
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight  # read once: a module finds its parameters by name
+        if self.shared:
+            weight = local(weight, self.of_heads)
+        if x.dtype is weight.dtype:
+            return torch.rms_norm(x, weight.shape, weight, self.eps)
+        # Under autocast: bf16 rows and an fp32 weight, which would lose its last bits in bf16.
+        return torch.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+_NOTHING = KV(None, None)
+
+
+class FusedKVAttention(nn.Module):
+    """Causal self-attention of layer ``layer`` (from 0) of ``plan``; it projects only what the layer stores.
+
+    Parameters, named as in HF's Qwen3: ``q_proj``, ``o_proj``; ``k_proj``, ``v_proj`` where the plan stores
+    (for the stored heads only); ``q_norm``, and ``k_norm`` where keys are stored, if ``qk_norm``;
+    ``kv_fusion`` (``FusionWeights``, fp32) where the plan has fusion weights.
+
+    Args:
+        qk_norm: RMSNorm over the head dim of queries and keys, before RoPE.
+        bias: of the q, k, v and o projections.
+        rope: makes the positions when ``forward`` gets no ``position_embeddings``, and says how channels pair
+            up. None: half-split pairs, and without ``position_embeddings`` no positions at all.
+        sliding_window: a token sees that many tokens, itself included (as in HF). None: all before it.
+        recompute_fusion: see ``fused_kv_attn_func``.
+
+    Raises ValueError if heads do not divide, shares of heads are not whole, or ``sliding_window`` is below 1.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        layer: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool = False,
+        rms_norm_eps: float = 1e-6,
+        bias: bool = False,
+        rope: RotaryEmbedding | None = None,
+        sliding_window: int | None = None,
+        recompute_fusion: bool = False,
+    ) -> None:
+        super().__init__()
+        heads, kv_heads = num_attention_heads, num_key_value_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}"
+            )
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
+        self.plan, self.layer, self.hidden_size, self.head_dim = plan, layer, hidden_size, head_dim
+        self.source_layers = plan.source_layers(layer)
+        self.num_sources = len(self.source_layers)
+        self.recompute_fusion = recompute_fusion
+        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        self._resolve(heads, kv_heads)
+
+        def projection(num_heads: int) -> nn.Linear | None:
+            return nn.Linear(hidden_size, num_heads * head_dim, bias=bias) if num_heads else None
+
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = projection(self._keys.num_stored)
+        self.v_proj = projection(self._values.num_stored)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = RMSNorm(head_dim, rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, rms_norm_eps) if qk_norm and self.k_proj is not None else None
+        self.rope = rope
+        self.interleaved = rope is not None and rope.interleaved
+        self.kv_fusion: FusionWeights | None = None
+        if plan.layers[layer].has_fusion:
+            rotary_dim = None if rope is None else rope.rotary_dim
+            self.kv_fusion = FusionWeights(plan, layer, kv_heads, head_dim, self.interleaved, rotary_dim)
+
+        # Keys are mixed after RoPE: layers that mix, and their sources, cannot leave rotating to the cache.
+        self.needs_positions = rope is not None and any(
+            layer in (i, *plan.source_layers(i)) and mixes_any(plan, i, kv_heads)
+            for i in range(plan.num_layers)
+        )
+
+    def _resolve(self, heads: int, kv_heads: int) -> None:
+        self.num_heads, self.num_kv_heads = heads, kv_heads
+        self._keys = SidePlan.resolve(self.plan, self.layer, kv_heads, "key")
+        self._values = SidePlan.resolve(self.plan, self.layer, kv_heads, "value")
+        # The query heads of each resolved segment; None: all of them in one call.
+        segments, group = self.plan.segments(self.layer, kv_heads), heads // kv_heads
+        bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
+        q_heads: list[slice | None] = [None] if len(bounds) == 1 else bounds
+        self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
+
+    def shard_heads(self, heads: int, kv_heads: int, first: int | None = None) -> None:
+        """From now on the projections give ``heads`` query heads and ``kv_heads`` KV heads: those of this
+        rank under tensor parallelism. The caller has cut the parameters.
+
+        first: see ``FusionWeights.shard_heads``.
+        """
+        self._resolve(heads, kv_heads)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.of_heads = True
+        if self.kv_fusion is not None:
+            self.kv_fusion.shard_heads(kv_heads, first)
+
+    @property
+    def mixes_before_storing(self) -> bool:
+        """Whether this layer needs its sources' new tokens even when a cache holds them already."""
+        return bool(self._keys.mixes or self._values.mixes)
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Sequence[KV] = (),
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
+        document_ids: Tensor | None = None,
+        fusion: FusionTensors | None = None,
+    ) -> tuple[Tensor, KV]:
+        """Attends from the S rows of x, which are the last S tokens of each sequence.
+
+        Args:
+            x: (B, S, hidden).
+            sources: KV of the layers ``source_layers``, in that order, T tokens each: what they returned.
+                With a cache only a layer with ``mixes_before_storing`` needs them (of the S new tokens);
+                others read the cache. Under context parallelism x has this rank's tokens, KV all of them.
+            position_embeddings: cos and sin, (S, rotary_dim / 2) or (B, S, rotary_dim / 2).
+            cache: ``cache.advance(S)`` must have made room; this layer's keys and values are appended. Not
+                differentiable.
+            last: compute the output of the last ``last`` rows only (keys and values are made for all S).
+            document_ids: (B, T) integers, see ``fused_kv_attn_func``; positions from ``rope`` then begin anew
+                where they change. Not with a cache.
+            fusion: what ``kv_fusion()`` returns, from a caller that has fetched it already.
+
+        Returns:
+            out (B, S or last, hidden), and the KV that this layer stores of its S tokens. With a cache and
+            without ``position_embeddings`` that is KV(None, None), unless a layer with
+            ``mixes_before_storing`` wants it: the cache has it.
+
+        Raises ValueError for wrong shapes, missing sources or a cache of another plan.
+        """
+        check_call(self, x, sources, cache, last, document_ids)
+        modules = self._modules  # as attributes each would be looked for in three places, at every token
+        rope, rotary = modules.get("rope"), None
+        if position_embeddings is None and rope is not None:
+            if cache is None or self.needs_positions:
+                position_embeddings = rope.cos_sin(self._positions(x, sources, cache, document_ids))
+            else:
+                rotary = cache.rotary_tables(rope)
+        if fusion is None and self.kv_fusion is not None and (cache is None or self.mixes_before_storing):
+            fusion = self.kv_fusion()
+        if self.context is None:
+            kv = self._project(x, sources, position_embeddings, fusion)
+        else:
+            own = [self.context.take_kv(source) for source in sources] if self.mixes_before_storing else ()
+            kv = self.context.gather(self._project(x, own, position_embeddings, fusion))
+        if last is not None and last < x.shape[1]:
+            x = x[:, -last:]
+            if position_embeddings is not None:
+                cos, sin = position_embeddings
+                position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
+        q = self._rotated(modules["q_proj"](x), modules.get("q_norm"), position_embeddings)
+        if cache is None:
+            out = self._attend(q, kv, sources, fusion, document_ids)
+            return modules["o_proj"](out.flatten(2)), kv
+        if rotary is None:
+            cache.append(self.layer, kv.key, kv.value)
+        else:
+            key, value = kv
+            interleaved = self.interleaved
+            q = cache.append(self.layer, key, value, query=q, rotary=rotary, rotary_interleaved=interleaved)
+            kv = _NOTHING
+        return modules["o_proj"](self._attend_cached(q, cache).flatten(2)), kv
+
+    def _positions(
+        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
+    ) -> Tensor:
+        """Positions of the rows of x: (S,), or (B, S) where the sequences differ."""
+        steps = x.shape[1]
+        if cache is not None:
+            return cache.positions(steps)
+        if document_ids is not None:
+            positions = document_positions(document_ids)
+            return positions[:, -steps:] if self.context is None else self.context.take(positions)
+        if self.context is not None:
+            return self.context.positions(steps * self.context.size, x.device)
+        tokens = steps
+        if self.k_proj is None and self.v_proj is None:
+            tokens = next(tensor for tensor in sources[0] if tensor is not None).shape[1]
+        return torch.arange(tokens - steps, tokens, device=x.device)
+
+    def _project(
+        self,
+        x: Tensor,
+        sources: Sequence[KV],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        fusion: FusionTensors | None,
+    ) -> KV:
+        """What this layer stores of the tokens x: projected, normalised, rotated, mixed."""
+        key = value = None
+        k_proj, v_proj = self._modules.get("k_proj"), self._modules.get("v_proj")
+        if k_proj is not None:
+            key = self._rotated(k_proj(x), self._modules.get("k_norm"), position_embeddings)
+            if self._keys.mixes:
+                available = (*(source.key for source in sources), key)
+                key = mixed(available, self._keys.mixes, fusion and fusion.keys)
+        if v_proj is not None:
+            value = v_proj(x).unflatten(-1, (-1, self.head_dim))
+            if self._values.mixes:
+                available = (*(source.value for source in sources), value)
+                value = mixed(available, self._values.mixes, fusion and fusion.values)
+        return KV(key, value)
+
+    def _rotated(
+        self, x: Tensor, norm: RMSNorm | None, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """(B, S, heads * D) -> (B, S, heads, D), normalised and rotated."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            x = norm(x)
+        if position_embeddings is None:
+            return x
+        return apply_rotary(x, *position_embeddings, self.interleaved)
+
+    def _attend(
+        self,
+        q: Tensor,
+        kv: KV,
+        sources: Sequence[KV],
+        fusion: FusionTensors | None,
+        document_ids: Tensor | None,
+    ) -> Tensor:
+        """One call per resolved segment, on its heads: (B, S, H, D)."""
+        available = (*sources, kv)
+        attend = ops.fused_kv_attn_func if self.context is None else self.context.attend
+        outs = [
+            attend(
+                q if q_heads is None else q[:, :, q_heads],
+                [heads.of(available[heads.index].key) for heads in keys.tensors],
+                [heads.of(available[heads.index].value) for heads in values.tensors],
+                None if keys.segment is None else fusion.keys[keys.segment],
+                None if values.segment is None else fusion.values[values.segment],
+                causal=True,
+                window_size=self.window_size,
+                document_ids=document_ids,
+                recompute_fusion=self.recompute_fusion,
+            )
+            for q_heads, keys, values in self._reads
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _attend_cached(self, q: Tensor, cache: KVCache) -> Tensor:
+        """As ``_attend``, over what the cache holds."""
+        outs = []
+        for q_heads, keys, values in self._reads:
+            part = q if q_heads is None else q[:, :, q_heads]
+            key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
+            _, steps, num_heads, head_dim = part.shape
+            schedule = cache.schedule(steps, num_heads, key_caches[0].shape[2], self.window_size)
+            out = ops.attend_cached(
+                part,
+                key_caches,
+                [heads.of(cache.values(heads.layer)) for heads in values.tensors],
+                *self._weights(keys, values),
+                cache.seq_lens,
+                cache.block_table,
+                head_dim**-0.5,
+                self.window_size[0],
+                0,
+                schedule,
+                cache.lengths,
+            )
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:
+        """As ``kv_fusion()`` has them, without the cost of a call at every token."""
+        if keys.segment is None and values.segment is None:
+            return None, None
+        fusion = self._modules.get("kv_fusion")
+        return (
+            None if keys.segment is None else fusion.key_weights(keys.segment),
+            None if values.segment is None else fusion.value_weights(values.segment),
+        )
+
+
+def check_call(
+    attention: nn.Module,
+    x: Tensor,
+    sources: Sequence[KV],
+    cache: KVCache | None,
+    last: int | None,
+    document_ids: Tensor | None,
+) -> None:
+    """The checks of ``forward``'s arguments, for every attention of a plan."""
+    hidden, plan = attention.hidden_size, attention.plan
+    if x.dim() != 3 or x.shape[-1] != hidden:
+        raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
+    if last is not None and last < 1:
+        raise ValueError(f"last must be at least 1 or None, got {last}")
+    if cache is not None and document_ids is not None:
+        raise ValueError("document_ids cannot be used with a cache: it holds one document a sequence")
+    if attention.context is not None and not (cache is None and last is None):
+        raise ValueError("under context parallelism a layer sees all rows and keeps no cache; leave both out")
+    if cache is not None and cache.plan is not plan and cache.plan != plan:
+        raise ValueError(f"cache is for another plan, {cache.plan.name!r}; this layer is of {plan.name!r}")
+    # Not the length of source_layers: torch.compile would make one graph for each set of layers.
+    if len(sources) != attention.num_sources and (cache is None or attention.mixes_before_storing):
+        raise ValueError(
+            f"sources must be the KV of layers {attention.source_layers}, in that order, for layer "
+            f"{attention.layer} of plan {plan.name!r}; got {len(sources)}"
+        )

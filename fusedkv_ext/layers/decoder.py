@@ -1,0 +1,474 @@
+"""A compact Qwen3-style decoder on top of any cache plan: RMSNorm, RoPE, QK-norm, SwiGLU.
+
+Parameters carry the names of HF's Qwen3, so that checkpoints travel. Two things differ from a plain decoder:
+layers hand keys and values to later layers as return values, and a prompt does not run through all of it.
+Layers that store nothing see only the positions whose logits are wanted, and the last layer that stores makes
+keys and values for all positions but attends only from those (YOCO's early exit, arXiv 2405.05254).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedkv_ext.cache.kv_cache import KV, KVCache
+from fusedkv_ext.generation.generate import Sampling, generate
+from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
+from fusedkv_ext.layers.decoder_config import DecoderConfig
+from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
+from fusedkv_ext.layers.latent_attention import LatentAttention
+from fusedkv_ext.layers.moe import Experts, MoE
+from fusedkv_ext.layers.shards import common_seed
+from fusedkv_ext.ops.packing import IGNORED, check_packing, document_positions, next_tokens
+from fusedkv_ext.ops.recompute import Checkpointing, run_again
+from fusedkv_ext.ops.rope import RotaryEmbedding
+from fusedkv_ext.plan import CachePlan
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _attention(
+    config: DecoderConfig, layer: int, rope: RotaryEmbedding
+) -> FusedKVAttention | LatentAttention:
+    """The attention of one layer: of latents if the config has a kv_lora_rank."""
+    sliding = config.layer_types[layer] == "sliding_attention"
+    shared = {
+        "rms_norm_eps": config.rms_norm_eps,
+        "bias": config.attention_bias,
+        "rope": rope,
+        "sliding_window": config.sliding_window if sliding else None,
+    }
+    place = (config.plan, layer, config.hidden_size, config.num_attention_heads)
+    if config.kv_lora_rank is not None:
+        return LatentAttention(
+            *place,
+            kv_lora_rank=config.kv_lora_rank,
+            q_lora_rank=config.q_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            **shared,
+        )
+    return FusedKVAttention(
+        *place,
+        config.num_key_value_heads,
+        config.head_dim,
+        qk_norm=config.qk_norm,
+        recompute_fusion=config.recompute_fusion,
+        **shared,
+    )
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does.
+
+    activation_checkpointing: None, or how training keeps the layer's inputs only and runs it again in the
+    backward.
+
+    Third result: the layer's ``balance_loss``, None for a dense network and in evaluation mode.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
+        super().__init__()
+        self.self_attn = _attention(config, layer, rope)
+        if config.has_experts(layer):
+            self.mlp = MoE(
+                config.hidden_size,
+                config.moe_intermediate_size,
+                config.num_experts,
+                config.num_experts_per_tok,
+                config.norm_topk_prob,
+            )
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing: Checkpointing | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Sequence[KV] = (),
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
+        document_ids: Tensor | None = None,
+        fusion: FusionTensors | None = None,
+    ) -> tuple[Tensor, KV, Tensor | None]:
+        inputs = (x, tuple(sources), fusion)
+        options = {
+            "position_embeddings": position_embeddings,
+            "cache": cache,
+            "last": last,
+            "document_ids": document_ids,
+        }
+        run, how = partial(self._run, **options), self.activation_checkpointing
+        keeps_all = how is None or cache is not None or not torch.is_grad_enabled()
+        x, key, value, balance = run(*inputs) if keeps_all else run_again(run, how, *inputs)
+        return x, KV(key, value), balance
+
+    def _run(
+        self, x: Tensor, sources: Sequence[KV], fusion: FusionTensors | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        last = options["last"]
+        out, kv = self.self_attn(self.input_layernorm(x), sources, fusion=fusion, **options)
+        x = out + (x if last is None else x[:, -last:])
+        mlp = self.mlp
+        out = mlp(self.post_attention_layernorm(x))
+        out, balance = out if isinstance(mlp, MoE) else (out, None)
+        return x + out, *kv, balance
+
+
+class DecoderModel(nn.Module):
+    """Embeddings, layers and the final norm: token ids (B, S) -> hidden states (B, S or keep, hidden).
+
+    Second result: the mean ``balance_loss`` of the layers with experts, None where no layer has one. It is
+    returned, like keys and values, and not left on a module, which FSDP and checkpointing would lose.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        plan = config.plan
+        self.rope = RotaryEmbedding(
+            config.head_dim, config.rope_theta, config.rope_scaling, interleaved=config.rope_interleaved
+        )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.exit_layer = plan.prefill_layers - 1
+        self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
+        # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
+        self._sources = [layer.self_attn.source_layers for layer in self.layers]
+        # Layers whose keys, and whose values, later layers take. Latents are keys, whatever they are read as.
+        latent = config.kv_lora_rank is not None
+        sides = (self._sources.__getitem__,) * 2 if latent else (plan.key_sources, plan.value_sources)
+        self._taken_sides = [
+            {j for i in range(plan.num_layers) for j in sources(i) if j != i} for sources in sides
+        ]
+        self._cached_sources = [
+            sources if layer.self_attn.mixes_before_storing else ()
+            for sources, layer in zip(self._sources, self.layers, strict=True)
+        ]
+
+    def _taken(self, layer: int, kv: KV) -> KV:
+        """What later layers take of it: nobody else is to hold keys, or values, that are not read."""
+        keys, values = self._taken_sides
+        return KV(kv.key if layer in keys else None, kv.value if layer in values else None)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        keep: int = 0,
+        document_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        steps = ids.shape[1]
+        position_embeddings = None
+        if cache is not None:
+            cache.begin_step()
+        if cache is None or self._needs_positions:
+            # What layers share is made here, once a step and, with a cache, from the lengths on the device.
+            if cache is not None:
+                positions = cache.positions(steps)
+            elif document_ids is not None:
+                positions = document_positions(document_ids)
+            else:
+                positions = torch.arange(steps, device=ids.device)
+            if self.context is not None:
+                ids, positions = self.context.take(ids), self.context.take(positions, -1)
+            position_embeddings = self.rope.cos_sin(positions)
+        wanted = self._sources if cache is None else self._cached_sources
+        read_later = set().union(*wanted)
+        x = self.embed_tokens(ids)
+        kvs: list[KV | None] = []
+        balances: list[Tensor] = []
+        # All at once, before the layers: FSDP2 gathers them together. Like the sources they are arguments.
+        fusions = [
+            layer.self_attn.kv_fusion() if cache is None and layer.self_attn.kv_fusion is not None else None
+            for layer in self.layers
+        ]
+        for i, layer in enumerate(self.layers):
+            last = keep if i == self.exit_layer and 0 < keep < steps else None
+            sources = [kvs[j] for j in wanted[i]]
+            x, kv, balance = layer(
+                x,
+                sources,
+                position_embeddings=position_embeddings,
+                cache=cache,
+                last=last,
+                document_ids=document_ids,
+                fusion=fusions[i],
+            )
+            if last is not None and position_embeddings is not None:
+                cos, sin = position_embeddings
+                position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
+            kvs.append(self._taken(i, kv) if i in read_later else None)
+            if balance is not None:
+                balances.append(balance)
+        return self.norm(x), torch.stack(balances).mean() if balances else None
+
+
+class Decoder(nn.Module):
+    """A causal language model whose cache follows ``config.plan``.
+
+    State-dict names are those of HF's Qwen3ForCausalLM, with experts those of its Qwen3MoeForCausalLM, with
+    latent attention those of DeepseekV3ForCausalLM's attention, plus ``self_attn.kv_fusion.*`` and minus
+    projections of what the plan does not store.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tp: Any = None  # the DeviceMesh of processes that share the heads (parallel/tensor.py)
+        self.reset_parameters()
+        self.tie_weights()
+
+    @property
+    def plan(self) -> CachePlan:
+        return self.config.plan
+
+    def tie_weights(self) -> None:
+        """Makes the head and the embeddings one parameter again, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Matrices from N(0, initializer_range), biases zero, norms one, fusion weights as the plan says."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, Experts):
+                module.reset_parameters(self.config.initializer_range, generator)
+            elif isinstance(module, FusionWeights):
+                module.reset_parameters(generator)
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        num_target_tokens: float | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        lengths: Sequence[int] | None = None,
+        advance: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the next tokens, and with ``labels`` the loss.
+
+        Args:
+            ids: (B, S) integers; with a cache the next S tokens of each sequence.
+            labels: (B, S), usually ids themselves: position t is judged by labels[t + 1], -100 is left out.
+                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0 where
+                nothing is judged. In training mode a model with experts adds router_aux_loss_coef times its
+                mean ``balance_loss``; in evaluation mode the loss is the cross-entropy alone. Not together
+                with ``logits_to_keep``.
+            document_ids: (B, S) int32 or int64, the document of each token of packed sequences. A token sees
+                its own document only, positions begin anew where the ids change, and the first token of a
+                document is not judged: the result is that of separate documents. Not with a cache.
+            num_target_tokens: what the sum of the cross-entropies is divided by; default: the target
+                tokens of this call. For a batch in parts of unequal counts: the mean of these counts.
+            cache: from ``make_cache``; it is advanced and filled. Not differentiable: call under
+                ``torch.no_grad`` or ``torch.inference_mode``.
+            logits_to_keep: logits of the last that many positions only, 0 for all. Layers that only read then
+                run for these positions alone, which changes nothing but rounding.
+            lengths: with a cache whose sequences are empty, the number of tokens of each row, the rest on its
+                left being padding; the longest must be S. None: S each.
+            advance: with a cache, make room for the S tokens first. False where the caller has done so, with
+                ``cache.advance``: what remains is work of the device alone, to be captured in a CUDA graph.
+
+        Returns:
+            logits (B, S or logits_to_keep, vocab), or (logits, loss). Under context parallelism logits of
+            this rank's tokens and the loss of all.
+
+        Raises ValueError for shapes, dtypes or combinations other than these, for positions beyond
+        max_position_embeddings, and CacheFullError.
+        """
+        self._check(ids, labels, cache, logits_to_keep, lengths, advance)
+        if document_ids is not None:
+            check_packing(ids, document_ids)
+            if cache is not None:
+                raise ValueError("document_ids cannot be used with a cache: it holds one document a sequence")
+        if num_target_tokens is not None and (labels is None or not num_target_tokens > 0):
+            raise ValueError(f"num_target_tokens must be above 0, and needs labels; got {num_target_tokens}")
+        if cache is not None and advance:
+            cache.advance(ids.shape[1] if lengths is None else lengths)
+        hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep, document_ids=document_ids)
+        logits = self.lm_head(hidden)
+        if labels is None:
+            return logits
+        context, targets = self.model.context, next_tokens(labels, document_ids)
+        if num_target_tokens is None:
+            num_target_tokens = (targets != IGNORED).sum().clamp(min=1)
+        if context is not None:
+            targets = context.take(targets)
+        rows = logits.flatten(0, 1)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        loss = (
+            F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            / num_target_tokens
+        )
+        if balance is not None:
+            loss = loss + self.config.router_aux_loss_coef * balance
+        return logits, loss if context is None else context.sum(loss)
+
+    def make_cache(
+        self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None
+    ) -> KVCache:
+        """An empty KVCache for this model: its device, and its dtype or, within autocast, that one. Under
+        tensor parallelism: for the KV heads of this rank."""
+        config, weight = self.config, self.model.embed_tokens.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        latent = config.kv_lora_rank is not None
+        return KVCache(
+            config.plan,
+            batch_size,
+            max_len,
+            1 if latent else self.model.layers[0].self_attn.num_kv_heads,
+            config.kv_lora_rank if latent else config.head_dim,
+            dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
+            device=weight.device,
+            page_size=page_size,
+            num_pages=num_pages,
+            rope_dim=config.qk_rope_head_dim,
+        )
+
+    def generate(
+        self,
+        ids: Tensor | Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: int | Sequence[int] | None = None,
+        stream: Callable[[Tensor], None] | None = None,
+        use_cache: bool = True,
+        attention_mask: Tensor | None = None,
+        page_size: int | None = None,
+        pad_token_id: int = 0,
+        cuda_graph: bool | None = None,
+    ) -> Tensor:
+        """Continues each prompt.
+
+        Args:
+            ids: (B, S), or a list of 1-D prompts of any lengths. No prompt may be empty.
+            temperature, top_k, top_p: see ``Sampling``; temperature 0 is greedy.
+            seed: of the sampling; None draws from torch's global generator, under tensor parallelism from
+                that of the first rank.
+            stop: token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
+                ends when all are finished.
+            stream: called after each step with its tokens, (B,).
+            use_cache: False runs every sequence alone and from its start for each token: slow, and the
+                definition of the right result.
+            attention_mask: (B, S), 0 marks padding in ``ids``, wherever it stands; it is moved to the left.
+            page_size: use a paged cache with pages of that many tokens.
+            cuda_graph: capture the decode step in a CUDA graph and replay it: the same tokens, without the
+                host's time for launching kernels. None: on CUDA, from 17 new tokens on, which pay
+                for the capture, if no module has forward hooks, which a replay would not call; should the
+                capture fail, a warning and a launch per kernel. True: always, and RuntimeError if it fails.
+                (Under tensor parallelism None is False: capturing the messages between GPUs is untested.)
+
+        Returns:
+            (B, S + new) int64: the prompts padded on the left to S (the longest prompt's length, or the width
+            of ``ids``), then at most ``max_new_tokens`` new tokens. An empty batch returns as it came.
+
+        Raises ValueError for arguments that cannot be, naming them.
+        """
+        if self.model.context is not None:
+            raise ValueError("under context parallelism no rank has all tokens: generate with another model")
+        if self.tp is not None:
+            cuda_graph = bool(cuda_graph)
+            seed = common_seed(self.tp) if seed is None and temperature else seed
+        return generate(
+            self,
+            ids,
+            max_new_tokens,
+            vocab_size=self.config.vocab_size,
+            max_len=self.config.max_position_embeddings,
+            device=self.model.embed_tokens.weight.device,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            stop=stop,
+            stream=stream,
+            use_cache=use_cache,
+            attention_mask=attention_mask,
+            page_size=page_size,
+            pad_token_id=pad_token_id,
+            cuda_graph=cuda_graph,
+        )
+
+    def _check(
+        self,
+        ids: Tensor,
+        labels: Tensor | None,
+        cache: KVCache | None,
+        logits_to_keep: int,
+        lengths: Sequence[int] | None,
+        advance: bool,
+    ) -> None:
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"ids must be (B, S) integers, got {ids.dtype} {tuple(ids.shape)}")
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0 (all), got {logits_to_keep}")
+        if labels is not None:
+            if labels.shape != ids.shape or ids.shape[1] < 2:
+                raise ValueError(
+                    "labels must have the shape of ids and at least two positions, got "
+                    f"{tuple(labels.shape)} for ids {tuple(ids.shape)}"
+                )
+            if logits_to_keep:
+                raise ValueError("labels need all logits; leave logits_to_keep at 0")
+        if self.model.context is not None and not (cache is None and logits_to_keep == 0):
+            raise ValueError(
+                "under context parallelism no rank has all tokens and none keeps a cache; leave out cache "
+                "and logits_to_keep"
+            )
+        if not advance and (cache is None or lengths is not None):
+            raise ValueError("advance=False needs a cache, advanced already, and no lengths")
+        if cache is None:
+            if lengths is not None:
+                raise ValueError("lengths needs a cache: without one all rows have S tokens")
+            tokens = ids.shape[1]
+        else:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "cache is not differentiable; call under torch.no_grad() or inference_mode()"
+                )
+            if cache.batch_size != ids.shape[0]:
+                raise ValueError(f"ids has {ids.shape[0]} rows, cache is for {cache.batch_size} sequences")
+            if lengths is not None and max(lengths) != ids.shape[1]:
+                raise ValueError(f"lengths: the longest must be S={ids.shape[1]}, got {list(lengths)}")
+            tokens = max(cache.lengths) + (ids.shape[1] if advance else 0)
+        if tokens > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"the sequence has {tokens} tokens, more than max_position_embeddings={limit}")

@@ -1,0 +1,244 @@
+"""Sizes of a decoder, what they may be, and the way they are written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fusedkv_ext.layers.latent_attention import check_sizes
+from fusedkv_ext.plan import CachePlan, latent_layers
+
+__all__ = ["DecoderConfig"]
+
+MODEL_TYPE = "fusedkv_decoder"
+CONFIG_FORMAT = 1
+LAYER_TYPES = ("full_attention", "sliding_attention")
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder; field names and meanings as in HF's Qwen3Config and Qwen3MoeConfig, plus ``plan``.
+
+    head_dim: default hidden_size / num_attention_heads. plan: a CachePlan, or the name of one, made for
+    num_hidden_layers. sliding_window: tokens that a sliding layer sees, itself included. layer_types: one of
+    "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
+    full. A full layer may not read the cache of a sliding one, of which serving stacks keep the window only;
+    it may mix with a sliding one before it stores, which takes the new tokens alone.
+    rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
+    standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
+    recompute_fusion: training keeps no fused keys and values for the backward, which fuses again.
+
+    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: with kv_lora_rank all layers
+    have multi-head latent attention; names and meanings as in HF's DeepseekV3Config, see ``LatentAttention``.
+    Only q_lora_rank may be left out. head_dim is then qk_rope_head_dim, attention_bias that of the
+    projections named there; num_key_value_heads, qk_norm and recompute_fusion mean nothing.
+
+    num_experts: experts per feed-forward network, 0 for a dense one. num_experts_per_tok: experts that each
+    token goes through. moe_intermediate_size: of one expert; default intermediate_size /
+    num_experts_per_tok, as many products per token as the dense network has. norm_topk_prob: see ``MoE``
+    (HF's default is False, its Qwen3 checkpoints have True). router_aux_loss_coef: weight of ``balance_loss``
+    in the training loss. Layer i, from 0, has experts if i + 1 is a multiple of decoder_sparse_step and i is
+    not in mlp_only_layers.
+
+    Raises ValueError naming the field that cannot be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    plan: CachePlan | str = "fusedkv"
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_interleaved: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    qk_norm: bool = True
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    initializer_range: float = 0.02
+    recompute_fusion: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.001
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if name == "head_dim" and value is None:
+                continue
+            if not _is_int(value, 1):
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        self._check_latent()
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"head_dim must be given: hidden_size={self.hidden_size} is no multiple of "
+                    f"num_attention_heads={self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if isinstance(self.plan, str):
+            object.__setattr__(self, "plan", CachePlan.named(self.plan, self.num_hidden_layers))
+        if not isinstance(self.plan, CachePlan):
+            raise ValueError(f"plan must be a CachePlan or the name of one, got {type(self.plan).__name__}")
+        if self.plan.num_layers != self.num_hidden_layers:
+            raise ValueError(
+                f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if self.kv_lora_rank is not None:  # raises if the plan cannot be said on such latents
+            self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, torch.float32)
+        self._check_layer_types()
+        self._check_windows()
+        self._check_experts()
+
+    def _check_latent(self) -> None:
+        names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        if self.kv_lora_rank is None:
+            for name in names:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs kv_lora_rank: it is a size of latent attention")
+            return
+        if missing := [name for name in names[:3] if getattr(self, name) is None]:
+            raise ValueError(f"{' and '.join(missing)} must be given with kv_lora_rank")
+        check_sizes(self.kv_lora_rank, *(getattr(self, name) for name in names))
+        if self.head_dim not in (None, self.qk_rope_head_dim):
+            raise ValueError(
+                "with kv_lora_rank head_dim must be left out or be "
+                f"qk_rope_head_dim={self.qk_rope_head_dim}, got {self.head_dim}"
+            )
+        object.__setattr__(self, "head_dim", self.qk_rope_head_dim)
+
+    def _check_layer_types(self) -> None:
+        if self.layer_types is None:
+            kind = LAYER_TYPES[self.sliding_window is not None]
+            object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
+        object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):
+            raise ValueError(
+                f"layer_types must name {' or '.join(LAYER_TYPES)} for each of {self.num_hidden_layers} "
+                f"layers, got {self.layer_types}"
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("sliding_window must be given when layer_types has sliding_attention")
+
+    def _check_windows(self) -> None:
+        """Whether every layer finds in the caches that it reads all that it sees."""
+        latent = None if self.kv_lora_rank is None else latent_layers(self.plan)
+        for i, layer in enumerate(self.plan.layers):
+            # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
+            read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
+            for j in sorted(read if latent is None else latent[i].read_layers - {i}):
+                if (self.layer_types[i], self.layer_types[j]) == LAYER_TYPES:
+                    raise ValueError(
+                        f"layer_types: layer {i} has full attention but reads the cache of layer {j}, of "
+                        f"which servers keep a sliding window of {self.sliding_window} tokens (plan "
+                        f"{self.plan.name!r}); make layer {j} full_attention or layer {i} sliding_attention"
+                    )
+
+    def _check_experts(self) -> None:
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers or ()))
+        if not _is_int(self.num_experts, 0):
+            raise ValueError(f"num_experts must be an int, 0 (dense) or more, got {self.num_experts!r}")
+        if self.num_experts == 0:
+            return
+        k, layers = self.num_experts_per_tok, self.num_hidden_layers
+        if not _is_int(k, 1) or k > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be an int from 1 to num_experts={self.num_experts}, got {k!r}"
+            )
+        if self.moe_intermediate_size is None:
+            object.__setattr__(self, "moe_intermediate_size", max(1, self.intermediate_size // k))
+        for name in ("moe_intermediate_size", "decoder_sparse_step"):
+            if not _is_int(getattr(self, name), 1):
+                raise ValueError(f"{name} must be a positive int, got {getattr(self, name)!r}")
+        coef = self.router_aux_loss_coef
+        if not isinstance(coef, (int, float)) or not 0 <= coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be a finite number, at least 0, got {coef!r}")
+        if not all(_is_int(i, 0) and i < layers for i in self.mlp_only_layers):
+            raise ValueError(
+                f"mlp_only_layers must be layers, from 0 to {layers - 1}, got {self.mlp_only_layers}"
+            )
+        if not any(map(self.has_experts, range(layers))):
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but decoder_sparse_step={self.decoder_sparse_step} and "
+                f"mlp_only_layers={self.mlp_only_layers} leave no layer with experts; num_experts=0 is dense"
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward network of layer ``layer`` (from 0) is a mixture of experts."""
+        sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return sparse and layer not in self.mlp_only_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON; with the version of this format."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            "model_type": MODEL_TYPE,
+            "format": CONFIG_FORMAT,
+            **data,
+            "plan": self.plan.to_dict(),
+            "layer_types": list(self.layer_types),
+            "mlp_only_layers": list(self.mlp_only_layers),
+        }
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """What a KVCache of that dtype holds of one token of one sequence, all layers together."""
+        if self.kv_lora_rank is not None:
+            return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, dtype)
+        return self.plan.bytes_per_token(self.num_key_value_heads, self.head_dim, dtype)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DecoderConfig:
+        """The inverse of ``to_dict``. Raises ValueError for a newer format, missing and unknown fields."""
+        data = dict(data)
+        version = data.pop("format", None)
+        if data.pop("model_type", MODEL_TYPE) != MODEL_TYPE or not isinstance(version, int):
+            raise ValueError(
+                "this is not the config of a fusedkv_ext decoder: it needs model_type and format"
+            )
+        if version > CONFIG_FORMAT:
+            raise ValueError(
+                f"config has format {version}, newer than format {CONFIG_FORMAT} that this version of "
+                "fusedkv_ext reads; upgrade fusedkv_ext"
+            )
+        unknown = sorted(data.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
+        if isinstance(data.get("plan"), Mapping):
+            data["plan"] = CachePlan.from_dict(data["plan"])
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"config is incomplete: {error}") from error
+
+
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum

@@ -1,0 +1,451 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1) of one layer of a cache plan.
+
+    c = norm(W_dkv x)        k_pe = RoPE(W_kr x)        stored: [k_pe ; c], one for all heads
+    k_h = [k_pe ; W_uk,h c]        v_h = W_uv,h c        q_h = [RoPE(q_pe,h) ; q_nope,h]
+
+The plan's sources are taken by latents (plan/latent.py): layer i attends with the sum or the composition of
+what its source layers stored, and up-projections W_uk, W_uv of its own. There are two ways to compute that:
+
+* up-projected: keys and values of all heads are made, then dense attention. Training and prompts.
+* absorbed (section 2.1.2): q_nope . W_uk c = (W_uk^T q_nope) . c, and P (W_uv c) = W_uv (P c), so the latent
+  itself is key and value of all heads, read once per token: attention with one KV head. Decoding.
+
+k_pe comes first because RoPE and the tied fusion weights act on the leading channels everywhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedkv_ext.cache.kv_cache import KV, KVCache, as_heads
+from fusedkv_ext.layers.attention import RMSNorm, check_call
+from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
+from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops.checks import check_no_grad
+from fusedkv_ext.ops.dispatch import native_head_dim
+from fusedkv_ext.ops.packing import document_positions
+from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
+from fusedkv_ext.plan import CachePlan, LatentLayer, Segment, latent_layers
+from fusedkv_ext.plan.latent import channels
+
+__all__ = ["LatentAttention"]
+
+# Tokens whose scores ``_attend_blocks`` holds at once.
+_BLOCK = 512
+
+
+class _Part(NamedTuple):
+    """Channels start..stop-1 of what a layer stores."""
+
+    layer: int
+    start: int
+    stop: int
+
+
+class LatentAttention(nn.Module):
+    """Causal multi-head latent attention of layer ``layer`` (from 0) of ``plan``.
+
+    Parameters, named as in HF's DeepseekV3: ``q_proj``, or ``q_a_proj``, ``q_a_layernorm`` and ``q_b_proj``
+    with a ``q_lora_rank``; ``kv_a_proj_with_mqa`` and ``kv_a_layernorm`` where the layer stores, for what it
+    stores (rows [c ; k_pe]); ``kv_b_proj`` (per head [k ; v]) and ``o_proj`` in every layer; ``kv_fusion``
+    (``FusionWeights``, fp32) where the plan has fusion weights.
+
+    Args:
+        kv_lora_rank: r, channels of the latent. q_lora_rank: of the queries' latent; None: queries have none.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: channels per head of keys without positions (n), of
+            the rotated key (d), and of values.
+        bias: of q_a_proj, kv_a_proj_with_mqa and o_proj.
+        rope: of d channels. None: no positions, unless ``forward`` gets ``position_embeddings``.
+        sliding_window: a token sees that many tokens, itself included. None: all before it.
+
+    Raises ValueError for a plan that cannot be said on latents and for sizes that cannot be, naming them.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        layer: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        *,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        rms_norm_eps: float = 1e-6,
+        bias: bool = False,
+        rope: RotaryEmbedding | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, q_lora_rank)
+        if num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {num_attention_heads}")
+        if rope is not None and rope.head_dim != qk_rope_head_dim:
+            raise ValueError(f"rope is for {rope.head_dim} channels, qk_rope_head_dim is {qk_rope_head_dim}")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
+        self.plan, self.layer, self.hidden_size = plan, layer, hidden_size
+        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.num_heads, self.nope_dim, self.rope_dim = num_attention_heads, qk_nope_head_dim, qk_rope_head_dim
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
+        if rope is not None:
+            self.scale *= rope.score_factor
+        self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        row = self._resolve(kv_lora_rank)
+
+        head_dim = qk_nope_head_dim + qk_rope_head_dim
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, rms_norm_eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, num_attention_heads * head_dim, bias=False)
+        self.q_lora_rank = q_lora_rank
+        self.kv_a_proj_with_mqa: nn.Linear | None = None
+        self.kv_a_layernorm: RMSNorm | None = None
+        if sum(self._stored):
+            self.kv_a_proj_with_mqa = nn.Linear(hidden_size, sum(self._stored), bias=bias)
+        if self._stored[0]:
+            self.kv_a_layernorm = RMSNorm(self._stored[0], rms_norm_eps)
+        read = row.read_channels(kv_lora_rank)
+        up = num_attention_heads * (qk_nope_head_dim + v_head_dim)
+        self.kv_b_proj = nn.Linear(read, up, bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=bias)
+        self.rope = rope
+        self.interleaved = rope is not None and rope.interleaved
+        self.kv_fusion: FusionWeights | None = None
+        if any(segment.fusion is not None for segment in (*row.keys, *row.values, row.mix) if segment):
+            rotary_dim = qk_rope_head_dim if rope is None else rope.rotary_dim
+            weights_plan = row.weights_plan(plan.name, layer, plan.num_layers)
+            widths = (1, qk_rope_head_dim + kv_lora_rank, self.interleaved, rotary_dim, kv_lora_rank)
+            self.kv_fusion = FusionWeights(weights_plan, layer, *widths)
+        # k_pe is rotated before it is stored: the step's positions are wanted as cos and sin.
+        self.needs_positions = rope is not None
+        # Per query row, head and cached token absorbing costs 4 read - 2 (n + v) FLOP more, if that is more;
+        # up-projecting costs 2 read (n + v) once per head and token.
+        per_head, more = qk_nope_head_dim + v_head_dim, 2 * read - (qk_nope_head_dim + v_head_dim)
+        self.absorbs_up_to = read * per_head / more if more > 0 else float("inf")
+
+    def _resolve(self, kv_lora_rank: int) -> LatentLayer:
+        """Which channels of which layers this one stores, mixes and reads."""
+        rows = latent_layers(self.plan)
+        row = rows[self.layer]
+
+        def part(j: int, segment: Segment) -> _Part:
+            """Where layer j keeps this segment's channels of c."""
+            start, stop = channels(segment.heads, kv_lora_rank)
+            position = rows[j].stores_rope * self.rope_dim
+            for first, last in (channels(share, kv_lora_rank) for share in rows[j].stores):
+                if start < last:
+                    return _Part(j, position + start - first, position + stop - first)
+                position += last - first
+            raise AssertionError(f"layer {j} does not store {segment.heads}")  # the plan has checked it
+
+        self._stored = (row.stored_channels(kv_lora_rank), row.stores_rope * self.rope_dim)
+        self._cut, self._mix = row.cut, row.mix
+        # Sums are taken over [k_pe ; c], compositions over shares of c, with k_pe apart.
+        key_width = self.rope_dim if row.cut else self.rope_dim + kv_lora_rank
+        self._key_parts = [_Part(j, 0, key_width) for j in row.rope.sources]
+        if row.cut:
+            self._key_parts += [part(j, segment) for segment in row.keys for j in segment.sources]
+        self._value_parts = [part(j, segment) for segment in row.values for j in segment.sources]
+        self.source_layers = tuple(sorted(row.sources - {self.layer}))
+        self.num_sources = len(self.source_layers)
+        return row
+
+    @property
+    def mixes_before_storing(self) -> bool:
+        """Whether this layer needs its sources' new tokens even when a cache holds them already."""
+        return self._mix is not None
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Sequence[KV] = (),
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
+        document_ids: Tensor | None = None,
+        fusion: FusionTensors | None = None,
+    ) -> tuple[Tensor, KV]:
+        """Attends from the S rows of x, which are the last S tokens of each sequence.
+
+        Arguments and result as those of ``FusedKVAttention.forward``; of the KV ``key`` is the latent that
+        this layer stores of its S tokens, [k_pe ; c] (B, S, 1, channels), and ``value`` is None. cos and sin
+        are (S, d / 2) or (B, S, d / 2); the cache is one with ``rope_dim``.
+        """
+        check_call(self, x, sources, cache, last, document_ids)
+        if cache is not None and cache.rope_dim != self.rope_dim:
+            raise ValueError(
+                f"cache must keep latents with rope_dim={self.rope_dim}, got rope_dim={cache.rope_dim}"
+            )
+        if position_embeddings is None and self.rope is not None:
+            position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache, document_ids))
+        if fusion is None and self.kv_fusion is not None:
+            fusion = self.kv_fusion()
+        if self.context is None:
+            latent = self._latent(x, sources, position_embeddings, fusion)
+        else:
+            own = [self.context.take_kv(source) for source in sources] if self.mixes_before_storing else ()
+            latent = self._latent(x, own, position_embeddings, fusion)
+            latent = self.context.gather(KV(latent, None)).key
+        if last is not None and last < x.shape[1]:
+            x = x[:, -last:]
+            if position_embeddings is not None:
+                cos, sin = position_embeddings
+                position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
+        q_nope, q_pe = self._queries(x, position_embeddings)
+        if cache is None:
+            out = self._attend(q_nope, q_pe, latent, sources, fusion, document_ids)
+        else:
+            check_no_grad("attention over a cache", {"x": q_nope}, "call under torch.no_grad()")
+            if latent is not None:
+                cache.append_latent(self.layer, latent)
+            absorbs = x.shape[1] <= self.absorbs_up_to
+            out = (self._attend_absorbed if absorbs else self._attend_cached)(q_nope, q_pe, cache, fusion)
+        return self.o_proj(out.flatten(2)), KV(latent, None)
+
+    def _positions(
+        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
+    ) -> Tensor:
+        """Positions of the rows of x: (S,), or (B, S) where the sequences differ."""
+        steps = x.shape[1]
+        if cache is not None:
+            return cache.positions(steps)
+        if document_ids is not None:
+            positions = document_positions(document_ids)
+            return positions[:, -steps:] if self.context is None else self.context.take(positions)
+        if self.context is not None:
+            return self.context.positions(steps * self.context.size, x.device)
+        tokens = steps if self.kv_a_proj_with_mqa is not None else sources[0].key.shape[1]
+        return torch.arange(tokens - steps, tokens, device=x.device)
+
+    def _latent(
+        self,
+        x: Tensor,
+        sources: Sequence[KV],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        fusion: FusionTensors | None,
+    ) -> Tensor | None:
+        """What this layer stores of the tokens x: [k_pe ; c], rotated and mixed."""
+        if self.kv_a_proj_with_mqa is None:
+            return None
+        c, k_pe = self.kv_a_proj_with_mqa(x).unsqueeze(2).split(self._stored, dim=-1)
+        parts = []
+        if self._stored[1]:
+            parts.append(self._rotated(k_pe, position_embeddings))
+        if self.kv_a_layernorm is not None:
+            parts.append(self.kv_a_layernorm(c))
+        latent = torch.cat(parts, dim=-1)
+        if self._mix is None:
+            return latent
+        available = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
+        available[self.layer] = latent
+        return _fused([available[j] for j in self._mix.sources], fusion and fusion.keys[0])
+
+    def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """(B, S, H, n) and, rotated, (B, S, H, d)."""
+        if self.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_pe = q.unflatten(-1, (self.num_heads, -1)).split((self.nope_dim, self.rope_dim), dim=-1)
+        return q_nope, self._rotated(q_pe, position_embeddings)
+
+    def _rotated(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        return x if position_embeddings is None else apply_rotary(x, *position_embeddings, self.interleaved)
+
+    def _read_weights(self, fusion: FusionTensors | None) -> tuple[Tensor | None, Tensor | None]:
+        """Fusion weights of keys (m, 1, d + r) and values (m, 1, r) when they are read; None: all ones."""
+        if fusion is None or self._mix is not None:
+            return None, None
+        return fusion.keys[0], fusion.values[0]
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_uk (H, n, channels of the latent) and W_uv (H, v, channels)."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        return weight[:, : self.nope_dim], weight[:, self.nope_dim :]
+
+    def _keys_and_values(
+        self, stored: Callable[[int], Tensor], fusion: FusionTensors | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (B, T, H, d + n) and values (B, T, H, v) of what layers have stored, (B, T, 1, channels)."""
+
+        def pick(parts: list[_Part]) -> list[Tensor]:
+            return [stored(j)[..., start:stop] for j, start, stop in parts]
+
+        keys, values = pick(self._key_parts), pick(self._value_parts)
+        if self._cut:
+            key, value = torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
+        else:
+            key_weights, value_weights = self._read_weights(fusion)
+            key, value = _fused(keys, key_weights), _fused(values, value_weights)
+        k_pe, key = key.split((self.rope_dim, value.shape[-1]), dim=-1)
+        heads = (self.num_heads, -1)
+        up_key, up_value = (weight.flatten(0, 1) for weight in self._up_projections())
+        k = F.linear(key.squeeze(2), up_key).unflatten(-1, heads)
+        v = F.linear(value.squeeze(2), up_value).unflatten(-1, heads)
+        return torch.cat((k_pe.expand(-1, -1, self.num_heads, -1), k), dim=-1), v
+
+    def _attend(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        latent: Tensor | None,
+        sources: Sequence[KV],
+        fusion: FusionTensors | None,
+        document_ids: Tensor | None,
+    ) -> Tensor:
+        """Up-projected, without a cache: (B, S, H, v)."""
+        available = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
+        available[self.layer] = latent
+        k, v = self._keys_and_values(available.__getitem__, fusion)
+        q = torch.cat((q_pe, q_nope), dim=-1)
+        options = {"softmax_scale": self.scale, "causal": True, "window_size": self.window_size}
+        if self.context is not None:
+            return self.context.attend(q, [k], [v], document_ids=document_ids, **options)
+        return ops.fused_kv_attn_func(q, k, v, document_ids=document_ids, **options)
+
+    def _attend_cached(
+        self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
+    ) -> Tensor:
+        """Up-projected, over what the cache holds."""
+        tokens = max(cache.lengths)
+        k, v = self._keys_and_values(lambda j: _tokens(cache, j, 0, tokens), fusion)
+        q = torch.cat((q_pe, q_nope), dim=-1)
+        left = self.window_size[0]
+        seqlens = (cache.seq_lens, None)
+        return ops.attend_cached(q, [k], [v], None, None, *seqlens, self.scale, left, 0, None, cache.lengths)
+
+    def _attend_absorbed(
+        self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
+    ) -> Tensor:
+        """Absorbed, over what the cache holds: the latent is key and value of all heads."""
+        up_key, up_value = self._up_projections()
+        q_latent = torch.einsum("bshn,hnc->bshc", q_nope, up_key)
+        q = torch.cat((q_pe, q_latent), dim=-1)
+        key_weights, value_weights = self._read_weights(fusion)
+        left = self.window_size[0]
+        if not self._cut and native_head_dim(q.shape[-1], up_key.shape[-1]):
+            keys = [cache.keys(j) for j, *_ in self._key_parts]
+            values = [cache.values(j) for j, *_ in self._value_parts]
+            schedule = cache.schedule(q.shape[1], q.shape[2], 1, self.window_size)
+            state = (cache.seq_lens, cache.block_table, self.scale, left, 0, schedule, cache.lengths)
+            out = ops.attend_cached(q, keys, values, key_weights, value_weights, *state)
+        else:
+            if self._cut:
+                queries = q.split([stop - start for _, start, stop in self._key_parts], dim=-1)
+            else:
+                queries = [q] * len(self._key_parts) if key_weights is None else [q * a for a in key_weights]
+            with torch.autocast(q.device.type, enabled=False):  # its products would not be float32
+                outs = _attend_blocks(queries, self._key_parts, self._value_parts, cache, self.scale, left)
+            if value_weights is not None:
+                outs = [b * out for b, out in zip(value_weights, outs, strict=True)]
+            out = torch.cat(outs, dim=-1) if self._cut else sum(outs)
+        return torch.einsum("bshc,hvc->bshv", out.to(q.dtype), up_value)
+
+
+def check_sizes(
+    kv_lora_rank: int, qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int, q_lora_rank: int | None
+) -> None:
+    """ValueError, naming the size, unless they are positive and the rotated channels make pairs."""
+    sizes = {
+        "kv_lora_rank": kv_lora_rank,
+        "qk_nope_head_dim": qk_nope_head_dim,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "v_head_dim": v_head_dim,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+    if qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim must be even, got {qk_rope_head_dim}")
+    if q_lora_rank is not None and (not isinstance(q_lora_rank, int) or q_lora_rank < 1):
+        raise ValueError(f"q_lora_rank must be a positive int or None, got {q_lora_rank!r}")
+
+
+def _fused(latents: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+    """sum_j weights_j (.) latents_j of tensors (B, T, 1, C), weights (m, 1, C); None: all ones."""
+    if len(latents) == 1 and weights is None:
+        return latents[0]
+    heads = [as_heads(latent) for latent in latents]
+    if weights is None:
+        weights = heads[0].new_ones(1, 1, 1)
+    else:
+        weights = weights.reshape(len(heads), *heads[0].shape[2:])
+    return ops.fuse_kv(heads, weights).flatten(2).unsqueeze(2)
+
+
+def _tokens(cache: KVCache, layer: int, first: int, end: int) -> Tensor:
+    """Tokens first..end-1 of all sequences, as the layer stored them, (B, end - first, 1, channels); anything
+    where a sequence is shorter."""
+    stored, table = cache.keys(layer), cache.block_table
+    if table is None:
+        return stored[:, first:end]
+    tokens = torch.arange(first, end, device=stored.device)
+    # Entries of the table that are not used are -1: the last page, and as good as any.
+    return stored[table[:, tokens // stored.shape[1]].long(), tokens % stored.shape[1]]
+
+
+def _attend_blocks(
+    queries: Sequence[Tensor],
+    keys: Sequence[_Part],
+    values: Sequence[_Part],
+    cache: KVCache,
+    scale: float,
+    left: int,
+) -> list[Tensor]:
+    """P V_e for each of ``values``, with P = softmax(scale sum_j q_j K_j^T) causal, within ``left`` tokens.
+
+    For what the kernel does not take: wide or odd head dims, one query per source. queries: (B, S, H, D_j) of
+    the last S tokens; keys, values: where their D_j and D_e channels lie in the cache. Returns (B, S, H,
+    D_e), fp32 (fp64 for fp64); rows that see nothing are zero. Online softmax (arXiv 1805.02867) over blocks
+    of tokens.
+    """
+    dtype = torch.promote_types(queries[0].dtype, torch.float32)
+    _, steps, heads, _ = queries[0].shape
+    rows = [q.to(dtype).flatten(1, 2) * scale for q in queries]  # (B, S H, D_j): all heads read the same
+    lengths = cache.seq_lens[:, None]
+    position = (lengths + torch.arange(-steps, 0, device=cache.device)).repeat_interleave(heads, dim=1)
+    begin, end = (0, cache.max_len) if _capturing(cache) else _span(cache, steps, left)
+    ragged = _capturing(cache) or end > min(cache.lengths)
+    peak = torch.full((*position.shape, 1), torch.finfo(dtype).min, dtype=dtype, device=cache.device)
+    total, sums = torch.zeros_like(peak), [torch.zeros_like(peak)] * len(values)
+    for first in range(begin, end, _BLOCK):
+        tokens = torch.arange(first, min(first + _BLOCK, end), device=cache.device)
+        offset = tokens - position[:, :, None]
+        visible = (offset <= 0) if left < 0 else (offset <= 0) & (offset >= -left)
+        blocks = {}
+        for j in {part.layer for part in (*keys, *values)}:
+            blocks[j] = _tokens(cache, j, first, first + len(tokens)).squeeze(2).to(dtype)
+            if ragged:  # slots beyond a sequence hold anything, NaN too, which no zero weight makes zero
+                blocks[j] = blocks[j].masked_fill((tokens >= lengths)[:, :, None], 0)
+        scores = sum(q @ blocks[j][..., a:b].mT for q, (j, a, b) in zip(rows, keys, strict=True))
+        scores = scores.masked_fill(~visible, float("-inf"))
+        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        weights, decay = torch.exp(scores - new_peak), torch.exp(peak - new_peak)
+        total = total * decay + weights.sum(-1, keepdim=True)
+        parts = [weights @ blocks[j][..., a:b] for j, a, b in values]
+        sums = [old * decay + part for old, part in zip(sums, parts, strict=True)]
+        peak = new_peak
+    total = total.clamp_min(torch.finfo(dtype).tiny)
+    return [(x / total).unflatten(1, (steps, heads)) for x in sums]
+
+
+def _span(cache: KVCache, steps: int, left: int) -> tuple[int, int]:
+    """First token that some row may see, and one past the last."""
+    begin = 0 if left < 0 else max(min(cache.lengths) - steps - left, 0)
+    return begin, max(*cache.lengths, 1)
+
+
+def _capturing(cache: KVCache) -> bool:
+    """Whether a CUDA graph is being captured, which will serve other lengths than the host knows now."""
+    return cache.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

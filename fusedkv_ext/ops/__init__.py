@@ -1,0 +1,21 @@
+"""The operations: functions on tensors, their checks, derivatives, dispatch rules and float64 reference."""
+
+from fusedkv_ext.ops.functional import (
+    append_kvcache,
+    debug_checks,
+    decode_schedule,
+    fuse_kv,
+    fuse_kv_backward,
+    fused_kv_attn_func,
+    fused_kv_attn_with_kvcache,
+)
+
+__all__ = [
+    "append_kvcache",
+    "debug_checks",
+    "decode_schedule",
+    "fuse_kv",
+    "fuse_kv_backward",
+    "fused_kv_attn_func",
+    "fused_kv_attn_with_kvcache",
+]

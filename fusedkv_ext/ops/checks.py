@@ -1,0 +1,339 @@
+"""Argument checks that belong to Python: types, devices, dtypes, broadcastable weights.
+
+Sizes, strides and the values inside lengths and block tables are checked by the native ops, which see them
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Tensors = Tensor | Sequence[Tensor]
+Arguments = Mapping[str, Tensor | Sequence[Tensor] | None]  # by their names
+
+ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SOURCES = 32
+MAX_WINDOW = 2**31  # lengths are int32
+_STRIDED = torch.strided
+
+
+def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
+    """A dense torch.Tensor, or a TypeError that names the argument."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_label(name, index)} is {type(x).__name__}; expected a torch.Tensor")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "is a nested tensor" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(
+            f"{_label(name, index)} {kind}; expected a dense tensor (call .to_dense() or .to_padded_tensor())"
+        )
+    return x
+
+
+def check_flag(name: str, flag: object) -> bool:
+    """A tensor as a flag would mean a synchronisation, or an error from deep inside torch."""
+    if flag is True or flag is False:
+        return flag
+    if not isinstance(flag, (bool, int, torch.SymBool)):
+        raise TypeError(f"{name} is {type(flag).__name__}; expected a bool")
+    return bool(flag)
+
+
+def as_list(name: str, tensors: object) -> list[Any]:
+    """A lone tensor or a sequence of 1 to 32 of whatever, as a list."""
+    if not isinstance(tensors, (list, tuple)):  # first: the cheaper question, and the usual answer
+        if isinstance(tensors, Tensor):
+            return [tensors]
+        raise TypeError(f"{name} is {type(tensors).__name__}; expected a tensor or a list of tensors")
+    if not 1 <= len(tensors) <= MAX_SOURCES:
+        raise ValueError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_SOURCES}")
+    return list(tensors)
+
+
+def as_tensors(name: str, tensors: object) -> list[Tensor]:
+    """As ``as_list``, of dense tensors."""
+    if isinstance(tensors, Tensor):
+        return [check_tensor(name, tensors)]
+    return [check_tensor(name, x, j) for j, x in enumerate(as_list(name, tensors))]
+
+
+def plain_on_cpu(tensors: Sequence[object]) -> bool:
+    """Whether all are dense CPU tensors without a gradient: what ``check_inputs`` asks for, in one pass and
+    without its messages, for calls that take microseconds."""
+    grad = torch.is_grad_enabled()
+    if in_forward_mode():
+        return False
+    for x in tensors:
+        if not isinstance(x, Tensor) or not x.is_cpu or x.layout is not _STRIDED or x.is_nested:
+            return False
+        if grad and x.requires_grad:
+            return False
+    return True
+
+
+def check_inputs(
+    op: str,
+    arguments: Mapping[str, Any],
+    optional: Mapping[str, Any],
+    instead: str,
+    lists: Sequence[str] = (),
+) -> None:
+    """All dense tensors, ``lists`` of them, or None where optional; on one device; without a gradient."""
+    arguments = {**arguments, **{name: x for name, x in optional.items() if x is not None}}
+    for name, x in arguments.items():
+        if name in lists:
+            as_tensors(name, x)
+        else:
+            check_tensor(name, x)
+    check_same_device(arguments)
+    check_no_grad(op, arguments, instead)
+
+
+def _each(arguments: Arguments) -> Iterator[tuple[str, int | None, Tensor]]:
+    """All tensors with the name of their argument and, in a list, their index there."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, None, value
+        elif value is not None:
+            for j, x in enumerate(value):
+                yield name, j, x
+
+
+def _label(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]"
+
+
+def check_same_device(arguments: Arguments) -> None:
+    """All tensors are on one device, or a ValueError that names the first one that is not."""
+    first = first_label = None
+    for name, j, x in _each(arguments):
+        if first is None:
+            first, first_label = x.device, _label(name, j)
+        elif x.device != first:
+            raise ValueError(
+                f"{_label(name, j)} is on {x.device} and {first_label} on {first}; expected one device"
+            )
+
+
+def check_rank4(arguments: Arguments) -> None:
+    """All tensors have 4 dims, or a ValueError that names the first one that does not."""
+    for name, j, x in _each(arguments):
+        if x.dim() != 4:
+            raise ValueError(f"{_label(name, j)} has shape {tuple(x.shape)}; expected 4 dims")
+
+
+def check_contents(cache_seqlens: Tensor, block_table: Tensor | None, cache: Tensor) -> None:
+    """Lengths and pages, for ``debug_checks``; the CPU op always checks them itself."""
+    if not cache_seqlens.is_cuda:
+        return
+    capacity = cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"cache_seqlens[{b}] = {length}; expected 0 to {capacity}, what the cache holds")
+        pages = [] if block_table is None else block_table[b, : -(-length // cache.shape[1])].tolist()
+        for i, page in enumerate(pages):
+            if not 0 <= page < cache.shape[0]:
+                raise ValueError(
+                    f"block_table[{b}, {i}] = {page}; expected a page from 0 to {cache.shape[0] - 1}"
+                )
+
+
+def check_sources(name: str, sources: Sequence[Tensor], like_name: str, like: Tensor) -> None:
+    """All of one shape (4 dims), all of the dtype of ``like``."""
+    for j, x in enumerate(sources):
+        if x.dim() != 4 or x.shape != sources[0].shape:
+            raise ValueError(
+                f"{name}[{j}] has shape {tuple(x.shape)}; expected 4 dims (B, T, G, D), all sources alike"
+            )
+        if x.dtype != like.dtype:
+            raise TypeError(f"{name}[{j}] is {x.dtype} and {like_name} is {like.dtype}; expected one dtype")
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    """The head dim is at least 1, or a ValueError."""
+    if head_dim < 1:
+        raise ValueError(f"{name} has head dim {head_dim}; expected at least 1")
+
+
+def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """q (B, S, H, D), keys (B, T, G, D), values (B, T, G, Dv), one floating dtype."""
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected 4 dims (B, S, H, D)")
+    if q.dtype not in (*ATTENTION_DTYPES, torch.float64):
+        raise TypeError(f"q is {q.dtype}; expected float32, bfloat16, float16 or float64")
+    check_sources("keys", keys, "q", q)
+    check_sources("values", values, "q", q)
+    (batch, _, heads, head_dim), key_shape, value_shape = q.shape, keys[0].shape, values[0].shape
+    check_head_dim("q", head_dim)
+    check_head_dim("values[0]", value_shape[3])
+    if key_shape[0] != batch or key_shape[3] != head_dim:
+        raise ValueError(
+            f"keys[0] has shape {tuple(key_shape)}; expected (B, T, G, D) with B = {batch}, D = {head_dim}"
+        )
+    if value_shape[:3] != key_shape[:3]:
+        raise ValueError(
+            f"values[0] has shape {tuple(value_shape)}; expected keys[0]'s (B, T, G) = {tuple(key_shape[:3])}"
+        )
+    if heads < 1 or key_shape[2] < 1 or heads % key_shape[2]:
+        raise ValueError(f"q has {heads} heads and keys[0] has {key_shape[2]}; expected a multiple")
+
+
+def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor | None:
+    """(B, T) integers, of which the last S are those of the rows of q; or None."""
+    if document_ids is None:
+        return None
+    document_ids = check_tensor("document_ids", document_ids)
+    if document_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"document_ids is {document_ids.dtype}; expected int32 or int64")
+    if document_ids.shape != key.shape[:2]:
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)}; expected keys[0]'s (B, T) = "
+            f"{tuple(key.shape[:2])}"
+        )
+    if q.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} rows, keys[0] {key.shape[1]} tokens; with document_ids expected at most as "
+            "many rows, for those before the first token have no document"
+        )
+    return document_ids
+
+
+def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: int, like: Tensor) -> Tensor:
+    """Weights broadcast to contiguous (m, G, D), in the dtype of sums: float64 for float64, else float32."""
+    weights = check_tensor(name, weights)
+    if not weights.is_floating_point():
+        raise TypeError(f"{name} is {weights.dtype}; expected a floating dtype")
+    shape = (m, heads, head_dim)
+    sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if weights.shape == shape and weights.dtype == sum_dtype and weights.is_contiguous():
+        return weights
+    if weights.dim() > 3 or any(
+        size != 1 and size != full
+        for size, full in zip(reversed(weights.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)"
+        )
+    return weights.to(sum_dtype).expand(shape).contiguous()
+
+
+def check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
+    """The sources and their weights as (m, G, D)."""
+    sources = as_tensors("sources", sources)
+    check_sources("sources", sources, "sources[0]", sources[0])
+    check_head_dim("sources[0]", sources[0].shape[3])
+    if sources[0].dtype not in (*ATTENTION_DTYPES, torch.float64):
+        raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
+    weights = canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
+    check_same_device({"sources": sources, "weights": weights})
+    return sources, weights
+
+
+def autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Under autocast, float tensors in its dtype."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [_lowered(x, dtype) for x in tensors]
+
+
+def autocast_like(q: Tensor, cache: Tensor) -> Tensor:
+    """Under autocast, queries in the dtype of a cache, which is not copied."""
+    device_type = q.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return q
+    return _lowered(q, cache.dtype)
+
+
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def rotary_table(name: str, x: Tensor) -> Tensor:
+    """A floating table as contiguous float32, or a TypeError that names the argument."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
+    return x.float().contiguous()
+
+
+def attention_weights(
+    keys: Sequence[Tensor], values: Sequence[Tensor], key_weights: Tensor | None, value_weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both fusion weights as contiguous float32 (m, G, D), None where they are None."""
+    if key_weights is not None:
+        key_weights = canonical_weights("key_weights", key_weights, len(keys), *keys[0].shape[2:], keys[0])
+    if value_weights is not None:
+        value_weights = canonical_weights(
+            "value_weights", value_weights, len(values), *values[0].shape[2:], values[0]
+        )
+    return key_weights, value_weights
+
+
+def check_window(causal: object, window_size: object) -> tuple[int, int]:
+    """(left, right) with the causal bound in it; -1 is unbounded."""
+    causal = check_flag("causal", causal)
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
+    left, right = window_size
+    if not (_is_int(left) and _is_int(right)):
+        raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size is {window_size!r}; expected sizes >= 0, or -1 for unbounded")
+    # A window past every length is unbounded; kernels may then add positions to the rest without overflow.
+    if left >= MAX_WINDOW:
+        left = -1
+    if right >= MAX_WINDOW:
+        right = -1
+    return left, 0 if causal else right
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def check_scale(softmax_scale: object, head_dim: int) -> float:
+    """The softmax scale as a float; None becomes 1 / sqrt(head_dim)."""
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale is {type(softmax_scale).__name__}; expected a float or None")
+    return float(softmax_scale)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode AD is on, be it torch.func.jvp or a ``dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+def may_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether one of them has a gradient to get, or may have a tangent."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return in_forward_mode()
+
+
+def check_no_grad(op: str, arguments: Arguments, instead: str) -> None:
+    """Ops without a backward would drop gradients silently: refuse. Tangents too."""
+    if torch.is_grad_enabled():
+        for name, j, x in _each(arguments):
+            if x.requires_grad:
+                raise ValueError(
+                    f"{_label(name, j)} requires grad, and {op} is not differentiable; {instead}"
+                )
+    check_no_tangent(op, arguments, instead)
+
+
+def check_no_tangent(op: str, arguments: Arguments, instead: str) -> None:
+    """Refuses what would give a tangent of zeros. Within several transforms of torch.func nobody sees the
+    tangents of the outer ones."""
+    if in_forward_mode():
+        for name, j, x in _each(arguments):
+            if forward_ad.unpack_dual(x).tangent is not None or torch._C._functorch.is_gradtrackingtensor(x):
+                raise ValueError(
+                    f"{_label(name, j)} has a forward-mode tangent, and {op} gives none; {instead}"
+                )

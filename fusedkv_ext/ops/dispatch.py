@@ -1,0 +1,88 @@
+"""The rule that picks a kernel: which calls the native kernels take, and which of them read the sources where
+they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.ops.sizes import is_open
+
+__all__ = ["MAX_HEAD_DIM", "decode_max_rows", "folds_cached", "folds_dense", "in_graph", "native_head_dim"]
+
+MAX_HEAD_DIM = 256
+FEW_ROWS = 32  # query rows per KV head that every kernel folds: what one task of the CPU keeps
+
+
+def native_head_dim(head_dim: int, value_dim: int = 8) -> bool:
+    """Whether the kernels of fuse_kv and of cached attention take these head dims, multiples of 8 up to 256.
+
+    The others work too, slower: fuse_kv on channels cut anew (head_dims.py), attention as dense attention of
+    fused keys and values. append_kvcache copies rows of any length by itself.
+    """
+    if head_dim % 8 or value_dim % 8:
+        return False
+    return 0 < head_dim <= MAX_HEAD_DIM and 0 < value_dim <= MAX_HEAD_DIM
+
+
+def decode_max_rows(device_type: str, dtype: torch.dtype, sources: int, head_dim: int) -> int:
+    """The crossover of the two ways to attend, in query rows per KV head: R = S * H / G.
+
+    Up to this many, attention reads the sources where they lie, weights folded into q and the output; with
+    more, it fuses them once and attends densely. Per KV head, for m = 2, 16-bit elements and T tokens,
+    folding costs 4 R T D FLOP more, and fusing keys and values moves 12 T D bytes: with P FLOP/s and B byte/s
+    they break even at R = 3 P / B, 570 rows at an H100's 640 TFLOP/s and 3.35 TB/s. So 512 where tensor cores
+    fold: CUDA, bfloat16 and float16, head dims up to 128, or 256 with one source of each. Elsewhere, and on
+    the CPU, folding computes much slower than a dense attention: 32 rows, what one task of the CPU keeps.
+
+    Args:
+        sources, head_dim: the larger of m_k and m_v, and of D and Dv.
+    """
+    tensor_cores = head_dim <= 128 if sources == 2 else sources == 1
+    half = dtype in (torch.bfloat16, torch.float16)
+    return 512 if device_type == "cuda" and half and tensor_cores else FEW_ROWS
+
+
+def folds_dense(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], right: int, device_type: str
+) -> bool:
+    """Whether ``fused_kv_attn_func`` without a gradient reads the sources where they lie."""
+    # An export has one path for all sizes, and dense attention takes them all.
+    if torch.compiler.is_exporting() and (is_open(q.shape[1]) or (right != 0 and is_open(keys[0].shape[1]))):
+        return False
+    # The kernel's rows are the last S tokens: with S > T those before the first token must be blind.
+    aligned = q.shape[1] <= keys[0].shape[1] or right == 0
+    return aligned and q.dtype != torch.float64 and _few_rows(q, keys, values, device_type)
+
+
+def folds_cached(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
+    """Whether ``fused_kv_attn_with_kvcache`` without lse reads the sources where they lie.
+
+    Fusing first needs the lengths on the host: not in a graph, be it torch.compile's or CUDA's, and not of
+    DTensors, where this process has its own sequences' only.
+    """
+    if _few_rows(q, keys, values, device_type):
+        return True
+    return in_graph(q, device_type) and native_head_dim(q.shape[3], values[0].shape[3])
+
+
+def in_graph(q: Tensor, device_type: str) -> bool:
+    """Whether the host has no lengths to go by."""
+    if device_type == "meta" or torch.compiler.is_compiling():
+        return True
+    return hasattr(q, "to_local") or (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _few_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
+    """Whether a kernel takes the head dims, and prefers so few rows."""
+    _, steps, num_heads, head_dim = q.shape
+    value_dim = values[0].shape[3]
+    if not native_head_dim(head_dim, value_dim):
+        return False
+    rows = steps * (num_heads // (keys[0].shape[2] or 1))
+    if rows <= FEW_ROWS:
+        return True
+    sources, head_dim = max(len(keys), len(values)), max(head_dim, value_dim)
+    return rows <= decode_max_rows(device_type, q.dtype, sources, head_dim)

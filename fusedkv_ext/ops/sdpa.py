@@ -1,0 +1,170 @@
+"""Attention of many query rows: one fused K and V, then the best dense attention there is, torch's SDPA.
+
+What SDPA does not say by itself is said here: bottom-right alignment, windows, documents, blind rows, lse.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+
+from fusedkv_ext.ops.recompute import recomputed
+from fusedkv_ext.ops.sizes import always, is_open
+
+# With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied. With
+# documents the mask of a chunk is the largest tensor: (B, C, T) in q's dtype.
+_CHUNK = 512
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, documents: Tensor | None = None
+) -> Tensor:
+    """q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) -> (B, S, H, Dv). Differentiable.
+
+    Query row i stands at position p = i + T - S and sees keys p - left .. p + right; -1 is unbounded. Rows
+    that see nothing give zeros. documents: (B, T) integers, S <= T; p sees the keys of its own document only.
+    """
+    S, T = q.shape[1], k.shape[1]
+    blind = _blind_rows(S, T, right)
+    chunk = S if left < 0 and documents is None else max(_CHUNK, left)
+    # SDPA of no rows where all are blind: it gives them their place in the graph, and gradients of zeros.
+    chunks = [
+        _sdpa(q[:, i:end], k, v, scale, i + T - S, left, right, documents)
+        for i, end in _chunks(blind, S, chunk) or [(S, S)]
+    ]
+    if blind:
+        chunks.insert(0, q.new_zeros(q.shape[0], blind, q.shape[2], v.shape[3]))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def _blind_rows(S: int, T: int, right: int) -> int:
+    """How many rows see nothing. Only a prefix can: p + right < 0."""
+    if right < 0:
+        return S if T == 0 else 0
+    return 0 if always(S - T <= right) else min(max(S - T - right, 0), S)
+
+
+def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Rows begin..end - 1 in pieces of ``size``; in one piece where a graph serves any number of them."""
+    if is_open(end):
+        return [(begin, end)]
+    return [(i, min(i + size, end)) for i in range(begin, end, max(size, 1))]
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    position: int,
+    left: int,
+    right: int,
+    documents: Tensor | None,
+) -> Tensor:
+    """SDPA of rows that all see something; row 0 stands at ``position``."""
+    S, T = q.shape[1], k.shape[1]
+    begin = position - left if left >= 0 and always(position > left) else 0
+    end = position + S + right if right >= 0 and always(position + S + right < T) else T
+    k, v = k[:, begin:end], v[:, begin:end]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # Without a left bound there is one chunk: its last row is the last token, which sees all keys.
+    causal = right == 0 and left < 0 and documents is None
+    square = causal and always(S == T)
+    lower_right = causal and not square and _masks_lower_right(q, k, v)
+    masked = documents is not None or (not (square or lower_right) and (left >= 0 or right >= 0))
+    mask, keeping = None, nullcontext()
+    if lower_right:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: not at start-up
+
+        mask = causal_lower_right(S, T)
+    elif documents is not None:
+        inputs = (documents[:, begin:end], S, position - begin, left, right, q.dtype)
+        mask = _document_mask(*inputs)
+        if not torch.compiler.is_compiling():  # autograd would keep all masks, S T elements a sequence
+            keeping = recomputed(lambda: [_document_mask(*inputs)], [mask], [documents])
+    elif masked:
+        mask = visible(S, end - begin, position - begin, left, right, q.device)
+    grouped = not always(q.shape[1] == k.shape[1])
+    if grouped and not _reads_groups(q, v, masked):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    with keeping:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
+
+
+def _masks_lower_right(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch has a kernel that masks S < T causally at the bottom right without reading a mask.
+
+    Only CUDA has: FlashAttention and the memory-efficient kernel. A graph of torch.compile takes the mask.
+    """
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    params = SDPAParams(q[:, : k.shape[1]], k, v, None, 0.0, False, False)
+    return can_use_flash_attention(params) or can_use_efficient_attention(params)
+
+
+def _reads_groups(q: Tensor, v: Tensor, masked: bool) -> bool:
+    """Whether the kernel that SDPA picks reads each KV head for its whole group of query heads.
+
+    On CUDA FlashAttention and cuDNN do, which take 16 bits and no mask tensor. The memory-efficient kernel
+    does not: it gets expanded heads, for without it SDPA would write out all scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    return not masked and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] == v.shape[3]
+
+
+def visible(rows: int, tokens: int, position: int, left: int, right: int, device: torch.device) -> Tensor:
+    """Boolean (rows, tokens): the keys that each row sees, row 0 standing at ``position``."""
+    offset = (
+        torch.arange(tokens, device=device)[None, :]
+        - torch.arange(position, position + rows, device=device)[:, None]
+    )
+    mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask = mask & (offset >= -left)
+    if right >= 0:
+        mask = mask & (offset <= right)
+    return mask
+
+
+def _document_mask(
+    documents: Tensor, rows: int, position: int, left: int, right: int, dtype: torch.dtype
+) -> Tensor:
+    """What SDPA adds to the scores, (B, 1, rows, tokens): 0 where a row sees a key, else -inf.
+
+    documents: (B, tokens). SDPA would make the same of a boolean mask, as a tensor of its own that autograd
+    keeps.
+    """
+    batch, tokens = documents.shape
+    seen = documents[:, position : position + rows, None] == documents[:, None, :]
+    seen = seen & visible(rows, tokens, position, left, right, documents.device)
+    mask = torch.zeros(batch, 1, rows, tokens, dtype=dtype, device=documents.device)
+    return mask.masked_fill_(~seen[:, None], float("-inf"))
+
+
+def dense_lse(
+    q: Tensor, k: Tensor, scale: float, left: int, right: int, documents: Tensor | None = None
+) -> Tensor:
+    """The natural-log sum of exponentials of ``dense_attention``'s rows, (B, H, S) float32; no gradient."""
+    (_, S, H, _), (T, G) = q.shape, k.shape[1:3]
+    lse = []
+    with torch.no_grad():
+        sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        keys = k.to(sum_dtype)
+        for i, end in _chunks(0, S, _CHUNK) or [(0, 0)]:
+            rows = q[:, i:end].to(sum_dtype).unflatten(2, (G, H // G)) * scale
+            scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
+            mask = visible(rows.shape[1], T, i + T - S, left, right, q.device)
+            if documents is not None:
+                own = documents[:, i + T - S : i + T - S + rows.shape[1], None]
+                mask = (mask & (own == documents[:, None, :]))[:, None]
+            lse.append(torch.logsumexp(scores.masked_fill(~mask, float("-inf")), dim=-1).float())
+        return torch.cat(lse, dim=2)

@@ -1,0 +1,180 @@
+"""The GPU benchmark as a dry run on the CPU: every kind of cell with its checks, the result file, the tables.
+
+And what happens when the process that measures dies or hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from gpu_suite import report, worker
+from gpu_suite.cells import FAMILIES, NO_TIME, TINY, Sizes
+from gpu_suite.measure import Case, Contestant, Lab, assert_near
+from gpu_suite.order import ordered_cells
+from gpu_suite.supervise import read_log, supervise
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    log = tmp_path_factory.mktemp("gpu") / "log"
+    families = [family for family in FAMILIES if family != "decode"]
+    worker.run(
+        worker.Log(log), device="cpu", families=FAMILIES, only_quick=True, compile_peers=False, deadline=None
+    )
+    # The second worker goes on where the first one ended.
+    worker.run(
+        worker.Log(log), device="cpu", families=families, only_quick=False, compile_peers=False, deadline=None
+    )
+    return report.collect(read_log(log))
+
+
+def test_every_row_builder_runs_and_every_result_is_right(result: dict[str, Any]) -> None:
+    assert not [(row["op"], row["error"]) for row in result["rows"] if row["error"]]
+    assert {row["family"] for row in result["rows"]} == set(FAMILIES)
+    assert not result["not_run"]
+    keys = [(row["op"], row["shape"]) for row in result["rows"]]
+    assert len(keys) == len(set(keys))
+    for row in result["rows"]:
+        assert row["us"] > 0
+        if row["peer"] is not None:
+            assert row["x_peer"] == pytest.approx(row["peers"][row["peer"]]["us"] / row["us"])
+
+
+def test_rows_have_the_peers_that_run_here(result: dict[str, Any]) -> None:
+    peers = {name for row in result["rows"] for name, peer in row["peers"].items() if peer["us"]}
+    assert peers >= {
+        "SDPA flash",
+        "SDPA math",
+        "concat SDPA math",
+        "eager fuse + SDPA",
+        "eager",
+        "separate torch ops",
+        "KV projection + RoPE + SDPA",
+        "SDPA alone",
+        "planned in the call",
+        "vanilla",
+    }
+    missing = [p["reason"] for row in result["rows"] for p in row["peers"].values() if p["us"] is None]
+    assert missing and all(reason.startswith("n/a (") for reason in missing)
+
+
+def test_result_is_json_and_makes_tables(result: dict[str, Any]) -> None:
+    read = json.loads(json.dumps(result, allow_nan=False))
+    assert read["roofs"]["best"].keys() == {"read", "copy", "matmul"}
+    assert read["two_sources_per_byte"] > 0
+    text = report.markdown(read)
+    for family in FAMILIES:
+        assert f"### {report.TITLES[family]}" in text
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) >= len(FAMILIES)
+    for lines in blocks:
+        assert len({line.count("|") for line in lines}) == 1, lines[0]
+    for row in read["rows"]:
+        assert report.line(row).count(" | ") == 5
+
+
+def test_cells_are_unique_and_the_important_ones_come_first() -> None:
+    for sizes in (Sizes(), TINY):
+        cells = ordered_cells(sizes, FAMILIES, quick=False)
+        assert len({cell.key for cell in cells}) == len(cells)
+        assert [cell.priority for cell in cells] == sorted(cell.priority for cell in cells)
+        assert {cell.family for cell in ordered_cells(sizes, FAMILIES, quick=True)} == set(FAMILIES)
+    assert len(ordered_cells(Sizes(), ["decode"], quick=False)) == 2 * 3**4
+
+
+def test_a_wrong_result_is_not_timed_and_a_wrong_peer_is_not_compared() -> None:
+    lab = Lab(torch.device("cpu"), torch.float32)
+    x = torch.randn(4, 8)
+
+    def contestant(name: str, factor: float) -> Contestant:
+        return Contestant(name, lambda i: x * factor, lambda got: assert_near(name, got, x.double()))
+
+    def case(mine: float, peer: float) -> Case:
+        return Case(
+            "fuse", "op", "", contestant("mine", mine), [contestant("peer", peer)], x.nbytes, 0, "read"
+        )
+
+    with pytest.raises(AssertionError, match="mine is wrong"):
+        lab.row(case(1.5, 1.0))
+    row = lab.row(case(1.0, 1.5))
+    assert row.peer is None and "peer is wrong" in row.peers["peer"]["reason"]
+    for bad in (math.nan, math.inf):
+        with pytest.raises(AssertionError):
+            assert_near("bad", torch.full((2, 3), bad), torch.ones(2, 3))
+
+
+FAKE_WORKER = """
+import json, os, sys, time
+path, fate = sys.argv[1:]
+text = open(path).read() if os.path.exists(path) else ""
+begun = [json.loads(line)["cell"] for line in text.splitlines() if '"begin"' in line]
+row = dict(family="decode", op="op", shape="", dtype="", us=1.0, peers={}, error=None)
+def write(event, **content):
+    with open(path, "a") as file:
+        file.write(json.dumps({"event": event, **content}) + "\\n")
+for cell in ("decode: a", "decode: b", "decode: c"):
+    if cell in begun:
+        continue
+    write("begin", cell=cell)
+    if cell == "decode: b":
+        write("partial", cell=cell, row={**row, "shape": cell})
+        if fate == "dies":
+            os.abort()
+        time.sleep(100)
+    write("row", cell=cell, row={**row, "shape": cell})
+    write("done", cell=cell)
+"""
+
+
+@pytest.fixture
+def fake_worker(tmp_path: Path) -> Iterator[Path]:
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE_WORKER)
+    yield script
+
+
+@pytest.mark.parametrize("fate, reason", [("dies", "SIGABRT"), ("hangs", "no progress")])
+def test_a_lost_worker_costs_only_its_cell(fake_worker: Path, fate: str, reason: str) -> None:
+    log, shown = fake_worker.with_name("log"), []
+    command = [sys.executable, "-S", str(fake_worker), str(log), fate]
+    events = supervise(command, log, stall_seconds=1.0, deadline=None, show=shown.append)
+    assert events == shown
+    rows = {row["shape"]: row for row in report.collect(events)["rows"]}
+    assert rows.keys() == {"decode: a", "decode: b", "decode: c"}
+    assert rows["decode: a"]["error"] is None and rows["decode: c"]["error"] is None
+    assert reason in rows["decode: b"]["error"] and rows["decode: b"]["us"] == 1.0
+
+
+def test_time_ends_a_run_and_costs_no_error(fake_worker: Path) -> None:
+    log = fake_worker.with_name("log")
+    command = [sys.executable, "-S", str(fake_worker), str(log), "hangs"]
+    deadline = time.time() + 1.0
+    events = supervise(command, log, stall_seconds=60, deadline=deadline, show=lambda event: None)
+    assert time.time() < deadline + 5
+    result = report.collect(events)
+    assert [row["shape"] for row in result["rows"]] == ["decode: a"]
+    assert result["not_run"] == {"decode: b": NO_TIME}
+
+
+def test_a_worker_that_never_starts_is_not_tried_again(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"open({os.fspath(tmp_path / 'tries')!r}, 'a').write('x'); exit(4)",
+    ]
+    events = supervise(command, tmp_path / "log", stall_seconds=10, deadline=None, show=lambda event: None)
+    assert [event["event"] for event in events] == ["worker lost"]
+    assert (tmp_path / "tries").read_text() == "x"
