@@ -6,6 +6,7 @@ any such table.
 
 from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.checkpoint.pretrained import load_pretrained, save_pretrained
+from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.layers.attention import FusedKVAttention
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.fusion import FusionWeights, param_groups
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KV",
+    "CacheFullError",
     "CachePlan",
     "Decoder",
     "DecoderConfig",

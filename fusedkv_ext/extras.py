@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-
-class MissingExtra(ImportError):
-    """An optional package is needed and not installed; the message says what to install."""
+from fusedkv_ext.errors import MissingExtra
 
 
 def need(module: str, purpose: str, extra: str = "demo") -> ModuleType:

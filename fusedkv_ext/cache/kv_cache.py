@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops import native
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan, latent_layers
 
-__all__ = ["CacheFullError", "KV", "KVCache"]
+__all__ = ["KV", "KVCache"]
 
 
 class KV(NamedTuple):
@@ -34,10 +35,6 @@ class KV(NamedTuple):
 
     key: Tensor | None
     value: Tensor | None
-
-
-class CacheFullError(ValueError):
-    """The new tokens do not fit. The cache is as it was before the call."""
 
 
 class PageTable:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     from fusedkv_ext.distributed import Layout

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedkv_ext.cli import experiment
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from fusedkv_ext.lab.compare import Budget

@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 REFITTED = ["o_proj", "down_proj"]
 

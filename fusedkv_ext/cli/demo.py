@@ -13,7 +13,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

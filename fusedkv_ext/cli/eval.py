@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedkv_ext.cli.train import add_configuration, changes, stop_signals
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from fusedkv_ext.training.progress import Progress

@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from fusedkv_ext.cli import experiment
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.training.data.tokenizer import Tokenizer
 
 
@@ -70,7 +70,8 @@ def _decoder(folder: Path, device: Any, dtype: Any) -> Any:
         return load_pretrained(folder, device=device, dtype=dtype)
     from torch.distributed.device_mesh import init_device_mesh
 
-    from fusedkv_ext.distributed.loading import CannotShare, load_sharded
+    from fusedkv_ext.distributed.loading import load_sharded
+    from fusedkv_ext.errors import CannotShare
 
     tp = init_device_mesh(device.type, (session.world_size(),), mesh_dim_names=("tp",))
     try:

@@ -13,8 +13,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from fusedkv_ext.cli import cluster
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab.entries import parse
-from fusedkv_ext.training.config import ConfigError
 
 if TYPE_CHECKING:
     from fusedkv_ext.plan.registry import Method

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab.entries import split_label
 from fusedkv_ext.lab.recipes import find, names
-from fusedkv_ext.training.config import ConfigError, TrainConfig, known_keys, load_toml
+from fusedkv_ext.training.config import TrainConfig, known_keys, load_toml
 
 if TYPE_CHECKING:
     from fusedkv_ext.training.progress import Progress

@@ -14,9 +14,9 @@ from torch import Tensor
 from fusedkv_ext.conversion.trainable import Trainable, read_conversion
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.conversion.uptrainer import Uptrainer, held_out_loss
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 from fusedkv_ext.training import run_folder
-from fusedkv_ext.training.config import ConfigError
 from fusedkv_ext.training.data.tokenizer import FileTokenizer
 from fusedkv_ext.training.data.tokens import prepare
 from fusedkv_ext.training.progress import Progress

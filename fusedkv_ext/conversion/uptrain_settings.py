@@ -9,7 +9,7 @@ from typing import Any
 
 from fusedkv_ext.conversion.distill import MATCHED
 from fusedkv_ext.conversion.trainable import TRAIN
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 DISTILL = ("logits", "layers")
 SCHEDULES = ("cosine", "linear")

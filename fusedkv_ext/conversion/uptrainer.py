@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from fusedkv_ext.conversion.distill import LanguageModelParts, layer_loss
 from fusedkv_ext.conversion.trainable import Trainable
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
+from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.evaluation.hf_perplexity import perplexity
-from fusedkv_ext.training.config import ConfigError
 from fusedkv_ext.training.data.tokens import TokenData, training_batch
 from fusedkv_ext.training.loss import Workspace, head_losses, shifted_labels
-from fusedkv_ext.training.trainer import TrainingDiverged
 
 
 @dataclass(frozen=True)

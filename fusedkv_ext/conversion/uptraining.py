@@ -26,12 +26,11 @@ from fusedkv_ext.checkpoint import checked_files
 from fusedkv_ext.conversion.uptrain_run import Run, UptrainResult, load, partial_folder
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.conversion.uptrainer import StepLosses, Uptrainer, held_out_loss
+from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.hf.loading import CONVERSION, save_like
 from fusedkv_ext.training import run_folder
-from fusedkv_ext.training.config import ConfigError
 from fusedkv_ext.training.metrics import MetricsLog, Record, bits_per_byte
 from fusedkv_ext.training.progress import Progress, SilentProgress
-from fusedkv_ext.training.trainer import TrainingDiverged
 
 LOG_SECONDS = 5.0  # between lines of progress and records of metrics.jsonl; the first steps come one by one
 

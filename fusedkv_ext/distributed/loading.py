@@ -19,13 +19,10 @@ from fusedkv_ext.checkpoint.pretrained import (
     verify_weights,
 )
 from fusedkv_ext.distributed.tensor import apply_tp, check_shares, head_orders
+from fusedkv_ext.errors import CannotShare
 from fusedkv_ext.layers.decoder import Decoder
 
 __all__ = ["CannotShare", "load_sharded"]
-
-
-class CannotShare(ValueError):
-    """So many processes cannot share the heads of this model; another number of them may."""
 
 
 def load_sharded(

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.training.data.tokenizer import Tokenizer
 
 TASKS = ("single", "multikey")

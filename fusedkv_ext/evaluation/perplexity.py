@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.training.data.corpus import TextFile, default_corpus, split_files, user_corpus
 from fusedkv_ext.training.data.tokenizer import Tokenizer
 from fusedkv_ext.training.metrics import bits_per_byte

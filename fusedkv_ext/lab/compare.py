@@ -24,25 +24,19 @@ from typing import Any
 
 import torch
 
+from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.lab import runs
 from fusedkv_ext.lab.demo.measure import in_turns
 from fusedkv_ext.lab.entries import Entry
 from fusedkv_ext.lab.reporting import write
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training import loop, session
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import load_tokenizer
 from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import (
-    Trainer,
-    TrainingDiverged,
-    build_model,
-    ffn_width,
-    resolve_device,
-    resolve_plan,
-)
+from fusedkv_ext.training.trainer import Trainer, build_model, ffn_width, resolve_device, resolve_plan
 
 RESULT = "result.json"
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.plan import METHODS
-from fusedkv_ext.training.config import ConfigError, TrainConfig, literal
+from fusedkv_ext.training.config import TrainConfig, literal
 from fusedkv_ext.training.trainer import resolve_plan
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.extras import need
-from fusedkv_ext.training.config import ConfigError
 from fusedkv_ext.training.metrics import Record, series
 
 if TYPE_CHECKING:

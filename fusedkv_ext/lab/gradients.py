@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab.entries import Entry
 from fusedkv_ext.lab.reporting import aligned
 from fusedkv_ext.lab.runs import (
@@ -29,7 +30,7 @@ from fusedkv_ext.lab.runs import (
     significant,
     without_seed,
 )
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.metrics import Record, read_metrics
 from fusedkv_ext.training.progress import Progress
 from fusedkv_ext.training.trainer import resolve_plan

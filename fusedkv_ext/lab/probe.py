@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab.reporting import aligned
 from fusedkv_ext.lab.runs import (
     FORMAT,
@@ -37,7 +38,7 @@ from fusedkv_ext.layers.attention import KV
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.plan.pieces import SIDES
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokens import validation_batches
 from fusedkv_ext.training.progress import Progress
 from fusedkv_ext.training.trainer import resolve_plan

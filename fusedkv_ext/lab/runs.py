@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training import loop, run_folder, session
-from fusedkv_ext.training.config import ConfigError, TrainConfig, known_keys
+from fusedkv_ext.training.config import TrainConfig, known_keys
 from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.metrics import Record, read_metrics
 from fusedkv_ext.training.progress import Progress

@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key."""
+from fusedkv_ext.errors import ConfigError
 
 
 @dataclass(frozen=True)

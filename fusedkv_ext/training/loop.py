@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from fusedkv_ext.checkpoint.pretrained import CONFIG, allocate
+from fusedkv_ext.errors import CheckpointError, ConfigError, TrainingDiverged
 from fusedkv_ext.training import run_folder, session
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from fusedkv_ext.training.data.tokens import TokenData, prepare
 from fusedkv_ext.training.metrics import MetricsLog, NoMetricsLog, Record
 from fusedkv_ext.training.progress import Progress
-from fusedkv_ext.training.saver import CheckpointError, Saver, collect, restore
-from fusedkv_ext.training.trainer import StepResult, Trainer, TrainingDiverged, build_model, resolve_device
+from fusedkv_ext.training.saver import Saver, collect, restore
+from fusedkv_ext.training.trainer import StepResult, Trainer, build_model, resolve_device
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from fusedkv_ext.checkpoint import dcp as dcp_files
 from fusedkv_ext.checkpoint.pretrained import EMBEDDING, HEAD, PREFIX, STATE
 from fusedkv_ext.distributed.tensor import HeadOrder, head_orders
+from fusedkv_ext.errors import CheckpointError
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.training import run_folder, session
 from fusedkv_ext.training.trainer import Trainer
@@ -35,10 +36,6 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _MOMENTS = "optimizer."  # before names of the optimizer's tensors in a checkpoint
 _FLAT_STATE = "state."  # before the same names in torch's flat form
 _OF_EACH_ELEMENT = ("exp_avg", "exp_avg_sq")  # what AdamW keeps in the shape of a weight
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; those before it are untouched."""
 
 
 class _Writer(dcp_files.Writer):

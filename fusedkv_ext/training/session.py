@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedkv_ext.distributed import Layout, Mesh, make_mesh
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.errors import ConfigError, LostContact
+from fusedkv_ext.training.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -32,10 +33,6 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _store: dist.Store | None = None
 _files: dist.ProcessGroup | None = None
 _turns = itertools.count()
-
-
-class LostContact(RuntimeError):
-    """Another process is gone; what it said, if it could say anything, is the reason."""
 
 
 def _active() -> bool:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fusedkv_ext.distributed import parallelize, synchronise
+from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.fusion import param_groups
 from fusedkv_ext.ops.packing import document_ids_of
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training import session
-from fusedkv_ext.training.config import ConfigError, ModelSection, OptimSection, TrainConfig
+from fusedkv_ext.training.config import ModelSection, OptimSection, TrainConfig
 from fusedkv_ext.training.data.tokens import (
     TokenData,
     check_length,
@@ -34,10 +35,6 @@ from fusedkv_ext.training.data.tokens import (
     validation_batches,
 )
 from fusedkv_ext.training.metrics import Record, bits_per_byte
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the weights are those before the failing step."""
 
 
 @dataclass(frozen=True)

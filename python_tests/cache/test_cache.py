@@ -11,7 +11,8 @@ import torch
 from tiny import NAMED, PLANS
 from torch import Tensor
 
-from fusedkv_ext.cache.kv_cache import CacheFullError, KVCache
+from fusedkv_ext.cache.kv_cache import KVCache
+from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan

@@ -19,10 +19,11 @@ from fusedkv_ext.bench import criterion
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
 from fusedkv_ext.cli import verify
 from fusedkv_ext.cli.main import COMMANDS, build_parser, main
+from fusedkv_ext.errors import ConfigError, MissingExtra
 from fusedkv_ext.lab.figures import distinct_names
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.plan import METHODS
-from fusedkv_ext.training.config import ConfigError, known_keys
+from fusedkv_ext.training.config import known_keys
 
 SMALL = [
     "model.num_hidden_layers=4",
@@ -148,7 +149,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--quick"]) == 1
     assert 'pip install "fusedkv_ext[demo]"' in said(capsys)[1]
-    with pytest.raises(extras.MissingExtra, match=r'Reading maps needs the package "atlas_of_nothing"'):
+    with pytest.raises(MissingExtra, match=r'Reading maps needs the package "atlas_of_nothing"'):
         extras.need("atlas_of_nothing", "Reading maps")
 
 

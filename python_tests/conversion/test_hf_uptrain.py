@@ -24,10 +24,10 @@ from fusedkv_ext.conversion.uptrain_run import partial_folder
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.conversion.uptrainer import Uptrainer
 from fusedkv_ext.conversion.uptraining import uptrain
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation.hf_perplexity import perplexity
 from fusedkv_ext.hf import FusedKVLlamaForCausalLM, config_for
 from fusedkv_ext.plan import CachePlan
-from fusedkv_ext.training.config import ConfigError
 from fusedkv_ext.training.metrics import read_metrics
 
 WORDS = "the cache of a layer holds keys and values that another layer reads again".split()

@@ -24,6 +24,7 @@ from tiny import FIRST, SECOND, tiny_run
 from fusedkv_ext.checkpoint import dcp
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import CheckpointError
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
 from fusedkv_ext.training import loop, run_folder, saver, session
 from fusedkv_ext.training.config import TrainConfig
@@ -325,7 +326,7 @@ def _full(folder: Path) -> str:
     saver._Writer.write_data = failing
     try:
         loop.run(loop.start(config_of(folder, LONG), folder / "full"), SilentProgress())
-    except saver.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     finally:
         saver._Writer.write_data = write
@@ -336,7 +337,7 @@ def _apart(folder: Path) -> str:
     """Machines without a common disk: --out is another folder for each process."""
     try:
         loop.run(loop.start(config_of(folder, LONG), folder / f"apart{dist.get_rank()}"), SilentProgress())
-    except saver.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     return "no error"
 

@@ -20,13 +20,14 @@ from ranks import torchrun, whole
 from tiny import PLANS
 
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
+from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.lab import runs
 from fusedkv_ext.training import loop, run_folder, session
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, TrainingDiverged, build_model
+from fusedkv_ext.training.trainer import Trainer, build_model
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo"

@@ -19,7 +19,7 @@ from ranks import HAS_GLOO, rank_main, run_ranks
 from test_parallel_serving import said
 
 from fusedkv_ext.cli import main as cli
-from fusedkv_ext.training.config import ConfigError
+from fusedkv_ext.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not HAS_GLOO, reason="needs a torch with gloo")
 

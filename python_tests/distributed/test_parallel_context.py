@@ -20,9 +20,10 @@ from tiny import LAYERS, PLANS, hybrid, tiny_decoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.ops.recompute import Checkpointing
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(not HAS_GLOO, reason="needs a torch with gloo")
 

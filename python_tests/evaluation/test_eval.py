@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fusedkv_ext.checkpoint.pretrained import save_pretrained
 from fusedkv_ext.cli import eval as command
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation import perplexity as evaluate
 from fusedkv_ext.layers.decoder import Decoder
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data import tokens as data
 from fusedkv_ext.training.data.corpus import user_corpus
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer

@@ -14,11 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation import perplexity as evaluate
 from fusedkv_ext.evaluation.hf_perplexity import perplexity
 from fusedkv_ext.evaluation.language_model import LanguageModel
 from fusedkv_ext.hf import cache_bytes_per_token
-from fusedkv_ext.training.config import ConfigError
 
 
 def text_of(length: int) -> Tensor:

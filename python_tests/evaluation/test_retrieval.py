@@ -13,9 +13,9 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation import needles, retrieval
 from fusedkv_ext.layers.decoder import Decoder
-from fusedkv_ext.training.config import ConfigError
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()

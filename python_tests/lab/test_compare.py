@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from fusedkv_ext.cli import main as cli
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab import compare, comparison, comparison_plots, recipes
 from fusedkv_ext.lab.compare import Budget, RunKey
 from fusedkv_ext.lab.entries import Entry, every, parse, parse_all
 from fusedkv_ext.lab.figures import save
 from fusedkv_ext.lab.pages import experiments as page
 from fusedkv_ext.plan import METHODS, CachePlan
-from fusedkv_ext.training.config import ConfigError, TrainConfig, load_toml
+from fusedkv_ext.training.config import TrainConfig, load_toml
 from fusedkv_ext.training.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).parents[2]

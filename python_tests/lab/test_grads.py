@@ -16,6 +16,7 @@ from tiny import killed_after, options, tiny_run
 
 from fusedkv_ext.checkpoint import dcp
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab import run_figures
 from fusedkv_ext.lab.entries import parse_all
 from fusedkv_ext.lab.gradients import (
@@ -28,7 +29,7 @@ from fusedkv_ext.lab.gradients import (
 )
 from fusedkv_ext.lab.runs import Spread, dumps
 from fusedkv_ext.training import loop, run_folder
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.data.tokens import training_batch
 from fusedkv_ext.training.metrics import read_metrics

@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 from tiny import killed_after, options, tiny_run
 
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab import run_figures
 from fusedkv_ext.lab.probe import (
     Probe,
@@ -31,7 +32,7 @@ from fusedkv_ext.lab.probe import (
 from fusedkv_ext.lab.runs import Spread, Stopped, dumps
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
 from fusedkv_ext.training import run_folder
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.progress import SilentProgress
 from fusedkv_ext.training.trainer import Trainer, build_model
 

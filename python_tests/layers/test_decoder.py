@@ -15,7 +15,7 @@ from tiny import CUT, LAYERS, NAMED, PLANS, hybrid, tiny_config, tiny_decoder
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fusedkv_ext.cache.kv_cache import CacheFullError
+from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan

@@ -615,8 +615,9 @@ def test_the_command_line_says_what_latents_cost(capsys: pytest.CaptureFixture[s
 
 
 def test_the_trainer_builds_it() -> None:
+    from fusedkv_ext.errors import ConfigError
     from fusedkv_ext.lab.comparison import cache_bytes_per_token
-    from fusedkv_ext.training.config import ConfigError, TrainConfig
+    from fusedkv_ext.training.config import TrainConfig
     from fusedkv_ext.training.trainer import build_model
 
     sizes = {f"model.{name}": size for name, size in SIZES.items()}

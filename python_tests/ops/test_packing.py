@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fusedkv_ext import Decoder, load_pretrained
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.ops.packing import IGNORED, document_ids_of, document_positions, next_tokens
 from fusedkv_ext.training import loop, session
-from fusedkv_ext.training.config import ConfigError, TrainConfig
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.data.tokens import TokenData, judged_tokens, rows_of, training_batch
 from fusedkv_ext.training.metrics import read_metrics, series

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab import recipes
-from fusedkv_ext.training.config import ConfigError, TrainConfig, load_toml
+from fusedkv_ext.training.config import TrainConfig, load_toml
 from fusedkv_ext.training.trainer import build_model
 
 

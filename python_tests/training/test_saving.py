@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from fusedkv_ext.checkpoint import dcp as dcp_files
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.errors import CheckpointError, TrainingDiverged
 from fusedkv_ext.training import loop, run_folder, saver
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, TrainingDiverged
+from fusedkv_ext.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +165,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(
 ) -> None:
     disk.full = {step}
     run = tmp_path / "run"
-    with pytest.raises(
-        saver.CheckpointError, match=rf"step-0000000{step} could not be written \(OSError:.*space"
-    ):
+    with pytest.raises(CheckpointError, match=rf"step-0000000{step} could not be written \(OSError:.*space"):
         run_in(run, config)
     whole = [name for name in names_in(run) if not name.startswith(".partial-")]
     assert whole == [f"step-{before:08d}" for before in range(2, step, 2)]
@@ -191,7 +190,7 @@ def test_a_full_disk_is_named_whatever_torch_makes_of_it(
 ) -> None:
     disk.full_at = file
     message = rf"could not be written \(OSError: \[Errno 28\] No space left on device: '.*/{file}'"
-    with pytest.raises(saver.CheckpointError, match=f"step-00000002 {message}"):
+    with pytest.raises(CheckpointError, match=f"step-00000002 {message}"):
         run_in(tmp_path / "run", config)
 
 
@@ -219,7 +218,7 @@ def test_a_part_that_is_not_in_the_folder_keeps_it_from_getting_its_name(
     message = (
         r"step-00000004 could not be written \(OSError: .*__0_0\.distcp is missing; all processes have to"
     )
-    with pytest.raises(saver.CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         run_in(tmp_path / "run", config)
     assert [name for name in names_in(tmp_path / "run") if name.startswith("step")] == ["step-00000002"]
 

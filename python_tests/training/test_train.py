@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
+from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.training import loop, run_folder
-from fusedkv_ext.training.config import ConfigError, OptimSection, TrainConfig, known_keys, load_toml
+from fusedkv_ext.training.config import OptimSection, TrainConfig, known_keys, load_toml
 from fusedkv_ext.training.data import tokens as data_module
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.metrics import MetricsLog, bits_per_byte, read_metrics, series
 from fusedkv_ext.training.progress import PlainProgress, SilentProgress
-from fusedkv_ext.training.trainer import Trainer, TrainingDiverged, build_model, learning_rate
+from fusedkv_ext.training.trainer import Trainer, build_model, learning_rate
 
 SMALL = {
     "model.num_hidden_layers": 4,
