@@ -8,17 +8,12 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LostContact",
-    "MissingExtra",
     "TrainingDiverged",
 ]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key."""
-
-
-class MissingExtra(ImportError):
-    """An optional package is needed and not installed; the message says what to install."""
 
 
 class CacheFullError(ValueError):

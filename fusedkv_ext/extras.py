@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from fusedkv_ext.errors import MissingExtra
+
+class MissingExtra(ImportError):
+    """An optional package is needed and not installed; the message says what to install."""
 
 
 def need(module: str, purpose: str, extra: str = "demo") -> ModuleType:

@@ -19,7 +19,8 @@ from fusedkv_ext.bench import criterion
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
 from fusedkv_ext.cli import verify
 from fusedkv_ext.cli.main import COMMANDS, build_parser, main
-from fusedkv_ext.errors import ConfigError, MissingExtra
+from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.extras import MissingExtra
 from fusedkv_ext.lab.figures import distinct_names
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.plan import METHODS
@@ -362,7 +363,7 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(text: Path, tmp_path: Path
     out = tmp_path / "run"
     arguments = train_arguments(text, out, "--steps", "1000000", "--set", "run.save_every=1000000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusedkv_ext.cli", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fusedkv_ext", *arguments], stdout=subprocess.PIPE, text=True
     )
     metrics, waited = out / "metrics.jsonl", time.monotonic() + 60
     while time.monotonic() < waited and not (metrics.exists() and '"train"' in metrics.read_text()):
