@@ -74,7 +74,7 @@ def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(
     """SIGKILL while runs with checkpoints are going on: the losses are those of an undisturbed comparison."""
     sizes = SIZES | {"run.steps": 60, "run.save_every": 10, "run.valid_every": 60}
     values = [f"{key}={value}" for key, value in sizes.items()] + [f"data.cache_dir={tmp_path / 'tokens'}"]
-    command = [sys.executable, "-m", "fusedkv_ext.cli", "compare", "--methods", "vanilla,yoco", "--json"]
+    command = [sys.executable, "-m", "fusedkv_ext", "compare", "--methods", "vanilla,yoco", "--json"]
     command += ["--seeds", "1", "--text", str(text), "--threads", "1"]
     command += [part for value in values for part in ("--set", value)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -114,7 +114,7 @@ def test_an_interrupted_comparison_leaves_no_process(
     tmp_path: Path,
 ) -> None:
     values = [f"{key}={value}" for key, value in (SIZES | {"run.steps": 10**5}).items()]
-    command = [sys.executable, "-m", "fusedkv_ext.cli", "compare", "--methods", "vanilla", "--seeds", "1"]
+    command = [sys.executable, "-m", "fusedkv_ext", "compare", "--methods", "vanilla", "--seeds", "1"]
     command += ["--text", str(text), "--threads", "1", "--out", str(tmp_path / "out")]
     command += ["--set", f"data.cache_dir={tmp_path}"] + [part for v in values for part in ("--set", v)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
