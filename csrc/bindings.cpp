@@ -10,9 +10,10 @@
 #include "build_facts.h"
 #include "common/huge_pages.h"
 #include "common/kept_memory.h"
-#include "kernels/attn_decode_cuda.h"
-#include "kernels/cpu_kernels.h"
-#include "kernels/cpu_workspace.h"
+#include "common/limits.h"
+#include "cpu/simd_targets.h"
+#include "cpu/workspace.h"
+#include "ops/attn_decode/cuda_params.h"
 
 namespace {
 

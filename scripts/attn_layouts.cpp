@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <initializer_list>
 
-#include "kernels/attn_layout.h"
+#include "ops/attn_decode/layout.h"
 
 int main() {
   using namespace fusedkv;

@@ -18,7 +18,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu_kernels.h"
+#include "cpu/simd_targets.h"
+#include "ops/attn_decode/params.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <ucontext.h>

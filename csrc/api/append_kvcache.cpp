@@ -2,7 +2,7 @@
 
 #include "api/append_kvcache.h"
 
-#include "kernels/cpu_kernels.h"
+#include "cpu/simd_targets.h"
 
 namespace fusedkv::api {
 

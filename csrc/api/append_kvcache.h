@@ -9,7 +9,7 @@
 #include "api/caches.h"
 #include "api/new_tensor.h"
 #include "api/writes.h"
-#include "kernels/append_kvcache.h"
+#include "ops/append_kvcache/params.h"
 
 namespace fusedkv::api {
 

@@ -9,8 +9,8 @@
 
 #include "api/attn_decode.h"
 #include "api/new_tensor.h"
-#include "kernels/cpu_kernels.h"
-#include "kernels/cpu_workspace.h"
+#include "cpu/simd_targets.h"
+#include "cpu/workspace.h"
 
 namespace fusedkv::api {
 

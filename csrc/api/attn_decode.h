@@ -2,7 +2,7 @@
 #pragma once
 
 #include "api/caches.h"
-#include "kernels/attn_decode.h"
+#include "ops/attn_decode/params.h"
 
 namespace fusedkv::api {
 

@@ -4,7 +4,7 @@
 
 #include "api/attn_decode.h"
 #include "api/device.h"
-#include "kernels/attn_decode_cuda.h"
+#include "ops/attn_decode/cuda_params.h"
 
 namespace fusedkv::api {
 

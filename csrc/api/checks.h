@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "common/dtype.h"
-#include "kernels/fuse_kv.h"
+#include "common/limits.h"
 
 namespace fusedkv::api {
 
@@ -106,8 +106,8 @@ inline void check_rank4(const Tensor& x, Name name, const char* expected) {
 // What the kernels of fuse_kv and of cached attention take. dispatch.native_head_dim is the same rule; for
 // other head dims ops.py composes these ops with torch's.
 inline void check_head_dim(int64_t head_dim, Name name) {
-  check_value(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, name, " has head dim ", head_dim,
-              "; expected a multiple of 8 from 8 to 256");
+  check_value(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0, name, " has head dim ", head_dim,
+              "; expected a multiple of 8 from 8 to ", kMaxHeadDim);
 }
 
 // What copies channels takes any number of them.

@@ -3,7 +3,7 @@
 #include "api/fuse_kv.h"
 
 #include "common/kept_memory.h"
-#include "kernels/cpu_kernels.h"
+#include "cpu/simd_targets.h"
 
 namespace fusedkv::api {
 

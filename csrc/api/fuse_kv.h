@@ -8,6 +8,7 @@
 
 #include "api/caches.h"
 #include "api/writes.h"
+#include "ops/fuse_kv/params.h"
 
 namespace fusedkv::api {
 

@@ -1,4 +1,4 @@
-// The host twin of every function of kernels/ptx.cuh, under the same name.
+// The host twin of every function of cuda/ptx.cuh, under the same name.
 //
 // Checks: addresses (memory.h), and that all 32 lanes take part where PTX says .sync.aligned. Layouts of
 // fragments are those of the PTX ISA; products and sums of mma run in fp32.

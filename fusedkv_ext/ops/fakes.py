@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkv_ext.ops import native
 
-# As in csrc/kernels: the length of a schedule follows from them.
+# As in csrc/ops/attn_decode/layout.h: the length of a schedule follows from them.
 _MAX_BLOCKS, _GENERIC_ROWS = 2048, 4
 
 

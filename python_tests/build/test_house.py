@@ -153,7 +153,7 @@ def test_reference_imports_torch_only() -> None:
     assert names <= allowed
 
 
-@pytest.mark.parametrize("folder", ["common", "kernels", "simt"])
+@pytest.mark.parametrize("folder", ["common", "simt", "cuda", "cpu", "ops"])
 def test_kernels_are_free_of_torch_and_python(folder: str) -> None:
     foreign = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
     wrong = [
@@ -166,15 +166,22 @@ def test_kernels_are_free_of_torch_and_python(folder: str) -> None:
 
 
 def test_native_includes_point_one_way() -> None:
-    """common <- simt <- kernels <- api: each folder may include itself and those before it."""
-    order = ["common", "simt", "kernels", "api"]
+    """common <- simt <- cuda, cpu <- ops <- api: a file includes its own folder and lower ones. An operation
+    includes no other operation."""
+    operations = sorted(f"ops/{path.name}" for path in (CSRC / "ops").iterdir())
+    order = [["common"], ["simt"], ["cuda", "cpu"], operations, ["api"]]
+    rank = {f"{folder}/": i for i, folders in enumerate(order) for folder in folders}
     wrong = []
-    for i, folder in enumerate(order):
-        later = tuple(f"{name}/" for name in order[i + 1 :])
-        for path in native_files(folder):
-            for name in INCLUDE.findall(path.read_text()):
-                if name.removeprefix("../").removeprefix("csrc/").startswith(later):
-                    wrong.append(f"{relative(path)} includes {name}")
+    for path in native_files("."):
+        own = next((folder for folder in rank if path.is_relative_to(CSRC / folder)), None)
+        if own is None and path.parent != CSRC:
+            wrong.append(f"{relative(path)} has no place in the order")
+        for name in INCLUDE.findall(path.read_text()) if own else []:
+            other = next(
+                (x for x in rank if name.removeprefix("../").removeprefix("csrc/").startswith(x)), own
+            )
+            if other != own and rank[other] >= rank[own]:
+                wrong.append(f"{relative(path)} includes {name}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -229,10 +236,11 @@ def test_nothing_is_left_for_later_in_comments() -> None:
     assert not wrong, f"unfinished business in {wrong}"
 
 
-def test_simd_level_sources_bring_no_inline_functions_of_the_standard_library() -> None:
-    """They are compiled with a level's flags: the linker could keep their AVX-512 copy for every CPU."""
+def test_simd_target_sources_bring_no_inline_functions_of_the_standard_library() -> None:
+    """They are compiled with a target's flags: the linker could keep their AVX-512 copy for every CPU."""
     allowed = {"cstdint", "cstring", "immintrin.h"}
-    sources = [*sorted((CSRC / "kernels").glob("*_cpu.cpp")), CSRC / "kernels" / "cpu_level.cpp"]
+    sources = [*sorted((CSRC / "ops").glob("*/cpu.cpp")), CSRC / "cpu" / "target_table.cpp"]
+    assert len(sources) > 1
     seen, wrong = set(), []
     while sources:
         path = sources.pop()

@@ -223,6 +223,6 @@ def test_every_instruction_has_a_host_twin() -> None:
     function = re.compile(r"^(?:__device__ __forceinline__|inline) [\w ]+\b(\w+)\(", re.MULTILINE)
     names = [
         set(function.findall((CSRC / path).read_text().split("namespace fusedkv::ptx {")[1]))
-        for path in ("kernels/ptx.cuh", "simt/ptx.h")
+        for path in ("cuda/ptx.cuh", "simt/ptx.h")
     ]
     assert names[0] and names[0] == names[1]

@@ -1,0 +1,33 @@
+// One table per SIMD level: this file is compiled once per level, like the kernels it names.
+
+#include "cpu/simd_targets.h"
+
+#ifndef FUSEDKV_LEVEL
+#define FUSEDKV_LEVEL portable
+#endif
+#define FUSEDKV_STRINGIFY_(x) #x
+#define FUSEDKV_STRINGIFY(x) FUSEDKV_STRINGIFY_(x)
+
+namespace fusedkv {
+namespace FUSEDKV_LEVEL {
+
+void fuse_kv_forward(const FuseKVParams&, int64_t, int64_t);
+void fuse_kv_backward(const FuseKVParams&, int64_t, int64_t);
+void fuse_kv_reduce_weights(const FuseKVParams&, int64_t, int64_t);
+void attn_decode(const AttnDecodeParams&, int64_t, int64_t, void*);
+void attn_decode_merge(const AttnDecodeParams&, int64_t, int64_t);
+void append_kvcache(const AppendKVCacheParams&, int64_t, int64_t);
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {
+    FUSEDKV_STRINGIFY(FUSEDKV_LEVEL),
+    fuse_kv_forward,
+    fuse_kv_backward,
+    fuse_kv_reduce_weights,
+    attn_decode,
+    attn_decode_merge,
+    append_kvcache,
+};
+
+}  // namespace FUSEDKV_LEVEL
+}  // namespace fusedkv

@@ -1,0 +1,60 @@
+// Elements of caches and activations on the GPU: 16 bytes at a time, widened to the type that sums run in.
+#pragma once
+
+#include "common/dtype.h"
+#include "cuda/gpu.cuh"
+
+namespace fusedkv {
+
+template <typename T>
+struct SumType {
+  using type = float;
+};
+
+template <>
+struct SumType<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ double widen(double x) {
+  return x;
+}
+
+__device__ __forceinline__ float widen(float x) {
+  return x;
+}
+
+__device__ __forceinline__ float widen(bf16 x) {
+  return __uint_as_float(uint32_t(x.bits) << 16);
+}
+
+__device__ __forceinline__ float widen(f16 x) {
+  return ptx::cvt_f32_f16(x.bits);
+}
+
+// Rounds to nearest, ties to even.
+__device__ __forceinline__ void narrow(double x, double* out) {
+  *out = x;
+}
+
+__device__ __forceinline__ void narrow(float x, float* out) {
+  *out = x;
+}
+
+__device__ __forceinline__ void narrow(float x, bf16* out) {
+  out->bits = uint16_t(ptx::cvt_bf16x2(x, 0.f));
+}
+
+__device__ __forceinline__ void narrow(float x, f16* out) {
+  out->bits = uint16_t(ptx::cvt_f16x2(x, 0.f));
+}
+
+// 16 bytes of elements, loaded and stored as one.
+template <typename T>
+union Piece {
+  static constexpr int kVec = 16 / sizeof(T);
+  uint4 raw;
+  T element[kVec];
+};
+
+}  // namespace fusedkv

@@ -1,0 +1,394 @@
+// Attention of R query rows over keys and values fused from several layers, without a fused key or value ever
+// existing:
+//
+//   s = sum_j (q (.) a_j) . K_j          the weights of the keys go into q before the loop over tokens
+//   o = sum_j b_j (.) (softmax(s) V_j)   the weights of the values go into the output after it
+//
+// A task is one (sequence, split of kSplitTokens tokens, group of up to kMaxTaskRows rows, block of KV
+// heads). It walks its split in blocks of kBlock tokens, and in each block its heads: the heads of a token
+// lie together, so that memory is read page by page although each head is worked on by itself. While it works
+// on a block it asks for the next one (Ahead), at the end of a task for the beginning of its thread's next
+// task. Each key and value is read once for all rows, since memory is what decode waits for; an online
+// softmax per row keeps the running maximum in the log2 domain. Splits are fixed, and a second pass merges
+// them in their order: bits depend neither on threads nor on the rest of the batch.
+
+#include "ops/attn_decode/params.h"
+
+#include "ops/attn_decode/cpu_products.h"
+
+namespace fusedkv {
+namespace FUSEDKV_LEVEL {
+
+namespace {
+
+constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+
+#if defined(FUSEDKV_AMX)
+// From this many query rows on, tiles are faster than pairs.
+constexpr int64_t kMinAmxRows = 2;
+#endif
+
+inline float minus_infinity() {
+  return -__builtin_inff();
+}
+
+// Where a task stands: its sequence, first KV head, first row and tokens.
+struct Task {
+  int64_t b, head_begin, heads, row_group, rows, split, splits;
+  TokenRange tokens;
+};
+
+Task find_task(const AttnDecodeParams& p, int64_t index) {
+  Task task;
+  const int64_t blocks = num_head_blocks(p), per_split = num_row_groups(p) * blocks;
+  int64_t low = 0, high = p.B;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (p.split_offsets[middle] * per_split <= index ? low : high) = middle;
+  }
+  task.b = low;
+  int64_t rest = index - p.split_offsets[low] * per_split;
+  task.head_begin = rest % blocks * p.task_heads;
+  task.heads = p.G - task.head_begin < p.task_heads ? p.G - task.head_begin : p.task_heads;
+  rest /= blocks;
+  task.row_group = rest % num_row_groups(p);
+  const int64_t rows = num_rows(p) - task.row_group * kMaxTaskRows;
+  task.rows = rows < kMaxTaskRows ? rows : kMaxTaskRows;
+  task.split = rest / num_row_groups(p);
+  const TokenRange all = visible_tokens(p, p.seq_lens[low]);
+  const int64_t grid = (all.begin / kSplitTokens + task.split) * kSplitTokens;
+  task.splits = num_splits(p, p.seq_lens[low]);
+  task.tokens.begin = grid < all.begin ? all.begin : grid;
+  task.tokens.end = grid + kSplitTokens < all.end ? grid + kSplitTokens : all.end;
+  return task;
+}
+
+// Query row -> (s, h). Rows of one query token are neighbours.
+struct Row {
+  int64_t s, h;
+};
+
+inline Row row_of(const AttnDecodeParams& p, int64_t g, int64_t row) {
+  const int64_t group = p.H / p.G;
+  return {row / group, g * group + row % group};
+}
+
+// Where the partial result of a row of a KV head in a split lies.
+inline int64_t partial_slot(const AttnDecodeParams& p, int64_t b, int64_t split, int64_t g, int64_t row) {
+  return ((p.split_offsets[b] + split) * p.G + g) * num_rows(p) + row;
+}
+
+// The tokens that query token s of a sequence of length len sees.
+TokenRange tokens_of_row(const AttnDecodeParams& p, int64_t len, int64_t s) {
+  const int64_t pos = len - p.S + s;
+  if (pos < 0) return {0, 0};
+  const int64_t begin = p.window_left >= 0 && pos > p.window_left ? pos - p.window_left : 0;
+  const int64_t end = p.window_right >= 0 && pos + p.window_right + 1 < len ? pos + p.window_right + 1 : len;
+  return {begin, end};
+}
+
+// ---- one task -----------------------------------------------------------------------------------
+
+// What a thread keeps for each KV head of its task, and scratch: fits L2 for the few sources and rows of
+// decode.
+template <typename P>
+struct Scratch {
+  typename P::Query* q;  // (heads, num_keys, rows * Dp) q (.) a_j, in the order of P
+  float* o;              // (heads, num_values, rows, Dvp) softmax(s) V_j, not normalised
+  float* max;            // (heads, rows) running maximum, log2 domain
+  float* sum;            // (heads, rows, kLanes) running sums of exp2, to be added up
+  float* s;              // (rows, kBlock) scores, then probabilities
+  int64_t rows, Dp, Dvp;
+
+  typename P::Query* query(const AttnDecodeParams& p, int64_t head) const {
+    return q + head * p.num_keys * rows * Dp;
+  }
+  float* out(const AttnDecodeParams& p, int64_t head, int j) const {
+    return o + (head * p.num_values + j) * rows * Dvp;
+  }
+};
+
+// q (.) a_j. The softmax scale stays out of it: without weights q is then exact in bf16.
+template <typename P>
+void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
+  using T = typename P::Element;
+  const int64_t g = task.head_begin + head;
+  alignas(64) float folded[kMaxHeadDim + 32] = {};
+  for (int j = 0; j < p.num_keys; ++j) {
+    const float* a = p.key_weights ? p.key_weights + (j * p.G + g) * p.D : nullptr;
+    for (int64_t r = 0; r < w.rows; ++r) {
+      const Row row = row_of(p, g, task.row_group * kMaxTaskRows + (r < task.rows ? r : 0));
+      const T* q = (const T*)p.q + task.b * p.q_stride_b + row.s * p.q_stride_s + row.h * p.q_stride_h;
+      for_lanes(p.D, [&](int64_t d, int n) {
+        const Vec x = load(q + d, n);
+        store(folded + d, a ? mul(load(a + d, n), x) : x);
+      });
+      P::store_query(w.query(p, head) + j * w.rows * w.Dp, r, w.rows, folded, w.Dp);
+    }
+  }
+}
+
+// Scores of one row of a block become probabilities relative to the running maximum; o is rescaled when the
+// maximum grows.
+template <typename P>
+void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int64_t r, TokenRange seen,
+                 int64_t block) {
+  float* s = w.s + r * kBlock;
+  const Vec scale = set1(p.scale * kLog2e);
+  for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), scale));
+  if (seen.begin > block || seen.end < block + kBlock)
+    for (int i = 0; i < kBlock; ++i)
+      if (block + i < seen.begin || block + i >= seen.end) s[i] = minus_infinity();
+
+  Vec block_max = load(s);
+  for (int i = kLanes; i < kBlock; i += kLanes) block_max = max(load(s + i), block_max);
+  const float highest = reduce_max(block_max);
+  float* running_max = w.max + head * w.rows + r;
+  float* running_sum = w.sum + (head * w.rows + r) * kLanes;
+  const float old_max = *running_max;
+  const float new_max = highest > old_max ? highest : old_max;
+  const float base = new_max == minus_infinity() ? 0.f : new_max;  // nothing seen yet: exp2(-inf - 0) = 0
+
+  Vec sum = load(running_sum);
+  if (new_max > old_max) {
+    const Vec shrink = old_max == minus_infinity() ? zero() : exp2(set1(old_max - new_max));
+    sum = mul(sum, shrink);
+    for (int j = 0; j < p.num_values; ++j) {
+      float* o = w.out(p, head, j) + r * w.Dvp;
+      for (int64_t d = 0; d < w.Dvp; d += kLanes) store(o + d, mul(load(o + d), shrink));
+    }
+  }
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const Vec e = exp2(sub(load(s + i), set1(base)));
+    store(s + i, e);
+    sum = add(sum, e);
+  }
+  store(running_sum, sum);
+  *running_max = new_max;
+}
+
+// Where the tokens of a block lie, per source. Past its last token that one is repeated: its probability
+// there is 0, and 0 times whatever the cache holds past the end might be NaN.
+template <typename T>
+void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task,
+                TokenRange block, BlockRows<T>* rows) {
+  for (int j = 0; j < m; ++j) {
+    const CacheTensor& cache = caches[j];
+    const T* base = (const T*)cache.data + task.head_begin * cache.stride_g;
+    if (!p.block_table) base += task.b * cache.stride_b;
+    const T* row = nullptr;
+    int64_t neighbours = 0;  // tokens that follow at a fixed distance: to the end of a page, or all
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t t = block.begin + i;
+      if (t < block.end) {
+        if (neighbours == 0) {
+          row = base + t * cache.stride_t;
+          neighbours = kBlock;
+          if (p.block_table) {
+            const int64_t page = p.block_table[task.b * p.block_table_stride + t / p.page_size];
+            row = base + page * cache.stride_b + t % p.page_size * cache.stride_t;
+            neighbours = p.page_size - t % p.page_size;
+          }
+        } else {
+          row += cache.stride_t;
+        }
+        --neighbours;
+      }
+      rows[j].row[i] = row;
+    }
+  }
+}
+
+// A block of tokens: at most kBlock, up to a multiple of it, so that a block crosses few pages.
+TokenRange block_at(const Task& task, int64_t begin) {
+  const int64_t end = (begin / kBlock + 1) * kBlock;
+  return {begin, end < task.tokens.end ? end : task.tokens.end};
+}
+
+template <typename T>
+struct Block {
+  TokenRange tokens;
+  BlockRows<T> k[kMaxSources], v[kMaxSources];
+
+  void find(const AttnDecodeParams& p, const Task& task, int64_t begin) {
+    tokens = block_at(task, begin);
+    block_rows(p, p.keys, p.num_keys, task, tokens, k);
+    block_rows(p, p.values, p.num_values, task, tokens, v);
+  }
+};
+
+// next_task: worked on after this one, or -1.
+template <typename P>
+void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, const Scratch<P>& w) {
+  using T = typename P::Element;
+  const int64_t len = p.seq_lens[task.b];
+  Block<T> blocks[2];
+  Block<T>*now = &blocks[0], *next = &blocks[1];
+  int64_t offsets[kMaxSources];
+  now->find(p, task, task.tokens.begin);
+  while (now->tokens.begin < task.tokens.end) {
+    const bool last = now->tokens.end == task.tokens.end;
+    const Task next_owner = last && next_task >= 0 ? find_task(p, next_task) : task;
+    next->find(p, next_owner, last && next_task >= 0 ? next_owner.tokens.begin : now->tokens.end);
+    Ahead ahead;
+    if (next->tokens.begin < next->tokens.end) {
+      const int64_t heads = next_owner.heads * int64_t(sizeof(T));
+      ahead.add((const char* const*)next->k, p.num_keys * kBlock, heads * p.D);
+      ahead.add((const char* const*)next->v, p.num_values * kBlock, heads * p.Dv);
+    }
+    for (int64_t head = 0; head < task.heads; ++head) {
+      for (int j = 0; j < p.num_keys; ++j) offsets[j] = head * p.keys[j].stride_g;
+      P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
+      for (int64_t r = 0; r < task.rows; ++r) {
+        TokenRange seen = tokens_of_row(p, len, row_of(p, 0, task.row_group * kMaxTaskRows + r).s);
+        if (seen.end > now->tokens.end) seen.end = now->tokens.end;
+        softmax_row(p, w, head, r, seen, now->tokens.begin);
+        ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
+      }
+      for (int j = 0; j < p.num_values; ++j)
+        P::values(w.out(p, head, j), w.s, w.rows, now->v[j], head * p.values[j].stride_g, ahead, p.Dv, w.Dvp);
+    }
+    if (last) break;
+    Block<T>* done = now;
+    now = next;
+    next = done;
+  }
+}
+
+// out[d] = sum_j b_j[d] o_j[d] / sum, to the partials or, when the sequence has one split, to the output
+// itself.
+template <typename P>
+void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
+  using T = typename P::Element;
+  const int64_t g = task.head_begin + head;
+  alignas(64) float out[kMaxHeadDim + kLanes];
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const float highest = w.max[head * w.rows + r],
+                sum = reduce_add(load(w.sum + (head * w.rows + r) * kLanes));
+    const bool empty = highest == minus_infinity() && sum == 0.f;
+    const Vec inverse = set1(1.f / sum);
+    for (int j = 0; j < p.num_values; ++j) {
+      float* o = w.out(p, head, j) + r * w.Dvp;
+      P::order_channels(o, w.Dvp);
+      const float* b = p.value_weights ? p.value_weights + (j * p.G + g) * p.Dv : nullptr;
+      for_lanes(p.Dv, [&](int64_t d, int n) {
+        Vec x = mul(load(o + d), inverse);
+        if (b) x = mul(load(b + d, n), x);
+        store(out + d, j == 0 ? x : add(x, load(out + d)));
+      });
+    }
+    // A row that sees nothing is 0, even where 0 times the values is not.
+    if (empty) __builtin_memset(out, 0, sizeof(out));
+    const float lse = empty ? minus_infinity() : highest + __builtin_log2f(sum);
+    const int64_t row = task.row_group * kMaxTaskRows + r;
+    if (task.splits == 1) {
+      const Row at = row_of(p, g, row);
+      T* target = (T*)p.out + ((task.b * p.S + at.s) * p.H + at.h) * p.Dv;
+      for_lanes(p.Dv, [&](int64_t d, int n) { store(target + d, load(out + d), n); });
+      p.lse[(task.b * p.H + at.h) * p.S + at.s] = lse * kLn2;
+    } else {
+      const int64_t slot = partial_slot(p, task.b, task.split, g, row);
+      __builtin_memcpy(p.partial_out + slot * p.Dv, out, size_t(p.Dv) * sizeof(float));
+      p.partial_lse[slot] = lse;
+    }
+  }
+}
+
+template <typename P>
+void decode(const AttnDecodeParams& p, int64_t index, int64_t next_index, void* workspace) {
+  const int64_t pad = P::kPad;
+  Scratch<P> w;
+  w.rows = P::padded_rows(num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows);
+  w.Dp = (p.D + pad - 1) / pad * pad;
+  w.Dvp = (p.Dv + pad - 1) / pad * pad;
+  w.o = (float*)workspace;
+  w.sum = w.o + p.task_heads * p.num_values * w.rows * w.Dvp;
+  w.s = w.sum + p.task_heads * w.rows * kLanes;
+  w.max = w.s + w.rows * kBlock;
+  w.q = (typename P::Query*)(w.max + p.task_heads * w.rows);
+  const Task task = find_task(p, index);
+  w.rows = P::padded_rows(task.rows);
+  P::begin_task(w.rows);
+  for (int64_t head = 0; head < task.heads; ++head) fold_key_weights<P>(p, task, w, head);
+  for (int64_t i = 0; i < task.heads * p.num_values * w.rows * w.Dvp; ++i) w.o[i] = 0.f;
+  for (int64_t i = 0; i < task.heads * w.rows * kLanes; ++i) w.sum[i] = 0.f;
+  for (int64_t i = 0; i < task.heads * w.rows; ++i) w.max[i] = minus_infinity();
+  run_blocks<P>(p, task, next_index, w);
+  for (int64_t head = 0; head < task.heads; ++head) finish_head<P>(p, task, w, head);
+  P::end();
+}
+
+// ---- merge --------------------------------------------------------------------------------------
+
+// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order; a sequence without tokens gives 0 and
+// -inf.
+template <typename T>
+void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t row, int64_t splits) {
+  const Row at = row_of(p, g, row);
+  const auto slot = [&](int64_t split) { return partial_slot(p, b, split, g, row); };
+  float highest = minus_infinity();
+  for (int64_t k = 0; k < splits; ++k) {
+    const float lse = p.partial_lse[slot(k)];
+    highest = lse > highest ? lse : highest;
+  }
+  const float base = highest == minus_infinity() ? 0.f : highest;
+  float out[kMaxHeadDim] = {}, sum = 0.f;
+  for (int64_t k = 0; k < splits; ++k) {
+    const float weight = __builtin_exp2f(p.partial_lse[slot(k)] - base);
+    if (weight == 0.f) continue;
+    sum += weight;
+    const float* partial = p.partial_out + slot(k) * p.Dv;
+    for (int64_t d = 0; d < p.Dv; ++d) out[d] += weight * partial[d];
+  }
+  T* target = (T*)p.out + ((b * p.S + at.s) * p.H + at.h) * p.Dv;
+  for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
+  p.lse[(b * p.H + at.h) * p.S + at.s] = sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
+}
+
+template <typename T>
+void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index % num_rows(p), g = index / num_rows(p) % p.G, b = index / num_rows(p) / p.G;
+    const int64_t splits = num_splits(p, p.seq_lens[b]);
+    if (splits != 1) merge_row<T>(p, b, g, row, splits);  // else its task has written the output
+  }
+}
+
+}  // namespace
+
+void attn_decode(const AttnDecodeParams& p, int64_t task, int64_t next_task, void* workspace) {
+  switch (p.dtype) {
+    case DType::f32:
+      return decode<Fp32Products<float>>(p, task, next_task, workspace);
+    case DType::f16:
+      return decode<Fp32Products<f16>>(p, task, next_task, workspace);
+    case DType::bf16:
+#if defined(FUSEDKV_AMX)
+      if (num_rows(p) >= kMinAmxRows && p.D % 32 == 0 && p.Dv % 32 == 0)
+        return decode<AmxProducts>(p, task, next_task, workspace);
+#endif
+#if defined(__AVX512BF16__)
+      return decode<Bf16Products>(p, task, next_task, workspace);
+#else
+      return decode<Fp32Products<bf16>>(p, task, next_task, workspace);
+#endif
+    case DType::f64:
+      return;  // the API takes no float64 caches
+  }
+}
+
+void attn_decode_merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::f32:
+      return merge<float>(p, begin, end);
+    case DType::f16:
+      return merge<f16>(p, begin, end);
+    case DType::bf16:
+      return merge<bf16>(p, begin, end);
+    case DType::f64:
+      return;
+  }
+}
+
+}  // namespace FUSEDKV_LEVEL
+}  // namespace fusedkv

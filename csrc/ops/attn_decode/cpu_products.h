@@ -1,0 +1,486 @@
+// The two matrix products of cached attention on the CPU: scores = q K^T and output = p V, for the rows of
+// one KV head and one block of tokens.
+//
+// Three ways: any level widens to fp32 and uses fma; AVX-512-BF16 multiplies bf16 pairs with dpbf16, AMX
+// multiplies tiles of them (both with q (.) a_j and the probabilities rounded to bf16). All have the same
+// interface, which cpu.cpp takes as a template argument:
+//
+//   Element, Query        what the cache holds and what q (.) a_j is kept as
+//   kPad                  head dims of the scratch are rounded up to this
+//   padded_rows           rows of the scratch
+//   begin_task, end       before the products of a task with so many rows; after the last one
+//   softmax_bytes         bytes to ask for ahead after the softmax of a row
+//   store_query           row r of q (.) a_j from float
+//   scores                s[r][i] = sum_j q_j[r] . k_j[i]    for kBlock tokens
+//   values                o[r] += sum_i p[r][i] v[i]         o in an order of channels of its own
+//   order_channels        brings the Dp channels of a row of o into their own order
+#pragma once
+
+#include "common/limits.h"
+#include "cpu/simd.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(FUSEDKV_AMX)
+#include "cpu/simd/amx.h"
+#endif
+
+namespace fusedkv {
+namespace FUSEDKV_LEVEL {
+
+// Tokens that stay in L1 between the two products.
+constexpr int kBlock = 32;
+
+// Where the tokens of a block lie: the first channel of each, in the first KV head of a task.
+template <typename T>
+struct BlockRows {
+  const T* row[kBlock];
+};
+
+// Asks for the next block while this one is worked on: evenly, because a burst of prefetches holds up the
+// loads behind it and a pause leaves the memory idle, and from kStreams places in turn, because the
+// prefetcher behind L2 follows one stream per page.
+class Ahead {
+ public:
+  // rows: the tokens of one side, kBlock per source, each `bytes` long.
+  void add(const char* const* rows, int64_t count, int64_t bytes) {
+    sides_[num_sides_++] = {rows, count / kStreams, bytes};
+    if (num_sides_ == 1) first_ = rows, rows_ = count / kStreams;
+  }
+
+  void bytes(int64_t n) {
+    for (due_ += n; due_ >= 64 * kStreams && rows_ > 0; due_ -= 64 * kStreams) {
+      const Side& side = sides_[side_];
+      for (int i = 0; i < kStreams; ++i) __builtin_prefetch(first_[i * side.rows] + at_, 0, 2);
+      at_ += 64;
+      if (at_ < side.bytes) continue;
+      at_ = 0, ++first_, --rows_;
+      if (rows_ == 0 && ++side_ < num_sides_) first_ = sides_[side_].first, rows_ = sides_[side_].rows;
+    }
+  }
+
+ private:
+  static constexpr int kStreams = 8;
+
+  struct Side {
+    const char* const* first;
+    int64_t rows;  // of a stream
+    int64_t bytes;
+  };
+  Side sides_[2];  // keys, values
+  int num_sides_ = 0, side_ = 0;
+  const char* const* first_ = nullptr;  // row of the first stream
+  int64_t rows_ = 0, at_ = 0;           // rows to go, bytes asked for of this one
+  int64_t due_ = 0;                     // bytes not yet asked for
+};
+
+// Vectors of channels that p V sums side by side: a sum over tokens is one chain of additions, and with few
+// rows one chain would leave the multipliers waiting for it.
+template <int RT>
+constexpr int kChains = RT >= 4 ? 1 : 4 / RT;
+
+// fn(d, n) for the vectors of n channels, kLanes or what is left.
+template <typename Fn>
+inline void for_lanes(int64_t D, const Fn& fn) {
+  for (int64_t d = 0; d < D; d += kLanes) fn(d, int(D - d < kLanes ? D - d : kLanes));
+}
+
+template <int N>
+struct RowTile {
+  static constexpr int rows = N;
+};
+
+// Rows go through the products in tiles of 8, 4, 2 or 1: as many as share a loaded key or value in registers.
+template <typename Fn>
+inline void for_row_tiles(int64_t rows, const Fn& fn) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) fn(r, RowTile<8>{});
+  if (r + 4 <= rows) fn(r, RowTile<4>{}), r += 4;
+  if (r + 2 <= rows) fn(r, RowTile<2>{}), r += 2;
+  if (r + 1 <= rows) fn(r, RowTile<1>{}), r += 1;
+}
+
+// What the two ways that keep q row by row have in common. Products has scores<RT> and values<RT> for RT
+// rows.
+template <typename Products, typename T, typename Q>
+struct RowByRow {
+  using Element = T;
+  using Query = Q;
+
+  static int64_t padded_rows(int64_t rows) { return rows; }
+  static void begin_task(int64_t) {}
+  static int64_t softmax_bytes(int, int64_t, int64_t) { return 0; }
+  static void end() {}
+
+  static void store_query(Query* q, int64_t r, int64_t, const float* x, int64_t Dp) {
+    for (int64_t d = 0; d < Dp; d += kLanes) store(q + r * Dp + d, load(x + d));
+  }
+
+  // k: m sources; `offsets` from the first head of the task to this one.
+  static void scores(float* s, const Query* q, int64_t rows, const BlockRows<T>* k, const int64_t* offsets,
+                     Ahead& ahead, int m, int64_t D, int64_t Dp) {
+    for_row_tiles(rows, [&](int64_t r, auto tile) {
+      Products::template row_scores<tile.rows>(s + r * kBlock, q + r * Dp, rows * Dp, Dp, k, offsets, ahead,
+                                               m, D);
+    });
+  }
+
+  static void values(float* o, const float* p, int64_t rows, const BlockRows<T>& v, int64_t offset,
+                     Ahead& ahead, int64_t D, int64_t Dp) {
+    for_row_tiles(rows, [&](int64_t r, auto tile) {
+      Products::template row_values<tile.rows>(o + r * Dp, Dp, p + r * kBlock, v, offset, ahead, D);
+    });
+  }
+};
+
+// ---- the two products, fp32 ---------------------------------------------------------------------
+
+// Operands of the fp32 way: q as float, probabilities as float, output channels in their order.
+template <typename T>
+struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
+  static constexpr int kPad = kLanes;
+
+  // s[r][i] = sum_j q_j[r] . k_j[i] for RT rows and kBlock tokens.
+  template <int RT>
+  static void row_scores(float* s, const float* q, int64_t q_source, int64_t Dp, const BlockRows<T>* k,
+                         const int64_t* offsets, Ahead& ahead, int m, int64_t D) {
+    for (int first = 0; first < kBlock; first += kLanes) {
+      Vec sums[RT][kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        Vec acc[RT];
+        for (int r = 0; r < RT; ++r) acc[r] = zero();
+        for (int j = 0; j < m; ++j) {
+          const T* key = k[j].row[first + i] + offsets[j];
+          const float* qj = q + j * q_source;
+          ahead.bytes(D * int64_t(sizeof(T)));
+          int64_t d = 0;
+          for (; d + kLanes <= D; d += kLanes) {
+            const Vec x = load(key + d);
+            for (int r = 0; r < RT; ++r) acc[r] = fma(load(qj + r * Dp + d), x, acc[r]);
+          }
+          if (d < D) {
+            const Vec x = load(key + d, int(D - d));
+            for (int r = 0; r < RT; ++r) acc[r] = fma(load(qj + r * Dp + d), x, acc[r]);
+          }
+        }
+        for (int r = 0; r < RT; ++r) sums[r][i] = acc[r];
+      }
+      for (int r = 0; r < RT; ++r) store(s + r * kBlock + first, reduce_add_each(sums[r]));
+    }
+  }
+
+  // o[r] += sum_i p[r][i] v[i] for RT rows.
+  template <int RT>
+  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows<T>& v, int64_t offset,
+                         Ahead& ahead, int64_t D) {
+    constexpr int NC = kChains<RT>;
+    int64_t d = 0;
+    for (; d + NC * kLanes <= D; d += NC * kLanes)
+      channels<RT, NC>(o + d, Dp, p, v, offset + d, ahead, kLanes);
+    for (; d < D; d += kLanes)
+      channels<RT, 1>(o + d, Dp, p, v, offset + d, ahead, int(D - d < kLanes ? D - d : kLanes));
+  }
+
+  // NC vectors of channels from d on, the last one (then the only one) with n lanes.
+  template <int RT, int NC>
+  static void channels(float* o, int64_t Dp, const float* p, const BlockRows<T>& v, int64_t d, Ahead& ahead,
+                       int n) {
+    Vec acc[RT][NC];
+    for (int r = 0; r < RT; ++r)
+      for (int c = 0; c < NC; ++c) acc[r][c] = load(o + r * Dp + c * kLanes);
+    for (int i = 0; i < kBlock; ++i) {
+      ahead.bytes(NC * kLanes * int64_t(sizeof(T)));
+      for (int c = 0; c < NC; ++c) {
+        const T* from = v.row[i] + d + c * kLanes;
+        const Vec x = n == kLanes ? load(from) : load(from, n);
+        for (int r = 0; r < RT; ++r) acc[r][c] = fma(set1(p[r * kBlock + i]), x, acc[r][c]);
+      }
+    }
+    for (int r = 0; r < RT; ++r)
+      for (int c = 0; c < NC; ++c) store(o + r * Dp + c * kLanes, acc[r][c]);
+  }
+
+  static void order_channels(float*, int64_t) {}
+};
+
+// ---- the two products, bf16 pairs ---------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+
+struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
+  static constexpr int kPad = 32;
+
+  static __m512bh pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh pairs(const bf16* p, int64_t n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1u, p);
+  }
+
+  template <int RT>
+  static void row_scores(float* s, const bf16* q, int64_t q_source, int64_t Dp, const BlockRows<bf16>* k,
+                         const int64_t* offsets, Ahead& ahead, int m, int64_t D) {
+    for (int first = 0; first < kBlock; first += kLanes) {
+      Vec sums[RT][kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        __m512 acc[RT];
+        for (int r = 0; r < RT; ++r) acc[r] = _mm512_setzero_ps();
+        for (int j = 0; j < m; ++j) {
+          const bf16* key = k[j].row[first + i] + offsets[j];
+          const bf16* qj = q + j * q_source;
+          ahead.bytes(D * 2);
+          int64_t d = 0;
+          for (; d + 32 <= D; d += 32) {
+            const __m512bh x = pairs(key + d);
+            for (int r = 0; r < RT; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], pairs(qj + r * Dp + d), x);
+          }
+          if (d < D) {
+            const __m512bh x = pairs(key + d, D - d);
+            for (int r = 0; r < RT; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], pairs(qj + r * Dp + d), x);
+          }
+        }
+        for (int r = 0; r < RT; ++r) sums[r][i] = {acc[r]};
+      }
+      for (int r = 0; r < RT; ++r) store(s + r * kBlock + first, reduce_add_each(sums[r]));
+    }
+  }
+
+  // dpbf16 adds products of neighbours, here of two tokens: unpacklo/hi pair the channels of tokens i and i
+  // + 1. They leave the 32 channels of a step in the order that output() undoes.
+  template <int RT>
+  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows<bf16>& v, int64_t offset,
+                         Ahead& ahead, int64_t D) {
+    uint32_t pair[RT][kBlock / 2];
+    for (int r = 0; r < RT; ++r) {
+      bf16 rounded[kBlock];
+      for (int i = 0; i < kBlock; i += kLanes) store(rounded + i, load(p + r * kBlock + i));
+      __builtin_memcpy(pair[r], rounded, sizeof(rounded));
+    }
+    constexpr int NC = kChains<RT>;
+    int64_t d = 0;
+    for (; d + NC * 32 <= D; d += NC * 32) channels<RT, NC>(o + d, Dp, pair, v, offset + d, ahead, 32);
+    for (; d < D; d += 32) channels<RT, 1>(o + d, Dp, pair, v, offset + d, ahead, D - d < 32 ? D - d : 32);
+  }
+
+  // NC steps of 32 channels from d on, the last one (then the only one) with n channels.
+  template <int RT, int NC>
+  static void channels(float* o, int64_t Dp, const uint32_t (*pair)[kBlock / 2], const BlockRows<bf16>& v,
+                       int64_t d, Ahead& ahead, int64_t n) {
+    __m512 low[RT][NC], high[RT][NC];
+    for (int r = 0; r < RT; ++r) {
+      for (int c = 0; c < NC; ++c) {
+        low[r][c] = _mm512_loadu_ps(o + r * Dp + c * 32);
+        high[r][c] = _mm512_loadu_ps(o + r * Dp + c * 32 + 16);
+      }
+    }
+    for (int i = 0; i < kBlock; i += 2) {
+      ahead.bytes(2 * NC * 64);
+      for (int c = 0; c < NC; ++c) {
+        const bf16 *even = v.row[i] + d + c * 32, *odd = v.row[i + 1] + d + c * 32;
+        const __m512i x = (__m512i)(n == 32 ? pairs(even) : pairs(even, n));
+        const __m512i y = (__m512i)(n == 32 ? pairs(odd) : pairs(odd, n));
+        const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y);
+        const __m512bh xy_high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+        for (int r = 0; r < RT; ++r) {
+          const __m512bh pp = (__m512bh)_mm512_set1_epi32(int(pair[r][i / 2]));
+          low[r][c] = _mm512_dpbf16_ps(low[r][c], pp, xy_low);
+          high[r][c] = _mm512_dpbf16_ps(high[r][c], pp, xy_high);
+        }
+      }
+    }
+    for (int r = 0; r < RT; ++r) {
+      for (int c = 0; c < NC; ++c) {
+        _mm512_storeu_ps(o + r * Dp + c * 32, low[r][c]);
+        _mm512_storeu_ps(o + r * Dp + c * 32 + 16, high[r][c]);
+      }
+    }
+  }
+
+  // Channel 8 k + i of a step of 32 stands at lane 4 k + i of `low` (i < 4) or 4 k + i - 4 of `high`.
+  static void order_channels(float* o, int64_t Dp) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t d = 0; d < Dp; d += 32) {
+      const __m512 low = _mm512_loadu_ps(o + d), high = _mm512_loadu_ps(o + d + 16);
+      _mm512_storeu_ps(o + d, _mm512_permutex2var_ps(low, first, high));
+      _mm512_storeu_ps(o + d + 16, _mm512_permutex2var_ps(low, second, high));
+    }
+  }
+};
+
+#endif
+
+// ---- the two products, bf16 tiles ---------------------------------------------------------------
+
+#if defined(FUSEDKV_AMX)
+
+// For D and Dv that are multiples of 32. The scores come transposed, keys times queries, because a tile of
+// keys can then be loaded as it lies in the cache, one row per token; values are paired like in Bf16Products
+// on the way to the tile. Both cost the same for 1 and for 16 query rows.
+struct AmxProducts {
+  using Element = bf16;
+  using Query = bf16;  // (row tiles, D / 32, 16 pairs of channels, rows of the tile, 2)
+  static constexpr int kPad = 32;
+  static constexpr int kTileRows = 16;
+
+  // Tile registers.
+  static constexpr int kS0 = 0, kS1 = 1, kK = 2, kQ = 3, kP = 4, kV = 5, kO0 = 6, kO1 = 7;
+
+  static int64_t padded_rows(int64_t rows) {
+    return rows <= kTileRows ? rows : (rows + kTileRows - 1) / kTileRows * kTileRows;
+  }
+
+  static int64_t tile_rows(int64_t rows) { return rows < kTileRows ? rows : kTileRows; }
+
+  static void begin_task(int64_t rows) {
+    const int64_t n = tile_rows(rows);
+    TileShapes shapes;
+    shapes.set(kS0, kTileRows, 4 * n);
+    shapes.set(kS1, kTileRows, 4 * n);
+    shapes.set(kK, kTileRows, 64);
+    shapes.set(kQ, kTileRows, 4 * n);
+    shapes.set(kP, n, 64);
+    shapes.set(kV, kTileRows, 64);
+    shapes.set(kO0, n, 64);
+    shapes.set(kO1, n, 64);
+    tile_configure(shapes);
+  }
+
+  static void end() { tile_release(); }
+
+  // What is asked for is spread over scores, softmax, pairing and the product of values: a quarter each.
+  static int64_t softmax_bytes(int m, int64_t D, int64_t rows) { return 16 * m * D * 2 / rows; }
+
+  static void store_query(Query* q, int64_t r, int64_t rows, const float* x, int64_t Dp) {
+    const int64_t n = tile_rows(rows);
+    bf16 rounded[kMaxHeadDim];
+    for (int64_t d = 0; d < Dp; d += kLanes) store(rounded + d, load(x + d));
+    Query* tile = q + r / kTileRows * kTileRows * Dp + r % kTileRows * 2;
+    for (int64_t d = 0; d < Dp; d += 2) __builtin_memcpy(tile + d * n, rounded + d, 4);
+  }
+
+  static void scores(float* s, const Query* q, int64_t rows, const BlockRows<bf16>* k, const int64_t* offsets,
+                     Ahead& ahead, int m, int64_t D, int64_t Dp) {
+    const int64_t n = tile_rows(rows);
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      tile_zero<kS0>();
+      tile_zero<kS1>();
+      for (int j = 0; j < m; ++j) {
+        alignas(64) bf16 gathered[kTileRows * kMaxHeadDim];
+        const Query* tile = q + (j * rows + first) * Dp;
+        const Keys k0 = keys_of(k[j].row, offsets[j]), k1 = keys_of(k[j].row + kTileRows, offsets[j]);
+        if (k0.stride && k1.stride) {
+          for (int64_t d = 0; d < D; d += 32) {
+            tile_load<kQ>(tile + d * n, 4 * n);
+            ahead.bytes(8 * 64);
+            tile_load<kK>(k0.data + d, k0.stride);
+            tile_dpbf16<kS0, kK, kQ>();
+            ahead.bytes(8 * 64);
+            tile_load<kK>(k1.data + d, k1.stride);
+            tile_dpbf16<kS1, kK, kQ>();
+          }
+          continue;
+        }
+        for (int half = 0; half < 2; ++half) {
+          for (int i = 0; i < kTileRows; ++i)
+            __builtin_memcpy(gathered + i * D, k[j].row[half * kTileRows + i] + offsets[j], size_t(D) * 2);
+          for (int64_t d = 0; d < D; d += 32) {
+            tile_load<kQ>(tile + d * n, 4 * n);
+            tile_load<kK>(gathered + d, D * 2);
+            if (half)
+              tile_dpbf16<kS1, kK, kQ>();
+            else
+              tile_dpbf16<kS0, kK, kQ>();
+          }
+        }
+      }
+      alignas(64) float transposed[2 * kTileRows][kTileRows];
+      tile_store<kS0>(transposed[0], 64);
+      tile_store<kS1>(transposed[kTileRows], 64);
+      transpose(transposed[0], s + first * kBlock, n);
+      transpose(transposed[kTileRows], s + first * kBlock + kTileRows, n);
+    }
+  }
+
+  static void values(float* o, const float* p, int64_t rows, const BlockRows<bf16>& v, int64_t offset,
+                     Ahead& ahead, int64_t D, int64_t Dp) {
+    alignas(64) bf16 pairs[kMaxHeadDim / 16][kBlock / 2][32];
+    for (int i = 0; i < kBlock; i += 2) {
+      const bf16 *even = v.row[i] + offset, *odd = v.row[i + 1] + offset;
+      ahead.bytes(D * 2);
+      for (int64_t d = 0; d < D; d += 32) {
+        const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(odd + d);
+        _mm512_store_si512(pairs[d / 16][i / 2], _mm512_unpacklo_epi16(x, y));
+        _mm512_store_si512(pairs[d / 16 + 1][i / 2], _mm512_unpackhi_epi16(x, y));
+      }
+    }
+    const int64_t n = tile_rows(rows), stride = Dp * int64_t(sizeof(float));
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      alignas(64) bf16 rounded[kTileRows][kBlock];
+      for (int64_t r = 0; r < n; ++r)
+        for (int i = 0; i < kBlock; i += kLanes) store(rounded[r] + i, load(p + (first + r) * kBlock + i));
+      tile_load<kP>(rounded, 64);
+      float* out = o + first * Dp;
+      for (int64_t d = 0; d < D; d += 32) {
+        ahead.bytes(16 * 64);
+        tile_load<kO0>(out + d, stride);
+        tile_load<kV>(pairs[d / 16], 64);
+        tile_dpbf16<kO0, kP, kV>();
+        tile_load<kO1>(out + d + 16, stride);
+        tile_load<kK>(pairs[d / 16 + 1], 64);
+        tile_dpbf16<kO1, kP, kK>();
+        tile_store<kO0>(out + d, stride);
+        tile_store<kO1>(out + d + 16, stride);
+      }
+    }
+  }
+
+  static void order_channels(float* o, int64_t Dp) { Bf16Products::order_channels(o, Dp); }
+
+ private:
+  // 16 tokens at one distance; stride (in bytes) 0: they are not.
+  struct Keys {
+    const bf16* data;
+    int64_t stride;
+  };
+
+  static Keys keys_of(const bf16* const* row, int64_t offset) {
+    const int64_t stride = row[1] - row[0];
+    for (int i = 2; i < kTileRows; ++i)
+      if (row[i] - row[i - 1] != stride) return {nullptr, 0};
+    return {row[0] + offset, stride * 2};
+  }
+
+  // to[r * kBlock + i] = from[16 i + r] for r < rows.
+  static void transpose(const float* from, float* to, int64_t rows) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from + 16 * i);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    const auto pd = [](__m512 x) { return _mm512_castps_pd(x); };
+    for (int i = 0; i < 16; i += 4) {  // quarter q of a[i + c]: row 4 q + c of tokens i .. i + 3
+      a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(b[i]), pd(b[i + 2])));
+      a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(b[i]), pd(b[i + 2])));
+      a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(b[i + 1]), pd(b[i + 3])));
+      a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(b[i + 1]), pd(b[i + 3])));
+    }
+    for (int c = 0; c < 4; ++c) {  // a 4 x 4 transpose of quarters
+      const __m512 even_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88),
+                   odd_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88),
+                   odd_high = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+      b[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      b[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      b[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      b[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+    for (int64_t r = 0; r < rows; ++r) _mm512_storeu_ps(to + r * kBlock, b[r]);
+  }
+};
+
+#endif
+
+}  // namespace FUSEDKV_LEVEL
+}  // namespace fusedkv

@@ -1,0 +1,165 @@
+// out[r] = softmax_t(scale * q_r . K[t]) V[t]    with K = sum_i a_i (.) K_i and V = sum_j b_j (.) V_j.
+//
+// For what the tensor-core kernels do not take: float32, more than two sources, two sources of more than 128
+// channels, memory that is not aligned to 16 bytes. Each token's key and value are fused in registers, once
+// for four query rows, by a team of 8, 16 or 32 lanes with 8 channels each; every team has tokens, a softmax
+// state and an output of its own, and the teams' results are merged when the piece ends. All sums in float32.
+
+#include "ops/attn_decode/kernels.h"
+#include "ops/attn_decode/work.cuh"
+
+namespace fusedkv {
+
+namespace {
+
+constexpr int kRows = kGenericRows, kVec = 8;
+
+template <typename T_, int kD_>
+struct GenericKernel {
+  using T = T_;
+  static constexpr int kD = kD_;
+  static constexpr GenericLayout kLayout = generic_layout(kD);
+  static constexpr int kLanes = kLayout.lanes, kTeams = kLayout.teams, kThreads = kLayout.threads;
+};
+
+// 8 elements in float32.
+template <typename T>
+__device__ __forceinline__ void load_channels(float (&x)[kVec], const T* from, bool aligned) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += Piece<T>::kVec) {
+      Piece<T> piece;
+      piece.raw = load(reinterpret_cast<const uint4*>(from + i));
+#pragma unroll
+      for (int k = 0; k < Piece<T>::kVec; ++k) x[i + k] = widen(piece.element[k]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = widen(load(from + i));
+  }
+}
+
+// x = sum_j w_j (.) source_j of one token: channels d .. d + 7.
+template <typename T>
+__device__ __forceinline__ void fuse_token(float (&x)[kVec], const CacheTensor* sources, int m,
+                                           const float* weights, int64_t G, int64_t D, int g,
+                                           TokenPlace place, int d, bool aligned) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) x[i] = 0.f;
+#pragma unroll 1
+  for (int j = 0; j < m; ++j) {
+    float source[kVec];
+    load_channels(source, token_data<T>(sources[j], g, place) + d, aligned);
+    const float* w = weights ? weights + (j * G + g) * D + d : nullptr;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = w ? x[i] + load(w + i) * source[i] : x[i] + source[i];
+  }
+}
+
+struct TeamState {
+  float max[kRows], sum[kRows];  // the same in all lanes of the team
+  float o[kRows][kVec];
+};
+
+template <typename K>
+__device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkPiece& w, TeamState& state,
+                                           int team, int d) {
+  const AttnDecodeParams& a = p.attn;
+  float q[kRows][kVec];
+  SeenTokens seen[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = w.row_begin + r;
+    const QueryRow at = query_row(p, w.g, row);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) q[r][i] = 0.f;
+    if (row < p.num_rows && d < a.D)
+      load_channels(q[r],
+                    static_cast<const typename K::T*>(a.q) + w.b * a.q_stride_b + at.s * a.q_stride_s +
+                        at.h * a.q_stride_h + d,
+                    p.aligned);
+    seen[r] = seen_tokens(p, w, row);
+  }
+  bool bad = false;
+#pragma unroll 1
+  for (int t = w.token_begin + team; t - team < w.token_end; t += K::kTeams) {
+    const TokenPlace place = find_token(p, w, t, &bad);
+    float x[kVec] = {}, v[kVec] = {};
+    if (place.row >= 0 && d < a.D)
+      fuse_token<typename K::T>(x, a.keys, a.num_keys, a.key_weights, a.G, a.D, w.g, place, d, p.aligned);
+    if (place.row >= 0 && d < a.Dv)
+      fuse_token<typename K::T>(v, a.values, a.num_values, a.value_weights, a.G, a.Dv, w.g, place, d,
+                                p.aligned);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float score = 0.f;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) score += q[r][i] * x[i];
+#pragma unroll
+      for (int apart = 1; apart < K::kLanes; apart *= 2) score += __shfl_xor_sync(kFullWarp, score, apart);
+      const bool sees = place.row >= 0 && t >= seen[r].begin && t < seen[r].end;
+      score = sees ? score * (a.scale * kLog2e) : minus_infinity();
+      const float old = state.max[r];
+      state.max[r] = fmaxf(old, score);
+      const float base = state.max[r] == minus_infinity() ? 0.f : state.max[r];
+      const float shrink = exp2f(old - base), e = exp2f(score - base);
+      state.sum[r] = state.sum[r] * shrink + e;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) state.o[r][i] = state.o[r][i] * shrink + e * v[i];
+    }
+  }
+  if (__any_sync(kFullWarp, bad) || w.len < 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) state.sum[r] = not_a_number();
+  }
+}
+
+template <typename K>
+__global__ void __launch_bounds__(K::kThreads)
+    attn_decode_generic_kernel(const __grid_constant__ AttnCudaParams p) {
+  const int team = threadIdx.x / K::kLanes, d = threadIdx.x % K::kLanes * kVec;
+  const BlockStates states = block_states(shared_base(), K::kTeams, kRows, K::kD);
+  const BlockWork work = block_work(p);
+  for (int64_t at = work.begin; at < work.end;) {
+    const WorkPiece w = find_piece(p, at, work);
+    at = w.next;
+    if (w.splits == 0) continue;
+    TeamState state;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      state.max[r] = minus_infinity(), state.sum[r] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) state.o[r][i] = 0.f;
+    }
+    run_tokens<K>(p, w, state, team, d);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = team * kRows + r;
+      if (d == 0) ptx::st_shared_f32(states.maxima + row * 4, state.max[r]);
+      if (d == 0) ptx::st_shared_f32(states.sums + row * 4, state.sum[r]);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i)
+        ptx::st_shared_f32(states.outs + (row * K::kD + d + i) * 4, state.o[r][i]);
+    }
+    __syncthreads();
+    merge_states<typename K::T>(p, w, states, K::kThreads);
+    finish_piece<typename K::T>(p, w, states.flag, K::kThreads);
+    __syncthreads();  // shared memory belongs to the next piece
+  }
+}
+
+}  // namespace
+
+AttnKernelFunction attn_generic_kernel(DType dtype, int head_dim) {
+  const auto with = [&](auto type) -> AttnKernelFunction {
+    using T = typename decltype(type)::type;
+    if (head_dim == 64) return attn_decode_generic_kernel<GenericKernel<T, 64>>;
+    if (head_dim == 128) return attn_decode_generic_kernel<GenericKernel<T, 128>>;
+    return attn_decode_generic_kernel<GenericKernel<T, 256>>;
+  };
+  return dtype == DType::f32    ? with(TypeTag<float>{})
+         : dtype == DType::bf16 ? with(TypeTag<bf16>{})
+                                : with(TypeTag<f16>{});
+}
+
+}  // namespace fusedkv

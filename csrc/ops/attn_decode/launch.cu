@@ -1,0 +1,55 @@
+// Launches the decode kernel that attn_launch has picked, with a grid that fills the GPU once.
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "cuda/gpu.cuh"
+#include "ops/attn_decode/kernels.h"
+
+namespace fusedkv {
+
+namespace {
+
+AttnKernelFunction kernel_function(const AttnDecodeParams& p, const AttnLaunch& l) {
+  switch (l.kernel) {
+    case AttnKernel::kWarp:
+      return attn_warp_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values);
+    case AttnKernel::kRows:
+      return attn_rows_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values, l.rows);
+    default:
+      return attn_generic_kernel(p.dtype, l.head_dim);
+  }
+}
+
+}  // namespace
+
+int attn_shared_limit(int* bytes) {
+  DeviceLimits limits;
+  const int error = device_limits(&limits);
+  *bytes = limits.shared_per_block;
+  return error;
+}
+
+int attn_blocks(const AttnDecodeParams& p, const AttnLaunch& l, int* blocks) {
+  DeviceLimits limits;
+  if (int error = device_limits(&limits)) return error;
+  // Asking takes microseconds, and decoding would ask for every layer. The answer is that of one kind of GPU.
+  static std::mutex mutex;
+  static std::map<std::tuple<AttnKernelFunction, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& per_sm = known[{kernel_function(p, l), limits.sm_count, limits.shared_per_block}];
+  if (per_sm == 0) {
+    if (int error = blocks_per_sm(&per_sm, kernel_function(p, l), l.threads, size_t(l.shared_bytes)))
+      return error;
+  }
+  *blocks = grid_blocks(limits.sm_count, per_sm);
+  return 0;
+}
+
+int attn_decode_cuda(const AttnCudaParams& p, const AttnLaunch& l, int blocks, void* stream) {
+  return launch(kernel_function(p.attn, l), dim3(unsigned(blocks)), dim3(unsigned(l.threads)),
+                size_t(l.shared_bytes), stream, p);
+}
+
+}  // namespace fusedkv

@@ -1,0 +1,133 @@
+// What the two tensor-core decode kernels share: 16-bit elements, swizzled tiles of tokens in shared memory.
+#pragma once
+
+#include "ops/attn_decode/work.cuh"
+
+namespace fusedkv {
+
+__device__ __forceinline__ uint32_t pack(float low, float high, bf16) {
+  return ptx::cvt_bf16x2(low, high);
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, f16) {
+  return ptx::cvt_f16x2(low, high);
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  ptx::mma_m16n8k16_bf16(c, a, b);
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
+  ptx::mma_m16n8k16_f16(c, a, b);
+}
+
+// A tile is rows of kD 16-bit elements. Piece c of row r (16 bytes) lies at piece c ^ (r % 8): the 8 rows of
+// an ldmatrix then fall into 8 different groups of banks.
+template <int kD>
+__device__ __forceinline__ uint32_t tile_address(uint32_t tile, int row, int piece) {
+  return tile + row * (kD * 2) + ((piece ^ (row & 7)) << 4);
+}
+
+// A fragment of A = K: rows are tokens token .. token + 15, columns channels 16 step .. 16 step + 15.
+template <int kD>
+__device__ __forceinline__ void load_key_fragment(uint32_t (&a)[4], uint32_t tile, int token, int step) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  ptx::ldmatrix_x4(a, tile_address<kD>(tile, token + lane % 8 + (matrix & 1) * 8, 2 * step + (matrix >> 1)));
+}
+
+// A fragment of A = V^T: rows are channels 16 step .. 16 step + 15, columns tokens token .. token + 15.
+template <int kD>
+__device__ __forceinline__ void load_value_fragment(uint32_t (&a)[4], uint32_t tile, int token, int step) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  ptx::ldmatrix_x4_trans(
+      a, tile_address<kD>(tile, token + lane % 8 + (matrix >> 1) * 8, 2 * step + (matrix & 1)));
+}
+
+// Where the tokens of a tile lie: in whole pages (p.whole_pages) 16 of them follow each other, and every lane
+// knows the first of its run, else every lane knows token lane % kTokens.
+template <int kTokens>
+__device__ __forceinline__ TokenPlace find_tile(const AttnCudaParams& p, const WorkPiece& w, int t,
+                                                bool* bad) {
+  const int lane = threadIdx.x % kTokens;
+  if (!p.whole_pages) return find_token(p, w, t + lane, bad);
+  const int run = t + lane / 16 * 16;
+  // A run may begin before the piece, in a page of it.
+  TokenPlace place =
+      find_token(p, w, run < w.token_begin && run + 16 > w.token_begin ? w.token_begin : run, bad);
+  if (place.row >= 0 && run < w.token_begin) place.slot -= w.token_begin - run;
+  return place;
+}
+
+// Starts copying kTokens tokens from token t on of each source into its tile: kThreads threads take 16 bytes
+// each in turn. Channels beyond head_dim, tokens outside of the piece and pages that do not exist become
+// zeros.
+template <typename T, int kD, int kSources, int kTokens, int kThreads>
+__device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkPiece& w,
+                                          const CacheTensor* caches, int head_dim, uint32_t tiles, int t,
+                                          TokenPlace place, int thread) {
+  constexpr int kPieces = kD / 8, kTileBytes = kTokens * kD * 2;
+  constexpr int kStep = kThreads / kPieces;  // tokens that the threads copy at a time
+  const int first = thread / kPieces, piece = thread % kPieces;
+  const int tokens = piece * 8 < head_dim ? w.token_end - w.token_begin : 0;
+  const auto copy = [&](const T* from, int j, int token, bool there) {
+    ptx::cp_async_16(tile_address<kD>(tiles + j * kTileBytes, token, piece), from + piece * 8,
+                     there ? 16 : 0);
+  };
+  if (p.whole_pages) {
+#pragma unroll
+    for (int run = 0; run < kTokens; run += 16) {
+      TokenPlace at = place;
+      if (kTokens > 16) {
+        at.row = __shfl_sync(kFullWarp, place.row, run);
+        at.slot = __shfl_sync(kFullWarp, place.slot, run);
+      }
+      const unsigned there = at.row >= 0 ? tokens : 0;
+      at.slot += first;
+#pragma unroll
+      for (int j = 0; j < kSources; ++j) {
+        const T* from = token_data<T>(caches[j], w.g, at);
+#pragma unroll
+        for (int i = 0; i < 16; i += kStep, from += kStep * caches[j].stride_t)
+          copy(from, j, run + i + first, unsigned(t + run + i + first - w.token_begin) < there);
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int i = first; i < kTokens; i += kStep) {
+      TokenPlace at;
+      at.row = __shfl_sync(kFullWarp, place.row, i);
+      at.slot = __shfl_sync(kFullWarp, place.slot, i);
+#pragma unroll
+      for (int j = 0; j < kSources; ++j)
+        copy(token_data<T>(caches[j], w.g, at), j, i, at.row >= 0 && tokens > 0);
+    }
+  }
+}
+
+// The channels of a query row; nullptr where there is no such row.
+template <typename T>
+__device__ __forceinline__ const T* query_data(const AttnCudaParams& p, const WorkPiece& w, int row) {
+  if (row >= p.num_rows) return nullptr;
+  const QueryRow at = query_row(p, w.g, row);
+  return static_cast<const T*>(p.attn.q) + w.b * p.attn.q_stride_b + at.s * p.attn.q_stride_s +
+         at.h * p.attn.q_stride_h;
+}
+
+// Two neighbouring channels of a query row, times the key weight of source j, rounded once; zeros where there
+// is no such row or channel.
+template <typename T>
+__device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, int g, const T* row, int j,
+                                                 int d) {
+  if (!row || d >= p.D) return 0;
+  const uint32_t pair = load(reinterpret_cast<const uint32_t*>(row + d));
+  if (!p.key_weights) return pair;
+  const float* a = p.key_weights + (j * p.G + g) * p.D + d;  // may be a view: aligned to 4 bytes only
+  return pack(widen(T{uint16_t(pair)}) * load(a), widen(T{uint16_t(pair >> 16)}) * load(a + 1), T{});
+}
+
+__device__ __forceinline__ float value_weight(const AttnDecodeParams& p, int j, int g, int d) {
+  if (d >= p.Dv) return 0.f;
+  return p.value_weights ? load(p.value_weights + (j * p.G + g) * p.Dv + d) : 1.f;
+}
+
+}  // namespace fusedkv

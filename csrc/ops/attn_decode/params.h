@@ -1,0 +1,94 @@
+// Attention of a few query rows over cached keys and values that are fused from several layers, split over
+// the sequence.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/limits.h"
+
+namespace fusedkv {
+
+// Tokens per split. Fixed: a sequence gets the same splits, hence the same bits, in any batch and with any
+// number of threads.
+constexpr int64_t kSplitTokens = 512;
+
+// Query rows (s, head of the group) that one task keeps at most; more rows mean more tasks that read the same
+// keys and values.
+constexpr int64_t kMaxTaskRows = 32;
+
+// One cache: contiguous (B, capacity, G, D) or paged (P, page_size, G, D). Strides in elements, last dim
+// contiguous.
+struct CacheTensor {
+  const void* data;
+  int64_t stride_b;  // of a sequence, or of a page
+  int64_t stride_t;  // of a token in it
+  int64_t stride_g;  // of a KV head
+};
+
+struct AttnDecodeParams {
+  DType dtype;                // of q, the caches and out: f32, bf16 or f16
+  int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8
+  const void* q;              // (B, S, H, D)
+  int64_t q_stride_b, q_stride_s, q_stride_h;
+  int num_keys, num_values;         // sources of keys and of values, 1 .. kMaxSources
+  CacheTensor keys[kMaxSources];    // head dim D
+  CacheTensor values[kMaxSources];  // head dim Dv
+  const float* key_weights;         // (num_keys, G, D) or nullptr: all ones
+  const float* value_weights;       // (num_values, G, Dv) or nullptr: all ones
+  const int32_t* seq_lens;          // (B,) valid tokens of each sequence, the S new ones included
+  const int32_t* block_table;  // (B, max_pages) page of each page_size tokens, or nullptr: contiguous caches
+  int64_t block_table_stride;
+  int64_t page_size;
+  float scale;  // softmax scale, natural-log domain
+  int64_t window_left,
+      window_right;  // keys t with pos - left <= t <= pos + right are seen; negative: unbounded
+
+  // CPU. A task is one (sequence, split, row group, block of task_heads KV heads).
+  int64_t task_heads;            // KV heads that a task walks side by side
+  const int64_t* split_offsets;  // (B + 1,) first split of each sequence
+  float* partial_out;  // (splits, G, rows, Dv) normalised output of the splits of sequences with several
+  float* partial_lse;  // (splits, G, rows) its log2-sum-exp2
+  void* out;           // (B, S, H, Dv) contiguous
+  float* lse;          // (B, H, S) natural log
+};
+
+// The keys [begin, end) that any query row of a sequence of length `len` sees.
+struct TokenRange {
+  int64_t begin, end;
+};
+
+static inline TokenRange visible_tokens(const AttnDecodeParams& p, int64_t len) {
+  const int64_t first_row = len > p.S ? len - p.S : 0;
+  const bool cut = p.window_left >= 0 && first_row > p.window_left;
+  return {cut ? first_row - p.window_left : 0, len};
+}
+
+// Splits lie on a fixed grid, so that a window that slides does not move every split with it.
+static inline int64_t num_splits(const AttnDecodeParams& p, int64_t len) {
+  const TokenRange range = visible_tokens(p, len);
+  if (range.begin >= range.end) return 0;
+  return (range.end - 1) / kSplitTokens - range.begin / kSplitTokens + 1;
+}
+
+// Query rows of one KV head, and how they are cut into tasks.
+static inline int64_t num_rows(const AttnDecodeParams& p) {
+  return p.S * (p.H / p.G);
+}
+
+static inline int64_t num_row_groups(const AttnDecodeParams& p) {
+  return (num_rows(p) + kMaxTaskRows - 1) / kMaxTaskRows;
+}
+
+static inline int64_t num_head_blocks(const AttnDecodeParams& p) {
+  return (p.G + p.task_heads - 1) / p.task_heads;
+}
+
+// Bytes that a thread's workspace has at most, for any SIMD level.
+static inline int64_t attn_decode_workspace(const AttnDecodeParams& p) {
+  const int64_t rows = (num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows) + 15;
+  const int64_t per_row = p.num_keys * (p.D + 31) + p.num_values * (p.Dv + 31) + 17;
+  return (p.task_heads * rows * per_row + rows * 32) * int64_t(sizeof(float));
+}
+
+}  // namespace fusedkv
