@@ -57,8 +57,8 @@ __all__ = [
 ]
 
 
-# Subpackages that need more than torch, imported when they are first asked for.
-_LAZY = ("conversion", "hf")
+# Imported when they are first asked for: they need more than torch, or most programs do not need them.
+_LAZY = ("conversion", "hf", "testing")
 
 
 def __getattr__(name: str) -> object:

@@ -9,6 +9,7 @@ __all__ = [
     "ConfigError",
     "LostContact",
     "TrainingDiverged",
+    "WrongResult",
 ]
 
 
@@ -34,3 +35,7 @@ class LostContact(RuntimeError):
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is NaN or infinite; the weights are those before the failing step."""
+
+
+class WrongResult(AssertionError):
+    """A result misses the error criterion of ``fusedkv_ext.testing``; the message says where."""

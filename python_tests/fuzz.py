@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 from cases import Case, cache_inputs, dense_inputs, random_tensor
-from compare import assert_close, assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkv_ext
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_close, assert_same_bits
 
 OPS = ("fuse_kv", "fused_kv_attn_func", "fused_kv_attn_with_kvcache", "append_kvcache")
 CPU = torch.device("cpu")

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 print(
                     f"{'ok  ' if check.passed else 'FAIL'}  {check.op:<36} {check.dtype:<9} max error "
                     f"{check.max_error:.2e}, allowed {check.allowed:.2e}"
+                    f"{f'; {check.complaint}' if check.complaint else ''}"
                 )
         if not args.json:
             print(f"verify: {len(info['verify']) - failed} passed, {failed} failed")

@@ -24,7 +24,7 @@ MAX_FLOORS = 13
 FLOORS = [
     {"errors", "extras"},
     {"plan", "ops"},
-    {"cache"},
+    {"cache", "testing"},
     {"generation"},
     {"layers"},
     {"checkpoint"},

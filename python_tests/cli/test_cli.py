@@ -15,7 +15,6 @@ import torch
 
 import fusedkv_ext as fkv
 from fusedkv_ext import extras
-from fusedkv_ext.bench import criterion
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
 from fusedkv_ext.cli import verify
 from fusedkv_ext.cli.main import COMMANDS, build_parser, main
@@ -263,7 +262,8 @@ def test_info_verify_fails_when_an_operation_is_wrong(
 def test_info_verify_sees_nan_in_any_output() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
     for got in ([bad, good], [good, bad]):
-        check = verify.Check("op", "float32", "cpu", criterion.largest_error(got, [good, good]), 1.0)
+        results = [got, [good.double()] * 2, [good] * 2]
+        check = verify.judged("op", torch.float32, torch.device("cpu"), results)
         assert not check.passed and check.to_dict()["max_error"] is None
 
 

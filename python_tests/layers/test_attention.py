@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from compare import assert_near
 from tiny import LAYERS, PLANS, randomise_fusion
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +14,7 @@ from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.testing import assert_near
 
 HIDDEN, H, G, D = 32, 4, 2, 16
 # Every option comes with every plan at least once, without the cross product of all of them.

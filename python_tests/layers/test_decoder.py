@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_near
 from tiny import CUT, LAYERS, NAMED, PLANS, hybrid, tiny_config, tiny_decoder
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -19,6 +18,7 @@ from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.testing import assert_near
 
 ROUNDINGS = 64  # two paths through four layers differ by a few more roundings than one operation
 HYBRID = ("full_attention", "sliding_attention", "full_attention", "sliding_attention")

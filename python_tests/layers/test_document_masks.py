@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import Case, dense_inputs, named
-from compare import assert_close, assert_matches_oracle, assert_near, assert_same_bits
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fusedkv_ext import fused_kv_attn_func
 from fusedkv_ext.ops import reference, sdpa
+from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_close, assert_near
 from test_cuda_graph import RecordedSteps, recorded  # noqa: F401  (a fixture)
 from tiny import LAYERS, PLANS, hybrid, randomise_fusion, tiny_config, tiny_decoder
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.latent_attention import LatentAttention
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment, latent_layers
+from fusedkv_ext.testing import assert_close, assert_near
 
 ROUNDINGS = 64  # two paths through four layers differ by a few more roundings than one operation
 HIDDEN, H, R, N, D, V = 32, 3, 32, 16, 8, 24

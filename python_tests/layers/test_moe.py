@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_near
 from tiny import LAYERS, PLANS, hybrid, tiny_config, tiny_decoder
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from fusedkv_ext.checkpoint.pretrained import load_pretrained, save_pretrained
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.layers.fusion import param_groups
 from fusedkv_ext.layers.moe import MoE, balance_loss
+from fusedkv_ext.testing import assert_near
 
 ROUNDINGS = 64
 HIDDEN, INTER, E, K = 16, 24, 6, 2

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import NO_SUCH_PAGE, block_table, random_tensor, to_device
-from compare import assert_close, assert_same_bits
 from torch import Tensor
 
 from fusedkv_ext import append_kvcache
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_close, assert_same_bits
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import Case, cache_inputs, named
-from compare import assert_matches_oracle, assert_near, assert_same_bits
 from torch import Tensor
 
 from fusedkv_ext import append_kvcache, fused_kv_attn_func, fused_kv_attn_with_kvcache
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_matches_oracle, assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16

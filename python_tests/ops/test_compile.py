@@ -8,11 +8,11 @@ import fuzz
 import pytest
 import torch
 from cases import Case, cache_inputs, dense_inputs
-from compare import assert_near, assert_same_bits
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_func, fused_kv_attn_with_kvcache
+from fusedkv_ext.testing import assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
 # Raised inside torch while it compiles.

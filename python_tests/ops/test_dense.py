@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, dense_inputs, named
-from compare import assert_matches_oracle, assert_near
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
 from fusedkv_ext import fused_kv_attn_func
 from fusedkv_ext.ops import reference
 from fusedkv_ext.ops import sdpa as dense
+from fusedkv_ext.testing import assert_matches_oracle, assert_near
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

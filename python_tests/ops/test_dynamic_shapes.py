@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import assert_near
 from tiny import tiny_decoder
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,6 +14,7 @@ from torch.export import Dim, export
 import fusedkv_ext as fkv
 from fusedkv_ext.layers import moe as moe_module
 from fusedkv_ext.layers.moe import MoE
+from fusedkv_ext.testing import assert_near
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import assert_close, assert_matches_oracle
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, jvp
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_close, assert_matches_oracle
 
 F64 = torch.float64
 SHAPE = (2, 3, 2, 8)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import random_tensor, to_device
-from compare import assert_close, assert_matches_oracle, assert_same_bits
 from torch import Tensor
 
 from fusedkv_ext import fuse_kv, fuse_kv_backward
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_same_bits
 
 CPU = torch.device("cpu")
 

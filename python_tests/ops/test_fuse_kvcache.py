@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import NO_SUCH_PAGE, Case, as_cache, block_table, named, random_tensor, to_device
-from compare import assert_close, assert_same_bits
 from torch import Tensor
 
 from fusedkv_ext import fuse_kv
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_close, assert_same_bits
 
 # ``S`` is the number of tokens asked for, ``m_k`` that of caches.
 CASES = [

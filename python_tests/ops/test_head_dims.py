@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 from cases import Case, cache_inputs, dense_inputs, named, random_tensor
-from compare import assert_close, assert_matches_oracle, assert_same_bits
 from tiny import tiny_decoder
 from torch import Tensor
 
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import reference
 from fusedkv_ext.ops.dispatch import native_head_dim
+from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_same_bits
 
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
 HEAD_DIMS = [1, 4, 12, 100, 264, 320]

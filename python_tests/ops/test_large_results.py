@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import random_tensor
-from compare import assert_same_bits
 from torch import Tensor
 
 from fusedkv_ext import fuse_kv, fuse_kv_backward
 from fusedkv_ext.ops import native
+from fusedkv_ext.testing import assert_same_bits
 
 MIB = 1 << 20
 LARGE = 16 * MIB  # from here on results are streamed into kept memory

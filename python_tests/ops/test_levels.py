@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, cache_inputs, named, random_tensor
-from compare import assert_close, assert_matches_oracle, assert_same_bits
 
 from fusedkv_ext import append_kvcache, fuse_kv, fuse_kv_backward, fused_kv_attn_with_kvcache
 from fusedkv_ext.ops import native, reference
+from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_same_bits
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, cache_inputs
-from compare import assert_matches_oracle, assert_near, assert_same_bits
 from torch import Tensor
 
 from fusedkv_ext import fused_kv_attn_func, fused_kv_attn_with_kvcache
 from fusedkv_ext.ops import dispatch, reference, sdpa
 from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.testing import assert_matches_oracle, assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
 NO_SUCH_LENGTH = 2**31 - 1

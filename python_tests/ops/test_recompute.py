@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, dense_inputs, named
-from compare import assert_same_bits
 from tiny import tiny_config
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fusedkv_ext import Decoder, FusedKVAttention, fused_kv_attn_func
+from fusedkv_ext.testing import assert_same_bits
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import assert_same_bits
 from torch import Tensor
 
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_same_bits
 
 SHAPE = (2, 8, 2, 16)
 LENGTHS = (8, 5)

@@ -8,12 +8,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from compare import assert_near
 from tiny import LAYERS, hybrid, tiny_decoder
 
 from fusedkv_ext.lab.entries import Entry, every
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.plan import METHODS, CachePlan
+from fusedkv_ext.testing import assert_near
 
 ROUNDINGS = 128  # two paths through four layers differ by a few more roundings than one operation
 HEADS = 8

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 from cases import Case, as_cache, block_table, cache_inputs, named, random_tensor, to_device
-from compare import assert_matches_oracle
 from torch import Tensor
 
 from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_with_kvcache
 from fusedkv_ext.ops import reference
+from fusedkv_ext.testing import assert_matches_oracle
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
