@@ -54,7 +54,7 @@ help:
 	@echo "make test-trl      the tests with TRL, which it fetches (270 MB on disk)"
 	@echo "make test-real     the tests on SmolLM2-135M and real text, which it fetches (110 MB; REAL=build/real keeps them)"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
-	@echo "make instructions  count what one decode call executes per SIMD level, beside the record (ARGS=--record)"
+	@echo "make instructions  count what one decode call executes per SIMD target, beside the record (ARGS=--record)"
 	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
 	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"

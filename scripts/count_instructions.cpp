@@ -67,8 +67,8 @@ struct Case {
   DType dtype;
   int64_t group;      // query heads per KV head
   int64_t page_size;  // 0: contiguous
-  // Where it is counted: not where another level runs the same source, nor where it would take long.
-  std::vector<std::string> levels;
+  // Counted for these targets: not for those that run the same source as another, nor where it takes long.
+  std::vector<std::string> targets;
 };
 
 const Case kCases[] = {
@@ -191,8 +191,8 @@ int main(int argc, char** argv) {
     std::printf("this system does not stop after single instructions\n");
     return 77;
   }
-  const CpuKernels* const* levels;
-  const int num_levels = cpu_levels(&levels);
+  const CpuKernels* const* tables;
+  const int num_targets = simd_targets(&tables);
   std::printf("{\n  \"compiler\": \"%s\",\n  \"tokens\": %lld,\n  \"lines\": {", FUSEDKV_COMPILER,
               (long long)tokens);
   const char* comma = "";
@@ -201,12 +201,12 @@ int main(int argc, char** argv) {
     comma = ",";
   }
   std::printf("\n  },\n  \"instructions\": {");
-  for (int i = 0; i < num_levels; ++i) {
-    std::printf("%s\n    \"%s\": {", i ? "," : "", levels[i]->level);
+  for (int i = 0; i < num_targets; ++i) {
+    std::printf("%s\n    \"%s\": {", i ? "," : "", tables[i]->target);
     comma = "";
     for (const Case& c : kCases) {
-      if (std::count(c.levels.begin(), c.levels.end(), levels[i]->level) == 0) continue;
-      std::printf("%s\n      \"%s\": %lld", comma, c.name, (long long)count_decode(*levels[i], c, tokens));
+      if (std::count(c.targets.begin(), c.targets.end(), tables[i]->target) == 0) continue;
+      std::printf("%s\n      \"%s\": %lld", comma, c.name, (long long)count_decode(*tables[i], c, tokens));
       comma = ",";
     }
     std::printf("\n    }");

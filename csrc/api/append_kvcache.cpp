@@ -8,8 +8,7 @@ namespace fusedkv::api {
 
 namespace {
 
-// What the kernel relies on, inside the tensors: lengths that fit, pages that exist, angles for all
-// positions.
+// Checks the contents of tensors: lengths within the capacity, pages that exist, angles for all positions.
 void check_contents(const AppendCall& call) {
   const AppendKVCacheParams& p = call.params;
   int64_t longest = 0;

@@ -13,7 +13,7 @@
 
 namespace fusedkv::api {
 
-// The arguments of the op, in its order.
+// The arguments of the op, in their order.
 struct AppendArguments {
   Tensor key, value, key_cache, value_cache, cache_seqlens;
   std::optional<Tensor> block_table, rotary_cos, rotary_sin;
@@ -63,7 +63,7 @@ inline void set_rotary(AppendKVCacheParams& p, const Tensor& cos, const Tensor& 
   p.interleaved = interleaved;
 }
 
-// Checks everything but the numbers inside tensors, and makes the queries' new tensor.
+// Checks everything but the contents of tensors, and allocates the rotated queries.
 inline AppendCall append_call(const AppendArguments& x, bool cuda) {
   check_rank4(x.key, "key", "(B, S, G, D)");
   AppendCall call;
@@ -101,8 +101,8 @@ inline AppendCall append_call(const AppendArguments& x, bool cuda) {
   return call;
 }
 
-// The last step before the caches are written. Each of their elements is its own and no other argument's:
-// else the result would depend on what comes first.
+// The last step before the caches are written. Elements of a cache may not overlap each other or another
+// argument: the result would depend on the order of writes.
 inline void begin_writes(const AppendArguments& x) {
   const Extent keys(x.key_cache, "key_cache"), values(x.value_cache, "value_cache");
   check_own_memory(keys);

@@ -16,26 +16,26 @@ namespace fusedkv::api {
 
 namespace {
 
-// At least this many bytes of cache per thread: less is not worth waking one.
+// Minimum bytes of cache per thread: less is not worth waking one.
 constexpr int64_t kGrainBytes = 128 * 1024;
 
-// What a thread reads of a token and source in one stretch: a page of memory where it can, and so little that
+// Contiguous bytes that a thread reads per token and source: a page of memory if possible, and so few that
 // this block of tokens and the next one, of all sources, stay in L2.
 constexpr int64_t kStretchBytes = 4096, kStretchBytesOfAllSources = 16384;
 
-// Bytes of cache behind the visible tokens of all sequences.
+// Bytes of the visible tokens of all sequences in the caches.
 int64_t cache_bytes(const AttnDecodeParams& p) {
   int64_t tokens = 0;
   for (int64_t b = 0; b < p.B; ++b) {
-    const TokenRange seen = visible_tokens(p, p.seq_lens[b]);
-    tokens += seen.end - seen.begin;
+    const TokenRange visible = visible_tokens(p, p.seq_lens[b]);
+    tokens += visible.end - visible.begin;
   }
   return tokens * p.G * (p.num_keys * p.D + p.num_values * p.Dv) * size_of(p.dtype);
 }
 
-// KV heads that a task walks side by side: all that make a stretch where heads lie together, but one where
-// each head is a stretch of its own, and no more than leave every thread several tasks. Heads do not touch
-// each other, so that the bits do not depend on it.
+// KV heads that a task processes together: adjacent heads up to kStretchBytes, or one if heads are not
+// adjacent, and few enough for several tasks per thread. Heads are independent, so that the bits do not
+// depend on it.
 int64_t heads_per_task(const AttnDecodeParams& p, int64_t splits, int64_t threads) {
   const CacheTensor& keys = p.keys[0];
   if (keys.stride_g > p.D) return 1;
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   int64_t splits = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     check_length(layout, b);
-    const TokenRange seen = visible_tokens(p, p.seq_lens[b]);
-    check_pages(layout, b, seen.begin, seen.end);
+    const TokenRange visible = visible_tokens(p, p.seq_lens[b]);
+    check_pages(layout, b, visible.begin, visible.end);
     splits += num_splits(p, p.seq_lens[b]);
     several_splits |= num_splits(p, p.seq_lens[b]) > 1;
   }
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
       std::clamp<int64_t>(cache_bytes(p) / kGrainBytes, 1, torch::stable::get_num_threads());
   p.task_heads = heads_per_task(p, splits, threads);
   const int64_t tasks = splits * num_row_groups(p) * num_head_blocks(p);
-  // Tasks go to whichever thread is free: sequences differ in length, and other processes take cores.
+  // Threads take the next task when they are free: sequences differ in length, and other processes use cores.
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     void* workspace = cpu_workspace(Workspace::kTask, attn_decode_workspace(p));
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   return {out, lse};
 }
 
-// The CPU splits on a fixed grid: there is nothing to plan, and every result is batch-invariant.
+// The CPU splits on a fixed grid: it needs no schedule, and every result is batch-invariant.
 Tensor attn_schedule(Tensor cache_seqlens, int64_t, int64_t, int64_t, int64_t, int64_t, bool) {
   return empty_tensor(cache_seqlens, {0}, dtype_code(cache_seqlens));
 }

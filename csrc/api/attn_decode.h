@@ -1,4 +1,4 @@
-// What the CPU and the CUDA registration of cached attention share: checks and parameters.
+// Checks and parameters of cached attention that the CPU and the CUDA registration share.
 #pragma once
 
 #include "api/caches.h"
@@ -40,7 +40,7 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   p.Dv = values[0].size(3);
   p.num_keys = int(keys.size());
   p.num_values = int(values.size());
-  // Without rows nothing is computed: a call that only checks its arguments, which any head dim may make.
+  // A call without rows only checks its arguments; it may have any head dim.
   const auto check_channels = p.S == 0 ? check_has_channels : check_head_dim;
   check_channels(p.D, "q");
   check_value(keys[0].size(3) == p.D, "key_caches[0] has shape ", Shape{keys[0]}, "; expected head dim ", p.D,
@@ -66,7 +66,7 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   return p;
 }
 
-// What a call says beside its tensors.
+// The arguments of a call that are not data.
 inline void set_options(AttnDecodeParams& p, const CacheLayout& layout, double softmax_scale,
                         int64_t window_left, int64_t window_right) {
   p.seq_lens = layout.seq_lens;
@@ -74,7 +74,7 @@ inline void set_options(AttnDecodeParams& p, const CacheLayout& layout, double s
   p.block_table_stride = layout.block_table_stride;
   p.page_size = layout.page_size;
   p.scale = float(softmax_scale);
-  // Lengths are int32: a larger window is none, and positions plus it cannot overflow.
+  // Lengths are int32: a larger window is unbounded. Positions plus a window then cannot overflow.
   const auto window = [](int64_t size) { return size < INT32_MAX ? size : -1; };
   p.window_left = window(window_left);
   p.window_right = window(window_right);

@@ -26,10 +26,10 @@ bool aligned16(const AttnDecodeParams& p) {
   return aligned;
 }
 
-// A schedule (int32): the running sum of B + 1 numbers, then the counters, one for each block of a grid and,
-// if batch_invariant, one for each item: the length tells the mode. (fusedkv_ext/_fakes.py knows it too.)
+// A schedule (int32) is the running sum, B + 1 numbers, and then the counters: one per block of a grid and,
+// if batch_invariant, one per work unit. Its length shows the mode. fusedkv_ext/ops/fakes.py computes it too.
 int64_t num_counters(int64_t B, int64_t rows, int64_t G, bool batch_invariant) {
-  return kMaxBlocks + (batch_invariant ? B * G * ((rows + kGenericRows - 1) / kGenericRows) : 0);
+  return kMaxBlocks + (batch_invariant ? B * G * ((rows + kFallbackRows - 1) / kFallbackRows) : 0);
 }
 
 Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_heads, int64_t num_kv_heads,
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
   set_options(a, layout, softmax_scale, window_left, window_right);
-  check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitCells * kCellTokens, "the caches hold ",
+  check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens, "the caches hold ",
               layout.capacity, " tokens per sequence; expected fewer than 2^31");
   Tensor out = torch::stable::new_empty(q, {a.B, a.S, a.H, a.Dv});
   Tensor lse = torch::stable::new_empty(q, {a.B, a.H, a.S}, ScalarType::Float);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   p.slot_rows = p.num_rows < p.rows ? p.num_rows : p.rows;
   p.row_groups = launch.row_groups;
   p.max_splits = fixed_splits(p.capacity);
-  // A block has at most two split items; with fixed splits every split has its place.
+  // A block has at most two split work units. With fixed splits, every split has a slot.
   const int64_t slots = batch_invariant ? a.B * a.G * p.row_groups * p.max_splits : 2 * int64_t(blocks);
   Tensor partial = torch::stable::new_empty(q, {slots * p.slot_rows * (a.Dv + 1)}, ScalarType::Float);
   a.out = out.mutable_data_ptr();

@@ -1,7 +1,7 @@
-// Argument checks of the ops: every message names the argument, what came and what was expected.
+// Argument checks of the ops. Every message names the argument, what it must be and what it is.
 //
-// The stable ABI carries only std::runtime_error; its text starts with the Python type that ops.py raises
-// instead.
+// The stable ABI carries only std::runtime_error. Its text starts with the Python type that the Python
+// package raises instead.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -50,7 +50,7 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << ")";
 }
 
-// An argument's name, or that of one tensor of a list: text is made of it only when a check fails.
+// The name of an argument, or of one tensor of a list. It is formatted only when a check fails.
 struct Name {
   const char* text;
   int64_t index = -1;  // negative: not one of a list
@@ -103,14 +103,14 @@ inline void check_rank4(const Tensor& x, Name name, const char* expected) {
               " in its last dim; expected 1 (call .contiguous())");
 }
 
-// What the kernels of fuse_kv and of cached attention take. dispatch.native_head_dim is the same rule; for
-// other head dims ops.py composes these ops with torch's.
+// The head dims of the kernels of fuse_kv and cached attention. dispatch.native_head_dim is the same rule;
+// for other head dims the Python package composes these ops with torch's.
 inline void check_head_dim(int64_t head_dim, Name name) {
   check_value(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0, name, " has head dim ", head_dim,
               "; expected a multiple of 8 from 8 to ", kMaxHeadDim);
 }
 
-// What copies channels takes any number of them.
+// Ops that only copy channels accept any number of them.
 inline void check_has_channels(int64_t head_dim, Name name) {
   check_value(head_dim >= 1, name, " has head dim ", head_dim, "; expected at least 1");
 }
@@ -126,7 +126,7 @@ inline void check_count(size_t count, const char* name) {
               kMaxSources);
 }
 
-// Weights are handed over in one form: (m, G, D), contiguous, in the dtype that sums run in.
+// Weights have one form: (m, G, D), contiguous, in the dtype of sums.
 inline void check_weights(const Tensor& w, const char* name, int64_t m, int64_t G, int64_t D, bool f64,
                           bool cuda) {
   check_device(w, name, cuda);

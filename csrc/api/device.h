@@ -1,6 +1,6 @@
 // What the registrations of the GPU ops share. They are compiled twice: for CUDA tensors, as the CUDA
-// implementation of torch.ops.fusedkv, and with FUSEDKV_SIMT for CPU tensors, as torch.ops.fusedkv_simt,
-// whose kernels the executor runs.
+// implementation of torch.ops.fusedkv, and with FUSEDKV_SIMT for CPU tensors, as torch.ops.fusedkv_simt. The
+// executor runs the kernels of the latter.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -24,7 +24,7 @@ namespace fusedkv::api {
 
 #if defined(FUSEDKV_SIMT)
 
-constexpr bool kCuda = false;  // where these ops expect their tensors
+constexpr bool kCuda = false;  // the device of their tensors
 
 // The memory that the kernels of one op may touch: everything else is out of bounds.
 class DeviceScope {
@@ -40,7 +40,7 @@ class DeviceScope {
     if (size_t bytes = extent(x)) simt::register_buffer(x.const_data_ptr(), bytes, name);
   }
 
-  // A new tensor: whatever a kernel reads before it writes, or never writes, is NaN.
+  // A new tensor. It is filled with NaN, which shows reads before writes and missing writes.
   void makes(const Tensor& x, const char* name) const {
     if (size_t bytes = extent(x)) std::memset(x.mutable_data_ptr(), 0xff, bytes);
     uses(x, name);
@@ -63,7 +63,7 @@ inline void check_launch(int, const char*) {}
 
 constexpr bool kCuda = true;
 
-// Makes the tensor's GPU the current one for a while, and knows its current stream.
+// Makes the tensor's GPU the current one in this scope, and has its current stream.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& x) : guard_(x.get_device_index()) {
@@ -94,7 +94,7 @@ inline void uses(const DeviceScope& scope, const std::optional<Tensor>& tensor, 
   if (tensor) scope.uses(*tensor, name);
 }
 
-// All tensors of an op on the GPU of the first.
+// All tensors of an op are on the GPU of the first.
 inline void check_same_gpu(const Tensor& x, Name name, const Tensor& first, Name first_name) {
   if (!kCuda) return;
   check_value(x.get_device_index() == first.get_device_index(), name, " is on GPU ", x.get_device_index(),

@@ -9,11 +9,11 @@ namespace fusedkv::api {
 
 namespace {
 
-// At least this many bytes per thread: less is not worth waking one.
+// Minimum bytes per thread: less is not worth waking one.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
-// Results of at least this size are written past the caches: whoever reads them finds little of them there
-// anyway, and memory that is not read before it is written saves a third of the traffic.
+// Results of at least this size use non-temporal stores. They would not fit the CPU's caches, and lines that
+// are not read before they are written save a third of the traffic.
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape) {

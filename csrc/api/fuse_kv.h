@@ -44,7 +44,7 @@ inline FuseKVParams fuse_kv_params(const std::vector<Tensor>& sources, const cha
   return p;
 }
 
-// How a result is made: a new contiguous tensor with like's dtype and device.
+// Allocates a contiguous tensor with like's dtype and device.
 using NewTensor = Tensor (*)(const Tensor& like, const std::vector<int64_t>& shape);
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
@@ -65,7 +65,7 @@ inline void check_pair(const std::vector<Tensor>& keys, const std::vector<Tensor
                 Shape{keys[0]}, " up to the head dim, as keys[0] has");
 }
 
-// Everything but the numbers inside cache_seqlens and block_table is checked.
+// Checks everything but the contents of cache_seqlens and block_table.
 inline FuseKVParams fuse_kvcache_params(const std::vector<Tensor>& caches, const Tensor& weights,
                                         const Tensor& cache_seqlens, const std::optional<Tensor>& block_table,
                                         int64_t tokens, bool cuda, CacheLayout* layout) {
@@ -126,9 +126,9 @@ inline void set_source_gradients(FuseKVParams& p, const std::vector<Tensor>& gra
   }
 }
 
-// The last step before the gradients of the sources are added up. Each buffer is apart from the others and
-// from what is read, else the result would depend on what comes first. Only an element of source j may be
-// that of buffer j: kernels read it before they write there.
+// The last step before gradients are added to the buffers. A buffer may not overlap another one or an input:
+// the result would depend on the order of writes. Buffer j may be source j itself: kernels read an element
+// before they write it.
 inline void begin_writes(const std::vector<Tensor>& grad_sources, const Tensor& grad,
                          const std::vector<Tensor>& sources, const Tensor& weights, bool reads_sources) {
   const Extent of_grad(grad, "grad"), of_weights(weights, "weights");
@@ -147,7 +147,7 @@ inline void begin_writes(const std::vector<Tensor>& grad_sources, const Tensor& 
   for (size_t j = 0; j < written.size(); ++j) count_write(grad_sources[j], written[j].name);
 }
 
-// (the gradient of the weights, the partial sums that it is made of).
+// (the gradient of the weights, its partial sums).
 inline std::tuple<Tensor, Tensor> new_weight_gradients(FuseKVParams& p, const Tensor& weights, bool wanted) {
   Tensor grads = torch::stable::new_empty(weights, {wanted ? p.m : 0, p.G, p.D});
   Tensor partial = torch::stable::new_empty(weights, {wanted ? num_chunks(p) : 0, p.m, p.G, p.D});

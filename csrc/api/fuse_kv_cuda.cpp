@@ -23,7 +23,7 @@ Tensor copied(const Tensor& x) {
   return torch::stable::contiguous(torch::stable::clone(x));
 }
 
-// Makes what the kernels read fit for them and known to the scope: an input that is not aligned is copied.
+// Copies inputs that are not aligned, and registers all inputs with the scope.
 void prepare(FuseKVParams& p, std::vector<Tensor>& sources, const char* name, Tensor& weights,
              const char* weights_name, const Tensor& first, const DeviceScope& scope) {
   check_value(p.B <= INT32_MAX && p.T <= INT32_MAX, name_of(name, 0), " has shape ", Shape{sources[0]},
@@ -85,7 +85,7 @@ Tensor fuse_kvcache(std::vector<Tensor> caches, Tensor weights, Tensor cache_seq
   return out;
 }
 
-// What both backward ops share once p.grad_sources is set; the gradient of the weights.
+// The common part of both backward ops after p.grad_sources is set. Returns the gradient of the weights.
 Tensor backward(FuseKVParams& p, Tensor grad, std::vector<Tensor> sources, Tensor weights, bool needs_weights,
                 const DeviceScope& scope) {
   prepare(p, sources, "sources", weights, "weights", grad, scope);

@@ -1,5 +1,5 @@
-// New tensors for small results. torch::stable::new_empty looks its operator up by name and boxes every
-// argument, which costs a short call as much as its arithmetic.
+// New tensors for small results. torch::stable::new_empty finds its operator by name and boxes every
+// argument; for a short call that costs as much as its arithmetic.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,7 +20,7 @@ inline int32_t dtype_code(const Tensor& x) {
   return code;
 }
 
-// A contiguous tensor of up to 4 dims on like's device, not initialised.
+// A contiguous tensor of up to 4 dims on like's device, not initialized.
 inline Tensor empty_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
   std::array<int64_t, 4> strides{};
   int64_t stride = 1;

@@ -1,5 +1,5 @@
-// The schemas of all ops, the same for every backend. Shapes and dtypes: fusedkv_ext/ops.py, which is what
-// users call.
+// The schemas of all ops, the same for every backend. fusedkv_ext/ops/functional.py, the interface for users,
+// documents shapes and dtypes.
 #pragma once
 
 namespace fusedkv::api {

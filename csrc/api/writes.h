@@ -1,5 +1,5 @@
-// What an op needs before it writes into arguments: memory that no other element and no other argument
-// shares, and a new version of each tensor.
+// Before an op writes into arguments: no memory is shared with another element or argument, and the tensor's
+// version is incremented.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,13 +12,13 @@
 
 namespace fusedkv::api {
 
-// Sums of integers times strides. A byte of a tensor lies at data + sum_k i_k stride_k + u, with i_k below
-// the k-th size and u below the element size: two tensors share one if the difference of two such sums can be
-// that of their addresses.
+// Sums of integers times strides. A byte of a tensor has the address data + sum_k i_k stride_k + u, with i_k
+// below the k-th size and u below the element size. Two tensors share a byte if the difference of two such
+// sums can be the difference of their addresses.
 class Sums {
  public:
-  // Adds stride * low .. stride * high. Dims of two tensors with one stride are one term, so for slices of
-  // one packed tensor the search has a choice or two per stride.
+  // Adds stride * low .. stride * high. Dims of two tensors with the same stride are merged: for slices of
+  // one packed tensor the search then has one or two choices per stride.
   void add(int64_t stride, int64_t low, int64_t high, bool merge) {
     Term* at = terms_;
     while (at < terms_ + count_ && at->stride > stride) ++at;
@@ -34,11 +34,12 @@ class Sums {
 
   bool contain(int64_t sum) const { return contain(0, sum); }
 
-  // Whether a sum is 0 of which not all integers are. Without loss of generality the first other is positive.
+  // Whether a sum is 0 although not all of its integers are 0. By symmetry, the first nonzero one is
+  // positive.
   bool cancel() {
     for (int i = 0; i < count_; ++i) {
       terms_[i].low = 1;
-      if (contain(i, 0)) return true;  // those before are 0
+      if (contain(i, 0)) return true;  // the earlier ones are 0
     }
     return false;
   }
@@ -50,7 +51,7 @@ class Sums {
 
   bool contain(int i, int64_t sum) const {
     if (i == count_) return sum == 0;
-    int64_t low = 0, high = 0;  // what the smaller strides can add
+    int64_t low = 0, high = 0;  // the range of the smaller strides' sum
     for (int j = i + 1; j < count_; ++j) {
       low += terms_[j].stride * terms_[j].low;
       high += terms_[j].stride * terms_[j].high;
@@ -68,7 +69,7 @@ class Sums {
   int count_ = 0;
 };
 
-// Where the bytes of a tensor of up to 4 dims lie. A dim of one element has stride 0.
+// The addresses of a tensor of up to 4 dims. A dim of one element has stride 0.
 struct Extent {
   Name name;
   const char* begin = nullptr;
@@ -130,8 +131,8 @@ inline void check_apart(const Extent& written, const Extent& other) {
               ", which is written; expected memory of its own (call .clone())");
 }
 
-// Tells autograd that x is about to change, so that a backward that has saved it raises. Copying a tensor
-// onto itself copies nothing, but counts as every other write in place.
+// Increments the version of x, so that a backward that has saved it raises. A copy of a tensor onto itself
+// copies nothing, but counts as a write in place.
 inline void count_write(const Tensor& x, Name name) {
   if (x.numel() == 0) return;
   check_value(

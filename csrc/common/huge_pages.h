@@ -11,9 +11,9 @@ namespace fusedkv {
 
 constexpr int64_t kHugePageBytes = int64_t(2) << 20;
 
-// Asks for huge pages in the part of [data, data + bytes) that whole huge pages fit into. To be called before
-// the memory is first written: a page then costs one fault per 2 MiB, not one per 4 KiB. Only advice: false
-// if nothing was asked for or the kernel has refused, and all goes on with small pages.
+// Requests huge pages for the whole huge pages within [data, data + bytes). Comes before the first write:
+// there is then one page fault per 2 MiB, not per 4 KiB. This is only advice. False if nothing was requested
+// or the system refused; the memory then has small pages.
 inline bool advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t mask = uintptr_t(kHugePageBytes) - 1;

@@ -13,7 +13,7 @@ namespace {
 
 // Whole huge pages; nullptr: no memory.
 void* map_block(int64_t bytes) {
-  // One huge page more than needed, to cut off what is not aligned.
+  // One huge page more than needed, to trim the ends that are not aligned.
   const int64_t room = bytes + kHugePageBytes;
   void* mapped = mmap(nullptr, size_t(room), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
@@ -45,7 +45,7 @@ class Memory {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ += bytes;
     if (peak_ < used_) peak_ = used_;
-    // The latest first: the likeliest to be in some cache still.
+    // The most recent first: it is the likeliest to be in a CPU cache.
     for (size_t i = kept_.size(); i-- > 0;) {
       if (kept_[i].bytes != bytes) continue;
       const MemoryBlock found = kept_[i];

@@ -1,32 +1,32 @@
 // Memory for large results on the CPU, which outlives them.
 //
 // The system zeroes fresh memory on its first touch. With a fresh result of 33 MB fuse_kv took 2.8 times as
-// long as with one that was there before, and 1.6 times as long in huge pages. So the memory of large results
-// is kept, in huge pages, when they are freed, and the next ones of that size are made of it. Used and kept
-// together it is never more than was in use at once, and what is kept never more than kKeptBytes.
+// long as with a reused one, and 1.6 times as long with huge pages. So the memory of freed large results is
+// kept, in huge pages, and reused for results of the same size. The pool never exceeds peak usage, and its
+// free part never exceeds kKeptBytes.
 #pragma once
 
 #include <cstdint>
 
 namespace fusedkv {
 
-// Results below this size are left to torch's allocator.
+// Smaller results come from torch's allocator.
 constexpr int64_t kLargeBytes = int64_t(16) << 20;
 constexpr int64_t kKeptBytes = int64_t(512) << 20;
 
 struct MemoryBlock {
-  void* data;     // nullptr: the system has no such memory
+  void* data;     // nullptr: out of memory, or not Linux
   int64_t bytes;  // a multiple of huge pages
 };
 
-// A block of at least `bytes`, aligned to huge pages, with whatever the last user left in it.
+// A block of at least `bytes`, aligned to huge pages, not initialized.
 MemoryBlock take_memory(int64_t bytes);
 void give_back_memory(const MemoryBlock& block);
 
-// Bytes kept for the next results.
+// Bytes kept for reuse.
 int64_t kept_memory_bytes();
 
-// Gives them back to the system.
+// Returns them to the system.
 void release_kept_memory();
 
 }  // namespace fusedkv

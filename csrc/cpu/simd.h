@@ -1,16 +1,16 @@
 // A float vector of the widest width that this translation unit is compiled for.
 //
-// Every ops/*/cpu.cpp is compiled once per SIMD level (CMakeLists.txt) into a namespace of that level's name;
-// simd_targets.cpp picks one at run time. Hence the rule of these headers and of their users: no inline
-// function of the standard library and nothing outside the level's namespace that is compiled with the
-// level's flags, or the linker could keep an AVX-512 copy for everybody.
+// Every ops/*/cpu.cpp is compiled once per SIMD target (CMakeLists.txt) into a namespace with the target's
+// name; simd_targets.cpp selects one at run time. Hence a rule for these headers and their users. They use no
+// inline function of the standard library, and no other function with external linkage outside the target's
+// namespace. Otherwise the linker could keep an AVX-512 copy for every CPU.
 //
-// Only what the kernels use is there: loads that widen to fp32, stores that round once (to nearest even),
-// fma, max, exp2, and the sum of each of kLanes vectors at once.
+// The operations are those that the kernels use: loads that widen to fp32, stores that round once (to nearest
+// even), fma, max, exp2, and the sums of kLanes vectors at once.
 #pragma once
 
-#ifndef FUSEDKV_LEVEL
-#define FUSEDKV_LEVEL portable
+#ifndef FUSEDKV_SIMD_TARGET
+#define FUSEDKV_SIMD_TARGET portable
 #endif
 
 #if defined(__AVX512F__)
@@ -23,10 +23,9 @@
 
 #if !defined(__AVX512F__)
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
-// D is a multiple of 8 and so are 8 lanes: a part load only happens with 16 lanes. These keep the kernels one
-// source.
+// D is a multiple of 8, so that only 16 lanes need partial loads. With these the kernels have one source.
 template <typename T>
 static inline Vec load(const T* p, int) {
   return load(p);
@@ -36,6 +35,6 @@ static inline void store(T* p, Vec x, int) {
   store(p, x);
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv
 #endif

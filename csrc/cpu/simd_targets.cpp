@@ -1,4 +1,4 @@
-// Picks the SIMD level by cpuid, once. Compiled for the baseline CPU.
+// Selects the SIMD target by cpuid, once. Compiled for the baseline CPU.
 
 #include "cpu/simd_targets.h"
 
@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(FUSEDKV_X86_LEVELS)
+#if defined(FUSEDKV_X86_TARGETS)
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
@@ -16,7 +16,7 @@
 
 namespace fusedkv {
 
-#if defined(FUSEDKV_X86_LEVELS)
+#if defined(FUSEDKV_X86_TARGETS)
 namespace amx {
 extern const CpuKernels kernels;
 }
@@ -36,10 +36,10 @@ extern const CpuKernels kernels;
 
 namespace {
 
-#if defined(FUSEDKV_X86_LEVELS)
+#if defined(FUSEDKV_X86_TARGETS)
 
-// Whether this CPU multiplies bf16 tiles and the system lets this process: their registers are large, so
-// Linux gives them only to who asks.
+// Whether this CPU has AMX and the system permits it. The tile registers are large, so that a process has to
+// request them from Linux.
 bool may_use_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
@@ -54,12 +54,12 @@ bool may_use_amx() {
 
 #endif
 
-struct Levels {
+struct Targets {
   const CpuKernels* tables[5];
   int count = 0;
 
-  Levels() {
-#if defined(FUSEDKV_X86_LEVELS)
+  Targets() {
+#if defined(FUSEDKV_X86_TARGETS)
     // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
     __builtin_cpu_init();
     const bool has_avx2 =
@@ -76,23 +76,23 @@ struct Levels {
     tables[count++] = &portable::kernels;
   }
 
-  const CpuKernels* find(const char* level) const {
+  const CpuKernels* find(const char* target) const {
     for (int i = 0; i < count; ++i)
-      if (std::strcmp(tables[i]->level, level) == 0) return tables[i];
+      if (std::strcmp(tables[i]->target, target) == 0) return tables[i];
     return nullptr;
   }
 };
 
-const Levels& levels() {
-  static const Levels instance;
+const Targets& targets() {
+  static const Targets instance;
   return instance;
 }
 
 std::atomic<const CpuKernels*>& current() {
   static std::atomic<const CpuKernels*> table = [] {
     const char* wanted = std::getenv("FUSEDKV_CPU_LEVEL");
-    const CpuKernels* lowered = wanted ? levels().find(wanted) : nullptr;
-    return lowered ? lowered : levels().tables[0];
+    const CpuKernels* found = wanted ? targets().find(wanted) : nullptr;
+    return found ? found : targets().tables[0];
   }();
   return table;
 }
@@ -103,13 +103,13 @@ const CpuKernels& cpu_kernels() {
   return *current().load(std::memory_order_relaxed);
 }
 
-int cpu_levels(const CpuKernels* const** tables) {
-  *tables = levels().tables;
-  return levels().count;
+int simd_targets(const CpuKernels* const** tables) {
+  *tables = targets().tables;
+  return targets().count;
 }
 
-bool set_cpu_level(const char* level) {
-  const CpuKernels* table = levels().find(level);
+bool set_simd_target(const char* target) {
+  const CpuKernels* table = targets().find(target);
   if (table) current().store(table, std::memory_order_relaxed);
   return table != nullptr;
 }

@@ -1,15 +1,15 @@
-// One table per SIMD level: this file is compiled once per level, like the kernels it names.
+// The functions of one SIMD target. This file is compiled once per target, like the kernels it names.
 
 #include "cpu/simd_targets.h"
 
-#ifndef FUSEDKV_LEVEL
-#define FUSEDKV_LEVEL portable
+#ifndef FUSEDKV_SIMD_TARGET
+#define FUSEDKV_SIMD_TARGET portable
 #endif
 #define FUSEDKV_STRINGIFY_(x) #x
 #define FUSEDKV_STRINGIFY(x) FUSEDKV_STRINGIFY_(x)
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 void fuse_kv_forward(const FuseKVParams&, int64_t, int64_t);
 void fuse_kv_backward(const FuseKVParams&, int64_t, int64_t);
@@ -20,7 +20,7 @@ void append_kvcache(const AppendKVCacheParams&, int64_t, int64_t);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
-    FUSEDKV_STRINGIFY(FUSEDKV_LEVEL),
+    FUSEDKV_STRINGIFY(FUSEDKV_SIMD_TARGET),
     fuse_kv_forward,
     fuse_kv_backward,
     fuse_kv_reduce_weights,
@@ -29,5 +29,5 @@ const CpuKernels kernels = {
     append_kvcache,
 };
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -23,9 +23,9 @@ std::atomic<int64_t> allocations{0};
 void* cpu_workspace(Workspace kind, int64_t bytes) {
   Buffer& buffer = buffers[int(kind)];
   if (buffer.bytes < bytes + kLine) {
-    buffer.memory.reset();  // first: nobody needs both
+    buffer.memory.reset();  // first: both are never needed
     buffer.bytes = 0;
-    // By half more than asked for: a sequence that grows token by token grows it rarely.
+    // Half more than requested: a sequence that grows token by token rarely reallocates.
     const int64_t size = bytes + bytes / 2 + kLine;
     buffer.memory.reset(new char[size_t(size)]);
     buffer.bytes = size;

@@ -1,19 +1,18 @@
-// Scratch memory of the CPU kernels, kept between calls: a decode step allocates nothing once it has warmed
-// up.
+// Scratch memory of the CPU kernels, kept between calls: a decode step allocates nothing after warm-up.
 #pragma once
 
 #include <cstdint>
 
 namespace fusedkv {
 
-// Per thread: for what one thread works on, and for what a call's threads hand to each other.
+// Per thread. kTask: scratch of one thread. kCall: what the threads of a call exchange.
 enum class Workspace { kTask, kCall };
 
-// At least `bytes` of this thread, aligned to a cache line, until its next request of that kind. Throws
+// At least `bytes`, aligned to a cache line, valid until the thread's next request of that kind. Throws
 // std::bad_alloc.
 void* cpu_workspace(Workspace kind, int64_t bytes);
 
-// How often a workspace of any thread has had to grow.
+// How often the workspaces of all threads have grown.
 int64_t workspace_allocations();
 
 }  // namespace fusedkv

@@ -1,4 +1,4 @@
-// Elements of caches and activations on the GPU: 16 bytes at a time, widened to the type that sums run in.
+// Elements of caches and activations on the GPU: 16-byte accesses, widening to the type of sums, rounding.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,5 +1,5 @@
 // What every .cu file includes: CUDA, or the executor that runs the same source on the host (csrc/simt), and
-// the few things that differ between the two.
+// what differs between the two.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@
 
 #if defined(FUSEDKV_SIMT)
 
-// The executor has, under the same names: CUDA's keywords, vector types and built-ins as far as the kernels
-// use them, the functions of ptx.cuh, and what stands in the #else branch below.
+// The executor defines the same names: CUDA's keywords, vector types and built-ins that the kernels use, the
+// functions of ptx.cuh, and those of the #else branch below.
 #include "simt/device.h"
 
 #else
@@ -51,8 +51,7 @@ inline int device_limits(DeviceLimits* limits) {
       cudaDeviceGetAttribute(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
-// Lets a kernel have this much shared memory per block, and the SM as much of it as it can, where the default
-// would not do.
+// Permits a kernel more shared memory per block than the default, and prefers the largest carveout for it.
 template <typename Params>
 int allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return 0;
@@ -63,15 +62,15 @@ int allow_shared(void (*kernel)(Params), size_t shared_bytes) {
                                   cudaSharedmemCarveoutMaxShared));
 }
 
-// Blocks of this kernel that fit on an SM at a time.
+// Resident blocks of this kernel per SM.
 template <typename Params>
 int blocks_per_sm(int* blocks, void (*kernel)(Params), int threads, size_t shared_bytes) {
   if (int error = allow_shared(kernel, shared_bytes)) return error;
   return int(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes));
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(params); `stream` is a cudaStream_t. Returns a cudaError_t (0
-// = success).
+// kernel<<<grid, block, shared_bytes, stream>>>(params). `stream` is a cudaStream_t. Returns a cudaError_t, 0
+// for success.
 template <typename Params>
 int launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            const Params& params) {

@@ -1,6 +1,6 @@
-// One function per PTX instruction, nothing else. csrc/simt/ has a host twin of each, under the same name.
+// One function per PTX instruction. csrc/simt/ptx.h has a host twin of each, under the same name.
 //
-// Shared memory is named by 32-bit addresses (gpu.cuh: shared_base()), never by pointers: the executor can
+// Shared memory is accessed by 32-bit addresses (gpu.cuh: shared_base()), never by pointers: the executor can
 // then check every access.
 #pragma once
 
@@ -84,8 +84,8 @@ __device__ __forceinline__ int32_t atom_add_acq_rel(int32_t* address, int32_t x)
 
 // ---- tensor cores ------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and gets, of
-// each matrix, elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1).
+// Four 8x8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8. Of each
+// matrix it gets elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -1,4 +1,4 @@
-// CUDA's words on the host, as far as the kernels use them, and what cuda/gpu.cuh has besides.
+// CUDA's names on the host, as far as the kernels use them, and those of cuda/gpu.cuh.
 //
 // Checks: loads, stores and atomics stay in the registered buffers (memory.h); the lanes that a mask names
 // all come, and nobody reads a lane outside the mask (executor.h).

@@ -37,7 +37,7 @@ struct Site {
 
 struct Settings {
   uint64_t seed = 1;
-  int sm_count = 3;               // few, so that small tests give a block several pieces of work
+  int sm_count = 3;               // few, so that small tests give a block several chunks
   int shared_per_block = 232448;  // bytes: 227 KiB as on sm_90
 };
 

@@ -78,7 +78,9 @@ def test_every_decode_kernel_fits_the_gpus_it_is_for(report: dict[str, Any]) -> 
     dynamic = {row["kernel"]: row["dynamic"] for row in report["kernels"] if "Kernel<" in row["kernel"]}
     assert len(dynamic) == 81 and all(dynamic.values())
     too_large = {name for name, size in dynamic.items() if size > 99 * 1024}
-    assert all(re.search(r"RowsKernel<\w+, (128, 2, 2|128, 2, 1|256, 1, 1), 64>", name) for name in too_large)
+    assert all(
+        re.search(r"MmaBlockKernel<\w+, (128, 2, 2|128, 2, 1|256, 1, 1), 64>", name) for name in too_large
+    )
     assert max(dynamic.values()) <= 163 * 1024  # sm_80
 
 

@@ -1,13 +1,13 @@
 // AMX: eight tile registers of up to 16 rows of 64 bytes, and c += a b on them. One function per instruction.
 //
-// The compiler's own wrappers do not tell it that a tile load reads memory, so that it may drop the stores
-// before one: hence these.
+// The compiler's own wrappers do not declare that a tile load reads memory, so that it may drop the stores
+// before one. These do.
 #pragma once
 
 #include <cstdint>
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 // Rows and bytes per row of each tile register, as ldtilecfg takes them.
 struct alignas(64) TileShapes {
@@ -54,5 +54,5 @@ static inline void tile_dpbf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -1,4 +1,4 @@
-// 8 floats. See cpu/simd.h, which includes this where the level has AVX2 and no AVX-512.
+// 8 floats. See cpu/simd.h, which includes this where the target has AVX2 and no AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include "cpu/simd/scalar.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 constexpr int kLanes = 8;
 
@@ -118,5 +118,5 @@ static inline Vec exp2(Vec x) {
   return {_mm256_blendv_ps(r, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

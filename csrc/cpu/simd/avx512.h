@@ -1,4 +1,4 @@
-// 16 floats. See cpu/simd.h, which includes this where the level has AVX-512.
+// 16 floats. See cpu/simd.h, which includes this where the target has AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include "cpu/simd/scalar.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 constexpr int kLanes = 16;
 
@@ -63,7 +63,7 @@ static inline Vec load(const f16* p, int n) {
 }
 
 // Integer rounding rather than vcvtneps2bf16: that one flushes subnormals, and this one gives the same bits
-// on every level.
+// on every SIMD target.
 static inline __m256i round_bf16(Vec x) {
   const __m512i u = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -155,5 +155,5 @@ static inline Vec exp2(Vec x) {
   return {_mm512_scalef_ps(p, m)};
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -4,7 +4,7 @@
 #include "cpu/simd/scalar.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 constexpr int kLanes = 8;
 
@@ -68,5 +68,5 @@ static inline Vec exp2(Vec x) {
   return map([&](int i) { return __builtin_exp2f(x.v[i]); });
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -8,7 +8,7 @@
 #include "common/dtype.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 static inline uint32_t bits_of(float x) {
   uint32_t u;
@@ -84,5 +84,5 @@ static inline void narrow(float x, f16* out) {
 constexpr float kExp2C1 = 0.693147182f, kExp2C2 = 0.240226477f, kExp2C3 = 0.0555033237f,
                 kExp2C4 = 0.00961843692f, kExp2C5 = 0.0013398875f, kExp2C6 = 0.00015353362f;
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

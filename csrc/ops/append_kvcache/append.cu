@@ -1,11 +1,13 @@
-// cache[pos] = new[s] with pos = len - S + s; a rotated pair (x0, x1) of a key or query becomes (x0 cos - x1
-// sin, x1 cos + x0 sin) in fp32, rounded once.
+// cache[pos] = new[s] with pos = len - S + s;    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)
 //
-// Memory-bound, and in decoding so small that its launch is what it costs: queries, keys and values share
-// one. The unit of work is a row, one head of one token. Eight lanes own it and move 128 contiguous bytes at
-// a time; a lane holds both 16-byte pieces of its rotated pairs, so nothing crosses lanes and shared memory
-// is not needed. Four rows to a warp keep it full at head dim 64, and at 128 every lane has its one pair of
-// pieces in flight. Rows whose addresses or pairs do not fall on 16 bytes go element by element.
+// The rotation of pairs of channels of keys and queries is computed in fp32 and rounded once. Queries at pos
+// < 0 are not rotated.
+//
+// Memory-bound, and in decoding dominated by the launch: queries, keys and values share one. The unit of work
+// is a row, one head of one token. Eight lanes own a row and move 128 contiguous bytes at a time. A lane has
+// both 16-byte pieces of its rotated pairs, so that lanes exchange nothing and shared memory is not needed.
+// Four rows fill a warp at head dim 64; at 128 every lane has its one pair of pieces in flight. Rows whose
+// addresses or pairs are not aligned to 16 bytes are moved element by element.
 
 #include "ops/append_kvcache/params.h"
 
@@ -24,7 +26,7 @@ struct Params {
   bool query_pieces, key_pieces, value_pieces;  // whether rows can be moved 16 bytes at a time
 };
 
-// Cosines or sines of kCount channels, as few loads as alignment to all of them allows.
+// Cosines or sines of kCount channels, with the widest aligned loads.
 template <int kCount>
 __device__ __forceinline__ void load_table(const float* from, float (&x)[kCount]) {
   if constexpr (kCount % 4 == 0) {
@@ -91,7 +93,7 @@ __device__ __forceinline__ void move_row(T* to, const T* from, const float* cos,
   if (pieces) {
     if (rotated) rotate_pieces(to, from, cos, sin, rotated, interleaved, lane);
     for (int channel = rotated + lane * kVec; channel < D; channel += 2 * kLanes * kVec) {
-      const int next = channel + kLanes * kVec;  // the second load starts before the first one is stored
+      const int next = channel + kLanes * kVec;  // both loads are issued before the first store
       const uint4 x = load(reinterpret_cast<const uint4*>(from + channel));
       uint4 y{};
       if (next < D) y = load(reinterpret_cast<const uint4*>(from + next));

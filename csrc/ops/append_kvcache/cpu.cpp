@@ -1,12 +1,14 @@
-// cache[pos] = new[s] with pos = len - S + s; a rotated pair (x0, x1) of a key or query becomes (x0 cos - x1
-// sin, x1 cos + x0 sin) in fp32. Queries at pos < 0 are copied as they are.
+// cache[pos] = new[s] with pos = len - S + s;    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)
+//
+// The rotation of pairs of channels of keys and queries is computed in fp32. Queries at pos < 0 are not
+// rotated.
 
 #include "ops/append_kvcache/params.h"
 
 #include "cpu/simd.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 namespace {
 
@@ -22,8 +24,8 @@ void rotate_into(T* out, const T* x, const float* cos, const float* sin, int64_t
   }
 }
 
-// All heads of token s of sequence b to row `row`, slot `slot`, the first `rotated` channels by table row
-// `pos`.
+// Copies all heads of token s of sequence b to row `row`, slot `slot`. Rotates the first `rotated` channels
+// by table row `pos`.
 template <typename T>
 void move_token(const AppendKVCacheParams& p, const AppendTensor& x, int64_t b, int64_t s, int64_t row,
                 int64_t slot, int64_t pos, int64_t rotated) {
@@ -57,5 +59,5 @@ void append_kvcache(const AppendKVCacheParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto tag) { append<typename decltype(tag)::type>(p, begin, end); });
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

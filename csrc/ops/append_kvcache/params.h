@@ -1,5 +1,4 @@
-// Scatter of S new tokens into a contiguous or paged cache, with RoPE on the keys and on the queries of the
-// same tokens on the way.
+// Scatter of S new tokens into a contiguous or paged cache, with RoPE on their keys and queries.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +7,7 @@
 
 namespace fusedkv {
 
-// New tokens (B, S, heads, D) and where they go. Strides in elements, last dims contiguous.
+// New tokens (B, S, heads, D) and their destination. Strides in elements, last dims contiguous.
 struct AppendTensor {
   const void* src;
   int64_t src_stride_b, src_stride_s, src_stride_g;
@@ -20,7 +19,7 @@ struct AppendTensor {
 struct AppendKVCacheParams {
   DType dtype;
   int64_t B, S;
-  AppendTensor query;       // no heads: none; rotated into a tensor of its own
+  AppendTensor query;       // rotated into a new tensor; no heads: there is no query
   AppendTensor key, value;  // numbers of heads and head dims may differ
   const int32_t*
       seq_lens;  // (B,) after the append; token s is at position seq_lens[b] - S + s, skipped if < 0

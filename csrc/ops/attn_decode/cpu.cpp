@@ -1,23 +1,23 @@
-// Attention of R query rows over keys and values fused from several layers, without a fused key or value ever
-// existing:
+// out[r] = sum_j b_j (.) (softmax_t(scale * sum_i (q_r (.) a_i) . K_i[t]) V_j[t])
 //
-//   s = sum_j (q (.) a_j) . K_j          the weights of the keys go into q before the loop over tokens
-//   o = sum_j b_j (.) (softmax(s) V_j)   the weights of the values go into the output after it
+// No fused key or value exists. Key weights are applied to q before the loop over tokens, value weights to
+// the output after it.
 //
 // A task is one (sequence, split of kSplitTokens tokens, group of up to kMaxTaskRows rows, block of KV
-// heads). It walks its split in blocks of kBlock tokens, and in each block its heads: the heads of a token
-// lie together, so that memory is read page by page although each head is worked on by itself. While it works
-// on a block it asks for the next one (Ahead), at the end of a task for the beginning of its thread's next
-// task. Each key and value is read once for all rows, since memory is what decode waits for; an online
-// softmax per row keeps the running maximum in the log2 domain. Splits are fixed, and a second pass merges
-// them in their order: bits depend neither on threads nor on the rest of the batch.
+// heads). It processes its split in blocks of kBlock tokens, and each block head by head. The heads of a
+// token are adjacent, so that memory is read page by page. During a block the task prefetches the next one
+// (Ahead); at its end, the beginning of the thread's next task.
+//
+// Memory-bound: each key and value is read once for all rows. An online softmax per row keeps the running
+// maximum in the log2 domain. Splits are fixed, and a second pass merges them in their order. So the bits
+// depend neither on the number of threads nor on the rest of the batch.
 
 #include "ops/attn_decode/params.h"
 
 #include "ops/attn_decode/cpu_products.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 namespace {
 
@@ -32,7 +32,7 @@ inline float minus_infinity() {
   return -__builtin_inff();
 }
 
-// Where a task stands: its sequence, first KV head, first row and tokens.
+// The sequence, KV heads, rows and tokens of a task.
 struct Task {
   int64_t b, head_begin, heads, row_group, rows, split, splits;
   TokenRange tokens;
@@ -63,7 +63,7 @@ Task find_task(const AttnDecodeParams& p, int64_t index) {
   return task;
 }
 
-// Query row -> (s, h). Rows of one query token are neighbours.
+// Query row -> (s, h). Rows of one query token are adjacent.
 struct Row {
   int64_t s, h;
 };
@@ -73,28 +73,19 @@ inline Row row_of(const AttnDecodeParams& p, int64_t g, int64_t row) {
   return {row / group, g * group + row % group};
 }
 
-// Where the partial result of a row of a KV head in a split lies.
+// The slot of the partial result of a row of a KV head in a split.
 inline int64_t partial_slot(const AttnDecodeParams& p, int64_t b, int64_t split, int64_t g, int64_t row) {
   return ((p.split_offsets[b] + split) * p.G + g) * num_rows(p) + row;
 }
 
-// The tokens that query token s of a sequence of length len sees.
-TokenRange tokens_of_row(const AttnDecodeParams& p, int64_t len, int64_t s) {
-  const int64_t pos = len - p.S + s;
-  if (pos < 0) return {0, 0};
-  const int64_t begin = p.window_left >= 0 && pos > p.window_left ? pos - p.window_left : 0;
-  const int64_t end = p.window_right >= 0 && pos + p.window_right + 1 < len ? pos + p.window_right + 1 : len;
-  return {begin, end};
-}
-
 // ---- one task -----------------------------------------------------------------------------------
 
-// What a thread keeps for each KV head of its task, and scratch: fits L2 for the few sources and rows of
-// decode.
+// A thread's state of each KV head of its task, and scratch. It fits L2 for the few sources and rows of
+// decoding.
 template <typename P>
 struct Scratch {
   typename P::Query* q;  // (heads, num_keys, rows * Dp) q (.) a_j, in the order of P
-  float* o;              // (heads, num_values, rows, Dvp) softmax(s) V_j, not normalised
+  float* o;              // (heads, num_values, rows, Dvp) softmax(s) V_j, not normalized
   float* max;            // (heads, rows) running maximum, log2 domain
   float* sum;            // (heads, rows, kLanes) running sums of exp2, to be added up
   float* s;              // (rows, kBlock) scores, then probabilities
@@ -108,7 +99,7 @@ struct Scratch {
   }
 };
 
-// q (.) a_j. The softmax scale stays out of it: without weights q is then exact in bf16.
+// q (.) a_j without the softmax scale: without weights, q is then exact in bf16.
 template <typename P>
 void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
   using T = typename P::Element;
@@ -128,17 +119,17 @@ void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch
   }
 }
 
-// Scores of one row of a block become probabilities relative to the running maximum; o is rescaled when the
-// maximum grows.
+// Replaces the scores of one row of a block by probabilities relative to the running maximum. Rescales o when
+// the maximum grows.
 template <typename P>
-void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int64_t r, TokenRange seen,
+void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int64_t r, TokenRange visible,
                  int64_t block) {
   float* s = w.s + r * kBlock;
   const Vec scale = set1(p.scale * kLog2e);
   for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), scale));
-  if (seen.begin > block || seen.end < block + kBlock)
+  if (visible.begin > block || visible.end < block + kBlock)
     for (int i = 0; i < kBlock; ++i)
-      if (block + i < seen.begin || block + i >= seen.end) s[i] = minus_infinity();
+      if (block + i < visible.begin || block + i >= visible.end) s[i] = minus_infinity();
 
   Vec block_max = load(s);
   for (int i = kLanes; i < kBlock; i += kLanes) block_max = max(load(s + i), block_max);
@@ -147,15 +138,15 @@ void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, i
   float* running_sum = w.sum + (head * w.rows + r) * kLanes;
   const float old_max = *running_max;
   const float new_max = highest > old_max ? highest : old_max;
-  const float base = new_max == minus_infinity() ? 0.f : new_max;  // nothing seen yet: exp2(-inf - 0) = 0
+  const float base = new_max == minus_infinity() ? 0.f : new_max;  // nothing visible yet: exp2(-inf - 0) = 0
 
   Vec sum = load(running_sum);
   if (new_max > old_max) {
-    const Vec shrink = old_max == minus_infinity() ? zero() : exp2(set1(old_max - new_max));
-    sum = mul(sum, shrink);
+    const Vec rescale = old_max == minus_infinity() ? zero() : exp2(set1(old_max - new_max));
+    sum = mul(sum, rescale);
     for (int j = 0; j < p.num_values; ++j) {
       float* o = w.out(p, head, j) + r * w.Dvp;
-      for (int64_t d = 0; d < w.Dvp; d += kLanes) store(o + d, mul(load(o + d), shrink));
+      for (int64_t d = 0; d < w.Dvp; d += kLanes) store(o + d, mul(load(o + d), rescale));
     }
   }
   for (int i = 0; i < kBlock; i += kLanes) {
@@ -167,8 +158,8 @@ void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, i
   *running_max = new_max;
 }
 
-// Where the tokens of a block lie, per source. Past its last token that one is repeated: its probability
-// there is 0, and 0 times whatever the cache holds past the end might be NaN.
+// The addresses of a block's tokens, per source. Past the last token its address is repeated: the probability
+// there is 0, and 0 times the cache's contents past the end could be NaN.
 template <typename T>
 void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task,
                 TokenRange block, BlockRows<T>* rows) {
@@ -177,29 +168,29 @@ void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, con
     const T* base = (const T*)cache.data + task.head_begin * cache.stride_g;
     if (!p.block_table) base += task.b * cache.stride_b;
     const T* row = nullptr;
-    int64_t neighbours = 0;  // tokens that follow at a fixed distance: to the end of a page, or all
+    int64_t run = 0;  // next tokens at a fixed distance: to the end of a page, or all
     for (int i = 0; i < kBlock; ++i) {
       const int64_t t = block.begin + i;
       if (t < block.end) {
-        if (neighbours == 0) {
+        if (run == 0) {
           row = base + t * cache.stride_t;
-          neighbours = kBlock;
+          run = kBlock;
           if (p.block_table) {
             const int64_t page = p.block_table[task.b * p.block_table_stride + t / p.page_size];
             row = base + page * cache.stride_b + t % p.page_size * cache.stride_t;
-            neighbours = p.page_size - t % p.page_size;
+            run = p.page_size - t % p.page_size;
           }
         } else {
           row += cache.stride_t;
         }
-        --neighbours;
+        --run;
       }
       rows[j].row[i] = row;
     }
   }
 }
 
-// A block of tokens: at most kBlock, up to a multiple of it, so that a block crosses few pages.
+// A block has at most kBlock tokens and ends at a multiple of kBlock, so that it crosses few pages.
 TokenRange block_at(const Task& task, int64_t begin) {
   const int64_t end = (begin / kBlock + 1) * kBlock;
   return {begin, end < task.tokens.end ? end : task.tokens.end};
@@ -217,7 +208,7 @@ struct Block {
   }
 };
 
-// next_task: worked on after this one, or -1.
+// next_task: the thread's next task, or -1.
 template <typename P>
 void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, const Scratch<P>& w) {
   using T = typename P::Element;
@@ -240,9 +231,10 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
       for (int j = 0; j < p.num_keys; ++j) offsets[j] = head * p.keys[j].stride_g;
       P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
       for (int64_t r = 0; r < task.rows; ++r) {
-        TokenRange seen = tokens_of_row(p, len, row_of(p, 0, task.row_group * kMaxTaskRows + r).s);
-        if (seen.end > now->tokens.end) seen.end = now->tokens.end;
-        softmax_row(p, w, head, r, seen, now->tokens.begin);
+        const int64_t s = row_of(p, 0, task.row_group * kMaxTaskRows + r).s;
+        TokenRange visible = visible_to_row(len - p.S + s, len, p.window_left, p.window_right);
+        if (visible.end > now->tokens.end) visible.end = now->tokens.end;
+        softmax_row(p, w, head, r, visible, now->tokens.begin);
         ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
       }
       for (int j = 0; j < p.num_values; ++j)
@@ -255,8 +247,8 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
   }
 }
 
-// out[d] = sum_j b_j[d] o_j[d] / sum, to the partials or, when the sequence has one split, to the output
-// itself.
+// out[d] = sum_j b_j[d] o_j[d] / sum. With one split per sequence this is the output, otherwise a partial
+// result.
 template <typename P>
 void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& w, int64_t head) {
   using T = typename P::Element;
@@ -277,7 +269,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
         store(out + d, j == 0 ? x : add(x, load(out + d)));
       });
     }
-    // A row that sees nothing is 0, even where 0 times the values is not.
+    // A fully masked row is 0, even where 0 times the values is not.
     if (empty) __builtin_memset(out, 0, sizeof(out));
     const float lse = empty ? minus_infinity() : highest + __builtin_log2f(sum);
     const int64_t row = task.row_group * kMaxTaskRows + r;
@@ -320,8 +312,7 @@ void decode(const AttnDecodeParams& p, int64_t index, int64_t next_index, void* 
 
 // ---- merge --------------------------------------------------------------------------------------
 
-// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order; a sequence without tokens gives 0 and
-// -inf.
+// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order. An empty sequence gives 0 and -inf.
 template <typename T>
 void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t row, int64_t splits) {
   const Row at = row_of(p, g, row);
@@ -350,7 +341,7 @@ void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const int64_t row = index % num_rows(p), g = index / num_rows(p) % p.G, b = index / num_rows(p) / p.G;
     const int64_t splits = num_splits(p, p.seq_lens[b]);
-    if (splits != 1) merge_row<T>(p, b, g, row, splits);  // else its task has written the output
+    if (splits != 1) merge_row<T>(p, b, g, row, splits);  // else the task has written the output
   }
 }
 
@@ -373,7 +364,7 @@ void attn_decode(const AttnDecodeParams& p, int64_t task, int64_t next_task, voi
       return decode<Fp32Products<bf16>>(p, task, next_task, workspace);
 #endif
     case DType::f64:
-      return;  // the API takes no float64 caches
+      return;  // the API refuses float64 caches
   }
 }
 
@@ -390,5 +381,5 @@ void attn_decode_merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -1,19 +1,19 @@
 // The two matrix products of cached attention on the CPU: scores = q K^T and output = p V, for the rows of
 // one KV head and one block of tokens.
 //
-// Three ways: any level widens to fp32 and uses fma; AVX-512-BF16 multiplies bf16 pairs with dpbf16, AMX
-// multiplies tiles of them (both with q (.) a_j and the probabilities rounded to bf16). All have the same
-// interface, which cpu.cpp takes as a template argument:
+// There are three implementations. Every SIMD target has fp32: it widens to fp32 and uses fma. AVX-512-BF16
+// multiplies pairs of bf16 with dpbf16, AMX multiplies tiles of bf16; both round q (.) a_j and the
+// probabilities to bf16. All have the same interface, which cpu.cpp takes as a template argument:
 //
-//   Element, Query        what the cache holds and what q (.) a_j is kept as
+//   Element, Query        types of the cache and of q (.) a_j
 //   kPad                  head dims of the scratch are rounded up to this
 //   padded_rows           rows of the scratch
 //   begin_task, end       before the products of a task with so many rows; after the last one
-//   softmax_bytes         bytes to ask for ahead after the softmax of a row
+//   softmax_bytes         bytes to prefetch after the softmax of a row
 //   store_query           row r of q (.) a_j from float
 //   scores                s[r][i] = sum_j q_j[r] . k_j[i]    for kBlock tokens
-//   values                o[r] += sum_i p[r][i] v[i]         o in an order of channels of its own
-//   order_channels        brings the Dp channels of a row of o into their own order
+//   values                o[r] += sum_i p[r][i] v[i]         channels of o in an internal order
+//   order_channels        restores the order of the Dp channels of a row of o
 #pragma once
 
 #include "common/limits.h"
@@ -28,20 +28,20 @@
 #endif
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
 // Tokens that stay in L1 between the two products.
 constexpr int kBlock = 32;
 
-// Where the tokens of a block lie: the first channel of each, in the first KV head of a task.
+// The addresses of a block's tokens: the first channel of each, in the first KV head of a task.
 template <typename T>
 struct BlockRows {
   const T* row[kBlock];
 };
 
-// Asks for the next block while this one is worked on: evenly, because a burst of prefetches holds up the
-// loads behind it and a pause leaves the memory idle, and from kStreams places in turn, because the
-// prefetcher behind L2 follows one stream per page.
+// Prefetches the next block during this one. Evenly, because a burst of prefetches delays the loads behind it
+// and a pause leaves the memory idle. From kStreams places in turn, because the prefetcher of L2 follows one
+// stream per page.
 class Ahead {
  public:
   // rows: the tokens of one side, kBlock per source, each `bytes` long.
@@ -72,16 +72,16 @@ class Ahead {
   Side sides_[2];  // keys, values
   int num_sides_ = 0, side_ = 0;
   const char* const* first_ = nullptr;  // row of the first stream
-  int64_t rows_ = 0, at_ = 0;           // rows to go, bytes asked for of this one
-  int64_t due_ = 0;                     // bytes not yet asked for
+  int64_t rows_ = 0, at_ = 0;           // rows left, bytes of this one prefetched
+  int64_t due_ = 0;                     // bytes due and not yet prefetched
 };
 
-// Vectors of channels that p V sums side by side: a sum over tokens is one chain of additions, and with few
-// rows one chain would leave the multipliers waiting for it.
+// Vectors of channels that p V sums concurrently. A sum over tokens is one dependent chain of additions; with
+// few rows, one chain would leave the multipliers idle.
 template <int RT>
 constexpr int kChains = RT >= 4 ? 1 : 4 / RT;
 
-// fn(d, n) for the vectors of n channels, kLanes or what is left.
+// Calls fn(d, n) for each vector of n channels: kLanes, or the rest.
 template <typename Fn>
 inline void for_lanes(int64_t D, const Fn& fn) {
   for (int64_t d = 0; d < D; d += kLanes) fn(d, int(D - d < kLanes ? D - d : kLanes));
@@ -92,7 +92,8 @@ struct RowTile {
   static constexpr int rows = N;
 };
 
-// Rows go through the products in tiles of 8, 4, 2 or 1: as many as share a loaded key or value in registers.
+// Calls fn(r, tile) for tiles of 8, 4, 2 or 1 rows. The rows of a tile share a loaded key or value in
+// registers.
 template <typename Fn>
 inline void for_row_tiles(int64_t rows, const Fn& fn) {
   int64_t r = 0;
@@ -102,8 +103,8 @@ inline void for_row_tiles(int64_t rows, const Fn& fn) {
   if (r + 1 <= rows) fn(r, RowTile<1>{}), r += 1;
 }
 
-// What the two ways that keep q row by row have in common. Products has scores<RT> and values<RT> for RT
-// rows.
+// The common part of the implementations that store q row by row. Products has row_scores<RT> and
+// row_values<RT> for RT rows.
 template <typename Products, typename T, typename Q>
 struct RowByRow {
   using Element = T;
@@ -137,7 +138,7 @@ struct RowByRow {
 
 // ---- the two products, fp32 ---------------------------------------------------------------------
 
-// Operands of the fp32 way: q as float, probabilities as float, output channels in their order.
+// q and probabilities are float; output channels are in their order.
 template <typename T>
 struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
   static constexpr int kPad = kLanes;
@@ -245,8 +246,8 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
     }
   }
 
-  // dpbf16 adds products of neighbours, here of two tokens: unpacklo/hi pair the channels of tokens i and i
-  // + 1. They leave the 32 channels of a step in the order that output() undoes.
+  // dpbf16 adds products of adjacent elements, here of two tokens: unpacklo/hi pair the channels of tokens i
+  // and i + 1. They leave the 32 channels of a step in an order that order_channels restores.
   template <int RT>
   static void row_values(float* o, int64_t Dp, const float* p, const BlockRows<bf16>& v, int64_t offset,
                          Ahead& ahead, int64_t D) {
@@ -296,7 +297,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
     }
   }
 
-  // Channel 8 k + i of a step of 32 stands at lane 4 k + i of `low` (i < 4) or 4 k + i - 4 of `high`.
+  // Channel 8 k + i of a step of 32 is in lane 4 k + i of `low` (i < 4) or 4 k + i - 4 of `high`.
   static void order_channels(float* o, int64_t Dp) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -314,9 +315,9 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
 
 #if defined(FUSEDKV_AMX)
 
-// For D and Dv that are multiples of 32. The scores come transposed, keys times queries, because a tile of
-// keys can then be loaded as it lies in the cache, one row per token; values are paired like in Bf16Products
-// on the way to the tile. Both cost the same for 1 and for 16 query rows.
+// For D and Dv that are multiples of 32. The scores are computed transposed, keys times queries: a tile of
+// keys can then be loaded directly from the cache, one row per token. Values are paired as in Bf16Products
+// before they go into a tile. Both cost the same for 1 and for 16 query rows.
 struct AmxProducts {
   using Element = bf16;
   using Query = bf16;  // (row tiles, D / 32, 16 pairs of channels, rows of the tile, 2)
@@ -348,7 +349,7 @@ struct AmxProducts {
 
   static void end() { tile_release(); }
 
-  // What is asked for is spread over scores, softmax, pairing and the product of values: a quarter each.
+  // Scores, softmax, pairing and the product of values prefetch a quarter each.
   static int64_t softmax_bytes(int m, int64_t D, int64_t rows) { return 16 * m * D * 2 / rows; }
 
   static void store_query(Query* q, int64_t r, int64_t rows, const float* x, int64_t Dp) {
@@ -438,7 +439,7 @@ struct AmxProducts {
   static void order_channels(float* o, int64_t Dp) { Bf16Products::order_channels(o, Dp); }
 
  private:
-  // 16 tokens at one distance; stride (in bytes) 0: they are not.
+  // 16 tokens at a fixed distance, stride in bytes; 0: there is none.
   struct Keys {
     const bf16* data;
     int64_t stride;
@@ -482,5 +483,5 @@ struct AmxProducts {
 
 #endif
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -1,9 +1,10 @@
 // out[r] = softmax_t(scale * q_r . K[t]) V[t]    with K = sum_i a_i (.) K_i and V = sum_j b_j (.) V_j.
 //
-// For what the tensor-core kernels do not take: float32, more than two sources, two sources of more than 128
-// channels, memory that is not aligned to 16 bytes. Each token's key and value are fused in registers, once
-// for four query rows, by a team of 8, 16 or 32 lanes with 8 channels each; every team has tokens, a softmax
-// state and an output of its own, and the teams' results are merged when the piece ends. All sums in float32.
+// For calls that the tensor-core kernels do not support: float32, more than two sources, two sources of more
+// than 128 channels, memory that is not aligned to 16 bytes. A team of 8, 16 or 32 lanes with 8 channels each
+// fuses each token's key and value in registers, once for four query rows. Every team has its own tokens,
+// softmax state and output; the results of the teams are merged at the end of the chunk. All sums are
+// float32.
 
 #include "ops/attn_decode/kernels.h"
 #include "ops/attn_decode/work.cuh"
@@ -12,13 +13,13 @@ namespace fusedkv {
 
 namespace {
 
-constexpr int kRows = kGenericRows, kVec = 8;
+constexpr int kRows = kFallbackRows, kVec = 8;
 
 template <typename T_, int kD_>
-struct GenericKernel {
+struct FallbackKernel {
   using T = T_;
   static constexpr int kD = kD_;
-  static constexpr GenericLayout kLayout = generic_layout(kD);
+  static constexpr FallbackLayout kLayout = fallback_layout(kD);
   static constexpr int kLanes = kLayout.lanes, kTeams = kLayout.teams, kThreads = kLayout.threads;
 };
 
@@ -62,11 +63,11 @@ struct TeamState {
 };
 
 template <typename K>
-__device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkPiece& w, TeamState& state,
+__device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkChunk& w, TeamState& state,
                                            int team, int d) {
   const AttnDecodeParams& a = p.attn;
   float q[kRows][kVec];
-  SeenTokens seen[kRows];
+  TokenRangeOf<int> visible[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = w.row_begin + r;
@@ -78,7 +79,7 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkPi
                     static_cast<const typename K::T*>(a.q) + w.b * a.q_stride_b + at.s * a.q_stride_s +
                         at.h * a.q_stride_h + d,
                     p.aligned);
-    seen[r] = seen_tokens(p, w, row);
+    visible[r] = visible_tokens(p, w, row);
   }
   bool bad = false;
 #pragma unroll 1
@@ -97,15 +98,15 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkPi
       for (int i = 0; i < kVec; ++i) score += q[r][i] * x[i];
 #pragma unroll
       for (int apart = 1; apart < K::kLanes; apart *= 2) score += __shfl_xor_sync(kFullWarp, score, apart);
-      const bool sees = place.row >= 0 && t >= seen[r].begin && t < seen[r].end;
+      const bool sees = place.row >= 0 && t >= visible[r].begin && t < visible[r].end;
       score = sees ? score * (a.scale * kLog2e) : minus_infinity();
       const float old = state.max[r];
       state.max[r] = fmaxf(old, score);
       const float base = state.max[r] == minus_infinity() ? 0.f : state.max[r];
-      const float shrink = exp2f(old - base), e = exp2f(score - base);
-      state.sum[r] = state.sum[r] * shrink + e;
+      const float rescale = exp2f(old - base), e = exp2f(score - base);
+      state.sum[r] = state.sum[r] * rescale + e;
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) state.o[r][i] = state.o[r][i] * shrink + e * v[i];
+      for (int i = 0; i < kVec; ++i) state.o[r][i] = state.o[r][i] * rescale + e * v[i];
     }
   }
   if (__any_sync(kFullWarp, bad) || w.len < 0) {
@@ -116,12 +117,12 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkPi
 
 template <typename K>
 __global__ void __launch_bounds__(K::kThreads)
-    attn_decode_generic_kernel(const __grid_constant__ AttnCudaParams p) {
+    attn_decode_fallback_kernel(const __grid_constant__ AttnCudaParams p) {
   const int team = threadIdx.x / K::kLanes, d = threadIdx.x % K::kLanes * kVec;
   const BlockStates states = block_states(shared_base(), K::kTeams, kRows, K::kD);
   const BlockWork work = block_work(p);
   for (int64_t at = work.begin; at < work.end;) {
-    const WorkPiece w = find_piece(p, at, work);
+    const WorkChunk w = find_chunk(p, at, work);
     at = w.next;
     if (w.splits == 0) continue;
     TeamState state;
@@ -143,19 +144,19 @@ __global__ void __launch_bounds__(K::kThreads)
     }
     __syncthreads();
     merge_states<typename K::T>(p, w, states, K::kThreads);
-    finish_piece<typename K::T>(p, w, states.flag, K::kThreads);
-    __syncthreads();  // shared memory belongs to the next piece
+    finish_chunk<typename K::T>(p, w, states.flag, K::kThreads);
+    __syncthreads();  // the next chunk reuses shared memory
   }
 }
 
 }  // namespace
 
-AttnKernelFunction attn_generic_kernel(DType dtype, int head_dim) {
+AttnKernelFunction attn_fallback_kernel(DType dtype, int head_dim) {
   const auto with = [&](auto type) -> AttnKernelFunction {
     using T = typename decltype(type)::type;
-    if (head_dim == 64) return attn_decode_generic_kernel<GenericKernel<T, 64>>;
-    if (head_dim == 128) return attn_decode_generic_kernel<GenericKernel<T, 128>>;
-    return attn_decode_generic_kernel<GenericKernel<T, 256>>;
+    if (head_dim == 64) return attn_decode_fallback_kernel<FallbackKernel<T, 64>>;
+    if (head_dim == 128) return attn_decode_fallback_kernel<FallbackKernel<T, 128>>;
+    return attn_decode_fallback_kernel<FallbackKernel<T, 256>>;
   };
   return dtype == DType::f32    ? with(TypeTag<float>{})
          : dtype == DType::bf16 ? with(TypeTag<bf16>{})

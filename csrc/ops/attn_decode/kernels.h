@@ -1,4 +1,4 @@
-// The decode kernels by their template arguments, for the launcher.
+// The decode kernels by their template arguments, for launch.cu.
 #pragma once
 
 #include <type_traits>
@@ -10,16 +10,16 @@ namespace fusedkv {
 using AttnKernelFunction = void (*)(AttnCudaParams);
 
 // head_dim: 64, 128, or 256 with one source of each; keys, values: 1 or 2; dtype bf16 or f16.
-AttnKernelFunction attn_warp_kernel(DType dtype, int head_dim, int keys, int values);
-AttnKernelFunction attn_rows_kernel(DType dtype, int head_dim, int keys, int values,
-                                    int rows);  // 16, 32 or 64
+AttnKernelFunction attn_mma_warp_kernel(DType dtype, int head_dim, int keys, int values);
+AttnKernelFunction attn_mma_block_kernel(DType dtype, int head_dim, int keys, int values,
+                                         int rows);  // 16, 32 or 64
 
 // head_dim: 64, 128 or 256; any number of sources; dtype f32, bf16 or f16.
-AttnKernelFunction attn_generic_kernel(DType dtype, int head_dim);
+AttnKernelFunction attn_fallback_kernel(DType dtype, int head_dim);
 
 // Calls fn(TypeTag<T>, constant head dim, constant keys, constant values).
 template <typename Fn>
-AttnKernelFunction tensor_core_kernel(DType dtype, int head_dim, int keys, int values, const Fn& fn) {
+AttnKernelFunction mma_kernel(DType dtype, int head_dim, int keys, int values, const Fn& fn) {
   const auto with = [&](auto type) {
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;

@@ -1,4 +1,4 @@
-// Launches the decode kernel that attn_launch has picked, with a grid that fills the GPU once.
+// Launches the decode kernel that attn_launch has selected, on a grid that fills the GPU once.
 
 #include <map>
 #include <mutex>
@@ -13,12 +13,12 @@ namespace {
 
 AttnKernelFunction kernel_function(const AttnDecodeParams& p, const AttnLaunch& l) {
   switch (l.kernel) {
-    case AttnKernel::kWarp:
-      return attn_warp_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values);
-    case AttnKernel::kRows:
-      return attn_rows_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values, l.rows);
+    case AttnKernel::kMmaWarp:
+      return attn_mma_warp_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values);
+    case AttnKernel::kMmaBlock:
+      return attn_mma_block_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values, l.rows);
     default:
-      return attn_generic_kernel(p.dtype, l.head_dim);
+      return attn_fallback_kernel(p.dtype, l.head_dim);
   }
 }
 
@@ -34,7 +34,8 @@ int attn_shared_limit(int* bytes) {
 int attn_blocks(const AttnDecodeParams& p, const AttnLaunch& l, int* blocks) {
   DeviceLimits limits;
   if (int error = device_limits(&limits)) return error;
-  // Asking takes microseconds, and decoding would ask for every layer. The answer is that of one kind of GPU.
+  // The occupancy query takes microseconds, and decoding would repeat it for every layer. GPUs of one kind
+  // have one answer.
   static std::mutex mutex;
   static std::map<std::tuple<AttnKernelFunction, int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);

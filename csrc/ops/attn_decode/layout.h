@@ -1,24 +1,23 @@
-// Blocks of the decode kernels: their threads and what lies where in shared memory; and the rule that picks a
-// kernel. Host code and kernels both use it, so that what explain() prints is what runs.
+// Thread blocks of the decode kernels, their layout of shared memory, and the rule that selects a kernel.
+// Host code and kernels both use it, so that explain() prints what runs.
 #pragma once
 
 #include "ops/attn_decode/params.h"
+#include "ops/attn_decode/schedule.h"
 
 namespace fusedkv {
 
-constexpr int kCellTokens = 32;
+// ---- mma_warp.cu: up to 8 query rows, every warp independent ------------------------------------
 
-// ---- up to 8 query rows, one warp for itself (mma_warp.cu) --------------------------------------
-
-struct WarpLayout {
+struct MmaWarpLayout {
   int warps, threads;
   int ring_bytes;  // per warp: two stages of 16 tokens of every source
   int pitch;       // floats from one row of a warp's output to the next, after the ring
   int shared_bytes;
 };
 
-constexpr WarpLayout warp_layout(int head_dim, int keys, int values) {
-  WarpLayout l{};
+constexpr MmaWarpLayout mma_warp_layout(int head_dim, int keys, int values) {
+  MmaWarpLayout l{};
   const int stage_bytes = (keys + values) * 16 * head_dim * 2;
   l.warps = stage_bytes > 8192 ? 2 : 4;
   l.threads = l.warps * 32;
@@ -29,73 +28,73 @@ constexpr WarpLayout warp_layout(int head_dim, int keys, int values) {
   return l;
 }
 
-// ---- 9 to 64 query rows, the warps of a block together (mma_block.cu) ---------------------------
+// ---- mma_block.cu: 9 to 64 query rows, the warps of a block cooperate ---------------------------
 
-struct RowsLayout {
+struct MmaBlockLayout {
   int warps, threads;
   int warp_rows;          // rows that a warp scores
   int channel_tiles;      // tiles of 16 channels, per source, whose values a warp adds
   int tile_bytes;         // 32 tokens of one source
   int probability_pitch;  // bytes from one token's probabilities to the next
   // Byte offsets: two stages of keys, then of values; queries (keys, rows, head_dim); probabilities (32
-  // tokens, rows); maxima (2 halves of the tokens, rows); shrink (rows); sums (2, rows); one word.
-  int value_ring, queries, probabilities, maxima, shrink, sums, flag;
+  // tokens, rows); maxima (2 halves of the tokens, rows); rescale (rows); sums (2, rows); one word.
+  int value_ring, queries, probabilities, maxima, rescale, sums, flag;
   int shared_bytes;
 };
 
-constexpr RowsLayout rows_layout(int head_dim, int keys, int values, int rows) {
-  RowsLayout l{};
+constexpr MmaBlockLayout mma_block_layout(int head_dim, int keys, int values, int rows) {
+  MmaBlockLayout l{};
   // With four warps the output of 64 rows would take half of the registers or more.
   l.warps = rows == 64 && head_dim >= 128 ? 8 : 4;
   l.threads = l.warps * 32;
   l.warp_rows = rows / (l.warps / 2);
   l.channel_tiles = head_dim / (16 * l.warps);
-  l.tile_bytes = kCellTokens * head_dim * 2;
+  l.tile_bytes = kKVTileTokens * head_dim * 2;
   l.probability_pitch = rows * 2 + 16;  // keeps ldmatrix and the stores free of bank conflicts
   l.value_ring = 2 * keys * l.tile_bytes;
   l.queries = l.value_ring + 2 * values * l.tile_bytes;
   l.probabilities = l.queries + keys * rows * head_dim * 2;
-  l.maxima = l.probabilities + kCellTokens * l.probability_pitch;
-  l.shrink = l.maxima + 2 * rows * 4;
-  l.sums = l.shrink + rows * 4;
+  l.maxima = l.probabilities + kKVTileTokens * l.probability_pitch;
+  l.rescale = l.maxima + 2 * rows * 4;
+  l.sums = l.rescale + rows * 4;
   l.flag = l.sums + 2 * rows * 4;
   l.shared_bytes = l.flag + 16;
   return l;
 }
 
-// ---- everything else (fallback.cu) --------------------------------------------------------------
+// ---- fallback.cu: everything else ---------------------------------------------------------------
 
-constexpr int kGenericRows = 4;
+constexpr int kFallbackRows = 4;
 
-struct GenericLayout {
+struct FallbackLayout {
   int threads;
-  int lanes, teams;  // a team has 8 channels per lane
+  int lanes, teams;  // lanes of a team, 8 channels each; teams of a block
   int shared_bytes;
 };
 
-constexpr GenericLayout generic_layout(int head_dim) {
-  GenericLayout l{};
+constexpr FallbackLayout fallback_layout(int head_dim) {
+  FallbackLayout l{};
   l.threads = 128;
   l.lanes = head_dim / 8;
   l.teams = l.threads / l.lanes;
-  l.shared_bytes = l.teams * kGenericRows * (head_dim + 2) * 4 + 16;
+  l.shared_bytes = l.teams * kFallbackRows * (head_dim + 2) * 4 + 16;
   return l;
 }
 
-// ---- which one ----------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------
 
-enum class AttnKernel { kWarp, kRows, kGeneric };
+enum class AttnKernel { kMmaWarp, kMmaBlock, kFallback };
 
 struct AttnLaunch {
   AttnKernel kernel;
   int head_dim;      // compiled head dim: the wider of D and Dv padded to 64, 128 or 256
-  int rows;          // query rows per item
-  int row_groups;    // items per sequence and KV head
+  int rows;          // query rows per work unit
+  int row_groups;    // work units per sequence and KV head
   int threads;       // per block
   int shared_bytes;  // per block
 };
 
-// What attn_launch looks at.
+// The arguments of attn_launch.
 struct AttnShape {
   DType dtype;
   int64_t rows;  // query rows per KV head, S * H / G
@@ -111,24 +110,24 @@ inline AttnLaunch attn_launch(const AttnShape& s) {
   l.head_dim = wider <= 64 ? 64 : wider <= 128 ? 128 : 256;
   const int most_sources = l.head_dim == 256 ? 1 : 2;
   if (s.dtype == DType::f32 || !s.aligned || s.num_keys > most_sources || s.num_values > most_sources) {
-    const GenericLayout layout = generic_layout(l.head_dim);
-    l.kernel = AttnKernel::kGeneric;
-    l.rows = kGenericRows;
+    const FallbackLayout layout = fallback_layout(l.head_dim);
+    l.kernel = AttnKernel::kFallback;
+    l.rows = kFallbackRows;
     l.threads = layout.threads;
     l.shared_bytes = layout.shared_bytes;
   } else if (s.rows <= 8) {
-    const WarpLayout layout = warp_layout(l.head_dim, s.num_keys, s.num_values);
-    l.kernel = AttnKernel::kWarp;
+    const MmaWarpLayout layout = mma_warp_layout(l.head_dim, s.num_keys, s.num_values);
+    l.kernel = AttnKernel::kMmaWarp;
     l.rows = 8;
     l.threads = layout.threads;
     l.shared_bytes = layout.shared_bytes;
   } else {
-    l.kernel = AttnKernel::kRows;
+    l.kernel = AttnKernel::kMmaBlock;
     l.rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : 64;
-    RowsLayout layout = rows_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
+    MmaBlockLayout layout = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
     while (layout.shared_bytes > s.shared_limit && l.rows > 16) {
       l.rows /= 2;
-      layout = rows_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
+      layout = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
     }
     l.threads = layout.threads;
     l.shared_bytes = layout.shared_bytes;

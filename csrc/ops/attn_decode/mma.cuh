@@ -1,4 +1,4 @@
-// What the two tensor-core decode kernels share: 16-bit elements, swizzled tiles of tokens in shared memory.
+// What mma_warp.cu and mma_block.cu share: 16-bit elements and swizzled tiles of tokens in shared memory.
 #pragma once
 
 #include "ops/attn_decode/work.cuh"
@@ -21,11 +21,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
   ptx::mma_m16n8k16_f16(c, a, b);
 }
 
-// A tile is rows of kD 16-bit elements. Piece c of row r (16 bytes) lies at piece c ^ (r % 8): the 8 rows of
-// an ldmatrix then fall into 8 different groups of banks.
+// A tile is rows of kD 16-bit elements. The 16-byte vector c of row r is stored at vector c ^ (r % 8): the 8
+// rows of an ldmatrix then fall into 8 different groups of banks.
 template <int kD>
-__device__ __forceinline__ uint32_t tile_address(uint32_t tile, int row, int piece) {
-  return tile + row * (kD * 2) + ((piece ^ (row & 7)) << 4);
+__device__ __forceinline__ uint32_t tile_address(uint32_t tile, int row, int vector) {
+  return tile + row * (kD * 2) + ((vector ^ (row & 7)) << 4);
 }
 
 // A fragment of A = K: rows are tokens token .. token + 15, columns channels 16 step .. 16 step + 15.
@@ -43,34 +43,33 @@ __device__ __forceinline__ void load_value_fragment(uint32_t (&a)[4], uint32_t t
       a, tile_address<kD>(tile, token + lane % 8 + (matrix >> 1) * 8, 2 * step + (matrix & 1)));
 }
 
-// Where the tokens of a tile lie: in whole pages (p.whole_pages) 16 of them follow each other, and every lane
-// knows the first of its run, else every lane knows token lane % kTokens.
+// The places of a tile's tokens. With p.whole_pages, runs of 16 tokens are consecutive in memory, and every
+// lane has the first token of its run. Otherwise a lane has token lane % kTokens.
 template <int kTokens>
-__device__ __forceinline__ TokenPlace find_tile(const AttnCudaParams& p, const WorkPiece& w, int t,
+__device__ __forceinline__ TokenPlace find_tile(const AttnCudaParams& p, const WorkChunk& w, int t,
                                                 bool* bad) {
   const int lane = threadIdx.x % kTokens;
   if (!p.whole_pages) return find_token(p, w, t + lane, bad);
   const int run = t + lane / 16 * 16;
-  // A run may begin before the piece, in a page of it.
+  // A run may begin before the chunk, in the same page.
   TokenPlace place =
       find_token(p, w, run < w.token_begin && run + 16 > w.token_begin ? w.token_begin : run, bad);
   if (place.row >= 0 && run < w.token_begin) place.slot -= w.token_begin - run;
   return place;
 }
 
-// Starts copying kTokens tokens from token t on of each source into its tile: kThreads threads take 16 bytes
-// each in turn. Channels beyond head_dim, tokens outside of the piece and pages that do not exist become
-// zeros.
+// Starts copying tokens t .. t + kTokens - 1 of each source into its tile; kThreads threads copy 16 bytes
+// each at a time. Channels beyond head_dim, tokens outside the chunk and pages out of range become zeros.
 template <typename T, int kD, int kSources, int kTokens, int kThreads>
-__device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkPiece& w,
+__device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkChunk& w,
                                           const CacheTensor* caches, int head_dim, uint32_t tiles, int t,
                                           TokenPlace place, int thread) {
-  constexpr int kPieces = kD / 8, kTileBytes = kTokens * kD * 2;
-  constexpr int kStep = kThreads / kPieces;  // tokens that the threads copy at a time
-  const int first = thread / kPieces, piece = thread % kPieces;
-  const int tokens = piece * 8 < head_dim ? w.token_end - w.token_begin : 0;
+  constexpr int kVectors = kD / 8, kTileBytes = kTokens * kD * 2;
+  constexpr int kStep = kThreads / kVectors;  // tokens that the threads copy at a time
+  const int first = thread / kVectors, vector = thread % kVectors;
+  const int tokens = vector * 8 < head_dim ? w.token_end - w.token_begin : 0;
   const auto copy = [&](const T* from, int j, int token, bool there) {
-    ptx::cp_async_16(tile_address<kD>(tiles + j * kTileBytes, token, piece), from + piece * 8,
+    ptx::cp_async_16(tile_address<kD>(tiles + j * kTileBytes, token, vector), from + vector * 8,
                      there ? 16 : 0);
   };
   if (p.whole_pages) {
@@ -104,17 +103,17 @@ __device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkPie
   }
 }
 
-// The channels of a query row; nullptr where there is no such row.
+// The channels of a query row; nullptr for rows beyond the last.
 template <typename T>
-__device__ __forceinline__ const T* query_data(const AttnCudaParams& p, const WorkPiece& w, int row) {
+__device__ __forceinline__ const T* query_data(const AttnCudaParams& p, const WorkChunk& w, int row) {
   if (row >= p.num_rows) return nullptr;
   const QueryRow at = query_row(p, w.g, row);
   return static_cast<const T*>(p.attn.q) + w.b * p.attn.q_stride_b + at.s * p.attn.q_stride_s +
          at.h * p.attn.q_stride_h;
 }
 
-// Two neighbouring channels of a query row, times the key weight of source j, rounded once; zeros where there
-// is no such row or channel.
+// Two adjacent channels of a query row times the key weights of source j, rounded once. Rows and channels
+// beyond the last are zeros.
 template <typename T>
 __device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, int g, const T* row, int j,
                                                  int d) {

@@ -1,19 +1,19 @@
 // out[r] = sum_j b_j (.) (softmax_t(scale * sum_i (q_r (.) a_i) . K_i[t]) V_j[t])    for 9 to 64 query rows.
 //
-// The products are those of mma_warp.cu, tokens on M and query rows on N. With more than 8 rows the
-// output of all channels no longer fits the registers of one warp, so four warps (eight for 64 rows) share a
-// tile of 32 tokens:
+// The products are those of mma_warp.cu: tokens on M and query rows on N. With more than 8 rows the output of
+// all channels does not fit the registers of one warp. So four warps (eight for 64 rows) share a tile of 32
+// tokens:
 //
 //   scores   warp w takes 16 tokens (half w % 2) and a part of the rows (w / 2); queries in shared memory
 //   softmax  the two warps of the same rows exchange their maxima; probabilities go to shared memory
 //   values   warp w takes a part of the channels of every source, all rows and all 32 tokens
 //
-// with two barriers per tile. The cp.async ring has two stages; group k of copies holds the values of tile k
-// - 1 and the keys of tile k:
+// with two barriers per tile. The cp.async ring has two stages. Group k of the copies has the values of tile
+// k - 1 and the keys of tile k:
 //
 //   scores i | maxima, barrier | copy V_i+1, K_i+2 | probabilities, wait V_i, K_i+1, barrier | values i
 //
-// After the first barrier everybody is done with keys i and values i - 1, whose places the copies take.
+// After the first barrier all warps are done with keys i and values i - 1; the copies overwrite them.
 
 #include "ops/attn_decode/kernels.h"
 #include "ops/attn_decode/mma.cuh"
@@ -22,13 +22,13 @@ namespace fusedkv {
 
 namespace {
 
-constexpr int kTokens = kCellTokens;
+constexpr int kTokens = kKVTileTokens;
 
 template <typename T_, int kD_, int kKeys_, int kValues_, int kRows_>
-struct RowsKernel {
+struct MmaBlockKernel {
   using T = T_;
   static constexpr int kD = kD_, kKeys = kKeys_, kValues = kValues_, kRows = kRows_;
-  static constexpr RowsLayout kLayout = rows_layout(kD, kKeys, kValues, kRows);
+  static constexpr MmaBlockLayout kLayout = mma_block_layout(kD, kKeys, kValues, kRows);
   static constexpr int kThreads = kLayout.threads, kTileBytes = kLayout.tile_bytes;
   static constexpr int kWarpRows = kLayout.warp_rows, kRowTiles = kWarpRows / 8;  // of 8 rows
   static constexpr int kChannelTiles = kLayout.channel_tiles;
@@ -42,17 +42,17 @@ struct RowState {
 
 // q (.) a_j of all rows, rounded once, into shared memory.
 template <typename K>
-__device__ __forceinline__ void fold_queries(const AttnCudaParams& p, const WorkPiece& w, uint32_t queries) {
+__device__ __forceinline__ void fold_queries(const AttnCudaParams& p, const WorkChunk& w, uint32_t queries) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < K::kKeys * K::kRows * K::kD / 8; i += K::kThreads) {
-    const int piece = i % (K::kD / 8), row = i / (K::kD / 8) % K::kRows, j = i / (K::kD / 8) / K::kRows;
+    const int vector = i % (K::kD / 8), row = i / (K::kD / 8) % K::kRows, j = i / (K::kD / 8) / K::kRows;
     const auto* from = query_data<typename K::T>(p, w, w.row_begin + row);
     uint4 x;
-    x.x = folded_query(p.attn, w.g, from, j, piece * 8);
-    x.y = folded_query(p.attn, w.g, from, j, piece * 8 + 2);
-    x.z = folded_query(p.attn, w.g, from, j, piece * 8 + 4);
-    x.w = folded_query(p.attn, w.g, from, j, piece * 8 + 6);
-    ptx::st_shared_b128(tile_address<K::kD>(queries + j * (K::kRows * K::kD * 2), row, piece), x);
+    x.x = folded_query(p.attn, w.g, from, j, vector * 8);
+    x.y = folded_query(p.attn, w.g, from, j, vector * 8 + 2);
+    x.z = folded_query(p.attn, w.g, from, j, vector * 8 + 4);
+    x.w = folded_query(p.attn, w.g, from, j, vector * 8 + 6);
+    ptx::st_shared_b128(tile_address<K::kD>(queries + j * (K::kRows * K::kD * 2), row, vector), x);
   }
 }
 
@@ -86,15 +86,15 @@ __device__ __forceinline__ void scores(float (&s)[K::kRowTiles][4], uint32_t key
 // Scales and masks scores; leaves each row's maximum over this warp's tokens in shared memory.
 template <typename K>
 __device__ __forceinline__ void mask_and_max(float (&s)[K::kRowTiles][4],
-                                             const SeenTokens (&seen)[K::kRowTiles][2], float scale,
+                                             const TokenRangeOf<int> (&visible)[K::kRowTiles][2], float scale,
                                              int token, uint32_t maxima) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < K::kRowTiles; ++n)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const bool first = token >= seen[n][r].begin && token < seen[n][r].end;
-      const bool second = token + 8 >= seen[n][r].begin && token + 8 < seen[n][r].end;
+      const bool first = token >= visible[n][r].begin && token < visible[n][r].end;
+      const bool second = token + 8 >= visible[n][r].begin && token + 8 < visible[n][r].end;
       s[n][r] = first ? s[n][r] * scale : minus_infinity();
       s[n][r + 2] = second ? s[n][r + 2] * scale : minus_infinity();
       float highest = fmaxf(s[n][r], s[n][r + 2]);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void mask_and_max(float (&s)[K::kRowTiles][4],
     }
 }
 
-// Probabilities to shared memory, and by how much each row's output shrinks.
+// Probabilities and the factor that rescales each row's output, to shared memory.
 template <typename K>
 __device__ __forceinline__ void probabilities(const float (&s)[K::kRowTiles][4], RowState<K>& state,
                                               uint32_t base, int token_half, int row_begin) {
@@ -121,11 +121,11 @@ __device__ __forceinline__ void probabilities(const float (&s)[K::kRowTiles][4],
                                   ptx::ld_shared_f32(base + K::kLayout.maxima + (K::kRows + row + r) * 4));
       state.max[n][r] = fmaxf(old, highest);
       const float reference = state.max[n][r] == minus_infinity() ? 0.f : state.max[n][r];
-      const float shrink = ptx::ex2(old - reference);
+      const float rescale = ptx::ex2(old - reference);
       e[r] = ptx::ex2(s[n][r] - reference);
       e[r + 2] = ptx::ex2(s[n][r + 2] - reference);
-      state.sum[n][r] = state.sum[n][r] * shrink + e[r] + e[r + 2];
-      if (token_half == 0 && lane < 4) ptx::st_shared_f32(base + K::kLayout.shrink + (row + r) * 4, shrink);
+      state.sum[n][r] = state.sum[n][r] * rescale + e[r] + e[r + 2];
+      if (token_half == 0 && lane < 4) ptx::st_shared_f32(base + K::kLayout.rescale + (row + r) * 4, rescale);
     }
     const uint32_t to = base + K::kLayout.probabilities +
                         (token_half * 16 + lane / 4) * K::kLayout.probability_pitch + row * 2;
@@ -141,12 +141,12 @@ struct Output {
 };
 
 template <typename K>
-__device__ __forceinline__ void shrink_output(Output<K>& out, uint32_t base) {
+__device__ __forceinline__ void rescale_output(Output<K>& out, uint32_t base) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < K::kRows / 8; ++n) {
-    const float first = ptx::ld_shared_f32(base + K::kLayout.shrink + (n * 8 + lane % 4 * 2) * 4);
-    const float second = ptx::ld_shared_f32(base + K::kLayout.shrink + (n * 8 + lane % 4 * 2 + 1) * 4);
+    const float first = ptx::ld_shared_f32(base + K::kLayout.rescale + (n * 8 + lane % 4 * 2) * 4);
+    const float second = ptx::ld_shared_f32(base + K::kLayout.rescale + (n * 8 + lane % 4 * 2 + 1) * 4);
     if (!__any_sync(kFullWarp, first != 1.f || second != 1.f)) continue;
 #pragma unroll
     for (int j = 0; j < K::kValues; ++j)
@@ -184,20 +184,20 @@ __device__ __forceinline__ void add_values(Output<K>& out, uint32_t base, int st
   }
 }
 
-// The tiles of a piece. `base` is where the block's shared memory begins.
+// All tiles of a chunk. `base` is where the block's shared memory begins.
 template <typename K>
-__device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPiece& w, uint32_t base,
+__device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkChunk& w, uint32_t base,
                                           RowState<K>& state, Output<K>& out) {
   const AttnDecodeParams& a = p.attn;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token_half = warp % 2, row_begin = warp / 2 * K::kWarpRows;
-  SeenTokens seen[K::kRowTiles][2];
+  TokenRangeOf<int> visible[K::kRowTiles][2];
 #pragma unroll
   for (int n = 0; n < K::kRowTiles; ++n)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      seen[n][r] = seen_tokens(p, w, w.row_begin + row_begin + n * 8 + lane % 4 * 2 + r);
-      seen[n][r].end = seen[n][r].end < w.token_end ? seen[n][r].end : w.token_end;
+      visible[n][r] = visible_tokens(p, w, w.row_begin + row_begin + n * 8 + lane % 4 * 2 + r);
+      visible[n][r].end = visible[n][r].end < w.token_end ? visible[n][r].end : w.token_end;
     }
 
   bool bad = false;
@@ -229,7 +229,7 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
       float s[K::kRowTiles][4];
       const int token = token_half * 16;
       scores<K>(s, base + stage * (K::kKeys * K::kTileBytes), base + K::kLayout.queries, token, row_begin);
-      mask_and_max<K>(s, seen, a.scale * kLog2e, t + token + lane / 4,
+      mask_and_max<K>(s, visible, a.scale * kLog2e, t + token + lane / 4,
                       base + K::kLayout.maxima + (token_half * K::kRows + row_begin) * 4);
       __syncthreads();
       copy_values(stage ^ 1, t + kTokens, next);
@@ -240,7 +240,7 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
       probabilities<K>(s, state, base, token_half, row_begin);
       ptx::cp_async_wait<1>();
       __syncthreads();
-      shrink_output(out, base);
+      rescale_output(out, base);
       add_values(out, base, stage);
     }
     ptx::cp_async_wait<0>();
@@ -251,9 +251,9 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkPie
   }
 }
 
-// Each row's sum and maximum over all tokens to shared memory, at kSums and kMaxima.
+// Each row's sum and maximum over all tokens to shared memory, at kLayout.sums and kLayout.maxima.
 template <typename K>
-__device__ __forceinline__ void share_state(RowState<K>& state, uint32_t base) {
+__device__ __forceinline__ void store_state(RowState<K>& state, uint32_t base) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int n = 0; n < K::kRowTiles; ++n)
@@ -271,12 +271,12 @@ __device__ __forceinline__ void share_state(RowState<K>& state, uint32_t base) {
 
 template <typename K>
 __global__ void __launch_bounds__(K::kThreads, 1)
-    attn_decode_rows_kernel(const __grid_constant__ AttnCudaParams p) {
+    attn_decode_mma_block_kernel(const __grid_constant__ AttnCudaParams p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = shared_base();
   const BlockWork work = block_work(p);
   for (int64_t at = work.begin; at < work.end;) {
-    const WorkPiece w = find_piece(p, at, work);
+    const WorkChunk w = find_chunk(p, at, work);
     at = w.next;
     if (w.splits == 0) continue;
     RowState<K> state;
@@ -286,10 +286,10 @@ __global__ void __launch_bounds__(K::kThreads, 1)
       for (int r = 0; r < 2; ++r) state.max[n][r] = minus_infinity(), state.sum[n][r] = 0.f;
     Output<K> out = {};
     run_tiles(p, w, base, state, out);
-    share_state<K>(state, base);
+    store_state<K>(state, base);
 
-    // Value weights go into the output before splits are merged: partial results are as wide as one source.
-    const int rows = rows_of_piece(p, w);
+    // Value weights are applied before splits are merged, so that partial results are as wide as one source.
+    const int rows = rows_of_chunk(p, w);
 #pragma unroll
     for (int m = 0; m < K::kChannelTiles; ++m)
 #pragma unroll
@@ -314,21 +314,21 @@ __global__ void __launch_bounds__(K::kThreads, 1)
                                         sum == 0.f ? minus_infinity() : lse);
           }
       }
-    finish_piece<typename K::T>(p, w, base + K::kLayout.flag, K::kThreads);
-    __syncthreads();  // shared memory belongs to the next piece
+    finish_chunk<typename K::T>(p, w, base + K::kLayout.flag, K::kThreads);
+    __syncthreads();  // the next chunk reuses shared memory
   }
 }
 
 }  // namespace
 
-AttnKernelFunction attn_rows_kernel(DType dtype, int head_dim, int keys, int values, int rows) {
-  return tensor_core_kernel(
+AttnKernelFunction attn_mma_block_kernel(DType dtype, int head_dim, int keys, int values, int rows) {
+  return mma_kernel(
       dtype, head_dim, keys, values, [rows](auto type, auto d, auto k, auto v) -> AttnKernelFunction {
         using T = typename decltype(type)::type;
         constexpr int kD = decltype(d)::value, kKeys = decltype(k)::value, kValues = decltype(v)::value;
-        if (rows == 16) return attn_decode_rows_kernel<RowsKernel<T, kD, kKeys, kValues, 16>>;
-        if (rows == 32) return attn_decode_rows_kernel<RowsKernel<T, kD, kKeys, kValues, 32>>;
-        return attn_decode_rows_kernel<RowsKernel<T, kD, kKeys, kValues, 64>>;
+        if (rows == 16) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 16>>;
+        if (rows == 32) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 32>>;
+        return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 64>>;
       });
 }
 

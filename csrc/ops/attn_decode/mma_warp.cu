@@ -1,21 +1,20 @@
 // out[r] = sum_j b_j (.) (softmax_t(scale * sum_i (q_r (.) a_i) . K_i[t]) V_j[t])    for up to 8 query rows.
 //
-// Memory-bound: each key and value is read once for all rows of its KV head, and the kernel's shape is about
-// keeping bytes in flight. Tokens stand on M and query rows on N of mma.m16n8k16, so that rows are padded to
-// 8 only. Sources concatenate along k: scores of all of them add up in one accumulator, and no fused key
-// exists.
+// Memory-bound: each key and value is read once for all rows of its KV head, and the tiling keeps bytes in
+// flight. Tokens are on M and query rows on N of mma.m16n8k16, so that rows are padded to 8 only. Sources
+// concatenate along k: one accumulator sums the scores of all sources, and no fused key exists.
 //
 //   S^T (16 tokens x 8 rows)  += K_i (16 x 16) (q (.) a_i)^T       K by ldmatrix, queries in registers
 //   P^T                        = 2^(S^T - max)                     fp32, a C fragment; movmatrix makes it a B
 //   O_j^T (16 channels x 8)   += V_j^T (16 x 16 tokens) P^T        V by ldmatrix.trans, O in registers
 //
-// Warps are autonomous: each has 16 tokens at a time, its own cp.async ring of two stages and its own softmax
-// state, and meets the others only when the piece ends. A stage's keys and values are separate, so that the
-// copy of step i + 2's keys starts as soon as step i's scores are done:
+// Warps are independent. Each has 16 tokens at a time, its own cp.async ring of two stages and its own
+// softmax state; the warps of a block synchronize only at the end of a chunk. A stage's keys and values are
+// separate, so that the copy of step i + 2's keys starts as soon as step i's scores are done:
 //
 //   wait V_i-1, K_i | scores i | copy V_i+1, K_i+2 | softmax | wait V_i, K_i+1 | values i
 //
-// A block takes 64 KiB of shared memory at most, so that three fit on an SM of 227 KiB, two on one of 163 and
+// A block needs at most 64 KiB of shared memory. Three fit on an SM of 227 KiB, two on one of 163 KiB, and
 // one on every other since sm_80.
 
 #include "ops/attn_decode/kernels.h"
@@ -28,12 +27,12 @@ namespace {
 constexpr int kRows = 8, kTokens = 16, kStages = 2;
 
 template <typename T_, int kD_, int kKeys_, int kValues_>
-struct WarpKernel {
+struct MmaWarpKernel {
   using T = T_;
   static constexpr int kD = kD_, kKeys = kKeys_, kValues = kValues_;
   static constexpr int kSteps = kD / 16;  // of 16 channels
   static constexpr int kTileBytes = kTokens * kD * 2;
-  static constexpr WarpLayout kLayout = warp_layout(kD, kKeys, kValues);
+  static constexpr MmaWarpLayout kLayout = mma_warp_layout(kD, kKeys, kValues);
   static constexpr int kWarps = kLayout.warps, kThreads = kLayout.threads, kRingBytes = kLayout.ring_bytes;
 };
 
@@ -43,7 +42,7 @@ struct State {
   float o[K::kValues][K::kSteps][4];
 };
 
-// Scores of 16 tokens against 8 rows, in two chains that do not wait for each other.
+// Scores of 16 tokens against 8 rows, in two independent chains.
 template <typename K>
 __device__ __forceinline__ void scores(float (&s)[4], uint32_t keys,
                                        const uint32_t (&q)[K::kKeys][K::kSteps][2]) {
@@ -67,13 +66,13 @@ __device__ __forceinline__ void scores(float (&s)[4], uint32_t keys,
 // Scores become probabilities relative to the running maximum, as the B fragment of the second product.
 template <typename K>
 __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)[4], State<K>& state,
-                                        float scale, int token, const SeenTokens (&seen)[2]) {
+                                        float scale, int token, const TokenRangeOf<int> (&visible)[2]) {
   bool grew = false;
-  float shrink[2];
+  float rescale[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool first = token >= seen[r].begin && token < seen[r].end;
-    const bool second = token + 8 >= seen[r].begin && token + 8 < seen[r].end;
+    const bool first = token >= visible[r].begin && token < visible[r].end;
+    const bool second = token + 8 >= visible[r].begin && token + 8 < visible[r].end;
     s[r] = first ? s[r] * scale : minus_infinity();
     s[r + 2] = second ? s[r + 2] * scale : minus_infinity();
     float highest = fmaxf(s[r], s[r + 2]);
@@ -83,11 +82,11 @@ __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)
     const float old = state.max[r];
     state.max[r] = fmaxf(old, highest);
     const float base = state.max[r] == minus_infinity() ? 0.f : state.max[r];
-    shrink[r] = ptx::ex2(old - base);
+    rescale[r] = ptx::ex2(old - base);
     grew |= state.max[r] > old;
     s[r] = ptx::ex2(s[r] - base);
     s[r + 2] = ptx::ex2(s[r + 2] - base);
-    state.sum[r] = state.sum[r] * shrink[r] + s[r] + s[r + 2];
+    state.sum[r] = state.sum[r] * rescale[r] + s[r] + s[r + 2];
   }
   if (__any_sync(kFullWarp, grew)) {
 #pragma unroll
@@ -95,7 +94,7 @@ __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)
 #pragma unroll
       for (int step = 0; step < K::kSteps; ++step)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) state.o[j][step][i] *= shrink[i % 2];
+        for (int i = 0; i < 4; ++i) state.o[j][step][i] *= rescale[i % 2];
   }
   probabilities[0] = ptx::movmatrix_trans(pack(s[0], s[1], typename K::T{}));
   probabilities[1] = ptx::movmatrix_trans(pack(s[2], s[3], typename K::T{}));
@@ -104,7 +103,7 @@ __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)
 // q (.) a_j of 8 rows as B fragments, rounded once.
 template <typename K>
 __device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][2], const AttnCudaParams& p,
-                                             const WorkPiece& w) {
+                                             const WorkChunk& w) {
   const int lane = threadIdx.x % 32;
   const auto* row = query_data<typename K::T>(p, w, w.row_begin + lane / 4);
 #pragma unroll
@@ -116,15 +115,15 @@ __device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][
 
 // All steps of this warp: tokens first, first + 16 kWarps, ...
 template <typename K>
-__device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPiece& w, uint32_t ring,
+__device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkChunk& w, uint32_t ring,
                                           State<K>& state) {
   const AttnDecodeParams& a = p.attn;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  SeenTokens seen[2];
+  TokenRangeOf<int> visible[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    seen[r] = seen_tokens(p, w, w.row_begin + lane % 4 * 2 + r);
-    seen[r].end = seen[r].end < w.token_end ? seen[r].end : w.token_end;
+    visible[r] = visible_tokens(p, w, w.row_begin + lane % 4 * 2 + r);
+    visible[r].end = visible[r].end < w.token_end ? visible[r].end : w.token_end;
   }
 
   bool bad = false;
@@ -157,14 +156,14 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPie
     for (int t = first; t < w.token_end; t += stride, stage ^= 1) {
       float s[4];
       scores<K>(s, ring + stage * (K::kKeys * K::kTileBytes), q);
-      __syncwarp();  // everybody has read these keys, and the values of the step before
+      __syncwarp();  // all lanes have read these keys, and the values of the step before
       copy_values(stage ^ 1, t + stride, next);
       copy_keys(stage, t + 2 * stride, after);
       ptx::cp_async_commit();
       next = after;
       after = find_tile<kTokens>(p, w, t + 3 * stride, &bad);
       uint32_t probabilities[2];
-      softmax(probabilities, s, state, a.scale * kLog2e, t + lane / 4, seen);
+      softmax(probabilities, s, state, a.scale * kLog2e, t + lane / 4, visible);
       ptx::cp_async_wait<1>();
       __syncwarp();
 #pragma unroll
@@ -184,13 +183,13 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkPie
 
 template <typename K>
 __global__ void __launch_bounds__(K::kThreads, 1)
-    attn_decode_warp_kernel(const __grid_constant__ AttnCudaParams p) {
+    attn_decode_mma_warp_kernel(const __grid_constant__ AttnCudaParams p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const BlockStates states = block_states(shared_base(), K::kWarps, kRows, K::kLayout.pitch);
 
   const BlockWork work = block_work(p);
   for (int64_t at = work.begin; at < work.end;) {
-    const WorkPiece w = find_piece(p, at, work);
+    const WorkChunk w = find_chunk(p, at, work);
     at = w.next;
     if (w.splits == 0) continue;
     State<K> state;
@@ -233,18 +232,18 @@ __global__ void __launch_bounds__(K::kThreads, 1)
       }
     __syncthreads();
     merge_states<typename K::T>(p, w, states, K::kThreads);
-    finish_piece<typename K::T>(p, w, states.flag, K::kThreads);
-    __syncthreads();  // shared memory belongs to the next piece
+    finish_chunk<typename K::T>(p, w, states.flag, K::kThreads);
+    __syncthreads();  // the next chunk reuses shared memory
   }
 }
 
 }  // namespace
 
-AttnKernelFunction attn_warp_kernel(DType dtype, int head_dim, int keys, int values) {
-  return tensor_core_kernel(
+AttnKernelFunction attn_mma_warp_kernel(DType dtype, int head_dim, int keys, int values) {
+  return mma_kernel(
       dtype, head_dim, keys, values, [](auto type, auto d, auto k, auto v) -> AttnKernelFunction {
-        return attn_decode_warp_kernel<WarpKernel<typename decltype(type)::type, decltype(d)::value,
-                                                  decltype(k)::value, decltype(v)::value>>;
+        return attn_decode_mma_warp_kernel<MmaWarpKernel<typename decltype(type)::type, decltype(d)::value,
+                                                         decltype(k)::value, decltype(v)::value>>;
       });
 }
 

@@ -6,15 +6,16 @@
 
 #include "common/dtype.h"
 #include "common/limits.h"
+#include "ops/attn_decode/visibility.h"
 
 namespace fusedkv {
 
-// Tokens per split. Fixed: a sequence gets the same splits, hence the same bits, in any batch and with any
-// number of threads.
+// Tokens per split on the CPU. Fixed: a sequence gets the same splits, hence the same bits, in any batch and
+// with any number of threads.
 constexpr int64_t kSplitTokens = 512;
 
-// Query rows (s, head of the group) that one task keeps at most; more rows mean more tasks that read the same
-// keys and values.
+// Query rows (s, head of the group) that a CPU task keeps at most. More rows mean more tasks that read the
+// same keys and values.
 constexpr int64_t kMaxTaskRows = 32;
 
 // One cache: contiguous (B, capacity, G, D) or paged (P, page_size, G, D). Strides in elements, last dim
@@ -40,38 +41,35 @@ struct AttnDecodeParams {
   const int32_t* block_table;  // (B, max_pages) page of each page_size tokens, or nullptr: contiguous caches
   int64_t block_table_stride;
   int64_t page_size;
-  float scale;  // softmax scale, natural-log domain
-  int64_t window_left,
-      window_right;  // keys t with pos - left <= t <= pos + right are seen; negative: unbounded
+  float scale;                        // softmax scale, natural-log domain
+  int64_t window_left, window_right;  // visibility.h
 
   // CPU. A task is one (sequence, split, row group, block of task_heads KV heads).
-  int64_t task_heads;            // KV heads that a task walks side by side
+  int64_t task_heads;            // KV heads that a task processes together
   const int64_t* split_offsets;  // (B + 1,) first split of each sequence
-  float* partial_out;  // (splits, G, rows, Dv) normalised output of the splits of sequences with several
-  float* partial_lse;  // (splits, G, rows) its log2-sum-exp2
-  void* out;           // (B, S, H, Dv) contiguous
-  float* lse;          // (B, H, S) natural log
+
+  // Partial results. CPU: of the splits of sequences with several, (splits, G, rows, Dv) and (splits, G,
+  // rows). CUDA: cuda_params.h.
+  float* partial_out;  // normalized output of a split
+  float* partial_lse;  // its log2-sum-exp2
+
+  void* out;   // (B, S, H, Dv) contiguous
+  float* lse;  // (B, H, S) natural log
 };
 
-// The keys [begin, end) that any query row of a sequence of length `len` sees.
-struct TokenRange {
-  int64_t begin, end;
-};
-
+// The tokens that any query row of a sequence of `len` tokens sees.
 static inline TokenRange visible_tokens(const AttnDecodeParams& p, int64_t len) {
-  const int64_t first_row = len > p.S ? len - p.S : 0;
-  const bool cut = p.window_left >= 0 && first_row > p.window_left;
-  return {cut ? first_row - p.window_left : 0, len};
+  return visible_to_any_row(len, p.S, p.window_left);
 }
 
-// Splits lie on a fixed grid, so that a window that slides does not move every split with it.
+// Splits lie on a fixed grid, so that a sliding window does not move every split.
 static inline int64_t num_splits(const AttnDecodeParams& p, int64_t len) {
   const TokenRange range = visible_tokens(p, len);
   if (range.begin >= range.end) return 0;
   return (range.end - 1) / kSplitTokens - range.begin / kSplitTokens + 1;
 }
 
-// Query rows of one KV head, and how they are cut into tasks.
+// Query rows of one KV head, and how they are divided among tasks.
 static inline int64_t num_rows(const AttnDecodeParams& p) {
   return p.S * (p.H / p.G);
 }
@@ -84,7 +82,7 @@ static inline int64_t num_head_blocks(const AttnDecodeParams& p) {
   return (p.G + p.task_heads - 1) / p.task_heads;
 }
 
-// Bytes that a thread's workspace has at most, for any SIMD level.
+// An upper bound of a thread's workspace in bytes, for any SIMD target.
 static inline int64_t attn_decode_workspace(const AttnDecodeParams& p) {
   const int64_t rows = (num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows) + 15;
   const int64_t per_row = p.num_keys * (p.D + 31) + p.num_values * (p.Dv + 31) + 17;

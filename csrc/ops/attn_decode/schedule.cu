@@ -1,8 +1,9 @@
 // schedule[b] = sum of sequence_cost over the sequences before b, for b = 0 .. B; counters = 0.
 //
-// One block, once per step: lengths stay on the device and nobody waits for them. 1024 sequences at a time
+// One block, once per step. Lengths stay on the device, so the host does not wait. 1024 sequences at a time
 // are summed within warps, then over the warps.
 
+#include "ops/attn_decode/cuda_params.h"
 #include "ops/attn_decode/work.cuh"
 
 namespace fusedkv {
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 
-// The sum of x over the lanes up to this one.
+// The sum of x over the lanes up to and including this one.
 __device__ __forceinline__ int inclusive_sum(int x) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t b = round + threadIdx.x;
     int cost = 0;
     if (b < p.B)
-      cost = sequence_cost(visible_cells(load(p.seq_lens + b), p.S, p.capacity, p.window_left),
+      cost = sequence_cost(visible_kv_tiles(load(p.seq_lens + b), p.S, p.capacity, p.window_left),
                            p.batch_invariant);
     const int in_warp = inclusive_sum(cost);
     if (lane == 31) ptx::st_shared_b32(shared_base() + warp * 4, in_warp);
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     const int earlier_warps = __shfl_sync(kFullWarp, up_to_warp, warp == 0 ? 0 : warp - 1);
     if (b < p.B) store(p.schedule + b, before + in_warp - cost + (warp == 0 ? 0 : earlier_warps));
     before += __shfl_sync(kFullWarp, up_to_warp, 31);
-    __syncthreads();  // everybody has read the warps' sums
+    __syncthreads();  // all warps have read the sums
   }
   if (threadIdx.x == 0) store(p.schedule + p.B, before);
 }

@@ -1,4 +1,4 @@
-// What the decode kernels share: finding a block's pieces, finding tokens in caches, finishing a piece.
+// What the decode kernels share: a block's chunks, the places of tokens in caches, and merging.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -17,96 +17,99 @@ __device__ __forceinline__ float not_a_number() {
   return __uint_as_float(0x7fffffffu);
 }
 
-// ---- pieces ------------------------------------------------------------------------------------
+// ---- chunks ------------------------------------------------------------------------------------
 
-// One block's part of an item: split `split` of `splits`, which all leave their partial results in slots.
-struct WorkPiece {
+// One block's part of a work unit (schedule.h): split `split` of `splits`. Each split has a slot for its
+// partial result.
+struct WorkChunk {
   int b, g, row_begin;         // sequence, KV head, first query row
   int len;                     // valid tokens; -1: out of range, the output is NaN
-  int token_begin, token_end;  // tokens to look at; both 0 for a sequence without any
+  int token_begin, token_end;  // tokens of the chunk; both 0 for an empty sequence
   int split, splits;
   int64_t slot0, slot1, slot_step;  // of split 0; of split 1; between further splits
   int64_t counter;
-  int64_t next;  // where the block's range goes on
+  int64_t next;  // where the block continues
 
   __device__ int64_t slot(int k) const { return k == 0 ? slot0 : slot1 + (k - 1) * slot_step; }
 };
 
-// The sequence b with schedule[b] * items <= at < schedule[b + 1] * items, found by 32 lanes together.
-__device__ __forceinline__ int find_sequence(const AttnCudaParams& p, int64_t at, int64_t items) {
+// The sequence b with schedule[b] * units <= at < schedule[b + 1] * units, found by the lanes of a warp
+// together.
+__device__ __forceinline__ int find_sequence(const AttnCudaParams& p, int64_t at, int64_t units) {
   const int lane = threadIdx.x % 32;
   int low = 0, high = int(p.attn.B);
   while (high - low > 1) {
     const int step = (high - low + 31) / 32, probe = low + lane * step;
-    const bool before = probe < high && load(p.schedule + probe) * items <= at;
+    const bool before = probe < high && load(p.schedule + probe) * units <= at;
     low += (__popc(__ballot_sync(kFullWarp, before)) - 1) * step;
     high = low + step < high ? low + step : high;
   }
   return low < 0 ? 0 : low;
 }
 
-// This block's range of the row of all items, `total` of them.
+// This block's range of the row of all work units, whose total cost is `total`.
 struct BlockWork {
-  int64_t begin, end, share, total;
+  int64_t begin, end, quota, total;
 };
 
 __device__ __forceinline__ BlockWork block_work(const AttnCudaParams& p) {
   const int64_t total = load(p.schedule + p.attn.B) * (p.attn.G * p.row_groups);
-  const int64_t share = block_share(total, gridDim.x, p.batch_invariant), begin = blockIdx.x * share;
-  return {begin, begin + share < total ? begin + share : total, share, total};
+  const int64_t quota = block_quota(total, gridDim.x, p.batch_invariant), begin = blockIdx.x * quota;
+  return {begin, begin + quota < total ? begin + quota : total, quota, total};
 }
 
-// The piece at `at` of the row of all items, the same for all threads of the block. splits == 0: nothing to
-// do before `next`.
-__device__ __forceinline__ WorkPiece find_piece(const AttnCudaParams& p, int64_t at, const BlockWork& work) {
-  const int64_t items = p.attn.G * p.row_groups;
-  WorkPiece w;
-  w.b = find_sequence(p, at, items);
+// The chunk at `at` of the row of all work units, the same for all threads of the block. splits == 0: nothing
+// to do before `next`.
+__device__ __forceinline__ WorkChunk find_chunk(const AttnCudaParams& p, int64_t at, const BlockWork& work) {
+  const int64_t units = p.attn.G * p.row_groups;
+  WorkChunk w;
+  w.b = find_sequence(p, at, units);
   const int64_t first = load(p.schedule + w.b), cost = load(p.schedule + w.b + 1) - first;
-  const int64_t item = cost > 0 ? (at - first * items) / cost : items;
-  const int64_t start = first * items + item * cost, stop = start + cost;
-  if (start < 0 || at < first * items || item >= items || stop > work.total) {  // no schedule at all
+  const int64_t unit = cost > 0 ? (at - first * units) / cost : units;
+  const int64_t start = first * units + unit * cost, stop = start + cost;
+  // True for a schedule of another call.
+  if (start < 0 || at < first * units || unit >= units || stop > work.total) {
     w.splits = 0;
     w.next = work.end;
     return w;
   }
-  w.g = int(item % p.attn.G);
-  w.row_begin = int(item / p.attn.G) * p.rows;
+  w.g = int(unit % p.attn.G);
+  w.row_begin = int(unit / p.attn.G) * p.rows;
   w.len = load(p.attn.seq_lens + w.b);
-  const CellRange cells = visible_cells(w.len, p.attn.S, p.capacity, p.attn.window_left);
-  int cell_begin, cell_end;
+  const KVTileRange tiles = visible_kv_tiles(w.len, p.attn.S, p.capacity, p.attn.window_left);
+  int tile_begin, tile_end;
   if (p.batch_invariant) {
     w.next = at + 1;
     w.split = int(at - start);
-    // A schedule of other lengths may ask for more than there is room for.
+    // A schedule of other lengths may want more splits than there are slots.
     w.splits = cost < p.max_splits ? int(cost) : p.max_splits;
     if (w.split >= w.splits) w.splits = 0;
-    w.counter = w.b * items + item;
+    w.counter = w.b * units + unit;
     w.slot0 = w.counter * p.max_splits;
     w.slot1 = w.slot0 + 1;
     w.slot_step = 1;
-    cell_begin = (cells.begin / kFixedSplitCells + w.split) * kFixedSplitCells;
-    cell_end = cell_begin + kFixedSplitCells;
+    tile_begin = (tiles.begin / kFixedSplitTiles + w.split) * kFixedSplitTiles;
+    tile_end = tile_begin + kFixedSplitTiles;
   } else {
-    const int64_t first_cell = start + kItemCostCells;  // where it stands in the row
-    const int64_t from = at > first_cell ? at : first_cell, to = work.end < stop ? work.end : stop;
+    const int64_t first_tile = start + kUnitCostTiles;  // its place in the row
+    const int64_t from = at > first_tile ? at : first_tile, to = work.end < stop ? work.end : stop;
     w.next = to;
-    const int64_t first_block = first_cell / work.share, last_block = (stop - 1) / work.share;
+    const int64_t first_block = first_tile / work.quota, last_block = (stop - 1) / work.quota;
     w.splits = from < to ? int(last_block - first_block) + 1 : 0;
-    w.split = int(from / work.share - first_block);
-    // A block has at most two split items: one that it goes on with (slot 2 * block) and one that it starts.
+    w.split = int(from / work.quota - first_block);
+    // A block has at most two split units: one that it continues (slot 2 * block) and one that it starts.
     w.slot0 = 2 * first_block + 1;
     w.slot1 = 2 * (first_block + 1);
     w.slot_step = 2;
     w.counter = first_block;
-    cell_begin = cells.begin + int(from - first_cell);
-    cell_end = cells.begin + int(to - first_cell);
+    tile_begin = tiles.begin + int(from - first_tile);
+    tile_end = tiles.begin + int(to - first_tile);
   }
   if (w.len < 0 || w.len > p.capacity) w.len = -1;
   const int len = w.len < 0 ? 0 : w.len;
-  const int visible = int(first_seen_token(len, p.attn.S, p.attn.window_left));
-  w.token_begin = cell_begin * kCellTokens > visible ? cell_begin * kCellTokens : visible;
-  w.token_end = cell_end * kCellTokens < len ? cell_end * kCellTokens : len;
+  const int visible = int(visible_to_any_row<int64_t>(len, p.attn.S, p.attn.window_left).begin);
+  w.token_begin = tile_begin * kKVTileTokens > visible ? tile_begin * kKVTileTokens : visible;
+  w.token_end = tile_end * kKVTileTokens < len ? tile_end * kKVTileTokens : len;
   if (w.token_end < w.token_begin) w.token_end = w.token_begin;
   return w;
 }
@@ -123,32 +126,27 @@ __device__ __forceinline__ QueryRow query_row(const AttnCudaParams& p, int g, in
   return {s, g * p.group + row - s * p.group};
 }
 
-// How many of an item's rows there are: the last group of rows may be smaller.
-__device__ __forceinline__ int rows_of_piece(const AttnCudaParams& p, const WorkPiece& w) {
+// Query rows of a chunk: the last group of rows may be smaller.
+__device__ __forceinline__ int rows_of_chunk(const AttnCudaParams& p, const WorkChunk& w) {
   const int rows = p.num_rows - w.row_begin;
   return rows < p.rows ? rows : p.rows;
 }
 
-// The tokens [begin, end) that a query row sees; none for padding and for rows beyond the last.
-struct SeenTokens {
-  int begin, end;
-};
-
-__device__ __forceinline__ SeenTokens seen_tokens(const AttnCudaParams& p, const WorkPiece& w, int row) {
-  const int pos = w.len - int(p.attn.S) + query_row(p, w.g, row).s;
-  if (row >= p.num_rows || pos < 0) return {0, 0};
-  const int left = int(p.attn.window_left), right = int(p.attn.window_right);
-  return {left >= 0 && pos > left ? pos - left : 0,
-          right >= 0 && w.len - pos > right + 1 ? pos + right + 1 : w.len};
+// The tokens that a query row sees; none for rows beyond the last.
+__device__ __forceinline__ TokenRangeOf<int> visible_tokens(const AttnCudaParams& p, const WorkChunk& w,
+                                                            int row) {
+  if (row >= p.num_rows) return {0, 0};
+  const int position = w.len - int(p.attn.S) + query_row(p, w.g, row).s;
+  return visible_to_row(position, w.len, int(p.attn.window_left), int(p.attn.window_right));
 }
 
-// Where a token lies, the same in all caches of a call.
+// The place of a token, the same in all caches of a call.
 struct TokenPlace {
-  int64_t row;  // sequence or page; -1: nowhere
+  int64_t row;  // sequence or page; -1: none
   int64_t slot;
 };
 
-__device__ __forceinline__ TokenPlace find_token(const AttnCudaParams& p, const WorkPiece& w, int t,
+__device__ __forceinline__ TokenPlace find_token(const AttnCudaParams& p, const WorkChunk& w, int t,
                                                  bool* bad) {
   if (t < w.token_begin || t >= w.token_end) return {-1, 0};
   if (!p.attn.block_table) return {w.b, t};
@@ -167,15 +165,15 @@ __device__ __forceinline__ const T* token_data(const CacheTensor& cache, int g, 
          g * cache.stride_g;
 }
 
-// ---- finishing a piece -------------------------------------------------------------------------
+// ---- merging -----------------------------------------------------------------------------------
 
-// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order: the order, not the block that happens
-// to do it, makes the bits. First each row's maximum and sum, a warp for a row; then its channels, four to a
-// thread, with several splits under way.
+// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order. The bits depend on that order, not on
+// the block that merges. First each row's maximum and sum, one warp per row. Then its channels, four per
+// thread, with the loads of several splits in flight.
 template <typename T>
-__device__ void merge_splits(const AttnCudaParams& p, const WorkPiece& w, int threads) {
+__device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, int threads) {
   const AttnDecodeParams& a = p.attn;
-  const int rows = rows_of_piece(p, w), lane = threadIdx.x % 32;
+  const int rows = rows_of_chunk(p, w), lane = threadIdx.x % 32;
   const uint32_t maxima = shared_base(), sums = maxima + rows * 4;
   const auto lse = [&](int k, int r) { return load(a.partial_lse + w.slot(k) * p.slot_rows + r); };
   for (int r = threadIdx.x / 32; r < rows; r += threads / 32) {
@@ -221,9 +219,9 @@ __device__ void merge_splits(const AttnCudaParams& p, const WorkPiece& w, int th
   }
 }
 
-// Writes element (row r, channel d) of a piece: `out` is normalised, `lse` in the log2 domain.
+// Writes element (row r, channel d) of a chunk: `out` is normalized, `lse` in the log2 domain.
 template <typename T>
-__device__ __forceinline__ void write_result(const AttnCudaParams& p, const WorkPiece& w, int r, int d,
+__device__ __forceinline__ void write_result(const AttnCudaParams& p, const WorkChunk& w, int r, int d,
                                              float out, float lse) {
   const AttnDecodeParams& a = p.attn;
   if (w.splits == 1) {
@@ -239,25 +237,25 @@ __device__ __forceinline__ void write_result(const AttnCudaParams& p, const Work
   }
 }
 
-// After all threads of the block have called write_result for their elements: the block that finishes an item
-// last merges it. `flag` is a word of shared memory.
+// Comes after all threads of the block have called write_result for their elements. The block that finishes a
+// work unit last merges it. `flag` is a word of shared memory.
 template <typename T>
-__device__ __forceinline__ void finish_piece(const AttnCudaParams& p, const WorkPiece& w, uint32_t flag,
+__device__ __forceinline__ void finish_chunk(const AttnCudaParams& p, const WorkChunk& w, uint32_t flag,
                                              int threads) {
   if (w.splits == 1) return;
   __syncthreads();
   if (threadIdx.x == 0) {
     const bool last = ptx::atom_add_acq_rel(p.counters + w.counter, 1) == w.splits - 1;
-    if (last) store(p.counters + w.counter, 0);  // as the next call expects it
+    if (last) store(p.counters + w.counter, 0);  // for the next call
     ptx::st_shared_b32(flag, last);
   }
   __syncthreads();
   if (ptx::ld_shared_b32(flag)) merge_splits<T>(p, w, threads);
 }
 
-// Merges the states of several warps (or parts of warps) of a block into the result of its piece. Shared
-// memory holds, at `maxima` and `sums`, (states, rows) floats in the log2 domain and, at `outs`, (states,
-// rows, pitch) floats that are relative to their maximum and not normalised; then a word for finish_piece.
+// The softmax states of several warps, or teams of lanes, of a block in shared memory. `maxima` and `sums`
+// are (states, rows) floats in the log2 domain. `outs` are (states, rows, pitch) floats, relative to their
+// maximum and not normalized. `flag` is a word for finish_chunk.
 struct BlockStates {
   uint32_t maxima, sums, outs, flag;
   int states, rows, pitch;
@@ -268,10 +266,11 @@ __device__ __forceinline__ BlockStates block_states(uint32_t base, int states, i
   return {base, base + size, base + 2 * size, base + 2 * size + size * pitch, states, rows, pitch};
 }
 
+// Merges the states into the result of the block's chunk.
 template <typename T>
-__device__ __forceinline__ void merge_states(const AttnCudaParams& p, const WorkPiece& w,
+__device__ __forceinline__ void merge_states(const AttnCudaParams& p, const WorkChunk& w,
                                              const BlockStates& s, int threads) {
-  const int Dv = int(p.attn.Dv), rows = rows_of_piece(p, w);
+  const int Dv = int(p.attn.Dv), rows = rows_of_chunk(p, w);
   for (int i = threadIdx.x; i < rows * Dv; i += threads) {
     const int r = i / Dv, d = i % Dv;
     float highest = minus_infinity();

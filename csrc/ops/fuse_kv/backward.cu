@@ -1,11 +1,11 @@
 // dx_j = w_j (.) dout     (written, or added to buffers)
 // dw_j[g,d] = sum_{b,t} dout[b,t,g,d] * x_j[b,t,g,d]
 //
-// Memory-bound, one pass: dout and the sources come from memory once. A block takes a chunk of
-// kFuseChunkTokens tokens and kMostColumns 16-byte pieces of the channels: narrow, so that a few thousand
-// tokens already fill the GPU, and still whole 128-byte lines. A thread keeps the weights and the partial
-// weight gradients of its piece in registers and walks over the chunk's tokens; the block's rows are added up
-// through shared memory. A second kernel adds the chunks pairwise. Every order is fixed by the shape: two
+// Memory-bound, one pass: dout and the sources are read from memory once. A block has a chunk of
+// kFuseChunkTokens tokens and kMostColumns 16-byte pieces of the channels. It is narrow, so that a few
+// thousand tokens fill the GPU, and still reads whole 128-byte lines. A thread keeps the weights and the
+// partial weight gradients of its piece in registers and loops over the chunk's tokens. The block's rows are
+// summed through shared memory. A second kernel sums the chunks pairwise. The shape fixes every order: two
 // runs give the same bits, on any GPU.
 
 #include "ops/fuse_kv/threads.cuh"
@@ -21,7 +21,7 @@ struct BackwardParams {
   int columns;
 };
 
-// grad_sources of the kSources sources from `first` on, at one token.
+// grad_sources of sources first .. first + kSources - 1 at one token.
 template <typename T, int kSources, typename Acc>
 __device__ __forceinline__ void write_gradients(const FuseKVParams& p, int first, int64_t offset,
                                                 const Acc (&w)[kSources][Piece<T>::kVec],
@@ -61,7 +61,7 @@ __device__ __forceinline__ void write_gradients(const FuseKVParams& p, int first
   }
 }
 
-// Adds up the partial weight gradients of the block's rows, in their order.
+// Sums the partial weight gradients of the block's rows, in their order.
 template <typename T, int kSources, typename Acc>
 __device__ __forceinline__ void reduce_rows(const BackwardParams& params, int first,
                                             const ThreadPlace<T>& thread,
@@ -103,7 +103,7 @@ __device__ __forceinline__ void reduce_rows(const BackwardParams& params, int fi
   __syncthreads();  // before the next sources' sums
 }
 
-// One source, or two at a time of any number: dout is read again for each two, from the L2 cache.
+// One source, or any number of them two at a time: dout is read again for each pair, from the L2 cache.
 template <typename T, int kSources>
 __global__ void __launch_bounds__(kFuseThreads, 2)
     fuse_kv_backward_kernel(const __grid_constant__ BackwardParams params) {

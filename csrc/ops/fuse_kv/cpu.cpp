@@ -1,24 +1,24 @@
 // Forward    out[b,t,g,d] = sum_j w[j,g,d] * x_j[b,t,g,d]
 // Backward   dx_j = w_j (.) dout          dw_j[g,d] = sum_{b,t} dout[b,t,g,d] * x_j[b,t,g,d]
 //
-// Memory-bound: each element is read once and written once. Where the heads of a token lie together they are
-// one row of G * D channels, otherwise a row is a head. Weights stay in L1 or L2 from one token to the next.
-// Large results are written past the caches, a whole line at a time, which spares reading them first.
+// Memory-bound: each element is read once and written once. If the heads of a token are adjacent they are one
+// row of G * D channels, otherwise a row is a head. Weights stay in L1 or L2 from one token to the next.
+// Large results use non-temporal stores of whole lines, which avoids reading the lines first.
 //
-// kRows tokens are taken at once, a quarter of kFuseChunkTokens apart: the hardware's prefetcher follows one
-// stream per page, and neighbours would share theirs.
+// kRows tokens, a quarter of kFuseChunkTokens apart, are processed together: the hardware prefetcher follows
+// one stream per page, and adjacent tokens would share it.
 //
-// Sums run in fp32 (fp64 for fp64) and are rounded once. Weight gradients are summed per chunk of
-// kFuseChunkTokens tokens, then pairwise over the chunks: the order is fixed by the shape alone, so the bits
-// do not depend on the number of threads. From caches, a token is looked up in the block table first.
+// Sums are fp32 (fp64 for fp64), rounded once. Weight gradients are summed per chunk of kFuseChunkTokens
+// tokens, then pairwise over the chunks. The shape alone fixes the order, so that the bits do not depend on
+// the number of threads.
 
 #include "cpu/simd.h"
 #include "ops/fuse_kv/params.h"
 
 namespace fusedkv {
-namespace FUSEDKV_LEVEL {
+namespace FUSEDKV_SIMD_TARGET {
 
-// fp64 exists for gradient checks: one scalar lane behind the same names as Vec.
+// fp64 is for gradient checks: one scalar lane with the functions of Vec.
 struct Scalar64 {
   double v;
 };
@@ -58,7 +58,7 @@ inline const T* at(const TokenTensor& x, int64_t b, int64_t t, int64_t g) {
   return (const T*)x.data + b * x.stride_b + t * x.stride_t + g * x.stride_g;
 }
 
-// Turns output token (b, t) into its place in the caches; false: it stands before the sequence's first.
+// Replaces output token (b, t) by its place in the caches. False if it is before the first token.
 inline bool find_in_cache(const FuseKVParams& p, int64_t& b, int64_t& t) {
   const int64_t position = p.seq_lens[b] - p.T + t;
   if (position < 0) return false;
@@ -76,9 +76,8 @@ struct Vectors {
   static constexpr int count = n;
 };
 
-// Calls fn(first channel, lanes per vector, vectors) for pieces of a row of D channels: whole cache lines of
-// elements T as long as there are some, then single vectors. Inlined for each, so that everything but the
-// channel is a constant.
+// Calls fn(first channel, lanes per vector, vectors) for the pieces of a row of D channels: whole cache lines
+// of elements T, then single vectors. Each call is inlined, so that only the channel is a variable.
 template <typename T, typename Fn>
 inline void each_piece(int64_t D, const Fn& fn) {
   constexpr int lanes = Compute<T>::lanes;
@@ -90,7 +89,7 @@ inline void each_piece(int64_t D, const Fn& fn) {
   if (d < D) fn(d, int(D - d), Vectors<1>{});
 }
 
-// One row per token instead of one per head, where the sources' heads lie together.
+// One row per token instead of one per head, if the sources' heads are adjacent.
 FuseKVParams with_longest_rows(const FuseKVParams& p) {
   FuseKVParams rows = p;
   bool together = true;
@@ -99,7 +98,7 @@ FuseKVParams with_longest_rows(const FuseKVParams& p) {
   return rows;
 }
 
-// Whether `data`, made of rows of p.D, can be written past the caches: every vector in one aligned piece.
+// Whether non-temporal stores can write `data`, rows of p.D: every vector is aligned.
 template <typename T>
 bool streams(const FuseKVParams& p, const void* data) {
   constexpr int lanes = Compute<T>::lanes;
@@ -171,10 +170,9 @@ void forward(const FuseKVParams& p, int64_t begin, int64_t end) {
   if (kStream) stream_fence();
 }
 
-// Gradients of sources [first, first + kSources) at kRows tokens, `apart` from each other. partial: the sums
-// of the weight gradients of their chunk, may be nullptr. Grad: of the source gradients. What the compiler
-// cannot know to stay the same while results are written is in local variables, and loops over them are
-// unrolled.
+// Gradients of sources [first, first + kSources) at kRows tokens, `apart` from each other. partial: the
+// weight gradients of their chunk, or nullptr. Grad: element type of the source gradients. Local variables
+// hold what results could alias for the compiler, and loops over them are unrolled.
 template <typename T, typename Grad, bool kStream, int kSources, int kRows>
 void backward_rows(const FuseKVParams& p, int64_t token, int64_t apart, int first,
                    typename Compute<T>::Acc* partial) {
@@ -314,5 +312,5 @@ void fuse_kv_reduce_weights(const FuseKVParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto tag) { reduce_weights<typename decltype(tag)::type>(p, begin, end); });
 }
 
-}  // namespace FUSEDKV_LEVEL
+}  // namespace FUSEDKV_SIMD_TARGET
 }  // namespace fusedkv

@@ -1,10 +1,10 @@
 // out[b,t,g,d] = sum_j w[j,g,d] * x_j[b,t,g,d]
 //
-// Memory-bound: (m + 1) elements move per output element and m multiply-adds are done, so the shape of the
-// kernel is about loads in flight. A thread owns one 16-byte piece of the channels (g, d .. d + kVec - 1) and
-// walks over tokens: its weights stay in registers, neighbouring threads read contiguous bytes of a token,
-// and several tokens of all sources are loaded before the first one is used. fp32 sums (fp64 for
-// fp64), one rounding. K and V of a layer go in one launch, blockIdx.z picks.
+// Memory-bound: m + 1 elements move per output element for m multiply-adds, so the tiling maximizes loads in
+// flight. A thread owns one 16-byte piece of the channels (g, d .. d + kVec - 1) and loops over tokens. Its
+// weights stay in registers, adjacent threads read contiguous bytes of a token, and several tokens of all
+// sources are loaded before the first one is used. Sums are fp32 (fp64 for fp64), rounded once. K and V of a
+// layer share one launch; blockIdx.z selects.
 
 #include "ops/fuse_kv/threads.cuh"
 
@@ -13,14 +13,14 @@ namespace fusedkv {
 namespace {
 
 constexpr int kMostColumns = 64;  // 1 KiB of a token
-constexpr int kWaves = 2;         // of blocks: evens out K and V of different m
+constexpr int kWaves = 2;         // of blocks: balances K and V of different m
 
-// Blocks on an SM at a time; sources 0: any number.
+// Resident blocks per SM; sources 0: any number.
 constexpr int resident_blocks(int sources) {
   return sources == 1 ? 3 : 2;
 }
 
-// Tokens that a thread loads before it uses the first: 8 loads or fewer, whose registers two blocks have.
+// Tokens that a thread loads before it uses the first: at most 8 loads, so that two blocks fit the registers.
 template <int kSources>
 constexpr int kTokensAtOnce = kSources == 4 ? 2 : 4;
 
@@ -31,7 +31,7 @@ struct ForwardParams {
 
 enum class Kind { kNothing, kRead, kZeros, kNaN };
 
-// Where the sources have an output token: at row `outer` of their first dim and `inner` of the second.
+// The place of an output token in the sources: index `outer` of their first dim and `inner` of the second.
 struct Place {
   Kind kind;
   int outer, inner;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kFuseThreads, resident_blocks(kSources))
   }
 }
 
-// Any m: one source after the other, weights read again for each group of tokens (they stay in L1).
+// Any m: one source after the other. Weights are read again for each group of tokens; they stay in L1.
 template <typename T>
 __global__ void __launch_bounds__(kFuseThreads, resident_blocks(0))
     fuse_kv_forward_any_kernel(const __grid_constant__ ForwardParams params) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kFuseThreads, resident_blocks(0))
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) sums[u][i] = Acc(-0.f);  // -0 + x = x, whatever the sign of a zero x
+      for (int i = 0; i < kVec; ++i) sums[u][i] = Acc(-0.f);  // -0 + x = x, also for x = -0
     for (int j = 0; j < p.m; ++j) {
       Piece<T> x[kUnroll];
 #pragma unroll

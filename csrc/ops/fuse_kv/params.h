@@ -27,13 +27,13 @@ struct FuseKVParams {
   TokenTensor sources[kMaxSources];  // m x (B, T, G, D), or caches
   const void* weights;               // (m, G, D) contiguous; float64 for f64 sources, else float32
 
-  bool stream;  // CPU: write the results past the caches, where they are aligned for it
+  bool stream;  // CPU: non-temporal stores of the results, where aligned
 
   // Forward.
   void* out;  // (B, T, G, D) contiguous
 
-  // Forward from caches, where seq_lens is not nullptr: output token t of sequence b is that at position
-  // seq_lens[b] - T + t, which lies in page block_table[b, position / page_size] of a paged cache.
+  // Forward from caches, if seq_lens is not nullptr: output token t of sequence b is at position
+  // seq_lens[b] - T + t, in page block_table[b, position / page_size] of a paged cache.
   const int32_t* seq_lens;
   const int32_t* block_table;  // nullptr: caches (B, capacity, G, D)
   int64_t block_table_stride;
@@ -43,7 +43,7 @@ struct FuseKVParams {
 
   // Backward.
   const void* grad_out;             // (B, T, G, D) contiguous
-  void* grad_sources[kMaxSources];  // m x (B, T, G, D) contiguous; all nullptr: not wanted
+  void* grad_sources[kMaxSources];  // m x (B, T, G, D) contiguous, or all nullptr
   DType grad_dtype;                 // of grad_sources: dtype, or f32 where they are accumulated
   bool accumulate;                  // add to grad_sources, which then do not overlap
   void* partial_weights;            // (chunks, m, G, D), may be nullptr
@@ -54,13 +54,13 @@ static inline int64_t num_chunks(const FuseKVParams& p) {
   return (p.B * p.T + kFuseChunkTokens - 1) / kFuseChunkTokens;
 }
 
-// For these, B and T are below 2^31, and all data pointers and strides keep 16-byte alignment. `stream` is a
-// cudaStream_t; they return a cudaError_t (0 = success).
+// The launchers require B and T below 2^31 and data pointers and strides aligned to 16 bytes. `stream` is a
+// cudaStream_t. They return a cudaError_t, 0 for success.
 
-// One or two sums (keys and values) in one launch: of one dtype, B, T and G.
+// One or two sums (keys and values) of the same dtype, B, T and G in one launch.
 int fuse_kv_forward_cuda(const FuseKVParams* sums, int count, void* stream);
 
-// grad_sources and grad_weights, each where wanted.
+// grad_sources and grad_weights, each unless nullptr.
 int fuse_kv_backward_cuda(const FuseKVParams& params, void* stream);
 
 }  // namespace fusedkv

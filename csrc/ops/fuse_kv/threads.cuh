@@ -1,4 +1,4 @@
-// What the forward and the backward kernel of fuse_kv share: how threads are laid over channels and tokens.
+// What the forward and the backward kernel of fuse_kv share: the mapping of threads to channels and tokens.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -8,15 +8,14 @@ namespace fusedkv {
 
 constexpr int kFuseThreads = 256;
 
-// 16-byte pieces of the channels that a block covers, at most `most`: as many in all blocks as possible, so
-// that few threads of the last one have nothing to do.
+// 16-byte pieces of the channels per block, at most `most`. Blocks get equal numbers as far as possible, so
+// that few threads of the last block are idle.
 inline int columns_per_block(int64_t pieces, int64_t most) {
   const int64_t blocks = (pieces + most - 1) / most;
   return int((pieces + blocks - 1) / blocks);
 }
 
-// Where a thread of a block stands: `columns` threads lie side by side over the channels, rows of them over
-// tokens.
+// The place of a thread in its block: `columns` threads per row cover channels, rows cover tokens.
 template <typename T>
 struct ThreadPlace {
   int column, row, rows;
@@ -36,7 +35,7 @@ struct ThreadPlace {
   }
 };
 
-// Tokens (b, t), counted b * T + t, at a fixed distance from each other: divides at the start, not per step.
+// Tokens (b, t), numbered b * T + t, at a fixed distance. It divides at the start, not in each step.
 struct TokenWalk {
   int64_t token, step;
   int b, t, step_b, step_t, T;
