@@ -33,6 +33,7 @@ pybind11::dict build_info() {
   info["cuda_reason"] = FUSEDKV_BUILD_CUDA_REASON;
   info["warning"] = FUSEDKV_BUILD_WARNING;
   info["max_sources"] = fusedkv::kMaxSources;
+  info["cpu_kernel"] = fusedkv::kCpuKernelFile;
   info["split_tokens"] = fusedkv::kSplitTokens;
   info["cell_tokens"] = fusedkv::kKVTileTokens;
   info["fixed_split_tokens"] = fusedkv::kFixedSplitTiles * fusedkv::kKVTileTokens;
@@ -53,7 +54,7 @@ pybind11::dict decode_launch(int64_t rows, int64_t head_dim, int64_t value_dim, 
   // request.
   const int blocks = grid_blocks(sm_count, (shared_per_block + 1024) / (launch.shared_bytes + 1024));
   pybind11::dict out;
-  out["kernel"] = launch.kernel == AttnKernel::kFallback ? "generic" : "tensor cores";
+  out["kernel"] = kernel_file(launch.kernel);
   out["rows"] = launch.rows;
   out["threads"] = launch.threads;
   out["shared_bytes"] = launch.shared_bytes;

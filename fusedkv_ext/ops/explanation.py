@@ -136,7 +136,7 @@ def explain(
         if batch_invariant:
             splits = _fixed_splits(call, native.build_info()["fixed_split_tokens"])
     elif folds:
-        kernel = f"attn_decode, CPU {native.cpu_level()}"
+        kernel = f"{native.build_info()['cpu_kernel']}, SIMD target {native.cpu_level()}"
         splits = _fixed_splits(call, native.build_info()["split_tokens"])
     moved = _bytes(call, folds)
     return Explanation(
@@ -295,7 +295,7 @@ def _cuda_launch(call: _Call, sm_count: int | None) -> tuple[str, int, int]:
         sm_count=sm_count or _SM_COUNT,
         shared_per_block=shared,
     )
-    kernel = f"attn_decode, {launch['kernel']}, {launch['rows']} rows"
+    kernel = f"{launch['kernel']}, {launch['rows']} rows"
     splits = max((-(-cost // launch["cells_per_block"]) for cost in costs), default=0)
     return kernel, splits, launch["blocks"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fusedkv_ext.ops import functional as ops
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "ops"
 NATIVE = ("attn_with_kvcache", "fuse_kv", "fuse_kv_pair", "fuse_kvcache")
 
 
@@ -174,7 +176,7 @@ def test_bytes_and_flops_of_a_decode_step_by_hand() -> None:
     assert said.flops == 2 * tokens * 32 * 4 * 128  # each query head: two keys, two values
     assert said.roof_us == pytest.approx(said.bytes / 20e3)
     assert said.splits == 10 and said.blocks is None  # ceil(4641 / 512)
-    assert said.kernel == f"attn_decode, CPU {native.cpu_level()}"
+    assert said.kernel == f"attn_decode/cpu.cpp, SIMD target {native.cpu_level()}"
 
 
 def test_bytes_and_flops_of_a_prefill_by_hand() -> None:
@@ -232,16 +234,16 @@ def test_cuda_launch_is_that_of_the_whole_batch(no_gpu: None) -> None:
     # Two stages of two keys and two values, 16 tokens of 256 bytes each, for two warps: 64 KiB, three in 227.
     assert said.blocks == 3 * 132
     assert said.splits == math.ceil(costs[0] / math.ceil(8 * sum(costs) / said.blocks))
-    assert said.kernel == "attn_decode, tensor cores, 8 rows"
+    assert said.kernel == "attn_decode/mma_warp.cu, 8 rows"
 
 
 @pytest.mark.parametrize(
     ("heads", "sources", "kernel"),
     [
-        (8, 1, "tensor cores, 8 rows"),
-        (128, 2, "tensor cores, 16 rows"),
-        (1024, 2, "tensor cores, 64 rows"),
-        (8, 3, "generic, 4 rows"),
+        (8, 1, "mma_warp.cu, 8 rows"),
+        (128, 2, "mma_block.cu, 16 rows"),
+        (1024, 2, "mma_block.cu, 64 rows"),
+        (8, 3, "fallback.cu, 4 rows"),
     ],
 )
 def test_cuda_kernel_follows_rows_and_sources(heads: int, sources: int, kernel: str, no_gpu: None) -> None:
@@ -249,7 +251,8 @@ def test_cuda_kernel_follows_rows_and_sources(heads: int, sources: int, kernel: 
     caches = [torch.empty(1, 4096, 8, 128, dtype=BF16, device="meta")] * sources
     lengths = torch.tensor([4096], dtype=torch.int32)
     said = fkv.explain(q, caches, caches, cache_seqlens=lengths, device="cuda")
-    assert said.kernel == f"attn_decode, {kernel}"
+    assert said.kernel == f"attn_decode/{kernel}"
+    assert (SOURCES / said.kernel.split(",")[0]).is_file()
 
 
 def test_batch_invariant_calls_fold_with_fixed_splits(no_gpu: None, called: list[str]) -> None:

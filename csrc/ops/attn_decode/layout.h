@@ -85,6 +85,20 @@ constexpr FallbackLayout fallback_layout(int head_dim) {
 
 enum class AttnKernel { kMmaWarp, kMmaBlock, kFallback };
 
+// The files of the kernels, below csrc/ops: their names for users.
+constexpr const char* kCpuKernelFile = "attn_decode/cpu.cpp";
+
+inline const char* kernel_file(AttnKernel kernel) {
+  switch (kernel) {
+    case AttnKernel::kMmaWarp:
+      return "attn_decode/mma_warp.cu";
+    case AttnKernel::kMmaBlock:
+      return "attn_decode/mma_block.cu";
+    default:
+      return "attn_decode/fallback.cu";
+  }
+}
+
 struct AttnLaunch {
   AttnKernel kernel;
   int head_dim;      // compiled head dim: the wider of D and Dv padded to 64, 128 or 256
