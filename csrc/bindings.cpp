@@ -33,6 +33,10 @@ pybind11::dict build_info() {
   info["cuda_reason"] = FUSEDKV_BUILD_CUDA_REASON;
   info["warning"] = FUSEDKV_BUILD_WARNING;
   info["max_sources"] = fusedkv::kMaxSources;
+  info["max_head_dim"] = fusedkv::kMaxHeadDim;
+  info["task_rows"] = fusedkv::kMaxTaskRows;
+  info["max_blocks"] = fusedkv::kMaxBlocks;
+  info["fallback_rows"] = fusedkv::kFallbackRows;
   info["cpu_kernel"] = fusedkv::kCpuKernelFile;
   info["split_tokens"] = fusedkv::kSplitTokens;
   info["cell_tokens"] = fusedkv::kKVTileTokens;

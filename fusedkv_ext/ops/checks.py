@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fusedkv_ext.ops import native
+
 Tensors = Tensor | Sequence[Tensor]
 Arguments = Mapping[str, Tensor | Sequence[Tensor] | None]  # by their names
 
 ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_SOURCES = 32
+MAX_SOURCES: int = native.build_info()["max_sources"]
 MAX_WINDOW = 2**31  # lengths are int32
 _STRIDED = torch.strided
 

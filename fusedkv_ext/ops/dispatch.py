@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedkv_ext.ops import native
 from fusedkv_ext.ops.sizes import is_open
 
 __all__ = ["MAX_HEAD_DIM", "decode_max_rows", "folds_cached", "folds_dense", "in_graph", "native_head_dim"]
 
-MAX_HEAD_DIM = 256
-FEW_ROWS = 32  # query rows per KV head that every kernel folds: what one task of the CPU keeps
+MAX_HEAD_DIM: int = native.build_info()["max_head_dim"]
+# Query rows per KV head that every kernel folds: those of one task of the CPU.
+FEW_ROWS: int = native.build_info()["task_rows"]
 
 
 def native_head_dim(head_dim: int, value_dim: int = 8) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusedkv_ext.ops import native
 
-# As in csrc/ops/attn_decode/layout.h: the length of a schedule follows from them.
-_MAX_BLOCKS, _GENERIC_ROWS = 2048, 4
+# The length of a schedule follows from them: csrc/api/attn_decode_cuda.cpp.
+_MAX_BLOCKS, _FALLBACK_ROWS = (native.build_info()[name] for name in ("max_blocks", "fallback_rows"))
 
 
 def _fake_fuse_kv(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def _fake_attn_schedule(cache_seqlens: Tensor, *args: int) -> Tensor:
     if cache_seqlens.device.type == "cpu":
         return cache_seqlens.new_empty(0)
     query_length, num_heads, num_kv_heads, _, _, batch_invariant = args
-    items = num_kv_heads * -(-query_length * (num_heads // num_kv_heads) // _GENERIC_ROWS)
-    counters = _MAX_BLOCKS + (cache_seqlens.shape[0] * items if batch_invariant else 0)
+    units = num_kv_heads * -(-query_length * (num_heads // num_kv_heads) // _FALLBACK_ROWS)
+    counters = _MAX_BLOCKS + (cache_seqlens.shape[0] * units if batch_invariant else 0)
     return cache_seqlens.new_empty(cache_seqlens.shape[0] + 1 + counters)
 
 
