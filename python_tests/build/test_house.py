@@ -106,7 +106,9 @@ def test_python_imports_point_to_lower_floors_only() -> None:
 
 
 def module_name(path: Path) -> str:
-    return ".".join(["fusedkv_ext", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+    return ".".join(["fusedkv_ext", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    )
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -17,11 +17,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fusedkv_ext.ops import native
+import fusedkv_ext
 from fusedkv_ext.cli.main import main
+from fusedkv_ext.ops import native
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "build_support"
+VERSION = fusedkv_ext.__version__
 DEFAULT = ("80-real", "90a-real", "90-virtual")
 CUDA_TORCH = ("/torch", "2.13.0+cu128", "12.8")
 VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "FUSEDKV_CUDA", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
@@ -254,7 +256,11 @@ def call_hook(call: str, folder: Path, *options: str, **environment: str) -> sub
     program = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import backend; print(backend.{call})"
     return subprocess.run(
         [sys.executable, *options, "-c", program.replace("OUT", str(folder))],
-        cwd=folder, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=120,
+        cwd=folder,
+        env={**CLEAN, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -324,14 +330,14 @@ def test_version_says_for_what_the_package_was_built(source: Path) -> None:
     for hook in ("prepare_metadata_for_build_wheel", "prepare_metadata_for_build_editable"):
         done = call_hook(f"{hook}('OUT')", source, FUSEDKV_CUDA="0")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[-1] == "fusedkv_ext-0.1.0+cpu.dist-info"
+        assert done.stdout.split()[-1] == f"fusedkv_ext-{VERSION}+cpu.dist-info"
 
 
 def test_source_distribution_can_be_built_from(source: Path) -> None:
     done = call_hook("build_sdist('OUT')", source)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "fusedkv_ext-0.1.0.tar.gz"
-    with tarfile.open(source / "fusedkv_ext-0.1.0.tar.gz") as archive:
+    assert done.stdout.split()[-1] == f"fusedkv_ext-{VERSION}.tar.gz"
+    with tarfile.open(source / f"fusedkv_ext-{VERSION}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"build_support/backend.py", "build_support/native_config.py", "CMakeLists.txt"} <= names
     assert {"pyproject.toml", "setup.py", "csrc/bindings.cpp"} <= names
@@ -402,8 +408,13 @@ def test_reason_and_remedy_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     ],
 )
 def test_import_warns_beside_a_gpu_of_ops_that_were_not_meant_to_be_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder,
-    reason: str, warning: str, count: int, warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    reason: str,
+    warning: str,
+    count: int,
+    warns: bool,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     error = loaded_with(monkeypatch, tmp_path, "12.8", reason, warning)
