@@ -20,8 +20,8 @@ HAS_GLOO = dist.is_available() and dist.is_gloo_available()
 
 def torchrun(*arguments: object, folder: Path, processes: int = 2) -> subprocess.Popen[str]:
     """torchrun with these arguments, in ``folder``; each process with one thread."""
-    root = Path(fusedkv_ext.__file__).parents[1]
-    search = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    root, here = Path(fusedkv_ext.__file__).parents[1], Path(__file__).parent
+    search = os.pathsep.join(filter(None, [str(root), str(here), os.environ.get("PYTHONPATH", "")]))
     environment = {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [
