@@ -161,10 +161,10 @@ $(COUNTER): $(NATIVE) scripts/count_instructions.cpp
 	    $(BIN)/cmake --build "$$folder" --target count_instructions; cp "$$folder/count_instructions" $@
 
 bench: $(NATIVE)
-	@$(BIN)/fusedkv bench $(if $(ARGS),$(ARGS),--json 'benchmarks/results/cpu_{threads}threads.json')
+	@$(BIN)/python benchmarks/cpu.py $(if $(ARGS),$(ARGS),--json 'benchmarks/results/cpu_{threads}threads.json')
 
 performance-doc: $(NATIVE)
-	@$(BIN)/python -m fusedkv_ext.bench.report .
+	@PYTHONPATH=benchmarks $(BIN)/python -m suite.tables .
 
 docs: performance-doc
 	@$(BIN)/python -m fusedkv_ext.lab.pages.methods .

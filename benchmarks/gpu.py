@@ -6,7 +6,7 @@
 
 Rows: operation, shape, dtype | us | GB/s | TFLOP/s | % of the roof measured in the same run | times as fast
 as the fastest peer (GB = 1e9). The most important cells come first; --seconds ends the run in time. How
-things are timed: gpu_suite/measure.py. A cell that fails is a row with an error; one that kills or hangs the
+things are timed: suite/clocks.py. A cell that fails is a row with an error; one that kills or hangs the
 process that measures costs that cell only. Exits with 1 when a row has an error, so that a script can tell.
 """
 
@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_suite import report
-from gpu_suite.cells import FAMILIES
-from gpu_suite.supervise import supervise
+from suite import report
+from suite.gpu.cells import FAMILIES
+from suite.gpu.supervise import supervise
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,8 @@ def arguments() -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> int:
     """The measuring process."""
-    from gpu_suite import measure, worker
+    from suite.clocks import DeadDevice
+    from suite.gpu import worker
 
     log = worker.Log(args.worker)
     try:
@@ -64,7 +65,7 @@ def work(args: argparse.Namespace) -> int:
             deadline=args.deadline,
             commit=args.commit,
         )
-    except measure.DeadDevice as error:
+    except DeadDevice as error:
         print(f"the device is lost: {error}", file=sys.stderr)
         return worker.DEAD_DEVICE
     return 0
@@ -99,7 +100,7 @@ def watch(args: argparse.Namespace) -> int:
             command, log, stall_seconds=args.stall, deadline=ends, show=receive, environment=environment
         )
     result = report.collect(events)
-    report.print_means(result)
+    print("\n".join(report.closing(result)))
     if args.json:
         save(args.json, result)
     errors = [row for row in result["rows"] if row["error"]]
@@ -116,9 +117,11 @@ def save(path: Path, result: dict[str, Any]) -> None:
 def main() -> int:
     args = arguments()
     if args.report:
+        from suite import tables
+
         result = json.loads(args.report.read_text())
         # scripts/gpu_check.sh puts the result into a file of its own.
-        print(report.markdown(result.get("benchmark", result)), end="")
+        print(tables.gpu_tables(result.get("benchmark", result)), end="")
         return 0
     return work(args) if args.worker else watch(args)
 

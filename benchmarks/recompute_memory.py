@@ -6,16 +6,9 @@ sequence, each way in a process of its own. Resident memory, less that before th
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-
-def resident(field: str) -> int:
-    """Bytes: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+from suite.machine import resident_bytes, run_with_exact_memory
 
 
 def step(tokens: int, recompute_fusion: bool) -> None:
@@ -37,11 +30,11 @@ def step(tokens: int, recompute_fusion: bool) -> None:
     model = fkv.Decoder(config)
     ids = torch.randint(0, 512, (1, tokens))
     model(ids[:, :64], labels=ids[:, :64])[1].backward()  # gradients and libraries are there before the step
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     _, loss = model(ids, labels=ids)
-    held = resident("VmRSS") - before
+    held = resident_bytes("VmRSS") - before
     loss.backward()
-    peak = resident("VmHWM") - before
+    peak = resident_bytes("VmHWM") - before
     print(f"| {str(recompute_fusion).lower()} | {held / 1e6:.0f} | {peak / 1e6:.0f} |")
 
 
@@ -50,8 +43,6 @@ if __name__ == "__main__":
         step(int(sys.argv[1]), sys.argv[2] == "True")
     else:
         print("| recompute_fusion | MB after the forward | MB at the peak |\n|---|---|---|", flush=True)
-        # A fixed threshold: what is freed goes back to the system at once.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
         for way in ("False", "True"):
             command = [sys.executable, __file__, *(sys.argv[1:] or ["4096"]), way]
-            subprocess.run(command, check=True, env=environment)
+            print(run_with_exact_memory(command), end="", flush=True)

@@ -23,7 +23,6 @@ COMMANDS = (
     "plan",
     "info",
     "plot",
-    "bench",
     "compare",
     "probe",
     "grads",

@@ -26,9 +26,9 @@ import torch
 
 from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.lab import runs
-from fusedkv_ext.lab.demo.measure import in_turns
 from fusedkv_ext.lab.entries import Entry
 from fusedkv_ext.lab.reporting import write
+from fusedkv_ext.lab.timing import in_turns
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training import loop, session
 from fusedkv_ext.training.config import TrainConfig

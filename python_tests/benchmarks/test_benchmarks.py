@@ -10,20 +10,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fusedkv_ext.testing import WrongResult
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from gpu_suite import report, worker
-from gpu_suite.cells import FAMILIES, NO_TIME, TINY, Sizes
-from gpu_suite.measure import Case, Contestant, Lab, assert_near
-from gpu_suite.order import ordered_cells
-from gpu_suite.supervise import read_log, supervise
+from suite import report, tables
+from suite.gpu import decode, worker
+from suite.gpu.cells import FAMILIES, NO_TIME, TINY, TITLES, Sizes
+from suite.gpu.inputs import Decode, DecodeInputs
+from suite.gpu.lab import Lab
+from suite.gpu.supervise import read_log, supervise
+from suite.gpu.worker import ordered_tasks
+from suite.measure import Contestant, Entry, require_same_function
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +53,12 @@ def test_every_row_builder_runs_and_every_result_is_right(result: dict[str, Any]
     assert len(keys) == len(set(keys))
     for row in result["rows"]:
         assert row["us"] > 0
-        if row["peer"] is not None:
-            assert row["x_peer"] == pytest.approx(row["peers"][row["peer"]]["us"] / row["us"])
+        if row["best_peer"] is not None:
+            assert row["x_best"] == pytest.approx(row["peers"][row["best_peer"]]["us"] / row["us"])
 
 
 def test_rows_have_the_peers_that_run_here(result: dict[str, Any]) -> None:
-    peers = {name for row in result["rows"] for name, peer in row["peers"].items() if peer["us"]}
+    peers = {name for row in result["rows"] for name, peer in row["peers"].items() if "us" in peer}
     assert peers >= {
         "SDPA flash",
         "SDPA math",
@@ -66,17 +71,17 @@ def test_rows_have_the_peers_that_run_here(result: dict[str, Any]) -> None:
         "planned in the call",
         "vanilla",
     }
-    missing = [p["reason"] for row in result["rows"] for p in row["peers"].values() if p["us"] is None]
-    assert missing and all(reason.startswith("n/a (") for reason in missing)
+    missing = [p["reason"] for row in result["rows"] for p in row["peers"].values() if "us" not in p]
+    assert missing and not [reason for reason in missing if "Error" in reason or "WrongResult" in reason]
 
 
 def test_result_is_json_and_makes_tables(result: dict[str, Any]) -> None:
     read = json.loads(json.dumps(result, allow_nan=False))
     assert read["roofs"]["best"].keys() == {"read", "copy", "matmul"}
     assert read["two_sources_per_byte"] > 0
-    text = report.markdown(read)
+    text = tables.gpu_tables(read)
     for family in FAMILIES:
-        assert f"### {report.TITLES[family]}" in text
+        assert f"### {TITLES[family]}" in text
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(blocks) >= len(FAMILIES)
     for lines in blocks:
@@ -87,32 +92,46 @@ def test_result_is_json_and_makes_tables(result: dict[str, Any]) -> None:
 
 def test_cells_are_unique_and_the_important_ones_come_first() -> None:
     for sizes in (Sizes(), TINY):
-        cells = ordered_cells(sizes, FAMILIES, quick=False)
+        cells = ordered_tasks(sizes, FAMILIES, quick=False)
         assert len({cell.key for cell in cells}) == len(cells)
         assert [cell.priority for cell in cells] == sorted(cell.priority for cell in cells)
-        assert {cell.family for cell in ordered_cells(sizes, FAMILIES, quick=True)} == set(FAMILIES)
-    assert len(ordered_cells(Sizes(), ["decode"], quick=False)) == 2 * 3**4
+        assert {cell.family for cell in ordered_tasks(sizes, FAMILIES, quick=True)} == set(FAMILIES)
+    assert len(ordered_tasks(Sizes(), ["decode"], quick=False)) == 2 * 3**4
 
 
 def test_a_wrong_result_is_not_timed_and_a_wrong_peer_is_not_compared() -> None:
     lab = Lab(torch.device("cpu"), torch.float32)
     x = torch.randn(4, 8)
 
-    def contestant(name: str, factor: float) -> Contestant:
-        return Contestant(name, lambda i: x * factor, lambda got: assert_near(name, got, x.double()))
+    def judge(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda got: require_same_function(name, got, x)
 
-    def case(mine: float, peer: float) -> Case:
-        return Case(
-            "fuse", "op", "", contestant("mine", mine), [contestant("peer", peer)], x.nbytes, 0, "read"
+    def entry(mine: float, peer: float) -> Entry:
+        rival = Contestant([lambda: x * peer], judge("peer"))
+        return Entry(
+            "op", "op", {}, x.dtype, lambda: x * mine, judge("mine"), x.nbytes, "read", {"peer": rival}
         )
 
-    with pytest.raises(AssertionError, match="mine is wrong"):
-        lab.row(case(1.5, 1.0))
-    row = lab.row(case(1.0, 1.5))
-    assert row.peer is None and "peer is wrong" in row.peers["peer"]["reason"]
+    with pytest.raises(WrongResult, match="mine computes something else"):
+        lab.row("fuse", entry(1.5, 1.0))
+    row = lab.row("fuse", entry(1.0, 1.5))
+    assert row.best_peer is None and "peer computes something else" in row.peers["peer"]["reason"]
     for bad in (math.nan, math.inf):
-        with pytest.raises(AssertionError):
-            assert_near("bad", torch.full((2, 3), bad), torch.ones(2, 3))
+        with pytest.raises(WrongResult):
+            require_same_function("bad", torch.full((2, 3), bad), torch.ones(2, 3))
+
+
+def test_ours_is_held_to_the_criterion_and_not_to_a_flat_distance() -> None:
+    """One element that is off by two percent of its vector's length would pass for a peer."""
+    lab = Lab(torch.device("cpu"), torch.bfloat16)
+    x = DecodeInputs(Decode((40, 23), 4, 2, 32, 2, 16), lab)
+    right = decode.ours(x)[0]()
+    x.check("ours", "paged", right, ours=True)
+    wrong = right.clone()
+    wrong[0, 0, 0, 3] += 0.02 * right[0, 0, 0].norm()
+    x.check("peer", "paged", wrong)
+    with pytest.raises(WrongResult, match="ours, sequence 0, KV head 0: .* error"):
+        x.check("ours", "paged", wrong, ours=True)
 
 
 FAKE_WORKER = """

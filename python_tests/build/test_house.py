@@ -33,7 +33,6 @@ FLOORS = [
     {"evaluation", "hf"},
     {"conversion"},
     {"lab"},
-    {"bench"},
     {"cli"},
 ]
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -16,8 +16,8 @@ from fusedkv_ext.training.progress import SilentProgress
 
 pytest.importorskip("matplotlib")
 
-from fusedkv_ext.lab import figures
-from fusedkv_ext.lab.demo import measure, plots, report, training
+from fusedkv_ext.lab import figures, timing
+from fusedkv_ext.lab.demo import plots, report, training
 from fusedkv_ext.lab.demo.run import run_demo
 from fusedkv_ext.lab.demo.settings import PLANS, DemoSettings, quick
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
@@ -136,7 +136,7 @@ def test_out_of_time_all_models_stop_at_the_same_step(settings: DemoSettings, tm
 def test_fastest_number_of_threads_is_chosen(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_data(settings.config, ByteTokenizer())
     seconds = {1: 3.0, 2: 1.0, 4: 2.0}
-    monkeypatch.setattr(measure, "in_turns", lambda *_: {"step": seconds[torch.get_num_threads()]})
+    monkeypatch.setattr(timing, "in_turns", lambda *_: {"step": seconds[torch.get_num_threads()]})
     torch.set_num_threads(4)
     assert training.choose_threads(settings.config, data) == 2
     assert torch.get_num_threads() == 4
@@ -145,9 +145,9 @@ def test_fastest_number_of_threads_is_chosen(settings: DemoSettings, monkeypatch
 def test_timing_is_a_median_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     clock = iter(range(10_000))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = measure.in_turns(calls, 4, torch.device("cpu"), warm_up=2)
+    times = timing.in_turns(calls, 4, torch.device("cpu"), warm_up=2)
     assert times == {"a": 1.0, "b": 1.0, "c": 1.0}
     assert "".join(order) == "abc" + "bca" + "cab" + "abc" + "bca" + "cab"
 

@@ -1,42 +1,14 @@
-"""Side-by-side timing of models: one call of each in turn, so that a noisy machine disturbs all alike;
-medians.
-"""
+"""Side-by-side timing of models, and what their caches take."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from fusedkv_ext.lab.timing import in_turns
 from fusedkv_ext.layers.decoder import Decoder
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def in_turns(
-    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
-) -> dict[str, float]:
-    """Median seconds of each call. The order rotates, so that none always runs after the same other."""
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(warm_up + repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds = _seconds(calls[name], device)
-            if turn >= warm_up:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def cache_bytes_per_token(model: Decoder, context: int) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fusedkv_ext.lab.demo import measure
+from fusedkv_ext.lab import timing
 from fusedkv_ext.lab.demo.settings import PLANS
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokens import TokenData
@@ -43,7 +43,7 @@ def choose_threads(config: TrainConfig, data: TokenData) -> int:
     try:
         for threads in sorted({most, *(min(most, count) for count in (1, 2, 4, 8, 16))}):
             torch.set_num_threads(threads)
-            seconds[threads] = measure.in_turns({"step": trainer.train_step}, 3, trainer.device)["step"]
+            seconds[threads] = timing.in_turns({"step": trainer.train_step}, 3, trainer.device)["step"]
     finally:
         torch.set_num_threads(most)
     return min(seconds, key=seconds.__getitem__)
@@ -53,7 +53,7 @@ def calibrate(config: TrainConfig, data: TokenData) -> dict[str, float]:
     """Median seconds of one training step of each plan, with models that are thrown away."""
     trainers = make_trainers(config, data)
     device = next(iter(trainers.values())).device
-    return measure.in_turns({name: t.train_step for name, t in trainers.items()}, 5, device, warm_up=2)
+    return timing.in_turns({name: t.train_step for name, t in trainers.items()}, 5, device, warm_up=2)
 
 
 @dataclass(frozen=True)

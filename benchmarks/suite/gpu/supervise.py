@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_suite.cells import NO_TIME
+from suite.gpu.cells import NO_TIME
 
 POLL_SECONDS = 0.2
 MAX_WORKERS = 8
@@ -118,6 +118,7 @@ def lost(events: list[dict[str, Any]], reason: str) -> list[dict[str, Any]]:
     else:
         family, name = cell.split(": ", 1)
         row = {"family": family, "op": name, "shape": "", "dtype": "", "us": None, "error": reason}
+        row["peers"] = {}
     return [{"event": "lost", "cell": cell}, {"event": "row", "cell": cell, "row": row}]
 
 

@@ -1,4 +1,4 @@
-"""What a cell is, and the shapes of a run."""
+"""What a task is, and the shapes of a run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gpu_suite.measure import Lab, Row
+    from suite.gpu.lab import Lab
+    from suite.measure import Row
 
-FAMILIES = ("decode", "latency", "ragged", "schedule", "fuse", "append", "prefill", "model")
+TITLES = {
+    "decode": "Cached attention, one query token",
+    "latency": "Latency, one sequence",
+    "ragged": "Ragged batches",
+    "schedule": "Schedules",
+    "fuse": "Fusing",
+    "append": "Appending to the cache",
+    "prefill": "Attention of a layer over a prompt",
+    "model": "Whole decoders",
+}
+FAMILIES = tuple(TITLES)
 NO_TIME = "no time left"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Task:
     """One or a few rows. priority: 0 first, ``--quick`` stops after 1. num_bytes: device memory it needs."""
 
     family: str

@@ -13,14 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from suite.fuse_problem import eager_fuse
+
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def eager_fuse(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
-    """The weighted sum as one writes it in torch, in the sources' dtype."""
-    if weights is None:
-        return sources[0]
-    return sum(w.to(x.dtype) * x for x, w in zip(sources, weights, strict=True))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import reference
-from gpu_suite.cells import Cell, Sizes
-from gpu_suite.measure import Case, Contestant, Lab, Result, Row, assert_near
+from fusedkv_ext.testing import WrongResult, assert_close
+from suite.gpu.cells import Sizes, Task
+from suite.gpu.lab import Lab
+from suite.measure import Contestant, Entry, Peer, Row, require_same_function
 
 CHECKED_ROWS = 32
 
@@ -25,7 +27,7 @@ class Layer:
     def __init__(self, lab: Lab, T: int, G: int, sizes: Sizes) -> None:
         H, D, hidden = sizes.prefill_heads, sizes.head_dim, sizes.prefill_hidden
         self.T, self.H, self.G, self.D = T, H, G, D
-        self.shape_text = f"T={T} H={H} G={G} D={D} hidden={hidden}"
+        self.params = {"T": T, "H": H, "G": G, "D": D, "hidden": hidden}
         self.q = lab.random(1, T, H, D)
         self.keys, self.values = ([lab.random(1, T, G, D) for _ in range(2)] for _ in range(2))
         self.key_weights, self.value_weights = (lab.weights(2, G, D) for _ in range(2))
@@ -42,7 +44,7 @@ class Layer:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.G)
         return out.transpose(1, 2)
 
-    def fusing(self, i: int) -> Tensor:
+    def fusing(self) -> Tensor:
         return fkv.fused_kv_attn_func(
             self.q, self.keys, self.values, self.key_weights, self.value_weights, causal=True
         )
@@ -51,55 +53,52 @@ class Layer:
         k, v = (F.linear(x, w).unflatten(-1, (self.G, self.D)) for w in projections)
         return fkv.apply_rotary(k, *self.cos_sin), v
 
-    def projecting(self, i: int) -> Tensor:
+    def projecting(self) -> Tensor:
         return self.sdpa(*self.projected(self.x, self.projections))
 
-    def check(self, result: Result, keys: list[Tensor], values: list[Tensor], *weights: Tensor) -> None:
-        rows, heads = slice(-CHECKED_ROWS, None), slice(0, self.H // self.G)
-        exact = reference.fused_kv_attn_func(
-            self.q[:, rows, heads],
-            [k[:, :, :1] for k in keys],
-            [v[:, :, :1] for v in values],
-            *(w[:, :1] for w in weights),
-            causal=True,
-            dtype=torch.float64,
+    def rows(self, keys: list[Tensor], values: list[Tensor], *weights: Tensor) -> list[Tensor]:
+        """The last rows of the first heads, in float64 and from the same maths in the working dtype."""
+        q = self.q[:, -CHECKED_ROWS:, : self.H // self.G]
+        sides = [[x[:, :, :1] for x in side] for side in (keys, values)]
+        weights = tuple(w[:, :1] for w in weights)
+        return [
+            reference.fused_kv_attn_func(q.to(dtype), *sides, *weights, causal=True, dtype=dtype)
+            for dtype in (torch.float64, self.q.dtype)
+        ]
+
+    def check(self, result: Tensor) -> None:
+        got = self.checked(result)
+        assert_close(
+            got, *self.rows(self.keys, self.values, self.key_weights, self.value_weights), "last rows"
         )
-        assert bool(torch.isfinite(result).all()), "NaN or infinity"
-        assert_near("last rows of the first heads", result[:, rows, heads], exact)
 
-    def check_fused(self, result: Result) -> None:
-        self.check(result, self.keys, self.values, self.key_weights, self.value_weights)
-
-    def check_projected(self, result: Result) -> None:
+    def check_projected(self, result: Tensor) -> None:
         k, v = self.projected(self.x.float(), [w.float() for w in self.projections])
-        self.check(result, [k], [v])
+        require_same_function("last rows", self.checked(result), self.rows([k], [v])[0])
+
+    def checked(self, result: Tensor) -> Tensor:
+        if not bool(torch.isfinite(result).all()):
+            raise WrongResult("NaN or infinity")
+        return result[:, -CHECKED_ROWS:, : self.H // self.G]
+
+    def entry(self) -> Entry:
+        peers: dict[str, Peer] = {
+            "KV projection + RoPE + SDPA": Contestant([self.projecting], self.check_projected),
+            "SDPA alone": Contestant([lambda: self.sdpa(*self.fused)], bound=True),
+        }
+        op = "fusion + SDPA"
+        return Entry(
+            op, op, self.params, self.q.dtype, self.fusing, self.check, 0, "matmul", peers, flops=self.flops
+        )
 
 
-def prefill_cells(sizes: Sizes) -> Iterator[Cell]:
+def prefill_cells(sizes: Sizes) -> Iterator[Task]:
     for T in sizes.prefill_tokens:
         for G in (sizes.prefill_heads, sizes.prefill_heads // 4):
 
             def measure(lab: Lab, T: int = T, G: int = G) -> Iterator[Row]:
-                layer = Layer(lab, T, G, sizes)
-                mine = Contestant("fusedkv_ext", layer.fusing, layer.check_fused)
-                projecting = Contestant(
-                    "KV projection + RoPE + SDPA", layer.projecting, layer.check_projected
-                )
-                alone = Contestant(
-                    "SDPA alone", lambda i: layer.sdpa(*layer.fused), layer.check_fused, bound=True
-                )
-                case = Case(
-                    "prefill",
-                    "fusion + SDPA",
-                    layer.shape_text,
-                    mine,
-                    [projecting, alone],
-                    0,
-                    layer.flops,
-                    "matmul",
-                )
-                yield lab.row(case)
+                yield lab.row("prefill", Layer(lab, T, G, sizes).entry())
 
             first = T == sizes.prefill_tokens[-1] and G == sizes.prefill_heads
             size = 1 << 30 if T < 1 << 15 else 8 << 30
-            yield Cell("prefill", f"layer T={T} G={G}", 1 if first else 2, size, measure)
+            yield Task("prefill", f"layer T={T} G={G}", 1 if first else 2, size, measure)

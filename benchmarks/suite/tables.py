@@ -1,6 +1,6 @@
-"""Tables of results: on the screen while they come, and in the documents.
+"""Results as tables, and the documents that are made from them.
 
-    python -m fusedkv_ext.bench.report ROOT
+    PYTHONPATH=benchmarks python -m suite.tables ROOT
 
 fills what stands between `<!-- generated: KIND FILE -->` and `<!-- end -->` in ROOT's documents from
 ROOT/benchmarks/results/FILE and draws the pictures of ROOT/docs/img. KIND is one of BLOCKS.
@@ -9,15 +9,19 @@ ROOT/benchmarks/results/FILE and draws the pictures of ROOT/docs/img. KIND is on
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedkv_ext.bench import goals
-from fusedkv_ext.bench.decode import BATCH, CONTEXT, SHORT
-from fusedkv_ext.bench.settings import FAMILIES
 from fusedkv_ext.lab import reporting
+from suite.cpu import goals, plots
+from suite.cpu.decode import BATCH, CONTEXT, SHORT
+from suite.cpu.settings import FAMILIES
+from suite.gpu.cells import TITLES
+from suite.report import by_time, means, number, times
 
 Result = dict[str, Any]
 Record = dict[str, Any]
@@ -26,39 +30,6 @@ DOCUMENTS = ("docs/performance.md", "README.md")
 PICTURES = {"docs/img/cpu_decode.png": "cpu_2threads.json"}
 RESULTS = "benchmarks/results"
 _CURVES = (CONTEXT, BATCH)
-
-
-# On the screen
-
-HEADER = (
-    f"{'operation':30} {'shape':44} {'dtype':9} {'us':>10} {'quartiles':>19} {'GB/s':>6} {'roof':>5} "
-    f"{'of it':>5}  x of peers"
-)
-
-
-def line(row: Record) -> str:
-    spread = f"{row['us_low']:.1f}..{row['us_high']:.1f}"
-    bandwidth = f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else ""
-    roof, share = (row["roof"], f"{row['percent_of_roof']:.0f}%") if row["roof"] else ("", "")
-    notes = [f"{peer['x']:.2f} {name}" for name, peer in _by_time(row)]
-    if row["versus"]:
-        notes.append(f"{times(row['versus']['x'])} of the time of {row['versus']['to']}")
-    if row["peak_mb"]:
-        notes.append(f"peak {row['peak_mb']:.0f} MB")
-    return (
-        f"{row['op']:30} {row['shape']:44} {row['dtype']:9} {row['us']:10.1f} {spread:>19} {bandwidth:>6} "
-        f"{roof:>5} {share:>5}  {'; '.join(notes)}"
-    ).rstrip()
-
-
-def _by_time(row: Record) -> list[tuple[str, Record]]:
-    """The peers that ran, the fastest first."""
-    ran = [(name, peer) for name, peer in row["peers"].items() if "x" in peer]
-    return sorted(ran, key=lambda item: item[1]["us"])
-
-
-def times(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 9.95 else f"{ratio:.1f}x"
 
 
 def figure(value: float | None, unit: str) -> str:
@@ -79,16 +50,8 @@ def _bound(goal: Record) -> str:
 
 
 def summary(result: Result) -> str:
-    """What `fusedkv bench` prints at its end: geometric means, goals, how quiet the machine was."""
-    lines = []
-    for family, mean in result["geomean"].items():
-        parts = []
-        if "percent_of_roof" in mean:
-            parts.append(f"{mean['percent_of_roof']:.0f}% of the roof")
-        if "x_best" in mean:
-            parts.append(f"{mean['x_best']:.2f} x the best peer")
-        if parts:
-            lines.append(f"geometric mean of {family}: {', '.join(parts)}")
+    """What benchmarks/cpu.py prints at its end: geometric means, goals, how quiet the machine was."""
+    lines = means(result)
     lines.append("")
     for goal in result["goals"]:
         measured = figure(goal["measured"], goal["unit"])
@@ -145,22 +108,25 @@ def _microseconds(row: Record) -> str:
 
 
 def _beside(row: Record) -> str:
-    parts = [f"{times(peer['x'])} {name}" for name, peer in _by_time(row)]
+    parts = [f"{times(peer['x'])} {name}" for name, peer in by_time(row)]
     parts += [f"{name}: none" for name, peer in row["peers"].items() if "reason" in peer]
     return ", ".join(parts)
 
 
 def _shares(row: Record) -> list[str]:
-    if not row["roof"]:
-        return [f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else "", ""]
-    return [f"{row['gb_per_s']:.1f}", f"{row['percent_of_roof']:.0f} % of {row['roof']}"]
+    bandwidth = f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else ""
+    share = f"{row['percent_of_roof']:.0f} % of {row['roof']}" if row["percent_of_roof"] else ""
+    return [bandwidth, share]
 
 
 def _operations(rows: Sequence[Record]) -> str:
-    return reporting.table(
-        ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "times as fast as"],
-        [[r["op"], r["shape"], r["dtype"], _microseconds(r), *_shares(r), _beside(r)] for r in rows],
-    )
+    titles = ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "times as fast as"]
+    lines = [[r["op"], r["shape"], r["dtype"], _microseconds(r), *_shares(r), _beside(r)] for r in rows]
+    if any(row.get("tflop_per_s") for row in rows):
+        titles.insert(5, "TFLOP/s")
+        for row, cells in zip(rows, lines, strict=True):
+            cells.insert(5, number(row["tflop_per_s"]))
+    return reporting.table(titles, lines)
 
 
 def _variants(rows: Sequence[Record]) -> str:
@@ -232,6 +198,61 @@ def headline(result: Result) -> str:
     return reporting.table(titles, lines)
 
 
+# Of the GPU suite
+
+
+def gpu_tables(result: Result) -> str:
+    """All rows in Markdown; every number comes from the file."""
+    machine, parts = result["machine"], []
+    facts = [f"{machine.get('device')}", f"torch {machine.get('torch')}", f"commit {machine.get('commit')}"]
+    if "driver_version" in machine:
+        facts.insert(1, f"driver {machine['driver_version']}")
+    parts.append(", ".join(facts) + ".\n")
+    for roof, rate in result["roofs"].get("best", {}).items():
+        unit, size = ("TFLOP/s", 1e12) if roof == "matmul" else ("GB/s", 1e9)
+        parts.append(f"* measured {roof} roof: {number(rate / size, 4)} {unit}")
+    if result["two_sources_per_byte"] is not None:
+        parts.append(
+            f"* two sources take {result['two_sources_per_byte']:.3f} times as long as twice one source "
+            "(geometric mean over the shapes that have both)"
+        )
+    for family, title in TITLES.items():
+        rows = [row for row in result["rows"] if row["family"] == family]
+        if rows:
+            parts.append(f"\n### {title}\n")
+            parts += [_operations(group) for group in _same_peers(rows)]
+            parts += _notes(rows)
+    parts += [f"\n{line}." for line in means(result)]
+    if result["not_run"]:
+        parts.append(f"\nNot run: {len(result['not_run'])} cells; the file has the reasons.")
+    return "\n".join(parts) + "\n"
+
+
+def _same_peers(rows: list[Record]) -> list[list[Record]]:
+    """One table each for one and for two sources, whose peers differ; rows by the numbers in their shapes."""
+    rows = [row for row in rows if row.get("us") is not None]
+    rows.sort(key=lambda row: [int(n) for n in re.findall(r"\d+", row["shape"])])
+    single = [row for row in rows if row["op"] == "decode, 1 source"]
+    other = [row for row in rows if row["op"] != "decode, 1 source"]
+    return [group for group in (other, single) if group]
+
+
+def _notes(rows: list[Record]) -> list[str]:
+    """Errors of rows, why peers are missing, and whatever was not timed in a CUDA graph."""
+    found = [
+        " ".join(filter(None, ("*", row["op"], row["shape"]))) + f": {row['error']}"
+        for row in rows
+        if row["error"]
+    ]
+    reasons: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for name, peer in row["peers"].items():
+            reason = peer.get("reason") or str(peer.get("timing", ""))
+            if "reason" in peer or reason.startswith("stream ("):
+                reasons[name, reason] += 1
+    return found + [f"* {name}: {reason}, {count} rows" for (name, reason), count in reasons.items()]
+
+
 BLOCKS: dict[str, Callable[[Result], str]] = {
     "conditions": conditions,
     "goals": goals_table,
@@ -246,8 +267,6 @@ def filled(text: str, results: Path) -> str:
 
 
 def main(root: Path) -> None:
-    from fusedkv_ext.bench import plots
-
     for name in DOCUMENTS:
         path = root / name
         path.write_text(filled(path.read_text(), root / RESULTS))

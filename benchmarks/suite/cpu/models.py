@@ -6,13 +6,9 @@ to vanilla are those of neighbours.
 
 from __future__ import annotations
 
-import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,27 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import fusedkv_ext as fkv
-from fusedkv_ext.bench.criterion import require_right
-from fusedkv_ext.bench.decode import fill
-from fusedkv_ext.bench.measure import Cell, Entry
-from fusedkv_ext.bench.settings import DTYPES, Settings, Shape
 from fusedkv_ext.layers import attention
-from fusedkv_ext.ops import reference
+from suite import machine
+from suite.cpu.decode import fill
+from suite.cpu.settings import DTYPES, FULL, QUICK, Settings, Shape
+from suite.decoders import PLANS, build, check_gradients, check_logits
+from suite.measure import Cell, Entry
 
-PLANS = ("vanilla", "fusedkv-lite", "fusedkv")
 TTFT, STEP, TPOT = "time to first token", "training step", "time per output token"
 TINY_STEP, TINY_ATTENTION = "decode step, tiny model", "attention layer, tiny model"
 OPERATIONS = "the operations in it"
-CHECK_TOKENS = 48
 ROOM = 48  # tokens that a cache may grow by
-
-
-def build(shape: Shape, plan: str, dtype: torch.dtype = torch.float32) -> fkv.Decoder:
-    torch.manual_seed(1)
-    # As outside of a benchmark. Parameters made in inference mode would have no versions, by which FusedKV
-    # knows that its weights are still those that it put in order before.
-    with torch.inference_mode(False):
-        return fkv.Decoder(fkv.DecoderConfig(**shape, plan=plan)).to(dtype)
 
 
 def sizes(shape: Shape) -> str:
@@ -49,38 +35,6 @@ def sizes(shape: Shape) -> str:
         f"{shape['num_hidden_layers']}x{shape['hidden_size']},"
         f"{shape['num_attention_heads']}/{shape['num_key_value_heads']}"
     )
-
-
-def check_logits(model: fkv.Decoder) -> None:
-    """A prompt and one more token out of a cache, against the model in float64 without one. The same maths
-    in the working dtype: the model without a cache, attending as the oracle does."""
-    ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS))
-    with torch.no_grad(), mock.patch.object(attention.ops, "fused_kv_attn_func", _oracle_attention):
-        exact = copy.deepcopy(model).double()(ids)[:, -2:]
-        same = model(ids)[:, -2:]
-    with torch.inference_mode():
-        cache = model.make_cache(1, CHECK_TOKENS)
-        first = model(ids[:, :-1], cache=cache, logits_to_keep=1)
-        got = torch.cat((first, model(ids[:, -1:], cache=cache)), dim=1)
-    require_right(f"decoder with plan {model.plan.name}, {got.dtype}", got, exact, same, terms=CHECK_TOKENS)
-
-
-def check_gradients(model: fkv.Decoder) -> None:
-    """Loss and gradients of a training step against float64; the same maths: the oracle's attention."""
-    ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS))
-
-    def gradients(model: fkv.Decoder) -> list[Tensor]:
-        _, loss = model(ids, labels=ids)
-        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
-
-    got = gradients(model)
-    with mock.patch.object(attention.ops, "fused_kv_attn_func", _oracle_attention):
-        exact, same = gradients(copy.deepcopy(model).double()), gradients(model)
-    require_right(f"training with plan {model.plan.name}", got, exact, same, terms=CHECK_TOKENS)
-
-
-def _oracle_attention(*args: object, recompute_fusion: bool = False, **options: object) -> Tensor:
-    return reference.fused_kv_attn_func(*args, **options)
 
 
 def prefill_cell(tokens: int, name: str, s: Settings) -> Cell:
@@ -96,14 +50,9 @@ def prefill_cell(tokens: int, name: str, s: Settings) -> Cell:
             return model(prompt, cache=cache, logits_to_keep=1).argmax(-1)
 
         params = {"plan": plan, "model": sizes(s.prefill_shape), "prompt": tokens}
-        check = partial(_outside_inference, check_logits, model)
+        check = partial(check_logits, model)
         entries.append(Entry(TTFT, plan, params, DTYPES[name], run, check))
     return Cell("prefill", entries, cold=False, slow=True, base="vanilla")
-
-
-def _outside_inference(check: Callable[[fkv.Decoder], None], model: fkv.Decoder) -> None:
-    with torch.inference_mode(False):
-        check(model)
 
 
 def train_cell(s: Settings) -> Cell:
@@ -115,7 +64,7 @@ def train_cell(s: Settings) -> Cell:
         for plan in PLANS:
             model = build(s.train_shape, plan, dtype)
             params = {"plan": plan, "model": sizes(s.train_shape), "batch": batch, "tokens": tokens}
-            check = partial(_outside_inference, check_gradients, model)
+            check = partial(check_gradients, model)
             step = _training_step(model, ids)
             peak = peak_megabytes(plan, s) if s.memory else None
             entries.append(Entry(STEP, plan, params, dtype, step, check, peak_mb=peak))
@@ -138,31 +87,19 @@ def _training_step(model: fkv.Decoder, ids: Tensor) -> Callable[[], Tensor]:
 
 def peak_megabytes(plan: str, s: Settings) -> float:
     """Resident memory at the peak of training steps, less that of the process before it has a model."""
-    # A fixed threshold: what is freed goes back to the system at once, and is not counted again.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    command = [sys.executable, "-m", "fusedkv_ext.bench.models", plan, s.name, s.host_dtype]
-    command.append(str(torch.get_num_threads()))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {plan} failed: {done.stderr.strip()[-500:]}")
-    return float(done.stdout)
-
-
-def _resident(name: str) -> int:
-    """Bytes: VmRSS now, VmHWM at the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    arguments = (plan, s.name, s.host_dtype, str(torch.get_num_threads()))
+    return float(machine.run_with_exact_memory([sys.executable, "-m", "suite.cpu.models", *arguments]))
 
 
 def _print_peak(plan: str, name: str, s: Settings) -> None:
     ids = torch.randint(s.train_shape["vocab_size"], (s.train_batch, s.train_tokens))
     small = dict(s.train_shape, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
     _training_step(build(small, plan, DTYPES[name]), ids[:, :64])()  # libraries and thread pools are there
-    before = _resident("VmRSS")
+    before = machine.resident_bytes("VmRSS")
     step = _training_step(build(s.train_shape, plan, DTYPES[name]), ids)
     for _ in range(2):
         step()
-    print((_resident("VmHWM") - before) / 1e6)
+    print((machine.resident_bytes("VmHWM") - before) / 1e6)
 
 
 def decode_cell(what: str, shape: Shape, batch: int, context: int, s: Settings) -> Cell:
@@ -174,7 +111,7 @@ def decode_cell(what: str, shape: Shape, batch: int, context: int, s: Settings) 
         model = build(shape, plan, dtype)
         run = _step(model, filled_cache(model, batch, context), token)
         params = {"plan": plan, "bound": what, "model": sizes(shape), "batch": batch, "context": context}
-        check = partial(_outside_inference, check_logits, model)
+        check = partial(check_logits, model)
         entries.append(Entry(TPOT, plan, params, dtype, run, check))
     return Cell("model", entries, base="vanilla")
 
@@ -250,7 +187,7 @@ def overhead_cell(op: str, s: Settings) -> Cell:
             cache.advance(1)
             run, peers = partial(_attend, model, x, cache), {OPERATIONS: _operations_of(model, x, cache)}
         params = {"plan": plan, "layers": s.tiny_shape["num_hidden_layers"]}
-        check = partial(_outside_inference, check_logits, model)
+        check = partial(check_logits, model)
         entries.append(Entry(op, plan, params, dtype, run, check, peers=peers, calls=calls))
     return Cell("model", entries, cold=False, base="vanilla")
 
@@ -276,8 +213,6 @@ def model_cells(s: Settings) -> Iterator[Callable[[Settings], Cell]]:
 
 
 if __name__ == "__main__":
-    from fusedkv_ext.bench.settings import FULL, QUICK
-
     _, _plan, _name, _dtype, _threads = sys.argv
     torch.set_num_threads(int(_threads))
     _print_peak(_plan, _dtype, {x.name: x for x in (FULL, QUICK)}[_name])

@@ -6,7 +6,6 @@ it; each new token leaves a time stamp through its ``stream`` callback.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator
 
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from gpu_suite.cells import Cell, Model, Sizes
-from gpu_suite.measure import Lab, Row, assert_near, brief, choose_peer, quartiles
+from fusedkv_ext.lab.timing import Timed, turns
+from suite.decoders import CHECK_TOKENS, PLANS, check_logits
+from suite.gpu.cells import Model, Sizes, Task
+from suite.gpu.lab import Lab
+from suite.measure import Row, beside, brief, choose_peer, shape_text, share_of_roof, timed_row
 
-PLANS = ("vanilla", "fusedkv-lite", "fusedkv")
 ROUNDS = 3
 # The first steps may capture a CUDA graph.
 SETTLING_STEPS = 4
@@ -33,7 +34,7 @@ def make(lab: Lab, model: Model, plan: str, max_len: int) -> fkv.Decoder:
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
         plan=plan,
-        max_position_embeddings=max_len,
+        max_position_embeddings=max(max_len, CHECK_TOKENS),
     )
     # Made without memory and initialised on the device, in its dtype: the host would take a minute.
     with torch.device("meta"):
@@ -77,18 +78,6 @@ def generate(lab: Lab, decoder: fkv.Decoder, ids: Tensor, new_tokens: int) -> tu
     return first, later[min(SETTLING_STEPS, len(later) - 1) :]
 
 
-@torch.inference_mode()
-def check(lab: Lab, decoder: fkv.Decoder, vocab: int) -> None:
-    """Logits through the cache, a prompt and then token by token, are those without a cache."""
-    ids = torch.randint(vocab, (2, 24), device=lab.device)
-    exact = decoder(ids)
-    cache = decoder.make_cache(2, 24)
-    parts = [decoder(ids[:, :20], cache=cache)]
-    parts += [decoder(ids[:, i : i + 1], cache=cache) for i in range(20, 24)]
-    # Two ways through many layers in bfloat16.
-    assert_near("logits through the cache", torch.cat(parts, dim=1), exact, limit=0.1)
-
-
 def step_bytes(decoder: fkv.Decoder, B: int, T: int, model: Model) -> int:
     """Read by one decoding step: all weights but the embeddings, and the caches that attention reads."""
     weights = sum(p.nbytes for p in decoder.parameters()) - decoder.model.embed_tokens.weight.nbytes
@@ -104,56 +93,51 @@ def _rows(lab: Lab, model: Model, B: int, T: int, new_tokens: int) -> Iterator[R
     for plan in PLANS:
         try:
             decoders[plan] = make(lab, model, plan, T + new_tokens)
-            check(lab, decoders[plan], model.vocab)
+            check_logits(decoders[plan], steps=4)
             generate(lab, decoders[plan], ids, new_tokens)
         except Exception as error:
             decoders.pop(plan, None)
             errors[plan] = brief(error)
             error.__traceback__ = None
-            lab.alive()
-            lab.clean()
+            lab.clock.recover()
     first: dict[str, list[float]] = {plan: [] for plan in decoders}
     later: dict[str, list[float]] = {plan: [] for plan in decoders}
-    for _ in range(ROUNDS if lab.cuda else 1):
-        for plan, decoder in decoders.items():
-            ttft, steps = generate(lab, decoder, ids, new_tokens)
-            first[plan].append(ttft)
-            later[plan] += steps
-    shape = f"{model.name} B={B} T={T}"
+    for plan in turns(list(decoders), ROUNDS if lab.cuda else 1):
+        ttft, steps = generate(lab, decoders[plan], ids, new_tokens)
+        first[plan].append(ttft)
+        later[plan] += steps
+    params = {"model": model.name, "B": B, "T": T}
     for plan in PLANS:
         for op, samples in (("TTFT", first), ("TPOT", later)):
-            row = Row("model", f"{op}, {plan}", shape, str(lab.dtype).removeprefix("torch."))
             if plan in errors:
-                row.error = errors[plan]
+                row = Row("model", f"{op}, {plan}", plan, shape_text(params), params, error=errors[plan])
                 yield row
                 continue
-            seconds = statistics.median(samples[plan])
-            row.us, row.spread = seconds * 1e6, tuple(1e6 * x for x in quartiles(samples[plan]))
-            row.timing, row.rounds = "stream" if lab.cuda else "host", len(samples[plan])
+            row = timed_row("model", f"{op}, {plan}", params, lab.dtype, samples[plan])
+            row.label, row.timing = plan, "stream" if lab.cuda else "host"
             if op == "TPOT":
-                moved = step_bytes(decoders[plan], B, T + new_tokens // 2, model)
-                row.gb_per_s, row.roof = moved / seconds / 1e9, "read"
-                if "read" in lab.roofs:
-                    row.percent_of_roof = 100 * moved / seconds / lab.roofs["read"]
+                row.num_bytes = step_bytes(decoders[plan], B, T + new_tokens // 2, model)
+                row.gb_per_s, row.roof = row.num_bytes / row.us / 1e3, "read"
+                share_of_roof(row, lab.clock.rates, samples[plan])
             if plan != "vanilla":
-                if "vanilla" in errors:
-                    row.peers["vanilla"] = {"us": None, "reason": f"n/a ({errors['vanilla']})"}
-                else:
-                    row.peers["vanilla"] = {"us": statistics.median(samples["vanilla"]) * 1e6}
+                vanilla = errors.get("vanilla")
+                timed = Timed(lambda: None, samples=samples.get("vanilla", []))
+                row.peers["vanilla"] = {"reason": vanilla} if vanilla else beside(timed, samples[plan])
                 choose_peer(row)
             yield row
 
 
-def model_cells(sizes: Sizes) -> Iterator[Cell]:
+def model_cells(sizes: Sizes) -> Iterator[Task]:
     for i, model in enumerate(sizes.models):
         for j, (B, T) in enumerate(sizes.prompts):
             kv = 4 * B * T * model.layers * model.kv_heads * model.head_dim
             activations = B * T * (6 * model.intermediate + 16 * model.hidden)
             weights = 3 * 2 * model.layers * model.hidden * (3 * model.intermediate + 4 * model.hidden)
             embeddings = 3 * 4 * model.vocab * model.hidden
-            size = kv + activations + weights + embeddings
+            oracle = 4 * (weights + embeddings) // 3  # one decoder at a time in float64, before any cache
+            size = max(kv + activations, oracle) + weights + embeddings
 
             def measure(lab: Lab, model: Model = model, B: int = B, T: int = T) -> Iterator[Row]:
                 yield from _rows(lab, model, B, T, sizes.new_tokens)
 
-            yield Cell("model", f"{model.name} B={B} T={T}", 1 if i + j == 0 else 2 + (j > 1), size, measure)
+            yield Task("model", f"{model.name} B={B} T={T}", 1 if i + j == 0 else 2 + (j > 1), size, measure)

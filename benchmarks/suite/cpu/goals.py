@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusedkv_ext.bench.decode import SHORT
-from fusedkv_ext.bench.fuse import AUTOGRAD, BACKWARD, FORWARD
-from fusedkv_ext.bench.models import OPERATIONS, STEP, TINY_ATTENTION, TPOT, TTFT
+from suite.cpu.decode import SHORT
+from suite.cpu.fuse import AUTOGRAD, BACKWARD, FORWARD
+from suite.cpu.models import OPERATIONS, STEP, TINY_ATTENTION, TPOT, TTFT
 
 Record = dict[str, Any]  # a Row as a dictionary, as it comes out of a JSON file
 Rows = Sequence[Record]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from fusedkv_ext.ops import reference
-from gpu_suite.measure import Contestant, Lab, Result, assert_near
+from fusedkv_ext.testing import WrongResult, assert_close
+from suite.gpu.lab import Lab
+from suite.measure import Call, Contestant, require_same_function, shape_text
 
 TOKEN_MULTIPLE = 64  # capacities are whole pages of every page size in use
 
@@ -55,11 +57,16 @@ class Decode:
         """Of plain attention: two products per pair of a query row and a token."""
         return 4.0 * self.steps * sum(self.lengths) * self.heads * self.head_dim
 
+    @property
+    def params(self) -> dict[str, int | str]:
+        lengths = self.lengths if self.ragged else self.lengths[:1]
+        found: dict[str, int | str] = {"B": self.batch, "T": "+".join(map(str, lengths)), "H": self.heads}
+        found |= {"G": self.kv_heads, "D": self.head_dim}
+        found |= {"S": self.steps} if self.steps > 1 else {}
+        return found | {"page": self.page or "none"}
+
     def __str__(self) -> str:
-        tokens = list(self.lengths) if self.ragged else self.lengths[0]
-        text = f"B={self.batch} T={tokens} H={self.heads} G={self.kv_heads} D={self.head_dim}"
-        text += f" S={self.steps}" if self.steps > 1 else ""
-        return f"{text} {'contiguous' if self.page is None else f'page={self.page}'}"
+        return shape_text(self.params)
 
 
 class DecodeInputs:
@@ -72,7 +79,7 @@ class DecodeInputs:
 
     def __init__(self, shape: Decode, lab: Lab) -> None:
         self.shape, self.lab = shape, lab
-        self._exact: dict[str, list[Tensor]] = {}
+        self._exact: dict[str, list[list[Tensor]]] = {}
         self.sets = lab.sets_for(shape.cache_bytes())
         self.sets = max(1, min(self.sets, int(0.5 * lab.free_bytes() // shape.allocated_bytes())))
         B, H, G, D, m = shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.sources
@@ -118,33 +125,48 @@ class DecodeInputs:
         pages = self.table[b, : -(-length // self.shape.page)].long()
         return [x[:, :, g][pages].flatten(0, 1)[None, :length, None] for x in self.paged(buffer)]
 
-    @functools.cached_property
+    @cached_property
     def checked(self) -> list[tuple[int, int]]:
         """(sequence, KV head): first and last of each, and the longest sequence."""
         lengths = self.shape.lengths
         sequences = {0, len(lengths) - 1, lengths.index(max(lengths))}
         return [(b, g) for b in sorted(sequences) for g in sorted({0, self.shape.kv_heads - 1})]
 
-    def exact(self, view: str) -> list[Tensor]:
-        """In float64, for ``checked``: (1, S, H / G, D) each; computed once per view."""
-        if view in self._exact:
-            return self._exact[view]
-        rows = self.shape.heads // self.shape.kv_heads
-        self._exact[view] = [
-            reference.fused_kv_attn_func(
-                self.q[b : b + 1, :, g * rows : (g + 1) * rows],
-                self.sources_of(view, self.key_buffers[0], b, g),
-                self.sources_of(view, self.value_buffers[0], b, g),
-                None if self.key_weights is None else self.key_weights[:, g : g + 1],
-                None if self.value_weights is None else self.value_weights[:, g : g + 1],
-                causal=True,
-                dtype=torch.float64,
-            )
-            for b, g in self.checked
-        ]
+    def exact(self, view: str) -> list[list[Tensor]]:
+        """In float64 and from the same maths in the working dtype, for ``checked``: (1, S, H / G, D) each.
+
+        Computed once per view.
+        """
+        if view not in self._exact:
+            both = (torch.float64, None)
+            self._exact[view] = [[self._reference(view, *at, dtype) for dtype in both] for at in self.checked]
         return self._exact[view]
 
-    def contestant(
+    def _reference(self, view: str, b: int, g: int, dtype: torch.dtype | None) -> Tensor:
+        rows = self.shape.heads // self.shape.kv_heads
+        return reference.fused_kv_attn_func(
+            self.q[b : b + 1, :, g * rows : (g + 1) * rows],
+            self.sources_of(view, self.key_buffers[0], b, g),
+            self.sources_of(view, self.value_buffers[0], b, g),
+            None if self.key_weights is None else self.key_weights[:, g : g + 1],
+            None if self.value_weights is None else self.value_weights[:, g : g + 1],
+            causal=True,
+            dtype=dtype,
+        )
+
+    def check(self, name: str, view: str, result: Tensor, *, ours: bool = False) -> None:
+        """result: (B, S, H, D). Ours has to meet the criterion; a peer computes the same function."""
+        rows = self.shape.heads // self.shape.kv_heads
+        if result.shape != self.q.shape or not bool(torch.isfinite(result).all()):
+            raise WrongResult(f"{name}: must be finite and {tuple(self.q.shape)}, got {tuple(result.shape)}")
+        for (b, g), (exact, same) in zip(self.checked, self.exact(view), strict=True):
+            got, where = result[b : b + 1, :, g * rows : (g + 1) * rows], f"{name}, sequence {b}, KV head {g}"
+            if ours:
+                assert_close(got, exact, same, where)
+            else:
+                require_same_function(where, got, exact)
+
+    def peer(
         self,
         name: str,
         view: str,
@@ -152,14 +174,8 @@ class DecodeInputs:
         group: str | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> Contestant:
-        """``run`` returns (B, S, H, D)."""
-        rows = self.shape.heads // self.shape.kv_heads
+        """run: of the number of a set."""
+        return Contestant(self.on_sets(run), partial(self.check, name, view), group, prepare)
 
-        def check(result: Result) -> None:
-            assert result.shape == self.q.shape, f"{name}: shape {tuple(result.shape)}"
-            assert bool(torch.isfinite(result).all()), f"{name}: NaN or infinity"
-            for (b, g), exact in zip(self.checked, self.exact(view), strict=True):
-                got = result[b : b + 1, :, g * rows : (g + 1) * rows]
-                assert_near(f"{name}, sequence {b}, KV head {g}", got, exact)
-
-        return Contestant(name, run, check, group, prepare)
+    def on_sets(self, run: Callable[[int], Tensor]) -> list[Call]:
+        return [partial(run, i) for i in range(self.sets)]

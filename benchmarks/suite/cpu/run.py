@@ -1,4 +1,4 @@
-"""Runs families of the suite and makes the result: what `fusedkv bench` writes as JSON."""
+"""Runs families of the suite and makes the result: what benchmarks/cpu.py writes as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from fusedkv_ext.bench import decode, fuse, goals, models
-from fusedkv_ext.bench.measure import Bench, Cell, Row, busy_seconds, geomeans, machine
-from fusedkv_ext.bench.settings import FAMILIES, Settings
+from suite.clocks import HostClock
+from suite.cpu import decode, fuse, goals, models
+from suite.cpu.settings import FAMILIES, Settings
+from suite.machine import busy_seconds, machine
+from suite.measure import Bench, Cell, Row
+from suite.report import geomeans
 
 FORMAT = 1
-BUSY = 5  # percent of the CPUs that others may use before a run says so
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def run(
     """
     torch.manual_seed(0)
     began, others_began = time.monotonic(), busy_seconds()
-    bench = Bench(settings.rounds, settings.roof_bytes, settings.cold_bytes)
-    found = {**machine(), "roofs": bench.roofs()}
+    clock = HostClock(settings.rounds, settings.roof_bytes, settings.cold_bytes)
+    bench, found = Bench(clock), {**machine(), "roofs": clock.roofs()}
     rows: list[Row] = []
     chosen = [name for name in FAMILIES if name in families]
     for name in chosen:

@@ -1,4 +1,6 @@
-"""fusedkv bench: time operations and models beside torch and beside the memory bandwidth measured in the run.
+"""Times operations and models on the CPU beside torch and beside the memory bandwidth measured in the run.
+
+    python benchmarks/cpu.py [FAMILY ...] [--quick] [--json FILE] [--plots DIR] [--dtype D] [--threads N]
 
 Families: decode, fuse, prefill, train, model; none named: all. Every row is checked against the oracle before
 it is timed. At the end each goal is printed with what was measured.
@@ -9,13 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fusedkv_ext.errors import ConfigError
+import torch
+from suite import machine, report, tables
+from suite.cpu import plots, settings
+from suite.cpu.run import run
+
+from fusedkv_ext.lab.figures import need_matplotlib
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="decode, fuse, prefill, train, model")
     parser.add_argument(
         "--json",
@@ -27,25 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds per row (default: 15; quick: 5)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="rows of this dtype only")
     parser.add_argument("--threads", type=int, metavar="N", help="default: what torch uses")
-
-
-def run(args: argparse.Namespace) -> int:
+    args = parser.parse_args(given)
     for name in ("rounds", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    import torch
-
-    from fusedkv_ext.bench import measure, plots, report, settings
-    from fusedkv_ext.bench.run import run as run_suite
-
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     unknown = [name for name in args.families if name not in settings.FAMILIES]
     if unknown:
-        raise ConfigError(f"unknown family {unknown[0]!r}; known: {', '.join(settings.FAMILIES)}")
-    families = args.families or list(settings.FAMILIES)
+        parser.error(f"unknown family {unknown[0]!r}; known: {', '.join(settings.FAMILIES)}")
+    args.families = args.families or list(settings.FAMILIES)
     if args.plots:
-        if "decode" not in families:
-            raise ConfigError("--plots draws the curves of decode, which is not among the families")
-        plots.need_matplotlib()
+        if "decode" not in args.families:
+            parser.error("--plots draws the curves of decode, which is not among the families")
+        need_matplotlib()
+    return args
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
     chosen = settings.QUICK if args.quick else settings.FULL
     chosen = replace(chosen, rounds=args.rounds) if args.rounds else chosen
     chosen = chosen.only(args.dtype) if args.dtype else chosen
@@ -54,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
     target = args.json and args.json.replace("{threads}", str(torch.get_num_threads()))
     if target and target != "-":  # found out before minutes of timing
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-    measure.keep_freed_memory()
+    machine.keep_freed_memory()
     out = sys.stderr if target == "-" else sys.stdout
     print(report.HEADER, file=out, flush=True)
-    result = run_suite(families, chosen, lambda row: print(report.line(asdict(row)), file=out, flush=True))
-    print(f"\n{report.conditions(result)}\n{report.summary(result)}", file=out)
+    result = run(args.families, chosen, lambda row: print(report.line(asdict(row)), file=out, flush=True))
+    print(f"\n{tables.conditions(result)}\n{tables.summary(result)}", file=out)
     if args.plots:
         print("wrote " + ", ".join(map(str, plots.save_all(result, args.plots))), file=out)
     if target == "-":
@@ -67,3 +76,7 @@ def run(args: argparse.Namespace) -> int:
         Path(target).write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {target}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

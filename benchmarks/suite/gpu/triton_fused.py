@@ -46,9 +46,9 @@ MAX_SPLITS = 128
 def usable(device: torch.device) -> str | None:
     """None, or why not."""
     if triton is None:
-        return "n/a (no Triton here)"
+        return "no Triton here"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "n/a (Triton needs a GPU, or TRITON_INTERPRET=1)"
+        return "Triton needs a GPU, or TRITON_INTERPRET=1"
     return None
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from gpu_suite import peers
-from gpu_suite.cells import Cell, Sizes
-from gpu_suite.inputs import Decode, DecodeInputs
-from gpu_suite.measure import Case, Contestant, Lab, Row
+from suite.gpu import peers
+from suite.gpu.cells import Sizes, Task
+from suite.gpu.inputs import Decode, DecodeInputs
+from suite.gpu.lab import Lab
+from suite.measure import Call, Entry, Peer, Row
 
 
-def ours(x: DecodeInputs, name: str = "fusedkv_ext", **options: object) -> Contestant:
+def ours(x: DecodeInputs, **options: object) -> list[Call]:
     def run(i: int) -> Tensor:
         return fkv.fused_kv_attn_with_kvcache(
             x.q,
@@ -27,7 +29,7 @@ def ours(x: DecodeInputs, name: str = "fusedkv_ext", **options: object) -> Conte
             **options,
         )
 
-    return x.contestant(name, "paged", run)
+    return x.on_sets(run)
 
 
 def plan(x: DecodeInputs, batch_invariant: bool = False) -> Tensor:
@@ -43,20 +45,16 @@ def plan(x: DecodeInputs, batch_invariant: bool = False) -> Tensor:
     )
 
 
-def _case(family: str, op: str, x: DecodeInputs, mine: Contestant, rivals: list[Contestant]) -> Case:
-    s = x.shape
-    return Case(
-        family, op, str(s), mine, rivals, s.cache_bytes(x.q.element_size()), s.flops, "read", sets=x.sets
-    )
+def _entry(op: str, x: DecodeInputs, mine: list[Call], peers: dict[str, Peer]) -> Entry:
+    s, check = x.shape, partial(x.check, "fusedkv_ext", "paged", ours=True)
+    size = s.cache_bytes(x.q.element_size())
+    return Entry(op, op, s.params, x.q.dtype, mine, check, size, "read", peers, flops=s.flops)
 
 
 def _against_peers(family: str, shape: Decode, compiled: bool) -> Callable[[Lab], Iterator[Row]]:
     def measure(lab: Lab) -> Iterator[Row]:
         x = DecodeInputs(shape, lab)
-        rivals, missing = peers.decode_peers(x, compiled=compiled)
-        case = _case(family, _op(shape), x, ours(x), rivals)
-        case.unavailable |= missing
-        yield lab.row(case)
+        yield lab.row(family, _entry(_op(shape), x, ours(x), peers.decode_peers(x, compiled=compiled)))
 
     return measure
 
@@ -65,8 +63,8 @@ def _op(shape: Decode) -> str:
     return f"decode, {shape.sources} source{'s' if shape.sources > 1 else ''}"
 
 
-def _cell(family: str, shape: Decode, priority: int) -> Cell:
-    return Cell(
+def _cell(family: str, shape: Decode, priority: int) -> Task:
+    return Task(
         family,
         f"{_op(shape)} {shape}",
         priority,
@@ -91,7 +89,7 @@ def _grid_priority(B: int, T: int, ratio: int, page: int | None, sizes: Sizes) -
     return 1 if away == 0 else 2 + p
 
 
-def decode_cells(sizes: Sizes) -> Iterator[Cell]:
+def decode_cells(sizes: Sizes) -> Iterator[Task]:
     grid = itertools.product(sizes.batches, sizes.contexts, sizes.ratios, sizes.pages, (2, 1))
     for B, T, ratio, page, m in grid:
         G = sizes.kv_heads
@@ -99,14 +97,14 @@ def decode_cells(sizes: Sizes) -> Iterator[Cell]:
         yield _cell("decode", shape, _grid_priority(B, T, ratio, page, sizes))
 
 
-def latency_cells(sizes: Sizes) -> Iterator[Cell]:
+def latency_cells(sizes: Sizes) -> Iterator[Task]:
     """One sequence, 20 query heads and 4 KV heads: what a user waits for."""
     for T, page, m in itertools.product(sizes.latency_contexts, sizes.pages[:2], (2, 1)):
         shape = Decode((T,), 5 * sizes.latency_kv_heads, sizes.latency_kv_heads, sizes.head_dim, m, page)
         yield _cell("latency", shape, 1 if T == sizes.latency_contexts[0] and page else 2)
 
 
-def ragged_cells(sizes: Sizes) -> Iterator[Cell]:
+def ragged_cells(sizes: Sizes) -> Iterator[Task]:
     """A batch of very different lengths.
 
     16 query heads on 2 KV heads, few heads and large groups, so that the split decides; and 32 on 8. 4 query
@@ -120,25 +118,25 @@ def ragged_cells(sizes: Sizes) -> Iterator[Cell]:
         yield _cell("ragged", shape, 1 if first and S == 1 else 2 if first else 3)
 
 
-def schedule_cells(sizes: Sizes) -> Iterator[Cell]:
+def schedule_cells(sizes: Sizes) -> Iterator[Task]:
     """The call that plans for itself against a shared schedule, batch invariance, and the planner alone."""
     G, D, page = sizes.kv_heads, sizes.head_dim, sizes.pages[0]
     batches = [(sizes.contexts[1],) * B for B in sizes.batches]
     for i, lengths in enumerate([*batches, sizes.ragged]):
         shape = Decode(lengths, 4 * G, G, D, 2, page)
         room = 2 * shape.allocated_bytes() + (1 << 30)
-        yield Cell("schedule", f"schedules {shape}", 1 if i == 1 else 2, room, _schedules(shape))
+        yield Task("schedule", f"schedules {shape}", 1 if i == 1 else 2, room, _schedules(shape))
 
 
 def _schedules(shape: Decode) -> Callable[[Lab], Iterator[Row]]:
     def measure(lab: Lab) -> Iterator[Row]:
         x = DecodeInputs(shape, lab)
-        default = ours(x, "planned in the call")
-        shared = ours(x, schedule=plan(x))
-        yield lab.row(_case("schedule", "decode, shared schedule", x, shared, [default]))
-        invariant = ours(x, batch_invariant=True)
-        yield lab.row(_case("schedule", "decode, batch-invariant", x, invariant, [default]))
-        planner = Contestant("fusedkv_ext", lambda i: plan(x), lambda result: None)
-        yield lab.row(Case("schedule", "decode_schedule alone", str(shape), planner, [], 0, 0.0, "read"))
+        default = {"planned in the call": ours(x)}
+        shared = _entry("decode, shared schedule", x, ours(x, schedule=plan(x)), default)
+        invariant = _entry("decode, batch-invariant", x, ours(x, batch_invariant=True), default)
+        alone = partial(plan, x)
+        planner = Entry("decode_schedule alone", "plan", shape.params, lab.dtype, alone, lambda result: None)
+        for entry in (shared, invariant, planner):
+            yield lab.row("schedule", entry)
 
     return measure

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from fusedkv_ext.bench.peers import eager_fuse
-from gpu_suite import triton_fused
-from gpu_suite.inputs import DecodeInputs
-from gpu_suite.measure import Contestant, Lab
+from suite.fuse_problem import eager_fuse
+from suite.gpu import triton_fused
+from suite.gpu.inputs import DecodeInputs
+from suite.gpu.lab import Lab
+from suite.measure import Contestant, Peer
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -33,32 +34,18 @@ COMPILE_SECONDS = 90.0
 _compile_stopped: list[str] = []
 
 
-def decode_peers(x: DecodeInputs, *, compiled: bool) -> tuple[list[Contestant], dict[str, str]]:
+def decode_peers(x: DecodeInputs, *, compiled: bool) -> dict[str, Peer]:
     """Everybody who can do this decode step, and why the others cannot."""
-    peers, missing = [], {}
     if x.shape.sources == 1:
-        peers += [_sdpa(x, name) for name in backends(x)]
-        add(peers, missing, "FlashInfer", lambda: _flashinfer(x))
+        peers: dict[str, Peer] = {f"SDPA {name}": _sdpa(x, name) for name in backends(x)}
+        peers["FlashInfer"] = _flashinfer(x)
     else:
-        peers += [_concat(x, name) for name in backends(x)]
-        if x.shape.allocated_bytes() > EAGER_BYTES:
-            missing["eager fuse + SDPA"] = "n/a (memory)"
-        else:
-            peers.append(_eager(x))
-            if compiled:
-                add(peers, missing, "compiled fuse + SDPA", lambda: _compiled(x))
-    add(peers, missing, _triton_name(x), lambda: _triton(x))
-    return peers, missing
-
-
-def add(
-    peers: list[Contestant], missing: dict[str, str], name: str, make: Callable[[], Contestant | str]
-) -> None:
-    made = make()
-    if isinstance(made, str):
-        missing[name] = made
-    else:
-        peers.append(made)
+        peers = {f"concat SDPA {name}": _concat(x, name) for name in backends(x)}
+        too_large = x.shape.allocated_bytes() > EAGER_BYTES
+        peers["eager fuse + SDPA"] = "memory" if too_large else _eager(x)
+        if compiled and not too_large:
+            peers["compiled fuse + SDPA"] = _compiled(x)
+    return peers | {_triton_name(x): _triton(x)}
 
 
 def backends(x: DecodeInputs) -> list[str]:
@@ -103,7 +90,7 @@ def _sdpa(x: DecodeInputs, backend: str) -> Contestant:
         with sdpa_kernel(BACKENDS[backend]):
             return attend(x.q, k, v, x.shape.lengths, _scale(x))
 
-    return x.contestant(f"SDPA {backend}", "contiguous", run, "SDPA")
+    return x.peer(f"SDPA {backend}", "contiguous", run, "SDPA")
 
 
 def _concat(x: DecodeInputs, backend: str) -> Contestant:
@@ -120,7 +107,7 @@ def _concat(x: DecodeInputs, backend: str) -> Contestant:
             out = attend(q, x.concat(x.key_buffers[i]), x.concat(x.value_buffers[i]), s.lengths, _scale(x))
         return (out.unflatten(-1, (s.sources, s.head_dim)) * b).sum(-2)
 
-    return x.contestant(f"concat SDPA {backend}", "concat", run, "concat")
+    return x.peer(f"concat SDPA {backend}", "concat", run, "concat")
 
 
 def _fuse_and_attend(x: DecodeInputs) -> Callable[..., Tensor]:
@@ -145,7 +132,7 @@ def _fusing(x: DecodeInputs, name: str, call: Callable[..., Tensor]) -> Contesta
         keys, values = x.split(x.key_buffers[i]), x.split(x.value_buffers[i])
         return call(x.q, keys, values, x.key_weights, x.value_weights)
 
-    return x.contestant(name, "contiguous", run)
+    return x.peer(name, "contiguous", run)
 
 
 def _eager(x: DecodeInputs) -> Contestant:
@@ -160,9 +147,9 @@ def _compiled(x: DecodeInputs) -> Contestant | str:
 def compiled(lab: Lab, function: Callable[..., object]) -> Callable[..., object] | str:
     """torch.compile for exactly the shapes that come, or why not. The first call says how long it took."""
     if not lab.compile_peers:
-        return "n/a (torch.compile is switched off)"
+        return "torch.compile is switched off"
     if _compile_stopped:
-        return f"n/a ({_compile_stopped[0]})"
+        return f"{_compile_stopped[0]}"
     torch._dynamo.reset()
     inner = torch.compile(function, dynamic=False)
     first = [True]
@@ -191,7 +178,7 @@ def _triton(x: DecodeInputs) -> Contestant | str:
     s = x.shape
     reason = triton_fused.usable(x.lab.device)
     if reason is None and s.steps > 1:
-        reason = "n/a (one query token only)"
+        reason = "one query token only"
     if reason is not None:
         return reason
     key = (s.sources, s.page is None, s.cache_bytes() > 256 << 20)
@@ -212,20 +199,20 @@ def _triton(x: DecodeInputs) -> Contestant | str:
     def run(i: int) -> Tensor:
         return call(i, triton_fused.tuned(key, lambda config: call(0, config)))
 
-    return x.contestant(_triton_name(x), "paged", run)
+    return x.peer(_triton_name(x), "paged", run)
 
 
 def _flashinfer(x: DecodeInputs) -> Contestant | str:
     """Its paged decode with a plan made beforehand: planning on the host is not in its time."""
     s = x.shape
     if not x.lab.cuda:
-        return "n/a (FlashInfer needs a GPU)"
+        return "FlashInfer needs a GPU"
     if s.page is None or s.steps > 1:
-        return "n/a (paged decode of one token only)"
+        return "paged decode of one token only"
     try:
         import flashinfer
     except Exception as error:
-        return f"n/a (flashinfer does not import: {type(error).__name__})"
+        return f"flashinfer does not import: {type(error).__name__}"
     counts = [-(-n // s.page) for n in s.lengths]
     indptr = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(torch.int32)
     indices = torch.cat([row[:count] for row, count in zip(x.table, counts, strict=True)])
@@ -249,4 +236,4 @@ def _flashinfer(x: DecodeInputs) -> Contestant | str:
         (k,), (v,) = x.paged(x.key_buffers[i]), x.paged(x.value_buffers[i])
         return wrapper.run(x.q[:, 0], (k, v))[:, None]
 
-    return x.contestant("FlashInfer", "paged", run, prepare=plan)
+    return x.peer("FlashInfer", "paged", run, prepare=plan)

@@ -1,7 +1,7 @@
 """Pictures of a result: time and bandwidth over the context, cost per token over the batch, roofs as lines.
 
-Figures are made without pyplot, so no window system and no global state is touched. Colours are those of
-Okabe and Ito, which people with any kind of colour vision can tell apart; curves differ in style as well.
+Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; curves
+differ in style as well.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedkv_ext.bench.decode import BATCH, CONTEXT
-from fusedkv_ext.bench.goals import select
-from fusedkv_ext.extras import need
+from fusedkv_ext.lab.figures import new_figure, save, tidy
+from suite.cpu.decode import BATCH, CONTEXT
+from suite.cpu.goals import select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +48,7 @@ def _tidy(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=7)
 
 
@@ -105,35 +103,21 @@ PANELS = {
 }
 
 
-def need_matplotlib() -> None:
-    """Raises MissingExtra at once, rather than after minutes of timing."""
-    need("matplotlib", "Drawing")
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    module = need("matplotlib.figure", "Drawing")
-    figure = module.Figure(figsize=(4.2 * panels, 3.5), layout="constrained", dpi=120)
-    return figure, figure.subplots(ncols=panels, squeeze=False)[0]
-
-
 def save_all(result: Result, folder: Path) -> list[Path]:
     """One PNG per panel. Nothing without the family "decode"."""
     if "decode" not in result["families"]:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in PANELS.items():
-        figure, (axes,) = _figure(1)
+        figure, axes = new_figure(4.2, 3.5)
         draw(axes, result)
-        written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], format="png")
+        written.append(save(figure, folder / f"{name}.png"))
     return written
 
 
 def overview(result: Result, path: Path) -> None:
     """All panels side by side."""
-    figure, all_axes = _figure(len(PANELS))
+    figure, all_axes = new_figure(4.2 * len(PANELS), 3.5, ncols=len(PANELS))
     for axes, draw in zip(all_axes, PANELS.values(), strict=True):
         draw(axes, result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save(figure, path)
