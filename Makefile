@@ -35,6 +35,7 @@ HF_TESTS := $(abspath build/transformers-tests)
 NEWEST_HF = $(shell $(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
 LM_EVAL := $(abspath build/lm-eval/site-packages)
 TRL := $(abspath build/trl/site-packages)
+MKDOCS := $(abspath build/mkdocs/site-packages)
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard build_support/*.py) \
     $(shell find csrc -type f 2>/dev/null)
@@ -43,7 +44,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-hf test-lm-eval test-trl test-real simt instructions bench performance-doc docs lint format cuda-objects floor abi sdist wheel clean distclean
+.PHONY: help build demo test test-hf test-lm-eval test-trl test-real simt instructions bench performance-doc docs site lint format cuda-objects floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
@@ -59,6 +60,7 @@ help:
 	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
 	@echo "make docs          that, docs/methods.md from the registry, docs/experiments.md, docs/scale.md from formulas"
+	@echo "make site          the documentation with an API reference as a site in build/site, in strict mode; it fetches mkdocs (120 MB on disk)"
 	@echo "make lint          ruff on Python, clang-format on csrc"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
@@ -170,6 +172,15 @@ docs: performance-doc
 	@$(BIN)/python -m fusedkv_ext.lab.pages.methods .
 	@$(BIN)/python -m fusedkv_ext.lab.pages.experiments .
 	@$(BIN)/python -m fusedkv_ext.lab.pages.planner .
+
+$(MKDOCS): $(DEPS) constraints-docs.txt
+	@echo "installing mkdocs and its dependencies into $@"
+	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial -r constraints-docs.txt && mv $@.partial $@
+
+# Not with --quiet, which hides warnings from strict mode. The variable hides an advertisement.
+site: $(MKDOCS)
+	@PYTHONPATH=$(MKDOCS) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site: build/site/index.html"
 
 lint: $(DEPS)
 	@$(BIN)/ruff check .

@@ -108,10 +108,10 @@ def explain(
     """Says which way ``fused_kv_attn_func`` takes or, with ``cache_seqlens``, ``fused_kv_attn_with_kvcache``.
 
     Args:
-        q, keys, values, key_weights, value_weights, cache_seqlens, block_table, causal, window_size,
-            return_lse, document_ids, batch_invariant: as in those two, but ``causal`` is True by default for
-            both. Meta tensors will do, as no data is read but cache_seqlens; sequences whose lengths are on
-            meta count as full, and documents as one. Memory is taken to start at multiples of 16 bytes.
+        q, keys, values and all others down to batch_invariant: as in those two, but ``causal`` is True by
+            default for both. Meta tensors will do, as no data is read but cache_seqlens; sequences whose
+            lengths are on meta count as full, and documents as one. Memory is taken to start at multiples
+            of 16 bytes.
         device: whose rule to ask, "cpu" or "cuda"; default: q's.
         bandwidth: of that device's memory in bytes per second, for ``roof_us``.
         sm_count: of the GPU; default: the current one's, or an H100's where there is none.

@@ -60,7 +60,7 @@ def debug_checks(enabled: bool) -> None:
 
 
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
-    """out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]    (FusedKV, arXiv 2512.03870).
+    """``out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]`` (FusedKV, arXiv 2512.03870).
 
     Args:
         sources: m tensors (B, T, G, D) of one shape and dtype: float32, bfloat16, float16 or float64.

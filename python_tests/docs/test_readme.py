@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from fusedkv_ext.cli.main import build_parser
 from fusedkv_ext.plan import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -41,6 +42,22 @@ def test_links_lead_to_files(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text())
     missing = [target for target in targets if not (path.parent / target).exists()]
     assert not missing, f"{path.name} links to {missing}"
+
+
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [("index", "fusedkv_ext"), ("hf", "fusedkv_ext.hf"), ("conversion", "fusedkv_ext.conversion")],
+)
+def test_the_reference_has_every_public_name_once(page: str, module: str) -> None:
+    """Read from the source, as importing some modules needs transformers."""
+    source = ROOT.joinpath(*module.split("."), "__init__.py").read_text()
+    (names,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    text = (ROOT / "docs" / "reference" / f"{page}.md").read_text()
+    assert sorted(re.findall(r"^::: (\S+)$", text, re.MULTILINE)) == sorted(f"{module}.{n}" for n in names)
 
 
 def test_the_picture_of_the_house_is_true() -> None:
