@@ -39,6 +39,8 @@ MKDOCS := $(abspath build/mkdocs/site-packages)
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard build_support/*.py) \
     $(shell find csrc -type f 2>/dev/null)
+# What codespell reads; pyproject.toml has its settings.
+SPELLED := README.md CONTRIBUTING.md CHANGELOG.md docs csrc fusedkv_ext python_tests scripts
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # CMake and Ninja come from the environment, whatever the machine has; build requirements must be there, torch first of all.
 export PATH := $(BIN):$(PATH)
@@ -61,7 +63,7 @@ help:
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
 	@echo "make docs          that, docs/methods.md from the registry, docs/experiments.md, docs/scale.md from formulas"
 	@echo "make site          the documentation with an API reference as a site in build/site, in strict mode; it fetches mkdocs (120 MB on disk)"
-	@echo "make lint          ruff on Python, clang-format on csrc"
+	@echo "make lint          ruff on Python, clang-format on csrc, codespell, sentence lengths and retired words of documents"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
 	@echo "make floor         compile the binding layer against the headers of the oldest torch, which it fetches (80 MB, once)"
@@ -185,6 +187,8 @@ site: $(MKDOCS)
 lint: $(DEPS)
 	@$(BIN)/ruff check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@$(BIN)/codespell $(SPELLED)
+	@$(BIN)/python scripts/prose_check.py
 	@echo "lint: clean"
 
 format: $(DEPS)
