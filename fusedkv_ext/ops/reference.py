@@ -23,7 +23,7 @@ Tensors = Tensor | Sequence[Tensor]
 
 
 def fuse_kv(sources: Tensors, weights: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]    (FusedKV, arXiv 2512.03870).
+    """``out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]``    (FusedKV, arXiv 2512.03870).
 
     sources: m tensors (B, T, G, D), or one; weights: broadcastable to (m, G, D). Returns (B, T, G, D).
     Differentiable.

@@ -46,11 +46,17 @@ def test_links_lead_to_files(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "module"),
-    [("index", "fusedkv_ext"), ("hf", "fusedkv_ext.hf"), ("conversion", "fusedkv_ext.conversion")],
+    [
+        ("index", "fusedkv_ext"),
+        ("hf", "fusedkv_ext.hf"),
+        ("conversion", "fusedkv_ext.conversion"),
+        ("testing", "fusedkv_ext.testing"),
+    ],
 )
 def test_the_reference_has_every_public_name_once(page: str, module: str) -> None:
     """Read from the source, as importing some modules needs transformers."""
-    source = ROOT.joinpath(*module.split("."), "__init__.py").read_text()
+    path = ROOT.joinpath(*module.split("."))
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     (names,) = [
         ast.literal_eval(node.value)
         for node in ast.parse(source).body
