@@ -11,7 +11,6 @@ from fusedkv_ext.layers.attention import FusedKVAttention
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.fusion import FusionWeights, param_groups
 from fusedkv_ext.layers.latent_attention import LatentAttention
-from fusedkv_ext.ops import autograd as _autograd  # noqa: F401  (registers the derivative of fuse_kv)
 from fusedkv_ext.ops.explanation import Explanation, explain
 from fusedkv_ext.ops.functional import (
     append_kvcache,

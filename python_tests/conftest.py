@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedkv_ext.ops
 import fusedkv_ext.ops.autograd
-from fusedkv_ext.ops import native
+from fusedkv_ext.ops import fuse, native
 
 MAX_THREADS = min(2, os.cpu_count() or 1)
 
@@ -91,7 +91,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("needs a CUDA device and a torch built with CUDA")
     if request.param.startswith("simt"):
         request.getfixturevalue("simt").configure(seed=int(request.param[4:]))
-        monkeypatch.setattr(fusedkv_ext.ops, "_ops", torch.ops.fusedkv_simt)
+        monkeypatch.setattr(native, "_ops", torch.ops.fusedkv_simt)
     return request.param
 
 
@@ -130,12 +130,12 @@ def largest_file() -> Callable[[int], AbstractContextManager[None]]:
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
     """Grows by the storages of K and V whenever attention fuses them."""
     storages: list[StorageWeakRef] = []
-    fuse = fusedkv_ext.ops._fuse_both
+    fuse_both = fuse.fuse_both
 
     def recorded(*args: object) -> tuple[Tensor, Tensor]:
-        pair = fuse(*args)
+        pair = fuse_both(*args)
         storages.extend(StorageWeakRef(x.untyped_storage()) for x in pair)
         return pair
 
-    monkeypatch.setattr(fusedkv_ext.ops, "_fuse_both", recorded)
+    monkeypatch.setattr(fuse, "fuse_both", recorded)
     return storages

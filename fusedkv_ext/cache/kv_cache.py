@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.errors import CacheFullError
-from fusedkv_ext.ops import functional as ops
-from fusedkv_ext.ops import native
+from fusedkv_ext.ops import cached, native
+from fusedkv_ext.ops.call import AppendCall
+from fusedkv_ext.ops.functional import decode_schedule
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan, latent_layers
 
@@ -349,8 +350,9 @@ class KVCache:
             key, key_cache = (none, self._no_heads) if key is None else (key, key_cache)
             value, value_cache = (none, self._no_heads) if value is None else (value, value_cache)
         cos, sin = (None, None) if rotary is None else rotary
-        cached = (key, value, key_cache, value_cache, self.seq_lens, self.block_table)
-        rotated = ops.append_cached(*cached, cos, sin, rotary_interleaved, query)
+        tables = (self.seq_lens, self.block_table, cos, sin)
+        call = AppendCall(key, value, key_cache, value_cache, *tables, rotary_interleaved, query)
+        rotated = cached.append(call)
         return None if query is None else rotated
 
     def append_latent(self, layer: int, latent: Tensor) -> None:
@@ -361,9 +363,9 @@ class KVCache:
         """
         self._check_rows(layer, latent)
         # The op always takes a second side: here it has no heads.
-        new, cached = as_heads(latent), as_heads(self.keys(layer))
-        sides = (new, new[:, :, :0], cached, cached[:, :, :0])
-        ops.append_cached(*sides, self.seq_lens, self.block_table, None, None, False, None)
+        new, stored = as_heads(latent), as_heads(self.keys(layer))
+        sides = (new, new[:, :, :0], stored, stored[:, :, :0])
+        cached.append(AppendCall(*sides, self.seq_lens, self.block_table))
 
     def _check_rows(self, layer: int, rows: Tensor) -> None:
         if rows.shape[1] != self._step:
@@ -402,7 +404,7 @@ class KVCache:
     def schedule(
         self, query_length: int, num_heads: int, num_kv_heads: int, window_size: tuple[int, int] = (-1, -1)
     ) -> Tensor | None:
-        """``ops.decode_schedule`` of ``seq_lens``, made once a step for all layers that ask for the same.
+        """``decode_schedule`` of ``seq_lens``, made once a step for all layers that ask for the same.
 
         query_length, num_heads, num_kv_heads: S, H and G of the calls, which are not ``batch_invariant``.
         None on the CPU, which needs none.
@@ -414,7 +416,7 @@ class KVCache:
             capacity = self.max_len
             if self.block_table is not None and self.page_size is not None:
                 capacity = self.block_table.shape[1] * self.page_size
-            self._schedules[key] = ops.decode_schedule(
+            self._schedules[key] = decode_schedule(
                 self.seq_lens,
                 query_length=query_length,
                 num_heads=num_heads,

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops import functional as ops
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import functional, reference
 from fusedkv_ext.testing import compare
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +145,11 @@ _OPS: dict[str, Run] = {
     "fused_kv_attn_with_kvcache, paged": _decode_paged,
     "append_kvcache": _append,
 }
-_SIDES: list[tuple[Any, dict[str, Any]]] = [(ops, {}), (reference, {"dtype": torch.float64}), (reference, {})]
+_SIDES: list[tuple[Any, dict[str, Any]]] = [
+    (functional, {}),
+    (reference, {"dtype": torch.float64}),
+    (reference, {}),
+]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from fusedkv_ext.cache.kv_cache import KV
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.layers.moe import MoE
-from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops.functional import fused_kv_attn_func
 from fusedkv_ext.plan import CachePlan
 
 __all__ = ["ContextParallel", "context_traffic", "apply_cp"]
@@ -45,7 +45,7 @@ class ContextParallel:
             raise ValueError(f"mesh must have one dimension, the ranks that share a sequence, got {mesh}")
         self.mesh, self.size, self.rank = mesh, mesh.size(), mesh.get_local_rank()
         # A graph of torch.compile would hold the mask of S < T rows, S T elements; FlashAttention needs none.
-        self._attend = torch.compiler.disable(ops.fused_kv_attn_func)
+        self._attend = torch.compiler.disable(fused_kv_attn_func)
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's T / N of the T tokens along ``dim``. Raises ValueError if T cannot be cut into 2 N."""

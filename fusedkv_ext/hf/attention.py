@@ -21,7 +21,7 @@ from fusedkv_ext.hf.versions import check_keywords, takes_cache
 from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed
 from fusedkv_ext.layers.shards import for_all_ranks
-from fusedkv_ext.ops.sdpa import visible
+from fusedkv_ext.ops.visibility import visible
 
 __all__ = ["PlanAttention", "SharedKV"]
 

@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fusedkv_ext.hf.versions import check_keywords
-from fusedkv_ext.ops import functional as ops
-from fusedkv_ext.ops.dispatch import native_head_dim
+from fusedkv_ext.ops.dispatch import folds_dense, native_head_dim
+from fusedkv_ext.ops.functional import fused_kv_attn_func
 
 __all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
 
@@ -61,7 +61,7 @@ def ranges_if_folding(query: Tensor, key: Tensor, mask: Tensor) -> Ranges | None
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() and query.requires_grad:
         return None
-    if not ops.folds_dense(query, [key], [key], 0, query.device.type):
+    if not folds_dense(query, [key], [key], 0, query.device.type):
         return None
     if mask.shape != (query.shape[0], 1, query.shape[1], key.shape[1]) or mask.dtype != torch.bool:
         return None
@@ -110,13 +110,13 @@ def attend(
     weights = (key_weights, value_weights)
     if ranges is None:
         size = (-1, -1) if window is None else (window - 1, 0)
-        return ops.fused_kv_attn_func(query, keys, values, *weights, **options, window_size=size)
+        return fused_kv_attn_func(query, keys, values, *weights, **options, window_size=size)
     outs, first = [], 0
     for (start, stop), run in groupby(ranges):
         rows = slice(first, first + len(list(run)))
         first = rows.stop
         parts = ([x[rows, start:stop] for x in side] for side in (keys, values))
-        outs.append(ops.fused_kv_attn_func(query[rows], *parts, *weights, **options))
+        outs.append(fused_kv_attn_func(query[rows], *parts, *weights, **options))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

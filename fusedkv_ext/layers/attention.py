@@ -18,7 +18,9 @@ from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed, mixes_any
 from fusedkv_ext.layers.shards import local
-from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops import cached
+from fusedkv_ext.ops.call import AttentionCall
+from fusedkv_ext.ops.functional import fused_kv_attn_func
 from fusedkv_ext.ops.packing import document_positions
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
@@ -281,7 +283,7 @@ class FusedKVAttention(nn.Module):
     ) -> Tensor:
         """One call per resolved segment, on its heads: (B, S, H, D)."""
         available = (*sources, kv)
-        attend = ops.fused_kv_attn_func if self.context is None else self.context.attend
+        attend = fused_kv_attn_func if self.context is None else self.context.attend
         outs = [
             attend(
                 q if q_heads is None else q[:, :, q_heads],
@@ -306,7 +308,7 @@ class FusedKVAttention(nn.Module):
             key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
             _, steps, num_heads, head_dim = part.shape
             schedule = cache.schedule(steps, num_heads, key_caches[0].shape[2], self.window_size)
-            out = ops.attend_cached(
+            call = AttentionCall(
                 part,
                 key_caches,
                 [heads.of(cache.values(heads.layer)) for heads in values.tensors],
@@ -317,9 +319,10 @@ class FusedKVAttention(nn.Module):
                 self.window_size[0],
                 0,
                 schedule,
+                False,
                 cache.lengths,
             )
-            outs.append(out)
+            outs.append(cached.attend_layer(call))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:

@@ -25,11 +25,14 @@ from torch import Tensor, nn
 from fusedkv_ext.cache.kv_cache import KV, KVCache, as_heads
 from fusedkv_ext.layers.attention import RMSNorm, check_call
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
-from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops import cached
+from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.checks import check_no_grad
 from fusedkv_ext.ops.dispatch import native_head_dim
+from fusedkv_ext.ops.functional import fuse_kv, fused_kv_attn_func
 from fusedkv_ext.ops.packing import document_positions
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
+from fusedkv_ext.ops.visibility import visible_range
 from fusedkv_ext.plan import CachePlan, LatentLayer, Segment, latent_layers
 from fusedkv_ext.plan.latent import channels
 
@@ -312,7 +315,7 @@ class LatentAttention(nn.Module):
         options = {"softmax_scale": self.scale, "causal": True, "window_size": self.window_size}
         if self.context is not None:
             return self.context.attend(q, [k], [v], document_ids=document_ids, **options)
-        return ops.fused_kv_attn_func(q, k, v, document_ids=document_ids, **options)
+        return fused_kv_attn_func(q, k, v, document_ids=document_ids, **options)
 
     def _attend_cached(
         self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
@@ -321,9 +324,21 @@ class LatentAttention(nn.Module):
         tokens = max(cache.lengths)
         k, v = self._keys_and_values(lambda j: _tokens(cache, j, 0, tokens), fusion)
         q = torch.cat((q_pe, q_nope), dim=-1)
-        left = self.window_size[0]
-        seqlens = (cache.seq_lens, None)
-        return ops.attend_cached(q, [k], [v], None, None, *seqlens, self.scale, left, 0, None, cache.lengths)
+        return cached.attend_layer(self._cached_call(q, [k], [v], cache))
+
+    def _cached_call(
+        self,
+        q: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        cache: KVCache,
+        weights: tuple[Tensor | None, Tensor | None] = (None, None),
+        block_table: Tensor | None = None,
+        schedule: Tensor | None = None,
+    ) -> AttentionCall:
+        window = (self.scale, self.window_size[0], 0)
+        state = (cache.seq_lens, block_table, *window, schedule, False, cache.lengths)
+        return AttentionCall(q, keys, values, *weights, *state)
 
     def _attend_absorbed(
         self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
@@ -338,8 +353,9 @@ class LatentAttention(nn.Module):
             keys = [cache.keys(j) for j, *_ in self._key_parts]
             values = [cache.values(j) for j, *_ in self._value_parts]
             schedule = cache.schedule(q.shape[1], q.shape[2], 1, self.window_size)
-            state = (cache.seq_lens, cache.block_table, self.scale, left, 0, schedule, cache.lengths)
-            out = ops.attend_cached(q, keys, values, key_weights, value_weights, *state)
+            weights = (key_weights, value_weights)
+            call = self._cached_call(q, keys, values, cache, weights, cache.block_table, schedule)
+            out = cached.attend_layer(call)
         else:
             if self._cut:
                 queries = q.split([stop - start for _, start, stop in self._key_parts], dim=-1)
@@ -381,7 +397,7 @@ def _fused(latents: Sequence[Tensor], weights: Tensor | None) -> Tensor:
         weights = heads[0].new_ones(1, 1, 1)
     else:
         weights = weights.reshape(len(heads), *heads[0].shape[2:])
-    return ops.fuse_kv(heads, weights).flatten(2).unsqueeze(2)
+    return fuse_kv(heads, weights).flatten(2).unsqueeze(2)
 
 
 def _tokens(cache: KVCache, layer: int, first: int, end: int) -> Tensor:
@@ -415,14 +431,14 @@ def _attend_blocks(
     rows = [q.to(dtype).flatten(1, 2) * scale for q in queries]  # (B, S H, D_j): all heads read the same
     lengths = cache.seq_lens[:, None]
     position = (lengths + torch.arange(-steps, 0, device=cache.device)).repeat_interleave(heads, dim=1)
+    first_seen, end_seen = visible_range(position, cache.max_len, left, 0)
     begin, end = (0, cache.max_len) if _capturing(cache) else _span(cache, steps, left)
     ragged = _capturing(cache) or end > min(cache.lengths)
     peak = torch.full((*position.shape, 1), torch.finfo(dtype).min, dtype=dtype, device=cache.device)
     total, sums = torch.zeros_like(peak), [torch.zeros_like(peak)] * len(values)
     for first in range(begin, end, _BLOCK):
         tokens = torch.arange(first, min(first + _BLOCK, end), device=cache.device)
-        offset = tokens - position[:, :, None]
-        visible = (offset <= 0) if left < 0 else (offset <= 0) & (offset >= -left)
+        visible = (tokens >= first_seen[:, :, None]) & (tokens < end_seen[:, :, None])
         blocks = {}
         for j in {part.layer for part in (*keys, *values)}:
             blocks[j] = _tokens(cache, j, first, first + len(tokens)).squeeze(2).to(dtype)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops.functional import fuse_kv
 from fusedkv_ext.plan import CachePlan
 
 __all__ = ["HeadSlice", "SidePlan", "WeightedSum", "mixed", "mixes_any"]
@@ -89,5 +89,5 @@ def mixed(
         if len(tensors) == 1 and weight is None:
             parts.append(tensors[0])
         else:
-            parts.append(ops.fuse_kv(tensors, tensors[0].new_ones(1, 1, 1) if weight is None else weight))
+            parts.append(fuse_kv(tensors, tensors[0].new_ones(1, 1, 1) if weight is None else weight))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

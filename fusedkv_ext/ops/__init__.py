@@ -1,5 +1,6 @@
 """The operations: functions on tensors, their checks, derivatives, dispatch rules and float64 reference."""
 
+from fusedkv_ext.ops import autograd, fakes  # noqa: F401  (register what torch.ops.fusedkv needs)
 from fusedkv_ext.ops.functional import (
     append_kvcache,
     debug_checks,

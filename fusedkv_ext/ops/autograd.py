@@ -19,7 +19,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
-from fusedkv_ext.ops import functional as ops  # noqa: F401  (registers torch.ops.fusedkv)
+from fusedkv_ext.ops import native  # noqa: F401  (defines torch.ops.fusedkv)
 from fusedkv_ext.ops.checks import in_forward_mode
 
 Gradients = tuple[list[Tensor | None], Tensor | None]
@@ -189,9 +189,9 @@ _libraries: list[torch.library.Library] = []  # what they registered ends with t
 def register(namespace: str) -> None:
     """Gives fuse_kv, fuse_kv_pair and fuse_kv_backward of a namespace, "fusedkv" or another with the same
     schemas, their derivatives in both modes, and loops for torch.func.vmap."""
-    native = getattr(torch.ops, namespace)
+    operations = getattr(torch.ops, namespace)
     fuse, fuse_pair, fuse_backward = (
-        getattr(native, name).default for name in ("fuse_kv", "fuse_kv_pair", "fuse_kv_backward")
+        getattr(operations, name).default for name in ("fuse_kv", "fuse_kv_pair", "fuse_kv_backward")
     )
 
     def backward(ctx: Any, needs: Arguments, *grads: Tensor | None) -> list[Any]:

@@ -1,9 +1,13 @@
-"""Loads the native modules: ``_C`` (schemas and CPU ops) always, ``_C_cuda`` where torch has CUDA."""
+"""Loads the native modules and calls their operations.
+
+``_C`` (schemas and CPU operations) is always loaded, ``_C_cuda`` only if torch has CUDA.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
 from typing import Any
 
@@ -57,6 +61,9 @@ if _wanted_level and _wanted_level not in _C.cpu_levels():
         f"using {_C.cpu_level()}",
         stacklevel=2,
     )
+
+_ops = torch.ops.fusedkv
+_NATIVE_ERROR = re.compile(r"fusedkv (ValueError|TypeError): (.*)")
 
 
 def build_info() -> dict[str, Any]:
@@ -112,3 +119,30 @@ def kept_memory_bytes() -> int:
 def release_kept_memory() -> None:
     """Gives that memory back to the system."""
     _C.release_kept_memory()
+
+
+def run_op(name: str, *args: Any) -> Any:
+    """Calls a native operation. Its checks arrive as RuntimeError and leave as the Python type they name.
+
+    Args:
+        name: The operation's name in ``torch.ops.fusedkv``.
+        args: The arguments of its schema, in order.
+
+    Returns:
+        What the operation returns.
+
+    Raises:
+        ValueError: A shape, stride, length or page is wrong.
+        TypeError: A dtype is wrong.
+    """
+    op = getattr(_ops, name).default
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        match = _NATIVE_ERROR.search(str(error))
+        if match is None:
+            raise
+        kind = ValueError if match[1] == "ValueError" else TypeError
+        raise kind(match[2]) from None

@@ -1,6 +1,7 @@
-"""Attention of many query rows: one fused K and V, then the best dense attention there is, torch's SDPA.
+"""Attention of many query rows: keys and values fused once, then torch's SDPA.
 
-What SDPA does not say by itself is said here: bottom-right alignment, windows, documents, blind rows, lse.
+SDPA has no bottom-right alignment of windows, no documents, no fully masked rows and no lse; they are added
+here.
 """
 
 from __future__ import annotations
@@ -12,60 +13,49 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
+from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.recompute import recomputed
 from fusedkv_ext.ops.sizes import always, is_open
+from fusedkv_ext.ops.visibility import fully_masked_rows, visible
+
+__all__ = ["sdpa_attention", "sdpa_lse"]
 
 # With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied. With
 # documents the mask of a chunk is the largest tensor: (B, C, T) in q's dtype.
 _CHUNK = 512
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, documents: Tensor | None = None
-) -> Tensor:
-    """q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) -> (B, S, H, Dv). Differentiable.
+def sdpa_attention(call: AttentionCall) -> Tensor:
+    """Attention over one source of keys and values, without weights and without a cache. Differentiable.
 
-    Query row i stands at position p = i + T - S and sees keys p - left .. p + right; -1 is unbounded. Rows
-    that see nothing give zeros. documents: (B, T) integers, S <= T; p sees the keys of its own document only.
+    Query row i has position i + T - S. Fully masked rows give zeros. With ``document_ids`` S is at most T.
+
+    Returns:
+        (B, S, H, Dv) in q's dtype.
     """
-    S, T = q.shape[1], k.shape[1]
-    blind = _blind_rows(S, T, right)
-    chunk = S if left < 0 and documents is None else max(_CHUNK, left)
-    # SDPA of no rows where all are blind: it gives them their place in the graph, and gradients of zeros.
-    chunks = [
-        _sdpa(q[:, i:end], k, v, scale, i + T - S, left, right, documents)
-        for i, end in _chunks(blind, S, chunk) or [(S, S)]
-    ]
-    if blind:
-        chunks.insert(0, q.new_zeros(q.shape[0], blind, q.shape[2], v.shape[3]))
+    q, v = call.q, call.values[0]
+    S, T = q.shape[1], v.shape[1]
+    masked = fully_masked_rows(S, T, call.right)
+    size = S if call.left < 0 and call.document_ids is None else max(_CHUNK, call.left)
+    # If all rows are masked, SDPA of no rows gives them their place in the graph, and gradients of zeros.
+    chunks = [_sdpa(call, i, end) for i, end in _chunks(masked, S, size) or [(S, S)]]
+    if masked:
+        chunks.insert(0, q.new_zeros(q.shape[0], masked, q.shape[2], v.shape[3]))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
-def _blind_rows(S: int, T: int, right: int) -> int:
-    """How many rows see nothing. Only a prefix can: p + right < 0."""
-    if right < 0:
-        return S if T == 0 else 0
-    return 0 if always(S - T <= right) else min(max(S - T - right, 0), S)
-
-
 def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
-    """Rows begin..end - 1 in pieces of ``size``; in one piece where a graph serves any number of them."""
+    """Rows begin..end - 1 in chunks of ``size``; in one chunk where a graph serves any number of rows."""
     if is_open(end):
         return [(begin, end)]
     return [(i, min(i + size, end)) for i in range(begin, end, max(size, 1))]
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    position: int,
-    left: int,
-    right: int,
-    documents: Tensor | None,
-) -> Tensor:
-    """SDPA of rows that all see something; row 0 stands at ``position``."""
+def _sdpa(call: AttentionCall, first: int, end_row: int) -> Tensor:
+    """SDPA of the rows first..end_row - 1, all of which see a token."""
+    k, v, left, right, documents = call.keys[0], call.values[0], call.left, call.right, call.document_ids
+    position = first + k.shape[1] - call.q.shape[1]
+    q = call.q[:, first:end_row]
     S, T = q.shape[1], k.shape[1]
     begin = position - left if left >= 0 and always(position > left) else 0
     end = position + S + right if right >= 0 and always(position + S + right < T) else T
@@ -94,7 +84,7 @@ def _sdpa(
         grouped = False
     with keeping:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=square, scale=call.scale, enable_gqa=grouped
         )
     return out.transpose(1, 2)
 
@@ -121,20 +111,6 @@ def _reads_groups(q: Tensor, v: Tensor, masked: bool) -> bool:
     return not masked and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] == v.shape[3]
 
 
-def visible(rows: int, tokens: int, position: int, left: int, right: int, device: torch.device) -> Tensor:
-    """Boolean (rows, tokens): the keys that each row sees, row 0 standing at ``position``."""
-    offset = (
-        torch.arange(tokens, device=device)[None, :]
-        - torch.arange(position, position + rows, device=device)[:, None]
-    )
-    mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
-    if left >= 0:
-        mask = mask & (offset >= -left)
-    if right >= 0:
-        mask = mask & (offset <= right)
-    return mask
-
-
 def _document_mask(
     documents: Tensor, rows: int, position: int, left: int, right: int, dtype: torch.dtype
 ) -> Tensor:
@@ -150,19 +126,18 @@ def _document_mask(
     return mask.masked_fill_(~seen[:, None], float("-inf"))
 
 
-def dense_lse(
-    q: Tensor, k: Tensor, scale: float, left: int, right: int, documents: Tensor | None = None
-) -> Tensor:
-    """The natural-log sum of exponentials of ``dense_attention``'s rows, (B, H, S) float32; no gradient."""
+def sdpa_lse(call: AttentionCall) -> Tensor:
+    """The natural log-sum-exp of the scores of ``sdpa_attention``: (B, H, S) float32, without a gradient."""
+    q, k, documents = call.q, call.keys[0], call.document_ids
     (_, S, H, _), (T, G) = q.shape, k.shape[1:3]
     lse = []
     with torch.no_grad():
         sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         keys = k.to(sum_dtype)
         for i, end in _chunks(0, S, _CHUNK) or [(0, 0)]:
-            rows = q[:, i:end].to(sum_dtype).unflatten(2, (G, H // G)) * scale
+            rows = q[:, i:end].to(sum_dtype).unflatten(2, (G, H // G)) * call.scale
             scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
-            mask = visible(rows.shape[1], T, i + T - S, left, right, q.device)
+            mask = visible(rows.shape[1], T, i + T - S, call.left, call.right, q.device)
             if documents is not None:
                 own = documents[:, i + T - S : i + T - S + rows.shape[1], None]
                 mask = (mask & (own == documents[:, None, :]))[:, None]

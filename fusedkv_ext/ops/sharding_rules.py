@@ -28,7 +28,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-from fusedkv_ext.ops import functional as ops  # noqa: F401  (defines torch.ops.fusedkv)
+from fusedkv_ext.ops import native  # noqa: F401  (defines torch.ops.fusedkv)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec

@@ -11,9 +11,9 @@ import torch
 from tiny import NAMED, PLANS
 from torch import Tensor
 
+from fusedkv_ext.cache import kv_cache
 from fusedkv_ext.cache.kv_cache import KVCache
 from fusedkv_ext.errors import CacheFullError
-from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
 
@@ -346,7 +346,7 @@ def test_any_sequence_of_calls_keeps_tokens_and_pages(options: dict, seed: int) 
 def test_layers_that_ask_alike_share_the_schedule_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU; here the cache only says that it is on one, and the planner counts."""
     made: list[dict] = []
-    monkeypatch.setattr(ops, "decode_schedule", lambda seq_lens, **sizes: made.append(sizes) or object())
+    monkeypatch.setattr(kv_cache, "decode_schedule", lambda seq_lens, **sizes: made.append(sizes) or object())
     cache = KVCache(CachePlan.named("fusedkv", 4), 2, 30, 2, 8, page_size=16)
     assert cache.schedule(1, 4, 2) is None and not made  # the CPU needs none
     cache.device = torch.device("cuda")

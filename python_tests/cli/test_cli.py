@@ -21,7 +21,7 @@ from fusedkv_ext.cli.main import COMMANDS, build_parser, main
 from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.extras import MissingExtra
 from fusedkv_ext.lab.figures import distinct_names
-from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops import functional
 from fusedkv_ext.plan import METHODS
 from fusedkv_ext.training.config import known_keys
 
@@ -242,7 +242,7 @@ def test_info_reports_the_level_in_use_and_verifies(capsys: pytest.CaptureFixtur
 def test_info_verify_fails_when_an_operation_is_wrong(
     wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = ops.fuse_kv
+    right = functional.fuse_kv
 
     def broken(sources: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
         out = right(sources, weights)
@@ -251,7 +251,7 @@ def test_info_verify_fails_when_an_operation_is_wrong(
         out[-1, -1, -1, -1] += float("nan") if wrong == "nan" else 1.0
         return out
 
-    monkeypatch.setattr(ops, "fuse_kv", broken)
+    monkeypatch.setattr(functional, "fuse_kv", broken)
     assert main(["info", "--verify"]) == 1
     out, _ = said(capsys)
     failed = [line.split()[1].rstrip(",") for line in out.splitlines() if line.startswith("FAIL")]

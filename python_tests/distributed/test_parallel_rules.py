@@ -211,15 +211,15 @@ def wanted(place: Placed) -> dict[str, Any]:
 
 
 def pair(place: Placed) -> dict[str, Any]:
-    from fusedkv_ext.ops import functional as ops
+    from fusedkv_ext.ops.fuse import fuse_pair
 
     results = {}
     for placed, dim in place.dims.items():
         keys, values = [draw(B, T, G, D) for _ in range(2)], [draw(B, T, G, 8) for _ in range(3)]
         a = draw(2, G, 1)
-        expected = ops._fuse_pair(keys, a, values, None)
+        expected = fuse_pair((keys, a), (values, None))
         on = [[place(x, dim) for x in side] for side in (keys, values)]
-        out = ops._fuse_pair(on[0], place(a, 1 if dim == 2 else None), on[1], None)
+        out = fuse_pair((on[0], place(a, 1 if dim == 2 else None)), (on[1], None))
         found = [(x.full_tensor(), y) for x, y in zip(out, expected, strict=True)]
         results[placed] = {"pairs": dict(zip(("keys", "values"), found, strict=True))}
     return results

@@ -107,7 +107,7 @@ BLIND_ROWS = Case("blind_rows", B=3, S=140, T=130, H=1, G=1, D=64, dtype=BF16, l
 def test_result_does_not_depend_on_how_many_blocks_share_the_work(
     case: Case, sm_count: int, simt: Simt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     args, state = cache_inputs(case, CPU)
     simt.configure(sm_count=1)
     whole, lse = attend(case, args, state)
@@ -119,7 +119,7 @@ def test_result_does_not_depend_on_how_many_blocks_share_the_work(
 
 def test_more_splits_than_lanes_are_merged(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
     """41 splits of 128 tokens: the merging warp goes round twice."""
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     simt.configure(sm_count=132)
     case = Case("many", B=1, S=1, T=5200, H=3, G=1, D=64, m_k=1, m_v=1, dtype=BF16, lengths=(5200,))
     args, state = cache_inputs(case, CPU)
@@ -136,7 +136,7 @@ def test_more_splits_than_lanes_are_merged(simt: Simt, monkeypatch: pytest.Monke
 def test_what_is_no_schedule_stays_inside_all_buffers(
     batch_invariant: bool, simt: Simt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     case = SPLIT_CASES[0]
     args, state = cache_inputs(case, CPU)
     options = {"batch_invariant": batch_invariant}
@@ -165,7 +165,7 @@ def test_what_is_no_schedule_stays_inside_all_buffers(
 def test_order_of_blocks_and_warps_does_not_change_a_bit(
     case: Case, simt: Simt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     args, state = cache_inputs(case, CPU)
     simt.configure(seed=1, sm_count=7)
     first = attend(case, args, state)
@@ -179,7 +179,7 @@ def test_rows_kernel_makes_do_with_less_shared_memory(
     rows: int, simt: Simt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 rows of two sources take 102 KiB; a GPU that has 99 takes them 32 at a time."""
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     case = Case("rows", B=1, S=16, T=70, H=4 * rows, G=rows, D=128, dtype=BF16)
     args, state = cache_inputs(case, CPU)
     expected = attend(case, args, state)
@@ -208,7 +208,7 @@ def test_layers_share_a_schedule(case: Case, batch_invariant: bool, device: torc
 def test_schedule_is_the_running_sum_of_costs(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells of 32 tokens and one more per item; splits of 1024 tokens if batch_invariant; windows cut. What
     is longer than the caches costs as much as what is empty."""
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     given = torch.randint(0, 5000, (2500,), dtype=torch.int32)
     given[7], given[1500] = 5001, 2**31 - 1
     lengths = torch.where(given > 5000, 0, given)
@@ -387,7 +387,7 @@ def test_schedule_of_other_lengths_stays_inside_all_buffers(
     case: Case, batch_invariant: bool, simt: Simt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results are then wrong, but no kernel reads or writes where it must not: the executor checks."""
-    monkeypatch.setattr("fusedkv_ext.ops._ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     case = Case(**{**vars(case), "T": 1100, "lengths": (1100, 0, 77)})  # items of two fixed splits
     args, state = cache_inputs(case, CPU)
     for lengths in ((0, 0, 0), (1, 300, 5), (90000, 2000, 90000), (2**31 - 1, 2**30, -5)):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import dispatch, native
-from fusedkv_ext.ops import functional as ops
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -25,7 +24,7 @@ class Spy:
     """torch.ops.fusedkv, with the names of the operations that are called on some tokens."""
 
     def __init__(self) -> None:
-        self.ops, self.calls = ops._ops, []
+        self.ops, self.calls = native._ops, []
 
     def __getattr__(self, name: str) -> object:
         def call(*args: object) -> object:
@@ -39,7 +38,7 @@ class Spy:
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     spy = Spy()
-    monkeypatch.setattr(ops, "_ops", spy)
+    monkeypatch.setattr(native, "_ops", spy)
     return spy.calls
 
 

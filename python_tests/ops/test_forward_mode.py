@@ -13,8 +13,7 @@ from torch.func import grad, jacfwd, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedkv_ext as fkv
-from fusedkv_ext.ops import functional as ops
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import native, reference
 from fusedkv_ext.testing import assert_close, assert_matches_oracle
 
 F64 = torch.float64
@@ -85,7 +84,7 @@ def test_tangents_may_have_any_strides() -> None:
 
 def test_both_sums_of_a_pair_have_tangents_of_their_own(device: torch.device) -> None:
     keys, values = inputs(2, device=device), inputs(3, device=device)
-    pair = ops._ops.fuse_kv_pair.default
+    pair = native._ops.fuse_kv_pair.default
     along = like(keys)
     k, v = jvp(lambda *x: pair(list(x[:-1]), x[-1], values[:-1], values[-1]), tuple(keys), along)[1]
     torch.testing.assert_close(k, jvp(plain, tuple(keys), along)[1])
@@ -100,7 +99,7 @@ def test_both_sums_of_a_pair_have_tangents_of_their_own(device: torch.device) ->
 def test_gradients_have_tangents(needs: tuple[bool, bool], device: torch.device) -> None:
     """Those of the operation itself, whose arguments move one by one and together."""
     at = inputs(2, device=device)
-    backward = ops._ops.fuse_kv_backward.default
+    backward = native._ops.fuse_kv_backward.default
 
     def ours(dout: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         results = backward(dout, list(x[:-1]), x[-1], *needs)

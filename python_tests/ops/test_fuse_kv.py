@@ -11,8 +11,8 @@ from cases import random_tensor, to_device
 from torch import Tensor
 
 from fusedkv_ext import fuse_kv, fuse_kv_backward
-from fusedkv_ext.ops import functional as ops
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import native, reference
+from fusedkv_ext.ops.fuse import fuse_pair
 from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_same_bits
 
 CPU = torch.device("cpu")
@@ -303,7 +303,7 @@ def test_two_backward_runs_have_the_same_bits(device: torch.device) -> None:
 
 
 def test_bits_do_not_depend_on_the_number_of_multiprocessors(simt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_ops", torch.ops.fusedkv_simt)
+    monkeypatch.setattr(native, "_ops", torch.ops.fusedkv_simt)
     grad, sources, weights = backward_inputs(Case("gpus", m=3, B=2, T=300, G=1, D=40), CPU)
     results = []
     for sm_count in (1, 2, 5, 132):
@@ -334,7 +334,7 @@ PAIRS = {
 def test_a_pair_has_the_bits_of_two_calls(name: str, device: torch.device) -> None:
     sides = [case.inputs(device) for case in PAIRS[name]]
     inputs = [x.requires_grad_() for sources, weights in sides for x in (*sources, weights)]
-    pair = ops._fuse_pair(*sides[0], *sides[1])
+    pair = fuse_pair(*sides)
     single = tuple(fuse_kv(*side) for side in sides)
     assert_same_bits(pair, single)
     grads = [torch.randn_like(x) for x in single]
@@ -344,7 +344,7 @@ def test_a_pair_has_the_bits_of_two_calls(name: str, device: torch.device) -> No
 def test_a_pair_of_which_one_is_used_has_its_gradients_alone(device: torch.device) -> None:
     sides = [case.inputs(device) for case in PAIRS["one_and_three_sources"]]
     inputs = [x.requires_grad_() for sources, weights in sides for x in (*sources, weights)]
-    keys, _ = ops._fuse_pair(*sides[0], *sides[1])
+    keys, _ = fuse_pair(*sides)
     got = torch.autograd.grad(keys, inputs, torch.ones_like(keys), allow_unused=True)
     expected = torch.autograd.grad(fuse_kv(*sides[0]), inputs[:2], torch.ones_like(keys))
     assert_same_bits(got[:2], expected)

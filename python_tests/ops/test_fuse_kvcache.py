@@ -8,8 +8,8 @@ from cases import NO_SUCH_PAGE, Case, as_cache, block_table, named, random_tenso
 from torch import Tensor
 
 from fusedkv_ext import fuse_kv
-from fusedkv_ext.ops import functional as ops
 from fusedkv_ext.ops import reference
+from fusedkv_ext.ops.native import run_op
 from fusedkv_ext.testing import assert_close, assert_same_bits
 
 # ``S`` is the number of tokens asked for, ``m_k`` that of caches.
@@ -50,7 +50,7 @@ def inputs(
 def fuse_kvcache(
     caches: list[Tensor], weights: Tensor, seqlens: Tensor, table: Tensor | None, tokens: int
 ) -> Tensor:
-    return ops._call(ops._ops.fuse_kvcache.default, caches, weights, seqlens, table, tokens)
+    return run_op("fuse_kvcache", caches, weights, seqlens, table, tokens)
 
 
 def oracle(

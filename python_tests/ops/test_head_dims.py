@@ -12,7 +12,7 @@ from tiny import tiny_decoder
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import native, reference
 from fusedkv_ext.ops.dispatch import native_head_dim
 from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_same_bits
 
@@ -197,11 +197,11 @@ def test_gpu_kernels_give_nan_where_lengths_or_pages_are_out_of_range(simt: obje
     args = (*args[:3], None, None)
     state["cache_seqlens"][1], state["cache_seqlens"][2] = 13, -1
     state["block_table"][3, 1] = 99
-    before, fkv.ops._ops = fkv.ops._ops, torch.ops.fusedkv_simt
+    before, native._ops = native._ops, torch.ops.fusedkv_simt
     try:
         out = fkv.fused_kv_attn_with_kvcache(*args, **state)
     finally:
-        fkv.ops._ops = before
+        native._ops = before
     assert out[0].isfinite().all() and out[1:].isnan().all()
 
 

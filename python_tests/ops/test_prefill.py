@@ -8,8 +8,8 @@ from cases import Case, cache_inputs
 from torch import Tensor
 
 from fusedkv_ext import fused_kv_attn_func, fused_kv_attn_with_kvcache
-from fusedkv_ext.ops import dispatch, reference, sdpa
-from fusedkv_ext.ops import functional as ops
+from fusedkv_ext.ops import cached, dispatch, reference, sdpa
+from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.testing import assert_matches_oracle, assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
@@ -21,11 +21,11 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Sequences, query rows and tokens of each call of dense attention."""
     shapes: list[tuple[int, int, int]] = []
 
-    def recorded(q: Tensor, k: Tensor, *rest: object) -> Tensor:
-        shapes.append((*q.shape[:2], k.shape[1]))
-        return sdpa.dense_attention(q, k, *rest)
+    def recorded(call: AttentionCall) -> Tensor:
+        shapes.append((*call.q.shape[:2], call.keys[0].shape[1]))
+        return sdpa.sdpa_attention(call)
 
-    monkeypatch.setattr(ops, "dense_attention", recorded)
+    monkeypatch.setattr(cached, "sdpa_attention", recorded)
     return shapes
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext.ops import functional as ops
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import native, reference
 from fusedkv_ext.testing import assert_same_bits
 
 SHAPE = (2, 8, 2, 16)
@@ -30,7 +29,7 @@ def append(caches: list[Tensor]) -> None:
 def append_directly(caches: list[Tensor]) -> None:
     new = torch.ones(2, 3, *SHAPE[2:], device=caches[0].device)
     options = (lengths(caches[0].device), None, None, None, False, None)
-    ops._ops.append_kvcache.default(new, new, *caches, *options)
+    native._ops.append_kvcache.default(new, new, *caches, *options)
 
 
 def accumulate(buffers: list[Tensor]) -> None:
@@ -44,7 +43,7 @@ def accumulate_directly(buffers: list[Tensor]) -> None:
     grad = torch.ones(SHAPE, device=buffers[0].device)
     sources = [torch.ones_like(grad) for _ in buffers]
     weights = torch.ones(len(buffers), *SHAPE[2:], device=grad.device)
-    ops._ops.fuse_kv_backward_accumulate.default(grad, sources, weights, buffers, True)
+    native._ops.fuse_kv_backward_accumulate.default(grad, sources, weights, buffers, True)
 
 
 WRITES = [append, append_directly, accumulate, accumulate_directly]

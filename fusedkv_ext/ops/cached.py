@@ -1,0 +1,170 @@
+"""Attention over a cache, on a checked call. There are three paths:
+
+* fold: the native kernel reads the sources without fusing them. Few query rows, and all calls in a graph.
+* prefill: many rows. The tokens that some row sees are fused once, then torch's SDPA attends.
+* gather: head dims that no kernel takes. As prefill, for all sequences together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.ops import checks, debug
+from fusedkv_ext.ops.call import AppendCall, AttentionCall
+from fusedkv_ext.ops.dispatch import folds_cached, in_graph, native_head_dim
+from fusedkv_ext.ops.fuse import fuse_cached, fuse_side
+from fusedkv_ext.ops.native import run_op
+from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_lse
+from fusedkv_ext.ops.sizes import always
+
+__all__ = ["append", "attend", "attend_layer", "make_schedule"]
+
+
+def attend_layer(call: AttentionCall) -> Tensor:
+    """``fused_kv_attn_with_kvcache`` for the layers of this package, which call it for every token.
+
+    The caches are the package's own. The native operation still checks what it reads.
+
+    Raises:
+        ValueError: The query or a weight requires grad.
+    """
+    if checks.may_differentiate(call.q, call.key_weights, call.value_weights):
+        inputs = {"q": call.q, "key_weights": call.key_weights, "value_weights": call.value_weights}
+        checks.check_no_grad("attention over a cache", inputs, "pass .detach()ed tensors")
+    return attend(call)[0]
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Attention of the last S tokens of each sequence: out, and lse if the call wants it."""
+    q, keys, values = call.q, call.keys, call.values
+    if debug.active:
+        checks.check_contents(call.cache_seqlens, call.block_table, keys[0])
+        _check_schedule(call)
+    if call.return_lse or call.batch_invariant:
+        folds = native_head_dim(q.shape[3], values[0].shape[3])
+    else:
+        folds = folds_cached(q, keys, values, "cpu" if q.is_cpu else q.device.type)  # the flag is cheaper
+    if folds:
+        return call.fold()
+    if native_head_dim(q.shape[3], values[0].shape[3]):
+        return _prefill(call), None
+    return _gather(call)
+
+
+def append(call: AppendCall) -> Tensor:
+    """``append_kvcache`` for :class:`KVCache`, which calls it in every layer; empty without a query.
+
+    Raises:
+        ValueError: An input requires grad.
+    """
+    if checks.may_differentiate(call.key, call.value, call.query):
+        inputs = {"key": call.key, "value": call.value, "query": call.query}
+        checks.check_no_grad("append_kvcache", inputs, "append .detach()ed tensors")
+    if debug.active:
+        checks.check_contents(call.cache_seqlens, call.block_table, call.key_cache)
+    return call.run()
+
+
+def make_schedule(
+    cache_seqlens: Tensor,
+    query_length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    capacity: int,
+    left: int,
+    batch_invariant: bool,
+) -> Tensor:
+    """``decode_schedule`` of checked arguments."""
+    sizes = (query_length, num_heads, num_kv_heads, capacity)
+    return run_op("attn_schedule", cache_seqlens, *sizes, left, batch_invariant)
+
+
+def _check_schedule(call: AttentionCall) -> None:
+    """That a CUDA schedule was made for these lengths, which the kernel cannot see."""
+    if call.schedule is None or not call.schedule.is_cuda:
+        return
+    (B, S, H, _), G = call.q.shape, call.keys[0].shape[2]
+    seqlens, left, invariant = call.cache_seqlens, call.left, call.batch_invariant
+    fresh = make_schedule(seqlens, S, H, G, call.capacity, left, invariant)
+    if not torch.equal(call.schedule[: B + 1], fresh[: B + 1]):
+        raise ValueError("schedule was made of other lengths or options; call decode_schedule again")
+
+
+def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Fuses what rows see of all sequences, then attends to all of them together.
+
+    Sequences end together, so the shorter ones begin later: their slots before that are a document of their
+    own. If the host has no lengths, as in a graph, all slots of the caches are fused.
+    """
+    call.check()
+    q, lengths, left = call.q, call.cache_seqlens, call.left
+    B, S = q.shape[:2]
+    if call.batch_invariant and B > 1:
+        alone = [call.sequences(slice(b, b + 1))._replace(batch_invariant=False) for b in range(B)]
+        out, lse = zip(*map(_gather, alone), strict=True)
+        return torch.cat(out), torch.cat(lse) if call.return_lse else None
+    longest = capacity = call.capacity
+    if not in_graph(q, q.device.type):
+        longest = min(max(0, *_lengths(call)), capacity) if B else 0
+    tokens = longest if left < 0 or always(longest <= S + left) else S + left
+    if not always(tokens >= S):
+        tokens = tokens + S  # rows before the first token
+    k, v = (fuse_cached(*side, lengths, call.block_table, tokens) for side in call.sides)
+    lengths = lengths[:, None]
+    own = (torch.arange(tokens, device=q.device) >= tokens - lengths).int()
+    padding = torch.arange(S, device=q.device) < S - lengths
+    fused = call.fused(q, k, v, document_ids=own)
+    out = sdpa_attention(fused).masked_fill(padding[:, :, None, None], 0)
+    out = out.masked_fill(((lengths < 0) | (lengths > capacity))[:, :, None, None], math.nan)
+    if not call.return_lse:
+        return out, None
+    return out, sdpa_lse(fused).masked_fill(padding[:, None], -math.inf)
+
+
+def _prefill(call: AttentionCall) -> Tensor:
+    """Fuses the tokens that some row sees, once, then attends.
+
+    Cached prefix and new tokens share one workspace, so no partial results are merged. One call for equal
+    lengths; else one per sequence, in a workspace of one sequence.
+    """
+    lengths = _lengths(call)
+    call.check()
+    if len(set(lengths)) == 1:
+        return _prefill_length(call, lengths[0])
+    outs = [_prefill_length(call.sequences(slice(b, b + 1)), n) for b, n in enumerate(lengths)]
+    return torch.cat(outs) if outs else call.q.new_zeros(*call.q.shape[:3], call.values[0].shape[3])
+
+
+def _prefill_length(call: AttentionCall, length: int) -> Tensor:
+    """As ``_prefill``, of sequences of one length."""
+    q, S = call.q, call.q.shape[1]
+    if not 0 < length <= call.capacity:  # only CUDA lengths come here unchecked
+        return q.new_full((*q.shape[:3], call.values[0].shape[3]), 0.0 if length == 0 else math.nan)
+    new = min(S, length)
+    tokens = length if call.left < 0 else min(length, new + call.left)
+
+    def last_tokens(caches: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+        if call.block_table is None:
+            return fuse_side([x[:, length - tokens : length] for x in caches], weights)
+        return fuse_cached(caches, weights, call.cache_seqlens, call.block_table, tokens)
+
+    k, v = (last_tokens(*side) for side in call.sides)
+    out = sdpa_attention(call.fused(q[:, S - new :], k, v))
+    return out if new == S else torch.nn.functional.pad(out, (0, 0, 0, 0, S - new, 0))
+
+
+def _lengths(call: AttentionCall) -> Sequence[int]:
+    """The lengths on the host. Waits for the device only if the caller has not given ``host_seqlens``."""
+    seqlens, host = call.cache_seqlens, call.host_seqlens
+    if host is None or seqlens.device.type == "cpu" or debug.active:
+        lengths = seqlens.tolist()
+        if host is not None and list(host) != lengths:
+            raise ValueError(f"host_seqlens is {list(host)}; cache_seqlens holds {lengths}")
+        return lengths
+    if len(host) != len(seqlens):
+        raise ValueError(f"host_seqlens has {len(host)} entries; expected {len(seqlens)}")
+    return host

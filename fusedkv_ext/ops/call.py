@@ -1,0 +1,191 @@
+"""A call of an operation as one value, checked once.
+
+The public functions check what users pass and build an :class:`AttentionCall` or :class:`AppendCall`. Layers
+and caches build them from tensors of their own. Everything below takes the value: the dispatch between
+kernels, the native operation, SDPA and :func:`explain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fusedkv_ext.ops import checks
+from fusedkv_ext.ops.checks import Tensors
+from fusedkv_ext.ops.native import run_op
+
+__all__ = ["AppendCall", "AttentionCall", "Side", "attention_call", "cached_attention_call"]
+
+Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of values, and their weights
+
+
+class AttentionCall(NamedTuple):
+    """One call of attention. Weights are contiguous float32 (m, G, D), or float64 for float64 tensors.
+
+    The first 12 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
+    keys and values are (B, T, G, D). With it they are caches: (B, capacity, G, D), or (P, page_size, G, D)
+    with a ``block_table``.
+    """
+
+    q: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    key_weights: Tensor | None
+    value_weights: Tensor | None
+    cache_seqlens: Tensor | None
+    block_table: Tensor | None
+    scale: float
+    left: int
+    right: int
+    schedule: Tensor | None = None
+    batch_invariant: bool = False
+    host_seqlens: Sequence[int] | None = None
+    return_lse: bool = False
+    document_ids: Tensor | None = None
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Keys and values, each with their weights."""
+        return (self.keys, self.key_weights), (self.values, self.value_weights)
+
+    @property
+    def query_rows(self) -> int:
+        """Query rows per KV head, S * H / G."""
+        return self.q.shape[1] * (self.q.shape[2] // self.keys[0].shape[2])
+
+    @property
+    def page_size(self) -> int | None:
+        """Tokens per page; None without a block table."""
+        return None if self.block_table is None else self.keys[0].shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each sequence can have."""
+        tokens = self.keys[0].shape[1]
+        return tokens if self.block_table is None else tokens * self.block_table.shape[1]
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Runs the native kernel, which reads the sources without fusing them: out and lse."""
+        return run_op("attn_with_kvcache", *self[:12])
+
+    def check(self) -> None:
+        """Runs the checks of the native operation: its messages without its work, on no query rows."""
+        run_op("attn_with_kvcache", self.q[:, :0], *self[1:10], None, False)
+
+    def sequences(self, rows: slice) -> AttentionCall:
+        """The same call for some sequences of a cached batch."""
+        paged = self.block_table is not None
+        return self._replace(
+            q=self.q[rows],
+            keys=self.keys if paged else [x[rows] for x in self.keys],
+            values=self.values if paged else [x[rows] for x in self.values],
+            cache_seqlens=self.cache_seqlens[rows],
+            block_table=self.block_table[rows] if paged else None,
+            host_seqlens=None if self.host_seqlens is None else list(self.host_seqlens)[rows],
+        )
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> AttentionCall:
+        """The call that is left once keys and values are fused: one source each, no cache, no weights."""
+        options = (self.scale, self.left, self.right, None, False, None, self.return_lse, document_ids)
+        return AttentionCall(q, [k], [v], None, None, None, None, *options)
+
+
+class AppendCall(NamedTuple):
+    """One call of append_kvcache: the arguments of the native operation, in its order."""
+
+    key: Tensor
+    value: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    rotary_interleaved: bool = False
+    query: Tensor | None = None
+
+    def run(self) -> Tensor:
+        """Writes the new tokens into the caches; returns the rotated queries, empty without ``query``."""
+        return run_op("append_kvcache", *self)
+
+
+def attention_call(
+    q: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    return_lse: bool,
+    document_ids: Tensor | None,
+) -> AttentionCall:
+    """The checked arguments of ``fused_kv_attn_func``, under autocast in its dtype."""
+    q = checks.check_tensor("q", q)
+    keys, values = checks.as_tensors("keys", keys), checks.as_tensors("values", values)
+    (q,), keys, values = checks.autocast([q]), checks.autocast(keys), checks.autocast(values)
+    checks.check_attention(q, keys, values)
+    left, right = checks.check_window(causal, window_size)
+    scale = checks.check_scale(softmax_scale, q.shape[3])
+    return_lse = checks.check_flag("return_lse", return_lse)
+    document_ids = checks.check_document_ids(document_ids, q, keys[0])
+    key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
+    weights = {"key_weights": key_weights, "value_weights": value_weights}
+    checks.check_same_device(
+        {"q": q, "keys": keys, "values": values, **weights, "document_ids": document_ids}
+    )
+    options = (scale, left, right, None, False, None, return_lse, document_ids)
+    return AttentionCall(q, keys, values, key_weights, value_weights, None, None, *options)
+
+
+def cached_attention_call(
+    q: Tensor,
+    key_caches: Tensors,
+    value_caches: Tensors,
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    return_lse: bool,
+    schedule: Tensor | None,
+    batch_invariant: bool,
+    host_seqlens: Sequence[int] | None,
+) -> AttentionCall:
+    """The checked arguments of ``fused_kv_attn_with_kvcache``.
+
+    Types, devices, dtypes and gradients are checked here, sizes and contents by the native operation.
+    """
+    keys = checks.as_list("key_caches", key_caches)
+    values = checks.as_list("value_caches", value_caches)
+    optional = [x for x in (key_weights, value_weights, block_table) if x is not None]
+    if not checks.plain_on_cpu([q, *keys, *values, cache_seqlens, *optional]):
+        checks.check_inputs(
+            "fused_kv_attn_with_kvcache",
+            {"q": q, "key_caches": keys, "value_caches": values, "cache_seqlens": cache_seqlens},
+            {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table},
+            "use fused_kv_attn_func to train, torch.no_grad() and plain tensors to decode",
+            ("key_caches", "value_caches"),
+        )
+    if q.dtype != keys[0].dtype:
+        q = checks.autocast_like(q, keys[0])
+    if not q.dim() == keys[0].dim() == values[0].dim() == 4:
+        checks.check_rank4({"q": q, "key_caches": keys[:1], "value_caches": values[:1]})
+    scale = checks.check_scale(softmax_scale, q.shape[3])
+    left, right = checks.check_window(causal, window_size)
+    return_lse = checks.check_flag("return_lse", return_lse)
+    batch_invariant = checks.check_flag("batch_invariant", batch_invariant)
+    key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
+    if schedule is not None:
+        checks.check_tensor("schedule", schedule)
+        checks.check_same_device({"q": q, "schedule": schedule})
+    cache = (cache_seqlens, block_table)
+    options = (scale, left, right, schedule, batch_invariant, host_seqlens, return_lse)
+    return AttentionCall(q, keys, values, key_weights, value_weights, *cache, *options)
