@@ -173,7 +173,7 @@ def test_append_with_rotation_matches_oracle(level: str, dtype: torch.dtype) -> 
 def test_no_level_touches_memory_outside_its_inputs(tmp_path: Path) -> None:
     """All inputs end, then begin, at a page that may not be touched: one byte too far ends the process."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("guard_pages.py"))],
+        [sys.executable, str(Path(__file__).parents[1] / "guard_pages.py")],
         cwd=tmp_path,
         capture_output=True,
         text=True,
