@@ -18,8 +18,8 @@ void check_contents(const AppendCall& call) {
     check_pages(call.layout, b, len > p.S ? len - p.S : 0, len);
     longest = len > longest ? len : longest;
   }
-  check_value(!p.cos || longest <= p.rotary_rows, "rotary_cos has ", p.rotary_rows,
-              " rows; expected at least the longest length ", longest);
+  check_value(!p.cos || longest <= p.rotary_rows, "rotary_cos must have at least ", longest,
+              " rows, the longest length, got ", p.rotary_rows);
 }
 
 Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens,

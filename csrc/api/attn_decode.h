@@ -29,7 +29,7 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   check_rank4(q, "q", "(B, S, H, D)");
   AttnDecodeParams p{};
   p.dtype = dtype_of(q, "q");
-  check_type(p.dtype != DType::f64, "q is float64; cached attention takes float32, bfloat16 or float16");
+  check_type(p.dtype != DType::f64, "q must be float32, bfloat16 or float16, got float64");
   set_caches(keys, "key_caches", q, p.keys, cuda);
   set_caches(values, "value_caches", q, p.values, cuda);
   p.B = q.size(0);
@@ -43,14 +43,15 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   // A call without rows only checks its arguments; it may have any head dim.
   const auto check_channels = p.S == 0 ? check_has_channels : check_head_dim;
   check_channels(p.D, "q");
-  check_value(keys[0].size(3) == p.D, "key_caches[0] has shape ", Shape{keys[0]}, "; expected head dim ", p.D,
-              " as q has");
+  check_value(keys[0].size(3) == p.D, "key_caches[0] must have head dim ", p.D, " as q, got ",
+              Shape{keys[0]});
   check_channels(p.Dv, "value_caches[0]");
-  check_value(p.G >= 1 && p.H >= 1 && p.H % p.G == 0, "q has ", p.H, " heads and key_caches[0] has ", p.G,
-              "; expected a multiple");
+  check_value(p.G >= 1 && p.H >= 1 && p.H % p.G == 0, "q must have a multiple of key_caches[0]'s ", p.G,
+              " heads, got ", p.H);
   for (int64_t i = 0; i < 3; ++i)
-    check_value(values[0].size(i) == keys[0].size(i), "value_caches[0] has shape ", Shape{values[0]},
-                "; expected ", Shape{keys[0]}, " up to the head dim, as key_caches[0] has");
+    check_value(values[0].size(i) == keys[0].size(i),
+                "value_caches[0] must have the shape of key_caches[0] up to the head dim, ", Shape{keys[0]},
+                ", got ", Shape{values[0]});
   if (key_weights) {
     check_weights(*key_weights, "key_weights", p.num_keys, p.G, p.D, false, cuda);
     p.key_weights = static_cast<const float*>(key_weights->const_data_ptr());

@@ -35,10 +35,10 @@ int64_t num_counters(int64_t B, int64_t rows, int64_t G, bool batch_invariant) {
 Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_heads, int64_t num_kv_heads,
                      int64_t capacity, int64_t window_left, bool batch_invariant) {
   check_int32(cache_seqlens, "cache_seqlens", 1, kCuda);
-  check_value(query_length >= 0, "query_length is ", query_length, "; expected 0 or more");
-  check_value(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0, "num_heads is ",
-              num_heads, " and num_kv_heads is ", num_kv_heads, "; expected a multiple");
-  check_value(capacity >= 0, "capacity is ", capacity, "; expected 0 or more");
+  check_value(query_length >= 0, "query_length must be at least 0, got ", query_length);
+  check_value(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0,
+              "num_heads must be a multiple of num_kv_heads = ", num_kv_heads, ", got ", num_heads);
+  check_value(capacity >= 0, "capacity must be at least 0, got ", capacity);
   const DeviceScope scope(cache_seqlens);
   AttnScheduleParams p{};
   p.B = cache_seqlens.size(0);
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
   set_options(a, layout, softmax_scale, window_left, window_right);
-  check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens, "the caches hold ",
-              layout.capacity, " tokens per sequence; expected fewer than 2^31");
+  check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens,
+              "key_caches[0] must hold fewer than 2^31 tokens per sequence, got ", layout.capacity);
   Tensor out = torch::stable::new_empty(q, {a.B, a.S, a.H, a.Dv});
   Tensor lse = torch::stable::new_empty(q, {a.B, a.H, a.S}, ScalarType::Float);
   if (a.B * a.S == 0) return {out, lse};
@@ -86,9 +86,9 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   if (!schedule)
     schedule = attn_schedule(cache_seqlens, a.S, a.H, a.G, p.capacity, a.window_left, batch_invariant);
   check_int32(*schedule, "schedule", 1, kCuda);
-  check_value(schedule->size(0) == a.B + 1 + counters, "schedule has ", schedule->size(0),
-              " entries; expected ", a.B + 1 + counters,
-              ": make it with decode_schedule for this batch, these heads and this mode");
+  check_value(schedule->size(0) == a.B + 1 + counters, "schedule must have ", a.B + 1 + counters,
+              " entries, got ", schedule->size(0),
+              "; compute it with decode_schedule for this batch, these heads and this mode");
   p.schedule = static_cast<const int32_t*>(schedule->const_data_ptr());
   p.counters = static_cast<int32_t*>(schedule->mutable_data_ptr()) + a.B + 1;
 

@@ -19,20 +19,20 @@ inline CacheLayout cache_layout(const Tensor& cache, Name name, const Tensor& se
                                 const std::optional<Tensor>& block_table, int64_t B, bool cuda) {
   CacheLayout layout;
   check_int32(seq_lens, "cache_seqlens", 1, cuda);
-  check_value(seq_lens.size(0) == B, "cache_seqlens has ", seq_lens.size(0),
-              " entries; expected the batch size ", B);
+  check_value(seq_lens.size(0) == B, "cache_seqlens must have ", B, " entries, the batch size, got ",
+              seq_lens.size(0));
   layout.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   if (!block_table) {
-    check_value(cache.size(0) == B, name, " has shape ", Shape{cache},
-                "; expected (B, capacity, G, D) with B = ", B, " (pass block_table for a paged cache)");
+    check_value(cache.size(0) == B, name, " must be (B, capacity, G, D) with B = ", B, ", got ", Shape{cache},
+                "; pass block_table for a paged cache");
     layout.capacity = cache.size(1);
     return layout;
   }
   check_int32(*block_table, "block_table", 2, cuda);
-  check_value(block_table->size(0) == B, "block_table has ", block_table->size(0),
-              " rows; expected the batch size ", B);
-  check_value(cache.size(1) >= 1, name, " has shape ", Shape{cache},
-              "; expected (P, page_size, G, D) with page_size >= 1");
+  check_value(block_table->size(0) == B, "block_table must have ", B, " rows, the batch size, got ",
+              block_table->size(0));
+  check_value(cache.size(1) >= 1, name, " must be (P, page_size, G, D) with page_size >= 1, got ",
+              Shape{cache});
   layout.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
   layout.block_table_stride = block_table->stride(0);
   layout.num_pages = cache.size(0);
@@ -43,8 +43,8 @@ inline CacheLayout cache_layout(const Tensor& cache, Name name, const Tensor& se
 
 inline void check_length(const CacheLayout& layout, int64_t b) {
   const int64_t len = layout.seq_lens[b];
-  check_value(len >= 0 && len <= layout.capacity, "cache_seqlens[", b, "] = ", len, "; expected 0 to ",
-              layout.capacity, ", what the cache holds");
+  check_value(len >= 0 && len <= layout.capacity, "cache_seqlens[", b, "] must be from 0 to ",
+              layout.capacity, ", the tokens of the cache, got ", len);
 }
 
 // The pages of positions [begin, end) of sequence b exist.
@@ -52,8 +52,8 @@ inline void check_pages(const CacheLayout& layout, int64_t b, int64_t begin, int
   if (!layout.block_table || begin >= end) return;
   for (int64_t i = begin / layout.page_size; i <= (end - 1) / layout.page_size; ++i) {
     const int64_t page = layout.block_table[b * layout.block_table_stride + i];
-    check_value(page >= 0 && page < layout.num_pages, "block_table[", b, ", ", i, "] = ", page,
-                "; expected a page from 0 to ", layout.num_pages - 1);
+    check_value(page >= 0 && page < layout.num_pages, "block_table[", b, ", ", i,
+                "] must be a page from 0 to ", layout.num_pages - 1, ", got ", page);
   }
 }
 

@@ -97,8 +97,8 @@ inline void uses(const DeviceScope& scope, const std::optional<Tensor>& tensor, 
 // All tensors of an op are on the GPU of the first.
 inline void check_same_gpu(const Tensor& x, Name name, const Tensor& first, Name first_name) {
   if (!kCuda) return;
-  check_value(x.get_device_index() == first.get_device_index(), name, " is on GPU ", x.get_device_index(),
-              "; expected GPU ", first.get_device_index(), " as ", first_name);
+  check_value(x.get_device_index() == first.get_device_index(), name, " must be on GPU ",
+              first.get_device_index(), " as ", first_name, ", got GPU ", x.get_device_index());
 }
 
 }  // namespace fusedkv::api

@@ -61,8 +61,9 @@ inline Tensor fused_output(FuseKVParams& p, const Tensor& like, NewTensor make =
 inline void check_pair(const std::vector<Tensor>& keys, const std::vector<Tensor>& values) {
   check_same_dtype(values[0], "values[0]", keys[0], "keys[0]");
   for (int64_t i = 0; i < 3; ++i)
-    check_value(values[0].size(i) == keys[0].size(i), "values[0] has shape ", Shape{values[0]}, "; expected ",
-                Shape{keys[0]}, " up to the head dim, as keys[0] has");
+    check_value(values[0].size(i) == keys[0].size(i),
+                "values[0] must have the shape of keys[0] up to the head dim, ", Shape{keys[0]}, ", got ",
+                Shape{values[0]});
 }
 
 // Checks everything but the contents of cache_seqlens and block_table.
@@ -71,11 +72,12 @@ inline FuseKVParams fuse_kvcache_params(const std::vector<Tensor>& caches, const
                                         int64_t tokens, bool cuda, CacheLayout* layout) {
   FuseKVParams p = fuse_kv_params(caches, "caches", weights, "weights", cuda,
                                   "(B, capacity, G, D), or (P, page_size, G, D) with a block_table");
-  check_type(p.dtype != DType::f64, "caches[0] is float64; expected float32, bfloat16 or float16");
+  check_type(p.dtype != DType::f64, "caches[0] must be float32, bfloat16 or float16, got float64");
   check_int32(cache_seqlens, "cache_seqlens", 1, cuda);
   p.B = cache_seqlens.size(0);
   *layout = cache_layout(caches[0], "caches[0]", cache_seqlens, block_table, p.B, cuda);
-  check_value(tokens >= 0 && tokens < INT32_MAX, "tokens is ", tokens, "; expected 0 or more");
+  check_value(tokens >= 0 && tokens < INT32_MAX, "tokens must be at least 0 and below 2^31 - 1, got ",
+              tokens);
   p.T = tokens;
   p.seq_lens = layout->seq_lens;
   p.block_table = layout->block_table;
@@ -92,7 +94,7 @@ inline FuseKVParams fuse_kv_backward_params(const Tensor& grad, const std::vecto
   check_device(grad, "grad", cuda);
   check_same_shape(grad, "grad", sources[0], "sources[0]");
   check_same_dtype(grad, "grad", sources[0], "sources[0]");
-  check_value(grad.is_contiguous(), "grad is not contiguous");
+  check_value(grad.is_contiguous(), "grad must be contiguous; call .contiguous()");
   p.grad_out = grad.const_data_ptr();
   p.grad_dtype = p.dtype;
   return p;
@@ -109,19 +111,19 @@ inline Tensor new_source_gradients(FuseKVParams& p, const Tensor& grad, NewTenso
 // Buffers that the gradients of the sources are added to.
 inline void set_source_gradients(FuseKVParams& p, const std::vector<Tensor>& grads,
                                  const std::vector<Tensor>& sources, bool cuda) {
-  check_value(int(grads.size()) == p.m, "grad_sources holds ", grads.size(), " tensors; expected ", p.m,
-              ", one per source");
+  check_value(int(grads.size()) == p.m, "grad_sources must hold ", p.m, " tensors, one per source, got ",
+              grads.size());
   p.accumulate = true;
   p.grad_dtype = dtype_of(grads[0], "grad_sources[0]");
   check_type(p.grad_dtype == p.dtype || (p.grad_dtype == DType::f32 && p.dtype != DType::f64),
-             "grad_sources[0] has another dtype than float32 or sources[0]'s");
+             "grad_sources[0] must be float32 or have the dtype of sources[0], got ", DTypeOf{grads[0]});
   for (int j = 0; j < p.m; ++j) {
     const Tensor& x = grads[j];
     const Name own = name_of("grad_sources", j);
     check_device(x, own, cuda);
     check_same_shape(x, own, sources[0], "sources[0]");
     check_same_dtype(x, own, grads[0], "grad_sources[0]");
-    check_value(x.is_contiguous(), own, " is not contiguous");
+    check_value(x.is_contiguous(), own, " must be contiguous; call .contiguous()");
     p.grad_sources[j] = x.mutable_data_ptr();
   }
 }

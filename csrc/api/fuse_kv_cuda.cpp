@@ -26,8 +26,8 @@ Tensor copied(const Tensor& x) {
 // Copies inputs that are not aligned, and registers all inputs with the scope.
 void prepare(FuseKVParams& p, std::vector<Tensor>& sources, const char* name, Tensor& weights,
              const char* weights_name, const Tensor& first, const DeviceScope& scope) {
-  check_value(p.B <= INT32_MAX && p.T <= INT32_MAX, name_of(name, 0), " has shape ", Shape{sources[0]},
-              "; expected B and T below 2^31");
+  check_value(p.B <= INT32_MAX && p.T <= INT32_MAX, name_of(name, 0), " must have B and T below 2^31, got ",
+              Shape{sources[0]});
   check_same_gpu(weights, weights_name, first, name);
   for (int j = 0; j < p.m; ++j) {
     check_same_gpu(sources[j], name_of(name, j), first, name);
@@ -119,7 +119,7 @@ Tensor fuse_kv_backward_accumulate(Tensor grad, std::vector<Tensor> sources, Ten
   for (int j = 0; j < p.m; ++j) {
     check_same_gpu(grad_sources[j], name_of("grad_sources", j), grad, "grad");
     check_value(aligned16(p.grad_sources[j]), name_of("grad_sources", j),
-                " does not start at a multiple of 16 bytes");
+                " must start at a multiple of 16 bytes; call .clone()");
   }
   begin_writes(grad_sources, grad, sources, weights, needs_weights);
   uses(scope, grad_sources, "grad_sources");

@@ -14,7 +14,9 @@ namespace {
 
 // For all later calls: the seed of the executor's choices, and the device that kernels see.
 void configure(int64_t seed, int64_t sm_count, int64_t shared_per_block) {
-  check_value(sm_count > 0 && shared_per_block >= 0, "sm_count and shared_per_block are sizes");
+  check_value(sm_count > 0 && shared_per_block >= 0,
+              "sm_count must be at least 1 and shared_per_block at least 0, got ", sm_count, " and ",
+              shared_per_block);
   simt::settings() = {uint64_t(seed), int(sm_count), int(shared_per_block)};
 }
 
@@ -28,7 +30,7 @@ void selftest(std::string kernel, bool fault, Tensor a, Tensor b, Tensor out) {
       kernel.c_str(),
       {static_cast<const uint32_t*>(a.const_data_ptr()), static_cast<const uint32_t*>(b.const_data_ptr()),
        static_cast<uint32_t*>(out.mutable_data_ptr()), int(a.numel()), fault ? 1 : 0});
-  check_value(known, "no self-test is called ", kernel);
+  check_value(known, "kernel must be the name of a self-test, got ", kernel);
 }
 
 }  // namespace

@@ -121,24 +121,25 @@ struct Extent {
 };
 
 inline void check_own_memory(const Extent& written) {
-  check_value(!written.overlaps_itself(), written.name,
-              " has several elements in one place of memory, as an expanded tensor has; expected a place for "
-              "each element, as writing needs (call .contiguous())");
+  check_value(
+      !written.overlaps_itself(), written.name,
+      " must have memory of its own for each element, got elements that overlap, as in an expanded tensor; "
+      "call .contiguous()");
 }
 
 inline void check_apart(const Extent& written, const Extent& other) {
-  check_value(!written.overlaps(other), other.name, " shares memory with ", written.name,
-              ", which is written; expected memory of its own (call .clone())");
+  check_value(!written.overlaps(other), other.name, " must not share memory with ", written.name,
+              ", which is written; call .clone()");
 }
 
 // Increments the version of x, so that a backward that has saved it raises. A copy of a tensor onto itself
 // copies nothing, but counts as a write in place.
 inline void count_write(const Tensor& x, Name name) {
   if (x.numel() == 0) return;
-  check_value(
-      aoti_torch_copy_(x.get(), x.get(), 0) == 0, name,
-      " cannot be written to: it is an inference tensor outside of torch.inference_mode(), or requires "
-      "grad under grad mode; expected a plain tensor (call .clone(), or .detach())");
+  check_value(aoti_torch_copy_(x.get(), x.get(), 0) == 0, name,
+              " must be writable, got an inference tensor outside of torch.inference_mode() or one that "
+              "requires grad "
+              "under grad mode; call .clone() or .detach()");
 }
 
 }  // namespace fusedkv::api

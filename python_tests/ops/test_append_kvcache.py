@@ -199,7 +199,7 @@ def test_sequences_of_impossible_length_are_not_written(
     for b in (0, 2):
         options["cache_seqlens"][b] = length + (page_size is not None and length == 21)
     if backend == "cpu":
-        with pytest.raises(ValueError, match=r"cache_seqlens\[0\] = "):
+        with pytest.raises(ValueError, match=r"cache_seqlens\[0\] must be from 0 to .*, got "):
             append_kvcache(*inputs, **options)
         assert_same_bits(inputs[2:], untouched)
         return
@@ -224,7 +224,7 @@ def test_tokens_of_pages_that_do_not_exist_are_not_written(
     lost = int(options["block_table"][0, 2])
     options["block_table"][0, 2] = inputs[2].shape[0] if page == "pages" else page
     if backend == "cpu":
-        with pytest.raises(ValueError, match=r"block_table\[0, 2\] = "):
+        with pytest.raises(ValueError, match=r"block_table\[0, 2\] must be a page from 0 to .*, got "):
             append_kvcache(*inputs, **options)
         assert_same_bits(inputs[2:], untouched)
         return
@@ -243,7 +243,7 @@ def test_positions_beyond_the_tables_are_not_written(backend: str, device: torch
         options[name] = options[name][:18].clone()
     if backend == "cpu":
         with pytest.raises(
-            ValueError, match="rotary_cos has 18 rows; expected at least the longest length 20"
+            ValueError, match="rotary_cos must have at least 20 rows, the longest length, got 18"
         ):
             append_kvcache(*inputs, **options)
         return
@@ -296,17 +296,17 @@ def test_query_without_angles_or_of_another_shape_is_an_error() -> None:
     inputs, options = case.inputs(torch.device("cpu"))
     query = options.pop("query")
     for wrong, error, message in (
-        (query[:, :2], ValueError, "query has shape .* expected B and S of key"),
-        (query[..., :56], ValueError, "query has shape .* expected the head dim of key, 64"),
-        (query[0], ValueError, "query has shape .* expected 4 dims"),
-        (query.bfloat16(), TypeError, "query and key have different dtypes"),
+        (query[:, :2], ValueError, "query must have B and S of key"),
+        (query[..., :56], ValueError, "query must have the head dim of key, 64"),
+        (query[0], ValueError, "query must have 4 dims"),
+        (query.bfloat16(), TypeError, "query must be float32 as key, got bfloat16"),
         ([query], TypeError, "query is list"),
         (query.to("meta"), ValueError, "query is on meta"),
     ):
         with pytest.raises(error, match=message):
             append_kvcache(*inputs, **options, query=wrong)
     del options["rotary_cos"], options["rotary_sin"]
-    with pytest.raises(ValueError, match="query is rotated: pass rotary_cos and rotary_sin"):
+    with pytest.raises(ValueError, match="query must be passed with rotary_cos and rotary_sin"):
         append_kvcache(*inputs, **options, query=query)
     assert bool(inputs[2].isnan().all())
 

@@ -278,20 +278,20 @@ def test_backward_refuses_bad_buffers(device: torch.device) -> None:
     grad, sources, weights = backward_inputs(Case("bad", T=3, D=16, dtype=torch.bfloat16), device)
     good = [torch.zeros(grad.shape, device=device) for _ in range(2)]
     bad = {
-        "shares memory with": (ValueError, [good[0], good[0]]),
-        "holds 1 tensors": (ValueError, good[:1]),
-        "expected .*like sources": (ValueError, [x[:, :2].contiguous() for x in good]),
-        "not contiguous": (ValueError, [x.transpose(0, 2).contiguous().transpose(0, 2) for x in good]),
-        "another dtype": (TypeError, [x.half() for x in good]),
-        "different dtypes": (TypeError, [good[0], good[1].bfloat16()]),
+        "must not share memory with": (ValueError, [good[0], good[0]]),
+        "must hold 2 tensors, one per source, got 1": (ValueError, good[:1]),
+        "must have shape .* as sources": (ValueError, [x[:, :2].contiguous() for x in good]),
+        "must be contiguous": (ValueError, [x.transpose(0, 2).contiguous().transpose(0, 2) for x in good]),
+        "must be float32 or have the dtype of sources.*got float16": (TypeError, [x.half() for x in good]),
+        "must be float32 as grad_sources.*got bfloat16": (TypeError, [good[0], good[1].bfloat16()]),
         "requires grad": (ValueError, [good[0], good[1].clone().requires_grad_()]),
     }
     for message, (kind, buffers) in bad.items():
         with pytest.raises(kind, match=message):
             fuse_kv_backward(grad, sources, weights, grad_sources=buffers)
-    with pytest.raises(ValueError, match="grad has shape"):
+    with pytest.raises(ValueError, match="grad must have shape"):
         fuse_kv_backward(grad[:, :2], sources, weights)
-    with pytest.raises(TypeError, match="grad and"):
+    with pytest.raises(TypeError, match="grad must be bfloat16 as sources.*got float32"):
         fuse_kv_backward(grad.float(), sources, weights)
 
 

@@ -148,7 +148,7 @@ def test_inference_tensors_are_written_within_inference_mode_only(write: Write) 
         write(written)
         before = [x.clone() for x in written]
     name = "key_cache" if write in (append, append_directly) else r"grad_sources\[0\]"
-    with pytest.raises((ValueError, RuntimeError), match=f"{name} cannot be written to: it is an inference"):
+    with pytest.raises((ValueError, RuntimeError), match=f"{name} must be writable, got an inference tensor"):
         write(written)
     assert_same_bits(written, before)
 
@@ -162,19 +162,19 @@ def caches_that(name: str, device: torch.device) -> tuple[list[Tensor], str]:
     channels = packed.flatten(2)[:, :8]
     own = torch.randn(SHAPE, device=device)
     return {
-        "expanded": ([own[:1].expand(SHAPE), own], "key_cache has several elements in one place"),
-        "expanded_heads": ([own, own[:, :, :1].expand(SHAPE)], "value_cache has several elements"),
+        "expanded": ([own[:1].expand(SHAPE), own], "key_cache must have memory of its own for each element"),
+        "expanded_heads": ([own, own[:, :, :1].expand(SHAPE)], "value_cache must have memory of its own"),
         "sliding_windows": (
             [own.flatten().as_strided(SHAPE, (16, 32, 16, 1)), own.clone()],
-            "key_cache has several elements",
+            "key_cache must have memory of its own",
         ),
-        "one_tensor": ([own, own], "value_cache shares memory with key_cache"),
-        "same_memory": ([own, own.view(SHAPE)], "value_cache shares memory with key_cache"),
-        "shared_head": ([packed[:, :8, :2], packed[:, :8, 1:3]], "value_cache shares memory"),
-        "shared_token": ([packed[:, :8, :2], packed[:, 7:15, :2]], "value_cache shares memory"),
+        "one_tensor": ([own, own], "value_cache must not share memory with key_cache"),
+        "same_memory": ([own, own.view(SHAPE)], "value_cache must not share memory with key_cache"),
+        "shared_head": ([packed[:, :8, :2], packed[:, :8, 1:3]], "value_cache must not share memory"),
+        "shared_token": ([packed[:, :8, :2], packed[:, 7:15, :2]], "value_cache must not share memory"),
         "one_shared_channel": (
             [channels[..., i : i + 32].unflatten(2, (2, 16)) for i in (0, 31)],
-            "value_cache shares memory",
+            "value_cache must not share memory",
         ),
     }[name]
 
@@ -255,7 +255,9 @@ def test_what_an_append_reads_is_not_what_it_writes(argument: str, device: torch
         flat = values.flatten()[64:]
         arguments[argument] = flat[: arguments[argument].numel()].view(arguments[argument].shape)
     before = values.clone()
-    with pytest.raises(ValueError, match=f"{argument} shares memory with value_cache, which is written"):
+    with pytest.raises(
+        ValueError, match=f"{argument} must not share memory with value_cache, which is written"
+    ):
         fkv.append_kvcache(**arguments, key_cache=keys, value_cache=values)
     assert_same_bits(values, before)
 
@@ -269,10 +271,10 @@ def test_gradient_buffers_are_apart_from_each_other_and_from_what_is_read(device
         return fkv.fuse_kv_backward(grad, sources, weights, grad_sources=buffers, **options)
 
     cases = {
-        r"grad_sources\[1\] shares memory with grad_sources\[0\]": [buffers[0], buffers[0]],
-        r"grad_sources\[1\] shares memory with grad_sources\[0\], which": [long[:2], long[1:]],
-        r"grad shares memory with grad_sources\[1\]": [buffers[0], grad],
-        r"sources\[1\] shares memory with grad_sources\[0\]": [sources[1], buffers[0]],
+        r"grad_sources\[1\] must not share memory with grad_sources\[0\]": [buffers[0], buffers[0]],
+        r"grad_sources\[1\] must not share memory with grad_sources\[0\], which": [long[:2], long[1:]],
+        r"grad must not share memory with grad_sources\[1\]": [buffers[0], grad],
+        r"sources\[1\] must not share memory with grad_sources\[0\]": [sources[1], buffers[0]],
     }
     for message, wrong in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -289,7 +291,7 @@ def test_gradient_buffers_are_apart_from_each_other_and_from_what_is_read(device
 def test_an_expanded_gradient_buffer_is_refused(device: torch.device) -> None:
     sources, grad = tensors(device), torch.randn(SHAPE, device=device)
     buffers = [torch.zeros(1, *SHAPE[1:], device=device).expand(SHAPE), torch.zeros(SHAPE, device=device)]
-    with pytest.raises(ValueError, match=r"grad_sources\[0\] is not contiguous"):
+    with pytest.raises(ValueError, match=r"grad_sources\[0\] must be contiguous"):
         fkv.fuse_kv_backward(grad, sources, torch.rand(2, 2, 16, device=device), grad_sources=buffers)
 
 
