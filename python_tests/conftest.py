@@ -17,11 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from recorded_steps import RecordedSteps
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedkv_ext.ops
 import fusedkv_ext.ops.autograd
+from fusedkv_ext.generation.cuda_graph import CAPTURES
 from fusedkv_ext.ops import fuse, native
 
 MAX_THREADS = min(2, os.cpu_count() or 1)
@@ -139,3 +141,11 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
 
     monkeypatch.setattr(fuse, "fuse_both", recorded)
     return storages
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedSteps:
+    """Makes the CPU a device that can capture a step, as a recording."""
+    steps = RecordedSteps()
+    monkeypatch.setitem(CAPTURES, "cpu", steps)
+    return steps

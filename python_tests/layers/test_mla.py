@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cuda_graph import RecordedSteps, recorded  # noqa: F401  (a fixture)
+from recorded_steps import RecordedSteps
 from tiny import LAYERS, PLANS, hybrid, randomise_fusion, tiny_config, tiny_decoder
 from torch import Tensor, nn
 
@@ -480,7 +480,7 @@ def test_generation_with_and_without_a_cache(plan: str) -> None:
 def test_a_captured_step_serves_other_lengths(
     plan: str,
     blocks: bool,
-    recorded: RecordedSteps,  # noqa: F811
+    recorded: RecordedSteps,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, prompts = make_model(plan), [some_ids(n) for n in (5, 2)]
