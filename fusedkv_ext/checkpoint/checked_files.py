@@ -32,7 +32,7 @@ CHECKSUMS = "checksums.json"
 # A safetensors file carries its own checksum, so that the two are replaced together: metadata of this name,
 # which `stamp` fills in. It is that of the file with zeros in its place.
 SUM, NO_SUM = "crc32", "0" * 8
-_STAMP = re.compile(rf'"{SUM}":"([0-9a-f]{{8}})"'.encode())
+_STAMP = re.compile(rf'"{SUM}":"(.{{8}})"'.encode(), re.DOTALL)  # any bytes: a damaged checksum is found, too
 _BLOCK = 1 << 22
 
 
@@ -118,14 +118,14 @@ def verify(folder: Path, names: Iterable[str], advice: str) -> None:
         if name not in known:
             raise ValueError(f"{path} has no checksum of {name}; {advice}")
         with (folder / name).open("rb") as file:
-            _compare(folder / name, _sum_of(file), known[name], advice)
+            _compare(folder / name, f"{_sum_of(file):08x}", f"{known[name]:08x}", advice)
 
 
 def stamp(path: Path) -> None:
     """Fills in the checksum of a safetensors file that was saved with ``metadata={SUM: NO_SUM, ...}``."""
     with path.open("r+b") as file:
         found = _find_stamp(file)
-        if found is None or found[2] != int(NO_SUM, 16):
+        if found is None or found[2] != NO_SUM:
             raise ValueError(f"{path} has no empty {SUM} among its metadata; save it with {SUM}={NO_SUM!r}")
         header, place, _ = found
         checksum = _sum_of(file, zlib.crc32(header))
@@ -141,10 +141,10 @@ def verify_stamp(path: Path, advice: str) -> None:
     with path.open("rb") as file:
         if found := _find_stamp(file):
             header, _, checksum = found
-            _compare(path, _sum_of(file, zlib.crc32(header)), checksum, advice)
+            _compare(path, f"{_sum_of(file, zlib.crc32(header)):08x}", checksum, advice)
 
 
-def _find_stamp(file: IO[bytes]) -> tuple[bytes, int, int] | None:
+def _find_stamp(file: IO[bytes]) -> tuple[bytes, int, str] | None:
     """The header of a safetensors file with zeros as the checksum, where that lies, and what it is."""
     start = file.read(8)
     size = int.from_bytes(start, "little")
@@ -155,7 +155,7 @@ def _find_stamp(file: IO[bytes]) -> tuple[bytes, int, int] | None:
     if match is None:
         return None
     blank = header[: match.start(1)] + NO_SUM.encode() + header[match.end(1) :]
-    return blank, match.start(1), int(match[1], 16)
+    return blank, match.start(1), match[1].decode("ascii", "replace")
 
 
 def _sum_of(file: IO[bytes], checksum: int = 0) -> int:
@@ -165,6 +165,6 @@ def _sum_of(file: IO[bytes], checksum: int = 0) -> int:
     return checksum
 
 
-def _compare(path: Path, found: int, known: int, advice: str) -> None:
+def _compare(path: Path, found: str, known: str, advice: str) -> None:
     if found != known:
-        raise ValueError(f"{path} is damaged: its checksum is {found:08x}, expected {known:08x}; {advice}")
+        raise ValueError(f"{path} is damaged: its checksum is {found}, expected {known}; {advice}")
