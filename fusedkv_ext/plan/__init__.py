@@ -1,15 +1,15 @@
-"""The cache plan: a table that says, layer by layer, where keys and values come from.
+"""The cache plan: a table of the source layers of every layer's keys and values.
 
 Cross-layer cache methods differ only in this table. Each layer has *segments* of its KV heads, for keys and
-for values separately, and each segment names its source layers. Two rules give the table its meaning:
+for values separately. Each segment names its source layers. Two rules give the table its meaning:
 
-* A layer *stores* the heads of the segments that name the layer itself. With other sources beside it, it
-  mixes before it stores (ResFormer, YOCO++), and everybody who reads it later reads the mix.
-* Heads of segments that name only other layers are not stored: the layer mixes what others stored when it
-  reads (FusedKV).
+* A layer *stores* the heads of the segments that name the layer itself. If such a segment has other sources
+  too, the layer mixes before it stores (ResFormer, YOCO++), and later readers read the mix.
+* A layer does not store the heads of segments that name only other layers. It mixes their stored tensors when
+  it reads (FusedKV).
 
 Layers count from 0 here; the papers count from 1. methods.py has the published methods by name, and
-docs/methods.md shows them.
+docs/methods.md lists them.
 """
 
 from fusedkv_ext.plan.cache_plan import CachePlan

@@ -1,4 +1,4 @@
-"""The table that ``print(plan)`` shows."""
+"""The table that ``print(plan)`` draws."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _LETTERS = {"keys": ("K", "a"), "values": ("V", "b")}  # the papers' letters: te
 
 
 def draw(plan: CachePlan) -> str:
-    """The table as text: what every layer stores and reads, the fusion weights, the size of the cache."""
-    rows = []
-    for rule, run in groupby(range(plan.num_layers), key=lambda i: _rule(plan, i)):
-        run = list(run)
+    """The table as text: what every layer stores and reads, the fusion weights, and the cache size."""
+    rows = [("layers", "stores", "keys", "values")]
+    for rule, group in groupby(range(plan.num_layers), key=lambda i: _rule(plan, i)):
+        run = list(group)
         rows.append((str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}", *rule))
-    rows = [("layers", "stores", "keys", "values"), *rows]
     widths = [max(len(row[c]) for row in rows) for c in range(4)]
     lines = ["  ".join(row[c].ljust(widths[c]) for c in range(4)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -29,14 +28,16 @@ def draw(plan: CachePlan) -> str:
 
 
 def _rule(plan: CachePlan, i: int) -> tuple[str, str, str]:
-    """Cells (stores, keys, values) of layer i; layers with equal cells share a row."""
-    stores, sources = [], []
+    """Cells (stores, keys, values) of layer i. Consecutive layers with equal cells get one row."""
+    stores = []
     for side in SIDES:
         letter, ranges = _LETTERS[side][0], plan.stored_shares(i, side)
         whole = sum(b - a for a, b in ranges) == 1
         stores += [letter] if whole else [f"{letter}[{a}:{b}]" for a, b in ranges]
-        sources.append(", ".join(_term(segment, i, side) for segment in getattr(plan.layers[i], side)))
-    return ", ".join(stores) or "nothing", *sources
+    layer = plan.layers[i]
+    keys = ", ".join(_term(segment, i, "keys") for segment in layer.keys)
+    values = ", ".join(_term(segment, i, "values") for segment in layer.values)
+    return ", ".join(stores) or "nothing", keys, values
 
 
 def _term(segment: Segment, i: int, side: Side) -> str:
@@ -44,12 +45,13 @@ def _term(segment: Segment, i: int, side: Side) -> str:
     names = ["own" if j == i else f"{tensor}{j}" for j in segment.sources]
     if segment.fusion is not None:
         names = [f"{weight}{'i' if j == i else j}*{x}" for j, x in zip(segment.sources, names, strict=True)]
-    heads = "" if segment.heads == (0, 1) else f"[{segment.heads[0]}:{segment.heads[1]}] "
+    start, stop = segment.heads
+    heads = "" if start == 0 and stop == 1 else f"[{start}:{stop}] "
     return heads + " + ".join(names)
 
 
 def _draw_weights(plan: CachePlan) -> list[str]:
-    """One line for each kind of fusion weights."""
+    """One line per kind of fusion weights."""
     users: dict[tuple[Side, Fusion], list[int]] = {}
     for i, layer in enumerate(plan.layers):
         for side in SIDES:
@@ -77,7 +79,7 @@ def _draw_totals(plan: CachePlan) -> list[str]:
 
 
 def _draw_own_use(plan: CachePlan) -> list[str]:
-    """Says which stored tensors no other layer reads: they are part of the cache all the same."""
+    """Lists stored tensors that no other layer reads. They are part of the cache too."""
     read = {
         (side, j)
         for i, layer in enumerate(plan.layers)

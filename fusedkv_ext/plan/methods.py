@@ -1,6 +1,6 @@
-"""The registry of methods: one entry per method, and nothing else to touch when a method is added.
+"""The registry of methods: one entry per method. Adding a method changes nothing else.
 
-A builder takes the number of layers and keyword options and returns the rows of the layers, from layer 0 on.
+A builder takes the number of layers and keyword options. It returns the rows of the layers, from layer 0 on.
 ``CachePlan.named``, the command line, the tests, the experiments and docs/methods.md read ``METHODS``.
 """
 
@@ -21,7 +21,7 @@ CLA_PAPER = "CLA, arXiv:2405.12981"
 YOCO_PAPER = "YOCO, arXiv:2405.05254"
 
 
-# Pieces that several methods are made of
+# Helpers that several methods use
 
 
 def _take(
@@ -36,25 +36,25 @@ def _own(num_layers: int) -> list[LayerPlan]:
 
 
 def _middle(num_layers: int, storage_layers: int | None) -> int:
-    """n: ``storage_layers``, by default half of the layers."""
+    """n: ``storage_layers``, or half of the layers if it is None."""
     n = max(1, num_layers // 2)
     if storage_layers is not None:
         n = whole_number(storage_layers, "storage_layers", minimum=1)
     if n > num_layers:
-        raise ValueError(f"storage_layers must be at most the number of layers {num_layers}, got {n}")
+        raise ValueError(f"storage_layers must be at most num_layers={num_layers}, got {n}")
     return n
 
 
 def _storing_first(
     num_layers: int, storage_layers: int | None, reader: Callable[[int], LayerPlan]
 ) -> list[LayerPlan]:
-    """The first n layers keep their own K and V, the others are ``reader(n)``."""
+    """The first n layers store their own K and V; the others are ``reader(n)``."""
     n = _middle(num_layers, storage_layers)
     return [*_own(n), *[reader(n)] * (num_layers - n)]
 
 
 def _initial(init: str, sources: tuple[int, ...], hot: int) -> tuple[float, ...] | str:
-    """Numbers of a named init; ``hot`` is the source that gets the 1 under "lite"."""
+    """The numbers of a named init; under "lite" source ``hot`` starts at 1 and the others at 0."""
     if init == "normal":
         return "normal"
     if init == "lite":
@@ -65,10 +65,10 @@ def _initial(init: str, sources: tuple[int, ...], hot: int) -> tuple[float, ...]
 
 
 def _skip_first(i: int, skip: Fraction | str) -> tuple[Segment, ...]:
-    """The heads of layer i, the last share ``skip`` of which are those of layer 0."""
+    """The heads of layer i; the last share ``skip`` of them come from layer 0."""
     skip = share(skip)
     if not 0 < skip < 1:
-        raise ValueError(f'skip must be a share between 0 and 1, such as "1/2", got {skip}')
+        raise ValueError(f'skip must be between 0 and 1, such as "1/2", got {skip}')
     return (Segment((i,), (Fraction(0), 1 - skip)), Segment((0,), (1 - skip, Fraction(1))))
 
 
@@ -96,8 +96,10 @@ def _vanilla(num_layers: int) -> list[LayerPlan]:
     kv_heads=lambda heads: max(1, heads // 2),
 )
 def _gqa(num_layers: int) -> list[LayerPlan]:
-    """Vanilla with groups of query heads per KV head: a matter of num_key_value_heads,
-    which all methods have. Experiments give it half of the KV heads of the others.
+    """Vanilla with groups of query heads per KV head.
+
+    All methods support that through num_key_value_heads. Experiments give this one half of the KV heads of
+    the others.
     """
     return _own(num_layers)
 
@@ -111,7 +113,7 @@ def _gqa(num_layers: int) -> list[LayerPlan]:
     kv_heads=lambda heads: 1,
 )
 def _mqa(num_layers: int) -> list[LayerPlan]:
-    """Vanilla with one KV head for all query heads. Experiments give it one."""
+    """Vanilla with one KV head for all query heads. Experiments give this one a single KV head."""
     return _own(num_layers)
 
 
@@ -142,11 +144,17 @@ def _fusedkv(
     tie_values: bool = False,
     multiplier: float = 1.0,
 ) -> list[LayerPlan]:
-    """Layers above the first n fuse the keys and the values of the first and of the last storage layer.
+    """Layers above the first n fuse the keys and the values of the first and the last storage layer.
 
-    storage_layers: n, default num_layers // 2. granularity, tie_values, multiplier: see Fusion.
-    init: "lite" (start as fusedkv-lite: keys 1 on layer n, values 1 on layer 1), "normal" (N(0, 1)), "half"
-    or "uniform" (one over the number of sources). With n = 1 both sources are one layer and become one.
+    With n = 1 the two sources are one layer and one source.
+
+    Args:
+        storage_layers: n, default num_layers // 2.
+        granularity: see Fusion.
+        init: "lite" starts as fusedkv-lite (keys 1 on layer n, values 1 on layer 1); "normal" is N(0, 1);
+            "half" and "uniform" are one over the number of sources.
+        tie_values: ties the value weights per RoPE pair, see Fusion.
+        multiplier: see Fusion.
     """
 
     def reader(n: int) -> LayerPlan:
@@ -160,9 +168,10 @@ def _fusedkv(
 
 @method("fusedkv-lite", paper=FUSEDKV_PAPER, keys="K_i = K_n, i > n", values="V_i = V_1, i > n", cache="n/L")
 def _fusedkv_lite(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
-    """Layers above the first n take the keys of layer n and the values of layer 1.
+    """Layers above the first n use the keys of layer n and the values of layer 1.
 
-    storage_layers: n, default num_layers // 2.
+    Args:
+        storage_layers: n, default num_layers // 2.
     """
     return _storing_first(num_layers, storage_layers, lambda n: _take(n - 1, 0))
 
@@ -185,7 +194,12 @@ def _fusedkv_lite_learnable(
 ) -> list[LayerPlan]:
     """fusedkv-lite with learnable weights on its keys and values.
 
-    init: "lite" (all ones) or "normal" (N(0, 1)). The other options as in fusedkv.
+    Args:
+        storage_layers: n, default num_layers // 2.
+        granularity: as in fusedkv.
+        init: "lite" (all ones) or "normal" (N(0, 1)).
+        tie_values: as in fusedkv.
+        multiplier: as in fusedkv.
     """
     if init not in ("lite", "normal"):
         raise ValueError(f"init must be lite or normal, got {init!r}")
@@ -199,9 +213,10 @@ def _fusedkv_lite_learnable(
     "fusedkv-lite-rev", paper=FUSEDKV_PAPER, keys="K_i = K_1, i > n", values="V_i = V_n, i > n", cache="n/L"
 )
 def _fusedkv_lite_rev(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
-    """FusedKV's ablation: the sources of keys and values exchanged; the paper finds it clearly worse.
+    """FusedKV's ablation with the sources of keys and values swapped; the paper finds it clearly worse.
 
-    storage_layers: n, default num_layers // 2.
+    Args:
+        storage_layers: n, default num_layers // 2.
     """
     return _storing_first(num_layers, storage_layers, lambda n: _take(0, n - 1))
 
@@ -216,9 +231,11 @@ def _fusedkv_lite_rev(num_layers: int, *, storage_layers: int | None = None) -> 
 def _dense_fusion(
     num_layers: int, *, storage_layers: int | None = None, granularity: str = "scalar"
 ) -> list[LayerPlan]:
-    """FusedKV's probe: layers above the first n weigh the keys and the values of all of them, from 1/n each.
+    """FusedKV's probe: layers above the first n fuse the keys and values of all n, from 1/n each.
 
-    storage_layers: n, default num_layers // 2. granularity: see Fusion.
+    Args:
+        storage_layers: n, default num_layers // 2.
+        granularity: see Fusion.
     """
 
     def reader(n: int) -> LayerPlan:
@@ -233,10 +250,13 @@ def _dense_fusion(
 
 @method("yoco", paper=YOCO_PAPER, keys="K_i = K_n, i > n", values="V_i = V_n, i > n", cache="n/L")
 def _yoco(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
-    """Layers above the first n take the keys and the values of layer n.
+    """Layers above the first n use the keys and the values of layer n.
 
-    storage_layers: n, default num_layers // 2. This is YOCO as the FusedKV paper compares it: full attention
-    below n, where the YOCO paper has windowed or gated attention.
+    This is YOCO as in the comparison of the FusedKV paper: full attention below n. The YOCO paper has
+    windowed or gated attention there.
+
+    Args:
+        storage_layers: n, default num_layers // 2.
     """
     return _storing_first(num_layers, storage_layers, lambda n: _take(n - 1, n - 1))
 
@@ -251,10 +271,11 @@ def _yoco(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPl
 def _yoco_plus_plus(
     num_layers: int, *, storage_layers: int | None = None, multiplier: float = 35.0
 ) -> list[LayerPlan]:
-    """yoco whose storage layers store a mix with the first layer: learnable scalars, at first 0 and 1.
+    """yoco whose storage layers store a mix with the first layer; its learnable scalars start at 0 and 1.
 
-    storage_layers: n, default num_layers // 2. multiplier: s, a learning-rate multiplier: weights start at
-    w_0 = 0, w_1 = 1/s.
+    Args:
+        storage_layers: n, default num_layers // 2.
+        multiplier: s, a learning-rate multiplier; the parameters start at w_0 = 0 and w_1 = 1/s.
     """
     n = _middle(num_layers, storage_layers)
     fusion = Fusion("scalar", (0.0, 1.0), multiplier=multiplier)  # the weights as used: s w_0 and s w_1
@@ -271,7 +292,11 @@ def _yoco_plus_plus(
     variants=({"factor": 3},),
 )
 def _cla(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
-    """The first of every ``factor`` layers in a row stores keys and values, the others take them over."""
+    """The first of every ``factor`` consecutive layers stores keys and values; the others reuse them.
+
+    Args:
+        factor: the number of consecutive layers with the same keys and values.
+    """
     factor = whole_number(factor, "factor", minimum=1)
     return [_take(i - i % factor, i - i % factor) for i in range(num_layers)]
 
@@ -280,9 +305,10 @@ def _cla(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
     "yoco-v", paper=f"compared in {SKIPV1_PAPER}", keys="K_i", values="V_i = V_n, i > n", cache="1/2 + n/(2L)"
 )
 def _yoco_v(num_layers: int, *, storage_layers: int | None = None) -> list[LayerPlan]:
-    """V-only YOCO: all layers store keys, those above the first n take the values of layer n.
+    """V-only YOCO: all layers store keys; those above the first n use the values of layer n.
 
-    storage_layers: n, default num_layers // 2.
+    Args:
+        storage_layers: n, default num_layers // 2.
     """
     n = _middle(num_layers, storage_layers)
     return [_take(i, min(i, n - 1)) for i in range(num_layers)]
@@ -296,7 +322,11 @@ def _yoco_v(num_layers: int, *, storage_layers: int | None = None) -> list[Layer
     cache="1/2 + 1/(2 factor), rounded up to whole layers",
 )
 def _cla_v(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
-    """V-only CLA: all layers store keys, the first of every ``factor`` layers in a row stores values."""
+    """V-only CLA: all layers store keys; the first of every ``factor`` consecutive layers stores values.
+
+    Args:
+        factor: the number of consecutive layers with the same values.
+    """
     factor = whole_number(factor, "factor", minimum=1)
     return [_take(i, i - i % factor) for i in range(num_layers)]
 
@@ -313,9 +343,10 @@ def _cla_v(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
     variants=({"skip": "1/4"}, {"skip": "3/4"}),
 )
 def _skipv1(num_layers: int, *, skip: Fraction | str = "1/2") -> list[LayerPlan]:
-    """Layers above the first take a share of their value heads, the last ones, over from the first layer.
+    """Layers above the first reuse the last share of the value heads of the first layer.
 
-    skip: that share of the heads, such as "1/4". With grouped heads it is a share of the KV heads.
+    Args:
+        skip: that share of the heads, such as "1/4". With grouped heads it is a share of the KV heads.
     """
     later = [LayerPlan(Segment((i,)), _skip_first(i, skip)) for i in range(1, num_layers)]
     return [*_own(1), *later]
@@ -331,9 +362,11 @@ def _skipv1(num_layers: int, *, skip: Fraction | str = "1/2") -> list[LayerPlan]
 def _skipv1_yoco(
     num_layers: int, *, storage_layers: int | None = None, skip: Fraction | str = "1/2"
 ) -> list[LayerPlan]:
-    """skipv1, and the layers above the first n take the keys of layer n.
+    """skipv1 whose layers above the first n use the keys of layer n.
 
-    storage_layers: n, default num_layers // 2. skip: as in skipv1.
+    Args:
+        storage_layers: n, default num_layers // 2.
+        skip: as in skipv1.
     """
     n = _middle(num_layers, storage_layers)
     later = [LayerPlan(Segment((min(i, n - 1),)), _skip_first(i, skip)) for i in range(1, num_layers)]
@@ -348,9 +381,10 @@ def _skipv1_yoco(
     cache="1 - skip + skip/L",
 )
 def _skipkv1(num_layers: int, *, skip: Fraction | str = "1/2") -> list[LayerPlan]:
-    """SkipV1Former's ablation: keys are taken over from the first layer like values; worse than MHA there.
+    """SkipV1Former's ablation: layers reuse keys of the first layer like values; worse than MHA in the paper.
 
-    skip: as in skipv1.
+    Args:
+        skip: as in skipv1.
     """
     later = [LayerPlan(_skip_first(i, skip), _skip_first(i, skip)) for i in range(1, num_layers)]
     return [*_own(1), *later]
@@ -367,7 +401,10 @@ def _skipkv1(num_layers: int, *, skip: Fraction | str = "1/2") -> list[LayerPlan
 def _resformer(num_layers: int, *, share: float = 0.5, learnable: bool = False) -> list[LayerPlan]:
     """Layers above the first mix their values with those of the first layer before they store them.
 
-    share: l. learnable: two scalars per layer that start at l and 1 - l; else these stay.
+    Args:
+        share: l, the weight of the layer's own values.
+        learnable: the two scalars of each layer are trained, from l and 1 - l on; otherwise they are
+            constant.
     """
     share = real_number(share, "share")
     fusion = Fusion("scalar", (1 - share, share), learnable=learnable)
@@ -377,5 +414,5 @@ def _resformer(num_layers: int, *, share: float = 0.5, learnable: bool = False) 
 
 @method("svformer", paper=VALUE_RESIDUAL_PAPER, keys="K_i", values="V_i = V_1", cache="1/2 + 1/(2L)")
 def _svformer(num_layers: int) -> list[LayerPlan]:
-    """All layers store keys and take the values of the first layer."""
+    """All layers store keys and use the values of the first layer."""
     return [_take(i, 0) for i in range(num_layers)]

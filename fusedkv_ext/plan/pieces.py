@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 GRANULARITIES = ("channel", "shared_channel", "head", "scalar")
 Side = Literal["keys", "values"]
@@ -13,17 +14,35 @@ SIDES: tuple[Side, Side] = ("keys", "values")
 
 
 def whole_number(value: Any, what: str, minimum: int = 0) -> int:
-    """``value`` as an int; TypeError or ValueError names it as ``what``. A bool is no number here."""
+    """Converts ``value`` to an int.
+
+    Args:
+        value: anything with ``__index__`` except a bool.
+        what: the name of the value in error messages.
+        minimum: the smallest value allowed.
+
+    Raises:
+        TypeError: ``value`` is not an integer.
+        ValueError: it is below ``minimum``.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{what} must be an int, got {value!r} ({type(value).__name__})")
-    number = value.__index__()
+    number = int(value.__index__())
     if number < minimum:
         raise ValueError(f"{what} must be at least {minimum}, got {number}")
     return number
 
 
 def share(value: Any) -> Fraction:
-    """A bound of a head range: Fraction, int, "1/2" or a decimal (0.1 is one tenth, not its binary value)."""
+    """Converts a bound of a head range to a Fraction.
+
+    Args:
+        value: a Fraction, an int, a string such as "1/2", or a decimal (0.1 is one tenth, not its binary
+            value).
+
+    Raises:
+        ValueError: ``value`` is not a fraction.
+    """
     try:
         return value if isinstance(value, Fraction) else Fraction(str(value))
     except (ValueError, ZeroDivisionError):
@@ -31,7 +50,16 @@ def share(value: Any) -> Fraction:
 
 
 def real_number(value: Any, what: str) -> float:
-    """``value`` as a finite float; TypeError or ValueError names it as ``what``. A bool is no number here."""
+    """Converts ``value`` to a finite float.
+
+    Args:
+        value: an int, a float or a Fraction, not a bool.
+        what: the name of the value in error messages.
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: it is infinite or NaN.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
         raise TypeError(f"{what} must be a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value):
@@ -41,17 +69,26 @@ def real_number(value: Any, what: str) -> float:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What the fusion weights of one segment look like; ``fusion.FusionWeights`` makes the parameters.
+    """Shape and initial values of the fusion weights of one segment.
 
-    granularity: "channel": one vector of D per KV head; "shared_channel": one vector of D for all heads of
-        the segment; "head": one number per KV head; "scalar": one number. Each source has its own.
-    init: one number per source, or "normal" for N(0, 1). These are the weights *as used* when training
-        starts: the parameter starts at init / multiplier.
-    tied: one weight per RoPE pair. Keys with a channel granularity are always tied (a LayerPlan sets it for
-        them): with two different weights in a pair the score of two tokens would depend on their absolute
-        positions (FusedKV, equation 7). For values a choice.
-    multiplier: constant s > 0, weights used = s * parameter: a learning-rate multiplier (YOCO++ uses 35).
-    learnable: False keeps the weights at their initial values.
+    ``FusionWeights`` creates the parameters.
+
+    Args:
+        granularity: "channel": one vector of D per KV head; "shared_channel": one vector of D for all heads
+            of the segment; "head": one number per KV head; "scalar": one number. Each source has its own
+            weights.
+        init: one number per source, or "normal" for N(0, 1). These are the effective weights when training
+            starts: the parameter starts at init / multiplier.
+        tied: one weight per RoPE pair. A LayerPlan always ties keys with a channel granularity. With two
+            different weights in a pair, the score of two tokens would depend on their absolute positions
+            (FusedKV, equation 7). For values it is a choice.
+        multiplier: a constant s > 0; the effective weight is s * parameter. It multiplies the learning rate
+            (YOCO++ uses 35).
+        learnable: False keeps the weights at their initial values.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     granularity: str = "channel"
@@ -81,17 +118,28 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Segment:
-    """A range of KV heads of one layer and the layers that it comes from: K = sum_j weight_j (.) K_j.
+    """A range of KV heads of one layer and its source layers: K = sum_j weight_j (.) K_j.
 
-    sources: layer indices from 0, no duplicates; the layer itself may be among them.
-    heads: the half-open share of the KV heads, so that one plan serves every number of heads: (0, 1/2) is
-        the first half. A segment reads the heads of the same index in its sources.
-    fusion: None for weights that are all one (a lone source is then returned as it is).
+    Args:
+        sources: layer indices from 0, without duplicates; the layer itself may be among them.
+        heads: a half-open share of the KV heads, such as (0, "1/2") for the first half, so that one plan
+            serves every number of heads. A segment reads the heads of the same index in its sources.
+        fusion: None for weights of one (a single source is then used unchanged).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: sources or heads are empty, duplicated or out of range.
     """
 
     sources: tuple[int, ...]
     heads: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))
     fusion: Fusion | None = None
+
+    if TYPE_CHECKING:  # the constructor converts what the fields then hold
+
+        def __init__(
+            self, sources: Sequence[int], heads: Sequence[Any] = (0, 1), fusion: Fusion | None = None
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.sources, (tuple, list)):
@@ -119,10 +167,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Key and value segments of one layer, in the order of their heads. A lone Segment is taken as (it,)."""
+    """Key and value segments of one layer, in the order of their heads.
+
+    Args:
+        keys: the segments of the keys; a single Segment stands for a tuple of one.
+        values: the segments of the values, likewise.
+
+    Raises:
+        TypeError: a side is not a tuple of Segment.
+    """
 
     keys: tuple[Segment, ...]
     values: tuple[Segment, ...]
+
+    if TYPE_CHECKING:  # the constructor converts what the fields then hold
+
+        def __init__(
+            self, keys: Segment | Sequence[Segment], values: Segment | Sequence[Segment]
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for side in SIDES:
@@ -136,7 +198,7 @@ class LayerPlan:
 
     @property
     def has_fusion(self) -> bool:
-        """Whether any segment has fusion weights."""
+        """True if any segment has fusion weights."""
         return any(segment.fusion is not None for segment in self.keys + self.values)
 
 
@@ -148,7 +210,10 @@ def _tie_pairs(segment: Segment) -> Segment:
 
 
 class ResolvedSegment(NamedTuple):
-    """KV heads start..stop-1 of a layer, within one key and one value segment: one call of attention."""
+    """KV heads start to stop - 1 of a layer, within one key and one value segment.
+
+    One attention call computes these heads.
+    """
 
     start: int
     stop: int

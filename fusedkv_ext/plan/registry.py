@@ -1,4 +1,4 @@
-"""What a method of the registry is: a builder of layers, where it comes from, and what to compare it as."""
+"""Entries of the registry of methods: a builder of layers, its paper and equations, and its comparisons."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ METHODS: dict[str, Method] = {}
 class Method:
     """A published method.
 
-    build: ``(num_layers, *, options) -> LayerPlans``, from layer 0 on. paper: its name and where it stands.
-    keys, values: the equations of layer i in the papers' letters, layers counted from 1. cache: its size,
-    relative to vanilla attention with as many KV heads. kv_heads: the KV heads of a model that has that many
-    under the other methods. variants: options that a comparison of all methods runs beside the defaults.
+    Attributes:
+        name: the name that ``CachePlan.named`` takes.
+        build: ``(num_layers, *, options) -> LayerPlans``, from layer 0 on.
+        paper: name and arXiv number of the paper.
+        keys: the equation of the keys of layer i in the papers' letters, with layers counted from 1.
+        values: the equation of the values.
+        cache: the cache size, relative to vanilla attention with the same number of KV heads.
+        kv_heads: maps the number of KV heads under other methods to the number under this one.
+        variants: options that a comparison of all methods runs in addition to the defaults.
     """
 
     name: str
@@ -34,18 +39,18 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The builder's keywords with their defaults."""
+        """The keyword options of the builder, with their defaults."""
         parameters = inspect.signature(self.build).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     @property
     def equation(self) -> str:
-        """Keys and values in one line."""
+        """The equations of keys and values in one line."""
         return f"{self.keys}; {self.values}"
 
     @property
     def summary(self) -> str:
-        """The builder's docstring: what the method is and what its options mean."""
+        """The docstring of the builder: the method and its options."""
         return inspect.getdoc(self.build) or ""
 
 
@@ -59,11 +64,15 @@ def method(
     kv_heads: Callable[[int], int] = lambda heads: heads,
     variants: Iterable[Mapping[str, Any]] = (),
 ) -> Callable[[Builder], Builder]:
-    """Registers a builder as ``CachePlan.named(name, ...)``; see ``Method`` for the arguments."""
+    """Registers a builder as ``CachePlan.named(name, ...)``; see ``Method`` for the arguments.
+
+    Raises:
+        ValueError: the name is registered already.
+    """
 
     def register(build: Builder) -> Builder:
         if name in METHODS:
-            raise ValueError(f"plan {name!r} is registered twice")
+            raise ValueError(f"name must be new, got {name!r}, which is registered already")
         METHODS[name] = Method(name, build, paper, keys, values, cache, kv_heads, tuple(variants))
         return build
 

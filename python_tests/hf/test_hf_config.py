@@ -79,9 +79,9 @@ def test_config_for_refuses_other_models(other, message: str) -> None:
     ("options", "message"),
     [
         ({"cache_plan": CachePlan.named("yoco", 6).to_dict()}, "has 6 layers, but num_hidden_layers is 4"),
-        ({"cache_plan": "skipv1", "num_key_value_heads": 1}, "are not whole heads"),
-        ({"cache_plan": "no-such-plan"}, "unknown plan"),
-        ({"cache_plan": {"format": 99}}, "newer than format"),
+        ({"cache_plan": "skipv1", "num_key_value_heads": 1}, "num_kv_heads must be a multiple of 2, got 1"),
+        ({"cache_plan": "no-such-plan"}, "plan name must be one of .*, got 'no-such-plan'"),
+        ({"cache_plan": {"format": 99}}, "format of the cache plan must be at most 1, got 99"),
         (
             {"cache_plan": "yoco", "k_source_layers": [[0], [1], [0], [1]]},
             "contradicts cache_plan, in layer 2",

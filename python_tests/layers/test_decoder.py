@@ -242,7 +242,7 @@ def test_config_fills_in_what_is_left_open() -> None:
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads must be a positive int"),
         ({"hidden_size": 30, "head_dim": None}, "head_dim must be given"),
         ({"num_hidden_layers": 3, "plan": PLANS["yoco"]}, "plan has 4 layers, but num_hidden_layers is 3"),
-        ({"plan": "flash"}, "unknown plan 'flash'"),
+        ({"plan": "flash"}, "plan name must be one of .*, got 'flash'"),
         ({"plan": 3}, "plan must be a CachePlan or the name of one, got int"),
         ({"layer_types": ("full_attention",)}, "layer_types must name .* for each of 4 layers"),
         ({"layer_types": ("local",) * 4}, "layer_types must name"),

@@ -268,7 +268,7 @@ def test_a_latent_that_keys_are_read_of_stays_whole() -> None:
 def test_plans_that_cut_keys_by_heads_are_refused_with_the_reason() -> None:
     assert CANNOT and len(ON_LATENTS) == len(PLANS) - len(CANNOT)
     for name in CANNOT:
-        with pytest.raises(ValueError, match=rf"plan '{name}' cannot be said on latents: .* one rotated key"):
+        with pytest.raises(ValueError, match=rf"does not support plan '{name}': .* one rotated key"):
             make_model(name)
 
 
@@ -291,14 +291,14 @@ def test_plans_that_cut_keys_by_heads_are_refused_with_the_reason() -> None:
                 LayerPlan(Segment((1,)), (Segment((1,), ("0", "1/2")), Segment((0,), ("1/2", "1")))),
                 LayerPlan(Segment((0, 1)), Segment((2,))),
             ],
-            "layer 2 sums over sources .*; a latent can be cut or fused, not both",
+            "layer 2 sums over sources .*; a latent can be split or fused, not both",
         ),
     ],
     ids=["mix of values read", "mixes of other sources", "cut and fused"],
 )
 def test_what_one_latent_cannot_be_is_refused(last_two: list[LayerPlan], message: str) -> None:
     plan = CachePlan("odd", (LayerPlan(Segment((0,)), Segment((0,))), *last_two))
-    with pytest.raises(ValueError, match=f"plan 'odd' cannot be said on latents: .*{message}"):
+    with pytest.raises(ValueError, match=f"does not support plan 'odd': .*{message}"):
         latent_layers(plan)
 
 

@@ -36,7 +36,7 @@ def descriptions(_: str = "") -> str:
     """One paragraph per method: what it is, its options, and what else a comparison of all methods runs."""
     parts = []
     for method in METHODS.values():
-        text = " ".join(method.summary.split())
+        text = " ".join(method.summary.split()).replace(" Args: ", " Options: ")
         defaults = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in method.options.items())
         also = "; ".join(
             ", ".join(f"{k}={json.dumps(v)}" for k, v in some.items()) for some in method.variants
