@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from suite import report
-from suite.gpu.cells import FAMILIES
 from suite.gpu.supervise import supervise
+from suite.gpu.tasks import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 

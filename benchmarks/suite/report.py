@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from suite.gpu.cells import NO_TIME
+from suite.gpu.tasks import NO_TIME
 
 Record = dict[str, Any]  # a Row as a dictionary, as it comes out of a JSON file
 

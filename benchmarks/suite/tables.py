@@ -20,7 +20,7 @@ from fusedkv_ext.lab import reporting
 from suite.cpu import goals, plots
 from suite.cpu.decode import BATCH, CONTEXT, SHORT
 from suite.cpu.settings import FAMILIES
-from suite.gpu.cells import TITLES
+from suite.gpu.tasks import TITLES
 from suite.report import by_time, means, number, times
 
 Result = dict[str, Any]

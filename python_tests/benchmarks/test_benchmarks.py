@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from suite import report, tables
 from suite.gpu import decode, worker
-from suite.gpu.cells import FAMILIES, NO_TIME, TINY, TITLES, Sizes
 from suite.gpu.inputs import Decode, DecodeInputs
 from suite.gpu.lab import Lab
 from suite.gpu.supervise import read_log, supervise
+from suite.gpu.tasks import FAMILIES, NO_TIME, TINY, TITLES, Sizes
 from suite.gpu.worker import ordered_tasks
 from suite.measure import Contestant, Entry, require_same_function
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext.ops import reference
-from fusedkv_ext.testing import assert_close
 from suite.cpu.peers import rotate_and_store
 from suite.cpu.settings import DTYPES, Settings
-from suite.fuse_problem import FuseProblem, eager_fuse
 from suite.measure import Call, Cell, Entry, Peer
+from suite.pointwise import AppendProblem, FuseProblem, eager_fuse
 
 FAMILY = "fuse"
 SOURCES = 2
@@ -61,35 +59,14 @@ def append_cell(name: str, s: Settings) -> Cell:
     caches = [cache.keys(0), cache.values(0)]
     others = [torch.empty_like(x) for x in caches]
     options = {"cache_seqlens": torch.tensor([S], dtype=torch.int32), "rotary_cos": cos, "rotary_sin": sin}
+    problem = AppendProblem([key], [value], [caches], options)
 
-    def run() -> tuple[Tensor, ...]:
-        fkv.append_kvcache(key, value, *caches, **options)
-        return tuple(caches)
-
-    def peer() -> tuple[Tensor, ...]:
+    def peer() -> list[Tensor]:
         rotate_and_store(key, value, others, cos, sin)
-        return tuple(others)
+        return others
 
-    def check(result: tuple[Tensor, ...]) -> None:
-        oracle = []
-        for wide in (torch.float64, dtype):
-            copies = [torch.zeros(x.shape, dtype=wide) for x in caches]
-            reference.append_kvcache(key, value, *copies, **options, dtype=wide)
-            oracle.append(copies)
-        assert_close(result, *oracle, f"append_kvcache {dtype}")
-
-    # Keys and values are read and written.
-    row = Entry(
-        "append_kvcache with rotary",
-        "append",
-        {"S": S},
-        dtype,
-        run,
-        check,
-        4 * key.nbytes,
-        "copy",
-        {"torch rotary + copy_": peer},
-    )
+    op, peers, moved = "append_kvcache with rotary", {"torch rotary + copy_": peer}, problem.nbytes
+    row = Entry(op, "append", {"S": S}, dtype, problem.ours(), problem.check, moved, "copy", peers)
     return Cell(FAMILY, [row])
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from suite.fuse_problem import eager_fuse
+from suite.pointwise import eager_fuse
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 

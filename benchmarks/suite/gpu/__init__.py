@@ -1,6 +1,6 @@
 """The GPU suite.
 
-cells: tasks and sizes. decode, operations, prefill, model: the families. lab, inputs, peers, triton_fused:
-roofs and buffers, caches and rivals of cached attention. worker, supervise: the process that measures and the
-one that watches it.
+tasks: what is measured, in which sizes. decode, operations, prefill, model: the families. lab, inputs, peers,
+triton_fused: roofs and buffers, caches and rivals of cached attention. worker, supervise: the process that
+measures and the one that watches it.
 """

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fusedkv_ext as fkv
 from suite.gpu import peers
-from suite.gpu.cells import Sizes, Task
 from suite.gpu.inputs import Decode, DecodeInputs
 from suite.gpu.lab import Lab
+from suite.gpu.tasks import Sizes, Task
 from suite.measure import Call, Entry, Peer, Row
 
 
@@ -89,7 +89,7 @@ def _grid_priority(B: int, T: int, ratio: int, page: int | None, sizes: Sizes) -
     return 1 if away == 0 else 2 + p
 
 
-def decode_cells(sizes: Sizes) -> Iterator[Task]:
+def decode_tasks(sizes: Sizes) -> Iterator[Task]:
     grid = itertools.product(sizes.batches, sizes.contexts, sizes.ratios, sizes.pages, (2, 1))
     for B, T, ratio, page, m in grid:
         G = sizes.kv_heads
@@ -97,14 +97,14 @@ def decode_cells(sizes: Sizes) -> Iterator[Task]:
         yield _cell("decode", shape, _grid_priority(B, T, ratio, page, sizes))
 
 
-def latency_cells(sizes: Sizes) -> Iterator[Task]:
+def latency_tasks(sizes: Sizes) -> Iterator[Task]:
     """One sequence, 20 query heads and 4 KV heads: what a user waits for."""
     for T, page, m in itertools.product(sizes.latency_contexts, sizes.pages[:2], (2, 1)):
         shape = Decode((T,), 5 * sizes.latency_kv_heads, sizes.latency_kv_heads, sizes.head_dim, m, page)
         yield _cell("latency", shape, 1 if T == sizes.latency_contexts[0] and page else 2)
 
 
-def ragged_cells(sizes: Sizes) -> Iterator[Task]:
+def ragged_tasks(sizes: Sizes) -> Iterator[Task]:
     """A batch of very different lengths.
 
     16 query heads on 2 KV heads, few heads and large groups, so that the split decides; and 32 on 8. 4 query
@@ -118,7 +118,7 @@ def ragged_cells(sizes: Sizes) -> Iterator[Task]:
         yield _cell("ragged", shape, 1 if first and S == 1 else 2 if first else 3)
 
 
-def schedule_cells(sizes: Sizes) -> Iterator[Task]:
+def schedule_tasks(sizes: Sizes) -> Iterator[Task]:
     """The call that plans for itself against a shared schedule, batch invariance, and the planner alone."""
     G, D, page = sizes.kv_heads, sizes.head_dim, sizes.pages[0]
     batches = [(sizes.contexts[1],) * B for B in sizes.batches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 
 import torch
@@ -64,7 +65,7 @@ class Lab:
             except Exception:
                 self.clock.recover()
                 continue
-            rate = amount / sorted(timed.samples)[len(timed.samples) // 2]
+            rate = amount / statistics.median(timed.samples)
             found.setdefault(roof, {})[name] = rate / (1e12 if roof == "matmul" else 1e9)
             rates[roof] = max(rates.get(roof, 0.0), rate)
         self.clock.rates = rates

@@ -15,8 +15,8 @@ from torch import Tensor
 import fusedkv_ext as fkv
 from fusedkv_ext.lab.timing import Timed, turns
 from suite.decoders import CHECK_TOKENS, PLANS, check_logits
-from suite.gpu.cells import Model, Sizes, Task
 from suite.gpu.lab import Lab
+from suite.gpu.tasks import Model, Sizes, Task
 from suite.measure import Row, beside, brief, choose_peer, shape_text, share_of_roof, timed_row
 
 ROUNDS = 3
@@ -127,7 +127,7 @@ def _rows(lab: Lab, model: Model, B: int, T: int, new_tokens: int) -> Iterator[R
             yield row
 
 
-def model_cells(sizes: Sizes) -> Iterator[Task]:
+def model_tasks(sizes: Sizes) -> Iterator[Task]:
     for i, model in enumerate(sizes.models):
         for j, (B, T) in enumerate(sizes.prompts):
             kv = 4 * B * T * model.layers * model.kv_heads * model.head_dim

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext.ops import reference
-from fusedkv_ext.testing import assert_close, assert_same_bits
-from suite.fuse_problem import FuseProblem, eager_fuse
-from suite.gpu.cells import Sizes, Task
 from suite.gpu.lab import Lab
 from suite.gpu.peers import compiled
+from suite.gpu.tasks import Sizes, Task
 from suite.measure import Call, Check, Contestant, Entry, Peer, Row, require_same_function
+from suite.pointwise import AppendProblem, FuseProblem, eager_fuse
 
 CHECKED_TOKENS = 512
 
@@ -30,7 +28,7 @@ def _formula(weights: Tensor, sources: Sequence[Tensor], grad: Tensor) -> list[T
     return [*grads, torch.stack([(x * grad).sum((0, 1), dtype=torch.float32) for x in sources])]
 
 
-def fuse_cells(sizes: Sizes) -> Iterator[Task]:
+def fuse_tasks(sizes: Sizes) -> Iterator[Task]:
     for tokens in sizes.fuse_tokens:
         for m in sizes.fuse_sources:
             first = m == 2 and tokens == sizes.fuse_tokens[-1]
@@ -97,103 +95,36 @@ def _accumulating(x: FuseProblem) -> tuple[Callable[..., list[Tensor]], Callable
 # ---- append --------------------------------------------------------------------------------------------
 
 
-class AppendInputs:
-    """New tokens of B sequences, their rotary tables, and paged caches with room for just these."""
-
-    def __init__(self, lab: Lab, B: int, S: int, sizes: Sizes) -> None:
-        G, D, page = sizes.kv_heads, sizes.head_dim, sizes.pages[0]
-        H = 4 * G
-        # The new tokens follow a short prefix that ends inside a page.
-        self.length = S + page // 2 + 1
-        self.page = page
-        per_sequence = -(-self.length // page)
-        self.params = {"B": B, "S": S, "H": H, "G": G, "D": D, "page": page}
-        element = lab.dtype.itemsize
-        # Queries, keys and values are read and written once.
-        self.nbytes = 2 * B * S * (H + 2 * G) * D * element
-        self.sets = lab.sets_for(self.nbytes)
-        self.queries = [lab.random(B, S, H, D) for _ in range(self.sets)]
-        self.keys, self.values = ([lab.random(B, S, G, D) for _ in range(self.sets)] for _ in range(2))
-        pool = (B * per_sequence, page, G, D)
-        self.key_caches, self.value_caches = (
-            [torch.zeros(pool, dtype=lab.dtype, device=lab.device) for _ in range(self.sets)]
-            for _ in range(2)
-        )
-        self.table = torch.randperm(B * per_sequence, device=lab.device).to(torch.int32).view(B, per_sequence)
-        self.seqlens = torch.full((B,), self.length, dtype=torch.int32, device=lab.device)
-        angles = torch.outer(torch.arange(self.length), 10000.0 ** -(torch.arange(0, D, 2) / D))
-        self.cos, self.sin = angles.cos().to(lab.device), angles.sin().to(lab.device)
-        self.steps = S
-
-    def ours(self, i: int) -> list[Tensor]:
-        query = fkv.append_kvcache(
-            self.keys[i],
-            self.values[i],
-            self.key_caches[i],
-            self.value_caches[i],
-            cache_seqlens=self.seqlens,
-            block_table=self.table,
-            rotary_cos=self.cos,
-            rotary_sin=self.sin,
-            query=self.queries[i],
-        )
-        return [query, self.key_caches[i], self.value_caches[i]]
-
-    def separately(self, call: Callable[..., list[Tensor]]) -> list[Call]:
-        """``call``, which is ``torch_append`` or a compiled form of it, on each set."""
-        own = zip(self.queries, self.keys, self.values, self.key_caches, self.value_caches, strict=True)
-        return [partial(call, *each, self.seqlens, self.table, self.cos, self.sin) for each in own]
-
-    def check(self, result: Sequence[Tensor], judge: Callable[..., None] = assert_close) -> None:
-        """The last tokens of the first and the last sequence."""
-        query, key_cache, value_cache = result
-        last = min(self.steps, 4)
-        for b in sorted({0, len(self.table) - 1}):
-            pages, where = self.table[b].long(), f"append, sequence {b}"
-            stored_key, stored_value = (
-                x[pages].flatten(0, 1)[None, self.length - last : self.length]
-                for x in (key_cache, value_cache)
-            )
-            judge(stored_key, *self._exact(self.keys[0], b, last), name=where)
-            judge(query[b : b + 1, -last:], *self._exact(self.queries[0], b, last), name=f"{where}, query")
-            assert_same_bits(stored_value, self.values[0][b : b + 1, -last:])
-
-    def _exact(self, new: Tensor, b: int, last: int) -> list[Tensor]:
-        """The last rotated tokens, in float64 and from the same maths in the working dtype."""
-        found = []
-        for dtype in (torch.float64, new.dtype):
-            keys, values = (new.new_zeros(1, self.length, *new.shape[2:], dtype=dtype) for _ in range(2))
-            part = new[b : b + 1, -last:]
-            reference.append_kvcache(
-                part,
-                part,
-                keys,
-                values,
-                cache_seqlens=self.seqlens[b : b + 1],
-                rotary_cos=self.cos,
-                rotary_sin=self.sin,
-                dtype=dtype,
-            )
-            found.append(keys[:, -last:])
-        return found
-
-    def check_peer(self, result: Sequence[Tensor]) -> None:
-        self.check(result, lambda got, exact, same, name: require_same_function(name, got, exact))
+def _append_problem(lab: Lab, B: int, S: int, H: int, G: int, D: int, page: int) -> AppendProblem:
+    """Paged caches with room for just the new tokens, which follow a short prefix that ends inside a page."""
+    length = S + page // 2 + 1
+    pages = -(-length // page)
+    sets = range(lab.sets_for(2 * B * S * (H + 2 * G) * D * lab.dtype.itemsize))
+    angles = torch.outer(torch.arange(length), 10000.0 ** -(torch.arange(0, D, 2) / D)).to(lab.device)
+    pool = (B * pages, page, G, D)
+    options = {
+        "cache_seqlens": torch.full((B,), length, dtype=torch.int32, device=lab.device),
+        "block_table": torch.randperm(B * pages, device=lab.device).to(torch.int32).view(B, pages),
+        "rotary_cos": angles.cos(),
+        "rotary_sin": angles.sin(),
+    }
+    keys, values = ([lab.random(B, S, G, D) for _ in sets] for _ in range(2))
+    caches = [[torch.empty(pool, dtype=lab.dtype, device=lab.device) for _ in range(2)] for _ in sets]
+    return AppendProblem(keys, values, caches, options, [lab.random(B, S, H, D) for _ in sets])
 
 
 def torch_append(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
     seqlens: Tensor,
     table: Tensor,
     cos: Tensor,
     sin: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *caches: Tensor,
 ) -> list[Tensor]:
     """Rotation and scatter as separate operations; positions and slots from the lengths on the device."""
-    page = key_cache.shape[1]
+    page = caches[0].shape[1]
     positions = seqlens.long()[:, None] + torch.arange(-key.shape[1], 0, device=seqlens.device)
     slots = table.gather(1, positions // page).long() * page + positions % page
     cos, sin = cos[positions][:, :, None], sin[positions][:, :, None]
@@ -202,22 +133,28 @@ def torch_append(
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
-    for cache, new in ((key_cache, rotated(key)), (value_cache, value)):
+    for cache, new in zip(caches, (rotated(key), value), strict=True):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slots.flatten(), new.flatten(0, 1))
-    return [rotated(query), key_cache, value_cache]
+    return [*caches, rotated(query)]
 
 
-def append_cells(sizes: Sizes) -> Iterator[Task]:
+def append_tasks(sizes: Sizes) -> Iterator[Task]:
+    G, D = sizes.kv_heads, sizes.head_dim
     for i, (B, S) in enumerate(sizes.appends):
 
         def measure(lab: Lab, B: int = B, S: int = S) -> Iterator[Row]:
-            x = AppendInputs(lab, B, S, sizes)
+            params = {"B": B, "S": S, "H": 4 * G, "G": G, "D": D, "page": sizes.pages[0]}
+            x = _append_problem(lab, **params)
+            own = list(zip(x.queries, x.keys, x.values, *zip(*x.caches, strict=True), strict=True))
             fast, peers = compiled(lab, torch_append), {}
             for name, call in {"separate torch ops": torch_append, "torch.compile of them": fast}.items():
-                peers[name] = call if isinstance(call, str) else Contestant(x.separately(call), x.check_peer)
-            op, mine = "append_kvcache with rotary, q too", [partial(x.ours, i) for i in range(x.sets)]
+                peers[name] = call
+                if not isinstance(call, str):
+                    calls = [partial(call, *x.options.values(), *each) for each in own]
+                    peers[name] = Contestant(calls, x.check_peer)
+            op = "append_kvcache with rotary, q too"
             yield lab.row(
-                "append", Entry(op, op, x.params, lab.dtype, mine, x.check, x.nbytes, "copy", peers)
+                "append", Entry(op, op, params, lab.dtype, x.ours(), x.check, x.nbytes, "copy", peers)
             )
 
         yield Task("append", f"append_kvcache B={B} S={S}", min(i + 1, 2), 8 << 30, measure)

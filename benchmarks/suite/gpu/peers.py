@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from suite.fuse_problem import eager_fuse
 from suite.gpu import triton_fused
 from suite.gpu.inputs import DecodeInputs
 from suite.gpu.lab import Lab
 from suite.measure import Contestant, Peer
+from suite.pointwise import eager_fuse
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -11,8 +11,8 @@ from torch import Tensor
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import reference
 from fusedkv_ext.testing import WrongResult, assert_close
-from suite.gpu.cells import Sizes, Task
 from suite.gpu.lab import Lab
+from suite.gpu.tasks import Sizes, Task
 from suite.measure import Contestant, Entry, Peer, Row, require_same_function
 
 CHECKED_ROWS = 32
@@ -92,7 +92,7 @@ class Layer:
         )
 
 
-def prefill_cells(sizes: Sizes) -> Iterator[Task]:
+def prefill_tasks(sizes: Sizes) -> Iterator[Task]:
     for T in sizes.prefill_tokens:
         for G in (sizes.prefill_heads, sizes.prefill_heads // 4):
 

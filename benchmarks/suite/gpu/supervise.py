@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from suite.gpu.cells import NO_TIME
+from suite.gpu.tasks import NO_TIME
 
 POLL_SECONDS = 0.2
 MAX_WORKERS = 8

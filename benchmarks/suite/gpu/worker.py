@@ -21,9 +21,9 @@ import fusedkv_ext as fkv
 from suite import machine
 from suite.clocks import DeadDevice
 from suite.gpu import decode, model, operations, prefill, triton_fused
-from suite.gpu.cells import FAMILIES, NO_TIME, TINY, Sizes, Task
 from suite.gpu.lab import Lab
 from suite.gpu.supervise import read_log
+from suite.gpu.tasks import FAMILIES, NO_TIME, TINY, Sizes, Task
 from suite.measure import Row, brief
 
 DEAD_DEVICE = 3  # exit status
@@ -53,14 +53,14 @@ def facts(lab: Lab, commit: str | None) -> dict[str, Any]:
 
 
 def all_tasks(sizes: Sizes) -> Iterator[Task]:
-    yield from decode.decode_cells(sizes)
-    yield from decode.latency_cells(sizes)
-    yield from decode.ragged_cells(sizes)
-    yield from decode.schedule_cells(sizes)
-    yield from operations.fuse_cells(sizes)
-    yield from operations.append_cells(sizes)
-    yield from prefill.prefill_cells(sizes)
-    yield from model.model_cells(sizes)
+    yield from decode.decode_tasks(sizes)
+    yield from decode.latency_tasks(sizes)
+    yield from decode.ragged_tasks(sizes)
+    yield from decode.schedule_tasks(sizes)
+    yield from operations.fuse_tasks(sizes)
+    yield from operations.append_tasks(sizes)
+    yield from prefill.prefill_tasks(sizes)
+    yield from model.model_tasks(sizes)
 
 
 def ordered_tasks(sizes: Sizes, families: Iterable[str], quick: bool) -> list[Task]:

@@ -1,9 +1,11 @@
-"""Mixing tensors and its gradients: what the families "fuse" of both devices time and check."""
+"""Mixing, its gradients, and appending to a cache: what both devices time and check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import reference
 from fusedkv_ext.testing import Outputs, assert_close
-from suite.measure import Call
+from suite.measure import Call, require_same_function
 
 Fuse = Callable[[Sequence[Tensor], Tensor], Tensor]
 
@@ -115,3 +117,53 @@ class FuseProblem:
                 *grads, weights = torch.autograd.grad(out, leaves, self.grads[0].to(wide))
             found.append([*self._cut(grads), weights])
         return found
+
+
+@dataclass
+class AppendProblem:
+    """New keys and values (B, S, G, D) on each set of buffers, and the caches in which they are stored.
+
+    Caches are full of NaN before, so that a token in a wrong place shows. options: arguments of
+    ``append_kvcache`` that all sets share. queries: (B, S, H, D), rotated too; empty: none.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    caches: list[list[Tensor]]
+    options: dict[str, Any]
+    queries: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for x in (x for pair in self.caches for x in pair):
+            x.fill_(float("nan"))
+
+    @property
+    def nbytes(self) -> int:
+        """Queries, keys and values of a set are read and written once."""
+        return 2 * sum(x[0].nbytes for x in (self.keys, self.values, self.queries) if x)
+
+    def ours(self) -> list[Call]:
+        return [partial(self._append, fkv, i, caches) for i, caches in enumerate(self.caches)]
+
+    def _append(self, module: Any, i: int, caches: list[Tensor], **extra: Any) -> list[Tensor]:
+        query = {"query": self.queries[i]} if self.queries else {}
+        rotated = module.append_kvcache(
+            self.keys[i], self.values[i], *caches, **self.options, **query, **extra
+        )
+        return [*caches, rotated] if query else caches
+
+    @cached_property
+    def _exact(self) -> list[list[Tensor]]:
+        """In float64 and from the same maths in the working dtype."""
+        found = []
+        for wide in (torch.float64, self.keys[0].dtype):
+            caches = [torch.full_like(x, float("nan"), dtype=wide) for x in self.caches[0]]
+            found.append(self._append(reference, 0, caches, dtype=wide))
+        return found
+
+    def check(self, result: Sequence[Tensor]) -> None:
+        assert_close(result, *self._exact, f"append_kvcache {self.keys[0].dtype}")
+
+    def check_peer(self, result: Sequence[Tensor]) -> None:
+        sides = ([x.nan_to_num() for x in side] for side in (result, self._exact[0]))
+        require_same_function("append_kvcache", *sides)
