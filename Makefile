@@ -40,7 +40,7 @@ MKDOCS := $(abspath build/mkdocs/site-packages)
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard build_support/*.py) \
     $(shell find csrc -type f 2>/dev/null)
 # What codespell reads; pyproject.toml has its settings.
-SPELLED := README.md CONTRIBUTING.md CHANGELOG.md docs csrc fusedkv_ext python_tests scripts
+SPELLED := README.md CONTRIBUTING.md CHANGELOG.md docs csrc fusedkv_ext python_tests scripts benchmarks examples build_support
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # CMake and Ninja come from the environment, whatever the machine has; build requirements must be there, torch first of all.
 export PATH := $(BIN):$(PATH)

@@ -1,6 +1,6 @@
 """The error criterion of this package, for its tests, its benchmarks and your own kernels.
 
-A result passes if its error against a float64 oracle is at most twice the error of the same maths computed by
+A result passes if its error against a float64 oracle is at most twice the error of the same math computed by
 torch in the working dtype, plus ``ROUNDINGS[dtype] * eps(dtype) * size of the exact result``. The largest and
 the root-mean-square error must both pass: the first finds one wrong element, the second a small error in all
 elements. NaN and infinities must be exactly where the oracle has them.

@@ -250,7 +250,7 @@ def _transposed(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def _gap(x: Tensor, rng: random.Random) -> Tensor:
-    """The same values with a gap between neighbours of a random dim."""
+    """The same values with a gap between neighbors of a random dim."""
     dim = rng.randrange(x.dim())
     index = [slice(None)] * x.dim()
     index[dim] = slice(None, None, 2)

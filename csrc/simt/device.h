@@ -24,7 +24,7 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 
-// ---- synchronisation
+// ---- synchronization
 // -----------------------------------------------------------------------------------------
 
 inline void __syncthreads(fusedkv::simt::Site site = fusedkv::simt::Site::here()) {

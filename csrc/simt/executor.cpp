@@ -55,7 +55,7 @@ int threads = 0, live = 0, at_barrier = 0;
 Site barrier_site{};
 uint32_t runnable_warps = 0;
 uint64_t random_state = 0;
-unsigned favourite = 0;
+unsigned favorite = 0;
 uint64_t patience = 0;
 
 uint64_t next_random() {  // splitmix64
@@ -75,14 +75,14 @@ void set_runnable(int warp, uint32_t lanes) {
   if (warps[warp].runnable) runnable_warps |= 1u << warp;
 }
 
-// Some lane of the favourite warp, as long as it can go on: a warp that runs far ahead of the others is what
-// makes a missing barrier between warps show. How soon another warp is favoured differs from block to block.
+// Some lane of the favorite warp, as long as it can go on: a warp that runs far ahead of the others is what
+// makes a missing barrier between warps show. How soon another warp is favored differs from block to block.
 Thread* choose() {
   if (!runnable_warps || !error.empty()) return &host;
   const uint64_t random = next_random();
-  if ((random >> 32 & patience) == 0) favourite = unsigned(random >> 16) % warps.size();
+  if ((random >> 32 & patience) == 0) favorite = unsigned(random >> 16) % warps.size();
   const unsigned w =
-      runnable_warps >> favourite & 1 ? favourite : some_bit(runnable_warps, unsigned(random >> 8) % 32);
+      runnable_warps >> favorite & 1 ? favorite : some_bit(runnable_warps, unsigned(random >> 8) % 32);
   Warp& warp = warps[w];
   const unsigned lane = some_bit(warp.runnable, unsigned(random) % 32);
   warp.runnable &= ~(1u << lane);
@@ -177,7 +177,7 @@ void run_block(size_t shared_bytes) {
     warps[i / kWarpSize].present |= 1u << i % kWarpSize;
     set_runnable(i / kWarpSize, 1u << i % kWarpSize);
   }
-  favourite = unsigned(next_random() % warps.size());
+  favorite = unsigned(next_random() % warps.size());
   patience = (uint64_t(1) << next_random() % 16) - 1;
   switch_to(choose());
   if (live && error.empty()) error = deadlock();

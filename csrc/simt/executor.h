@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the host: every thread a fiber, blocks one after another.
 //
-// Checks: a thread runs undisturbed up to its next synchronisation point (__syncthreads, warp collective,
+// Checks: a thread runs undisturbed up to its next synchronization point (__syncthreads, warp collective,
 // wait for cp.async), where a seeded random choice says who goes on. Work that relies on an order which no
 // barrier gives shows as a wrong result under some seed. Threads that wait for one another for ever, at
 // different barriers, or for threads that have exited, are an error that says who waits where.

@@ -127,7 +127,7 @@ def _compare(
     speeds = compare.tokens_per_second(methods, data, threads)
     if session.rank():
         return None
-    result = comparison.summarise(budget, methods, results, speeds, asdict(data.info))
+    result = comparison.summarize(budget, methods, results, speeds, asdict(data.info))
     for path in _write(result, compare.curves(entries, budget, results, args.out), args.out):
         say(f"wrote {path}")
     return result

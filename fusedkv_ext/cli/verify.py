@@ -164,7 +164,7 @@ def checks(device: torch.device | str = "cpu") -> Iterator[Check]:
 
 
 def judged(op: str, dtype: torch.dtype, device: torch.device, results: list[list[Tensor]]) -> Check:
-    """The outputs of one call, of the oracle and of the same maths in torch, as a Check of the worst one."""
+    """The outputs of one call, of the oracle and of the same math in torch, as a Check of the worst one."""
     triples = zip(*results, strict=True)
     found = [compare(*triple, name=f"output {i}") for i, triple in enumerate(triples)]
     worst = max(found, key=lambda x: (x.complaint is not None, x.error / (x.allowed or 1.0)))

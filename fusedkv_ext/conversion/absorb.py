@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fusedkv_ext.conversion.least_squares import Quadratic, metric_of, quadratic, regularised, set_weights
+from fusedkv_ext.conversion.least_squares import Quadratic, metric_of, quadratic, regularized, set_weights
 from fusedkv_ext.conversion.second_moments import Moments
 from fusedkv_ext.layers.fusion import FusedSegment, FusionWeights
 from fusedkv_ext.plan import CachePlan, Segment
@@ -201,7 +201,7 @@ def value_map(fused: Tensor, to_target: Tensor, ridge: float) -> Tensor:
 
     fused, to_target: E[f f^T] and E[f t^T].
     """
-    return regularised(fused, to_target, ridge, torch.eye(len(fused), dtype=fused.dtype)).mT
+    return regularized(fused, to_target, ridge, torch.eye(len(fused), dtype=fused.dtype)).mT
 
 
 def key_map(fused: Tensor, to_target: Tensor, metric: Tensor, ridge: float) -> Tensor:
@@ -245,7 +245,7 @@ def _complex_weights(
     a = spread.mT @ (a * metric.repeat(2 * len(to_target), 2 * len(to_target))) @ spread
     b = torch.cat([(part @ c * metric).sum(1) for c in to_target for part in both.split(dim)]) @ spread
     wanted = torch.stack((start, torch.zeros_like(start)), 1).flatten().repeat_interleave(dim // 2)
-    x = regularised(a, b, ridge, wanted)
+    x = regularized(a, b, ridge, wanted)
     return torch.complex(*x.view(len(to_target), 2, -1).unbind(1))
 
 

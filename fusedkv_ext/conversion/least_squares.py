@@ -1,7 +1,7 @@
-"""Fusion weights in closed form: regularised least squares on the moments of a text.
+"""Fusion weights in closed form: regularized least squares on the moments of a text.
 
 A layer that reads keys k_j of its sources where the original had its own key k gets the weights a that
-minimise, for each KV head,
+minimize, for each KV head,
 
     E[ e^T M e ],   e = k - sum_j a_j (.) k_j
 
@@ -28,7 +28,7 @@ __all__ = [
     "metric_of",
     "output_metric",
     "quadratic",
-    "regularised",
+    "regularized",
     "set_weights",
 ]
 
@@ -76,7 +76,7 @@ def quadratic(
     return Quadratic(torch.cat([torch.cat(row, 1) for row in a]), torch.cat(b), own)
 
 
-def regularised(a: Tensor, b: Tensor, ridge: float, start: Tensor) -> Tensor:
+def regularized(a: Tensor, b: Tensor, ridge: float, start: Tensor) -> Tensor:
     """The x of the least x^T a x - 2 b^T x + s |x - start|^2, s = ridge * mean of the diagonal of a."""
     scale = a.diagonal().mean()
     strength = ridge * scale if scale else torch.ones_like(scale)  # nothing is lost whatever x is: start
@@ -133,7 +133,7 @@ def fit(
 def set_weights(
     fusion: FusionWeights, segment: FusedSegment, errors: list[Quadratic], ridge: float
 ) -> Tensor:
-    """Sets the weights of one fused segment to what minimises the errors of its heads.
+    """Sets the weights of one fused segment to what minimizes the errors of its heads.
 
     errors: one for each KV head of the segment. ridge: see ``fit``. Returns the weights used, (heads, m, D)
     float64.
@@ -150,7 +150,7 @@ def set_weights(
     rows = []
     for a, b, _ in errors:
         a, b = basis.mT @ a @ basis, basis.mT @ b
-        rows.append(regularised(a, b, ridge, start).view(len(sources), -1))
+        rows.append(regularized(a, b, ridge, start).view(len(sources), -1))
     found = torch.stack(rows, 1)  # (m, rows, C)
     if not torch.isfinite(found).all():
         raise ValueError(

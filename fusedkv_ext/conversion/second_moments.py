@@ -3,10 +3,10 @@
 Keys are taken after RoPE, as a cache holds them. All layers of one KV head stand side by side in one vector,
 so that one matrix per head says how well any layers explain any other:
 
-    keys[g]   = sum over tokens of  k k^T,  k = [k_0; ...; k_{L-1}] of head g, centred in its sequence
+    keys[g]   = sum over tokens of  k k^T,  k = [k_0; ...; k_{L-1}] of head g, centered in its sequence
     values[g] = sum over tokens of  v v^T,  v = [v_0; ...; v_{L-1}] of head g
 
-Keys are centred because softmax does not see what all keys of a sequence have in common. Sums run over the
+Keys are centered because softmax does not see what all keys of a sequence have in common. Sums run over the
 text, batch by batch; activations are forgotten.
 """
 
@@ -57,7 +57,7 @@ class Moments:
         self.shares = torch.zeros(layers, **zeros)
 
     def covariance(self, side: str, head: int, rows: int, columns: int) -> Tensor:
-        """E[x_rows x_columns^T] of one KV head, (D, D) float64: of "key" (centred) or "value"."""
+        """E[x_rows x_columns^T] of one KV head, (D, D) float64: of "key" (centered) or "value"."""
         every = self.keys if side == "key" else self.values
         dim = self.head_dim
         return every[head, rows * dim : (rows + 1) * dim, columns * dim : (columns + 1) * dim] / self.tokens

@@ -22,7 +22,7 @@ from fusedkv_ext.training.loss import Workspace, head_losses, shifted_labels
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Means over one step. objective: what was minimised; loss: its cross entropy, and kl, in nats per token;
+    """Means over one step. objective: what was minimized; loss: its cross entropy, and kl, in nats per token;
     layers: `layer_loss`. kl and layers are None where they were not asked for. grad_norm: before clipping.
     lr: of all but the fusion weights.
     """

@@ -7,14 +7,14 @@ import logging
 import torch
 
 from fusedkv_ext.distributed.context import apply_cp
-from fusedkv_ext.distributed.fsdp import Precision, shard_weights, synchronise
+from fusedkv_ext.distributed.fsdp import Precision, shard_weights, synchronize
 from fusedkv_ext.distributed.mesh import DIMS, Layout, Mesh, make_mesh
 from fusedkv_ext.distributed.tensor import apply_tp
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.ops import sharding_rules  # noqa: F401  (operations take DTensors)
 from fusedkv_ext.ops.recompute import Checkpointing
 
-__all__ = ["DIMS", "Layout", "Mesh", "make_mesh", "parallelize", "synchronise"]
+__all__ = ["DIMS", "Layout", "Mesh", "make_mesh", "parallelize", "synchronize"]
 
 
 def parallelize(

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fusedkv_ext.layers.decoder import Decoder
 
-__all__ = ["Precision", "shard_weights", "synchronise"]
+__all__ = ["Precision", "shard_weights", "synchronize"]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -47,7 +47,7 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
             module.set_force_sum_reduction_for_comms(True)  # a scaled sum is for NCCL alone
 
 
-def synchronise(model: Decoder, last: bool) -> None:
+def synchronize(model: Decoder, last: bool) -> None:
     """Whether the next backward adds gradients up over the processes: the last part of a batch alone does, so
     accumulating costs no further messages. No effect on a model that is not sharded.
     """

@@ -103,7 +103,7 @@ def head_order(plan: CachePlan, num_kv_heads: int, ranks: int) -> tuple[int, ...
 
     0, 1, 2, ... unless the plan treats heads of a layer differently: then each rank has the same share of
     every range of heads that all layers treat alike, ranges in order. With fewer heads than ranks each rank
-    has one, ranks / num_kv_heads neighbours the same.
+    has one, ranks / num_kv_heads neighbors the same.
 
     Raises ValueError where a share is not a whole number of heads.
     """

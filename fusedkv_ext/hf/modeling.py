@@ -247,7 +247,7 @@ def _dropped(config: Any) -> list[str]:
 
 
 class _PlanCausalLM(_PlanPreTrained):
-    """Mixin of the models with a language modelling head."""
+    """Mixin of the models with a language modeling head."""
 
     _model: type[nn.Module]
 

@@ -28,7 +28,7 @@ def cache_bytes_per_token(config: TrainConfig, dtype: torch.dtype = torch.bfloat
     return plan.bytes_per_token(model.num_key_value_heads, model.head_dim, dtype)
 
 
-def summarise(
+def summarize(
     budget: Budget,
     methods: Mapping[Entry, TrainConfig],
     results: Results,

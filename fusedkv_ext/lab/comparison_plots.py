@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito, which people with any kind of colour vision can tell apart; one per family of methods.
+# Of Okabe and Ito, which people with any kind of color vision can tell apart; one per family of methods.
 _FAMILIES = {
     "vanilla": "#4D4D4D",
     "gqa": "#4D4D4D",
@@ -29,7 +29,7 @@ _FAMILIES = {
 }
 
 
-def _colour(label: str) -> str:
+def _color(label: str) -> str:
     family = label.split(":")[0].split("-")[0].rstrip("+")
     return _FAMILIES.get(family, "#E69F00")
 
@@ -62,9 +62,9 @@ def _names(axes: Axes, points: Sequence[tuple[float, float, str]], beside: float
             (x, height),
             xytext=(beside, at),
             fontsize=6.5,
-            color=_colour(name),
+            color=_color(name),
             va="center",
-            arrowprops={"arrowstyle": "-", "color": _colour(name), "linewidth": 0.3, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": _color(name), "linewidth": 0.3, "relpos": (0, 0.5)},
             annotation_clip=False,
         )
 
@@ -79,7 +79,7 @@ def loss_over_tokens(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
         tokens = [point[0] / 1e6 for point in points]
         losses = [point[1] for point in points]
         style = line_style(index)
-        axes.plot(tokens, losses, style, color=_colour(name), linewidth=1.3, marker="o", markersize=2.5)
+        axes.plot(tokens, losses, style, color=_color(name), linewidth=1.3, marker="o", markersize=2.5)
     late = [point[1] for points in curves.values() for point in points[len(points) // 2 :]]
     if late:
         margin = 0.06 * (max(late) - min(late)) or 0.01
@@ -115,14 +115,14 @@ def loss_over_cache(result: Mapping[str, Any]) -> Figure:
     for row in rows:
         size, loss, label = row["cache_bytes_per_token"], row["loss_mean"], row["label"]
         if row["options"]:  # a variant
-            axes.plot(size, loss, "o", color=_colour(label), fillstyle="none", markersize=4)
+            axes.plot(size, loss, "o", color=_color(label), fillstyle="none", markersize=4)
         else:
             axes.errorbar(
                 size,
                 loss,
                 yerr=row["loss_sd"],
                 fmt="o",
-                color=_colour(label),
+                color=_color(label),
                 markersize=5,
                 linewidth=0.8,
                 capsize=2,

@@ -62,10 +62,10 @@ def conversion_figure(result: dict[str, Any]) -> Figure:
     figure, axes = new_figure(8.4, 5.2)
     original, rows = result["original"], _sorted(result)
     top, places = 12 * original, _places(rows)
-    for stage, (title, colour, mark) in STAGES.items():
+    for stage, (title, color, mark) in STAGES.items():
         points = [(x, row[stage]) for x, row in zip(places, rows, strict=True) if row.get(stage, top) < top]
         if points:
-            axes.plot(*zip(*points, strict=True), mark, color=colour, label=title, markersize=6)
+            axes.plot(*zip(*points, strict=True), mark, color=color, label=title, markersize=6)
     for x, row in zip(places, rows, strict=True):
         heights = [row[stage] for stage in STAGES if row.get(stage, top) < top]
         if heights:

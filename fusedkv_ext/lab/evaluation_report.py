@@ -101,7 +101,7 @@ def position_curves(curves: Mapping[str, Positions]) -> Figure:
     """Loss over the number of tokens before the judged one, a line per model with one standard error."""
     figure, axes = figures.new_figure(7.2, 4.4)
     for index, (name, curve) in enumerate(curves.items()):
-        shade = figures.colour(name, index)
+        shade = figures.color(name, index)
         middle = [(first * last) ** 0.5 for first, last in zip(curve.first, curve.last, strict=True)]
         style = figures.line_style(index)
         axes.plot(middle, curve.loss, color=shade, linestyle=style, linewidth=1.8, label=name)

@@ -1,7 +1,7 @@
-"""What all pictures share: figures without pyplot, colours, writing, and the loss curves of runs.
+"""What all pictures share: figures without pyplot, colors, writing, and the loss curves of runs.
 
-Figures are made without pyplot, so no window system and no global state is touched. Colours are those of
-Okabe and Ito, which people with any kind of colour vision can tell apart; curves differ in line style as
+Figures are made without pyplot, so no window system and no global state is touched. Colors are those of
+Okabe and Ito, which people with any kind of color vision can tell apart; curves differ in line style as
 well.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _KNOWN = {"vanilla": "#4D4D4D", "fusedkv-lite": "#0072B2", "fusedkv": "#D55E00"}
 _STYLES = ("-", "--", "-.", ":")
 
@@ -51,9 +51,9 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     raise ConfigError(f"one of {', '.join(map(str, paths))} is named twice; name each once")
 
 
-def colour(name: str, index: int) -> str:
-    """A fixed colour for the plans of the demo, others by turn."""
-    return _KNOWN.get(name, _COLOURS[index % len(_COLOURS)])
+def color(name: str, index: int) -> str:
+    """A fixed color for the plans of the demo, others by turn."""
+    return _KNOWN.get(name, _COLORS[index % len(_COLORS)])
 
 
 def line_style(index: int) -> str:
@@ -99,7 +99,7 @@ def loss_curves(curves: Mapping[str, Sequence[Record]], unit: str = "bits") -> F
     field = "bits_per_byte" if unit == "bits" else "loss"
     late: list[float] = []
     for index, (name, records) in enumerate(curves.items()):
-        shade = colour(name, index)
+        shade = color(name, index)
         for kind in ("train", "valid"):
             steps, losses = series(list(records), kind, field)
             tokens = [value / 1e6 for value in series(list(records), kind, "tokens")[1]] or steps

@@ -1,13 +1,13 @@
 """The dense-fusion probe: which source layers learned weights choose (FusedKV, arXiv:2512.03870, figure 2).
 
 Every layer above the first n weighs the keys and the values of all n storage layers with one learnable scalar
-each, 1/n at the start. Where the weights go says which layers are worth reading. As a number: the centre of
+each, 1/n at the start. Where the weights go says which layers are worth reading. As a number: the center of
 mass of a row,
 
     c_i = sum_j |w_ij| j / sum_j |w_ij|        j: source layers, from 0
 
 The sign of a weight does not count: a source with a negative weight is used, too. A weight is not yet a
-contribution: values of one layer may be longer than those of another. So the centre is also given with each
+contribution: values of one layer may be longer than those of another. So the center is also given with each
 weight times the root mean square of what its source stores ("scaled").
 """
 
@@ -48,14 +48,14 @@ DEFAULTS = {**SMALL, "model.plan": "dense-fusion", "run.steps": 600}
 Matrix = list[list[float]]  # [reconstruction layer][source layer]
 
 
-def centre_of_mass(weights: Sequence[float], positions: Sequence[float]) -> float:
+def center_of_mass(weights: Sequence[float], positions: Sequence[float]) -> float:
     """Mean of the positions, each weighted by the absolute value of its weight.
 
     Raises ValueError when all weights are zero.
     """
     masses = [abs(weight) for weight in weights]
     if not sum(masses):
-        raise ValueError("weights must not all be zero: they have no centre of mass")
+        raise ValueError("weights must not all be zero: they have no center of mass")
     return sum(m * p for m, p in zip(masses, positions, strict=True)) / sum(masses)
 
 
@@ -75,40 +75,40 @@ class Probe:
     conditions: dict[str, Any]
     config: dict[str, Any]
 
-    def centres(self, side: str, scaled: bool = False) -> list[list[float]]:
+    def centers(self, side: str, scaled: bool = False) -> list[list[float]]:
         """[seed][reconstruction layer] of the "keys" or the "values"; scaled: weights times `rms`."""
         sizes = self.rms[side] if scaled else [[1.0] * len(self.source_layers)] * len(self.seeds)
         return [
             [
-                centre_of_mass([w * x for w, x in zip(row, size, strict=True)], self.source_layers)
+                center_of_mass([w * x for w, x in zip(row, size, strict=True)], self.source_layers)
                 for row in matrix
             ]
             for matrix, size in zip(getattr(self, side), sizes, strict=True)
         ]
 
-    def centre(self, side: str, scaled: bool = False) -> Spread:
+    def center(self, side: str, scaled: bool = False) -> Spread:
         """Over all reconstruction layers: their mean, spread over seeds."""
-        return Spread.of([Spread.of(rows).mean for rows in self.centres(side, scaled)])
+        return Spread.of([Spread.of(rows).mean for rows in self.centers(side, scaled)])
 
     def asymmetry(self, scaled: bool = False) -> Spread:
-        """Centre of the keys minus that of the values, in layers."""
-        pairs = zip(self.centres("keys", scaled), self.centres("values", scaled), strict=True)
+        """Center of the keys minus that of the values, in layers."""
+        pairs = zip(self.centers("keys", scaled), self.centers("values", scaled), strict=True)
         return Spread.of([Spread.of(keys).mean - Spread.of(values).mean for keys, values in pairs])
 
     def share(self, side: str, layers: Sequence[int]) -> Spread:
         """Share of the absolute weight that lies on these source layers, mean over reconstruction layers."""
         chosen = [j in layers for j in self.source_layers]
-        shares = [[centre_of_mass(row, chosen) for row in matrix] for matrix in getattr(self, side)]
+        shares = [[center_of_mass(row, chosen) for row in matrix] for matrix in getattr(self, side)]
         return Spread.of([Spread.of(rows).mean for rows in shares])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and what follows from them."""
         derived = {
-            "centres": {side: self.centres(side) for side in SIDES},
-            "centre": {side: self.centre(side)._asdict() for side in SIDES},
-            "centre_of_equal_weights": Spread.of(self.source_layers).mean,
+            "centers": {side: self.centers(side) for side in SIDES},
+            "center": {side: self.center(side)._asdict() for side in SIDES},
+            "center_of_equal_weights": Spread.of(self.source_layers).mean,
             "keys_minus_values": self.asymmetry()._asdict(),
-            "scaled_centre": {side: self.centre(side, scaled=True)._asdict() for side in SIDES},
+            "scaled_center": {side: self.center(side, scaled=True)._asdict() for side in SIDES},
             "scaled_keys_minus_values": self.asymmetry(scaled=True)._asdict(),
         }
         own = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -231,15 +231,15 @@ def read_probe(path: Path, result: Any) -> Probe:
 
 
 def table(probe: Probe) -> str:
-    """Centres per reconstruction layer and over all of them, and where the weights lie."""
-    centres = {side: list(zip(*probe.centres(side), strict=True)) for side in SIDES}  # [layer][seed]
-    rows = [["reconstruction layer", "centre of keys", "centre of values", "keys - values"]]
+    """Centers per reconstruction layer and over all of them, and where the weights lie."""
+    centers = {side: list(zip(*probe.centers(side), strict=True)) for side in SIDES}  # [layer][seed]
+    rows = [["reconstruction layer", "center of keys", "center of values", "keys - values"]]
     for row, layer in enumerate(probe.reconstruction_layers):
-        keys, values = (centres[side][row] for side in SIDES)
+        keys, values = (centers[side][row] for side in SIDES)
         difference = [key - value for key, value in zip(keys, values, strict=True)]
         rows.append([str(layer), *(f"{Spread.of(column):.2f}" for column in (keys, values, difference))])
     for name, scaled in (("all", False), ("all, scaled", True)):
-        overall = [*(probe.centre(side, scaled) for side in SIDES), probe.asymmetry(scaled)]
+        overall = [*(probe.center(side, scaled) for side in SIDES), probe.asymmetry(scaled)]
         rows.append([name, *(f"{spread:.2f}" for spread in overall)])
     low, high = probe.source_layers[:2], probe.source_layers[-2:]
     for name, layers in (("first", low), ("last", high)):
@@ -247,7 +247,7 @@ def table(probe: Probe) -> str:
         rows.append([f"share of the {name} {len(layers)} sources", *shares, ""])
     spread = f"; ± standard deviation over {len(probe.seeds)} seeds" if len(probe.seeds) > 1 else ""
     return (
-        f"{aligned(rows)}\n\nCentre of mass over source layers {probe.source_layers}, counted from 0, by "
+        f"{aligned(rows)}\n\nCenter of mass over source layers {probe.source_layers}, counted from 0, by "
         f"absolute weight{spread}.\nEqual weights: {Spread.of(probe.source_layers).mean:.2f}. Scaled: weight "
         "times root mean square of the source's keys or values.\n"
         f"Validation loss: {Spread.of(probe.valid_bits_per_byte):.4f} bits per byte."

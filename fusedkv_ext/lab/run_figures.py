@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fusedkv_ext.lab.figures import colour, line_style, new_figure, tidy
+from fusedkv_ext.lab.figures import color, line_style, new_figure, tidy
 from fusedkv_ext.lab.gradients import PROJECTIONS, Gradients
 from fusedkv_ext.lab.probe import Probe
 from fusedkv_ext.lab.runs import Spread
@@ -20,7 +20,7 @@ _MOST_NUMBERS = 100  # cells that still have room for a number
 
 def probe_maps(probe: Probe) -> Figure:
     """Mean weights over seeds, keys on the left and values on the right: a row per reconstruction layer, the
-    deepest on top, a column per source layer. Diamonds: centres of mass; both maps share one colour scale.
+    deepest on top, a column per source layer. Diamonds: centers of mass; both maps share one color scale.
     """
     rows, columns = len(probe.reconstruction_layers), len(probe.source_layers)
     figure, panels = new_figure(2.6 + 0.9 * columns, 1.6 + 0.42 * rows, ncols=2)
@@ -46,9 +46,9 @@ def probe_maps(probe: Probe) -> Figure:
             interpolation="nearest",
         )
         _numbers(axes, pictures[side], limit)
-        centres = [Spread.of(layer).mean for layer in zip(*probe.centres(side), strict=True)]
+        centers = [Spread.of(layer).mean for layer in zip(*probe.centers(side), strict=True)]
         axes.plot(
-            [_column(probe.source_layers, centre) for centre in centres],
+            [_column(probe.source_layers, center) for center in centers],
             range(rows),
             "D",
             color="#222222",
@@ -59,7 +59,7 @@ def probe_maps(probe: Probe) -> Figure:
         axes.set_yticks(range(rows), probe.reconstruction_layers, fontsize=8)
         axes.tick_params(length=0)
         axes.set_xlabel("source layer (from 0)", fontsize=9)
-        axes.set_title(f"{side}: centre {probe.centre(side):.2f}", loc="left", fontsize=10)
+        axes.set_title(f"{side}: center {probe.center(side):.2f}", loc="left", fontsize=10)
     panels[0].set_ylabel("reconstruction layer", fontsize=9)
     bar = figure.colorbar(image, ax=list(panels), pad=0.02)
     bar.set_label("fusion weight", fontsize=9)
@@ -92,8 +92,8 @@ def gradient_norms(found: Gradients) -> Figure:
     figure, grid = new_figure(10.5, 6.2, nrows=2, ncols=len(PROJECTIONS), sharey="row")
     for column, name in enumerate(PROJECTIONS):
         for p, plan in enumerate(found.plans):
-            _per_layer(grid[0][column], found, p, name, colour(plan, p))
-            _over_steps(grid[1][column], found, p, name, colour(plan, p))
+            _per_layer(grid[0][column], found, p, name, color(plan, p))
+            _over_steps(grid[1][column], found, p, name, color(plan, p))
         grid[0][column].set_title(name, loc="left", fontsize=10)
         grid[0][column].set_xlabel("layer (from 0)", fontsize=9)
         grid[1][column].set_xlabel("step", fontsize=9)

@@ -247,7 +247,7 @@ class FusedKVAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None,
         fusion: FusionTensors | None,
     ) -> KV:
-        """What this layer stores of the tokens x: projected, normalised, rotated, mixed."""
+        """What this layer stores of the tokens x: projected, normalized, rotated, mixed."""
         key = value = None
         k_proj, v_proj = self._modules.get("k_proj"), self._modules.get("v_proj")
         if k_proj is not None:
@@ -265,7 +265,7 @@ class FusedKVAttention(nn.Module):
     def _rotated(
         self, x: Tensor, norm: RMSNorm | None, position_embeddings: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """(B, S, heads * D) -> (B, S, heads, D), normalised and rotated."""
+        """(B, S, heads * D) -> (B, S, heads, D), normalized and rotated."""
         x = x.unflatten(-1, (-1, self.head_dim))
         if norm is not None:
             x = norm(x)

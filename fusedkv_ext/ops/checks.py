@@ -37,7 +37,7 @@ def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
 
 
 def check_flag(name: str, flag: object) -> bool:
-    """A tensor as a flag would mean a synchronisation, or an error from deep inside torch."""
+    """A tensor as a flag would mean a synchronization, or an error from deep inside torch."""
     if flag is True or flag is False:
         return flag
     if not isinstance(flag, (bool, int, torch.SymBool)):

@@ -7,7 +7,7 @@ D); the last dim is contiguous, other strides are free.
 Kernels take head dims that are multiples of 8 up to 256 (``dispatch.native_head_dim``). All operations take
 the others too, on every device and slower: attention then always fuses first and attends densely.
 
-The maths: FusedKV, arXiv 2512.03870, K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j.
+The math: FusedKV, arXiv 2512.03870, K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j.
 """
 
 from __future__ import annotations

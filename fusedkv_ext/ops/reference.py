@@ -2,7 +2,7 @@
 
 Every function has the name and the signature of the operation that it describes, plus ``dtype``: the dtype
 in which everything is computed and returned (default: the dtype of the inputs). ``dtype=torch.float64``
-gives the values that a kernel is judged by; the default gives the error that the same maths has in the
+gives the values that a kernel is judged by; the default gives the error that the same math has in the
 working dtype.
 
 Words: B batch, S query length, T key/value length, H query heads, G key/value heads, D head dim, m number

@@ -58,7 +58,7 @@ class Workspace:
         self._kept: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor (shape), which the next call with this name may overwrite."""
+        """An uninitialized tensor (shape), which the next call with this name may overwrite."""
         size = math.prod(shape)
         kept = self._kept.get(name)
         if kept is None or kept.numel() < size or kept.dtype != dtype or kept.device != device:

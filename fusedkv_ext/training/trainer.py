@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedkv_ext.distributed import parallelize, synchronise
+from fusedkv_ext.distributed import parallelize, synchronize
 from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.fusion import param_groups
@@ -246,7 +246,7 @@ class Trainer:
         windows = self._windows()
         num_target_tokens = self._num_target_tokens(windows)
         for part, ids in enumerate(windows.chunk(run.accumulate), 1):
-            synchronise(self.model, part == run.accumulate)
+            synchronize(self.model, part == run.accumulate)
             part_loss = self._loss(ids, num_target_tokens) / parts
             part_loss.backward()
             loss += part_loss.item()

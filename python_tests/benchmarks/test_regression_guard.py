@@ -132,7 +132,7 @@ def fresh() -> Fresh:
 
 
 def pages_of(x: Tensor) -> set[int]:
-    """Pages of its storage that a vector of neighbouring elements lies in."""
+    """Pages of its storage that a vector of neighboring elements lies in."""
     first = x.storage_offset() * x.element_size()
     return set(range(first // PAGE, (first + x.numel() * x.element_size() - 1) // PAGE + 1))
 

@@ -47,7 +47,7 @@ def elsewhere(commands: list[tuple[str, list[str]]], csrc: Path) -> list[tuple[s
 
 
 @pytest.mark.parametrize(
-    "header, source, flavour",
+    "header, source, flavor",
     [
         ("new_tensor.h", "attn_decode.cpp", "-D_C_EXPORTS"),
         ("device.h", "fuse_kv_cuda.cpp", "-DUSE_CUDA"),
@@ -60,11 +60,11 @@ def test_a_planted_newer_macro_fails(
     tmp_path: Path,
     header: str,
     source: str,
-    flavour: str,
+    flavor: str,
 ) -> None:
     """STABLE_TORCH_ERROR_CODE_CHECK came with torch 2.13, where TORCH_TARGET_VERSION does not hide it."""
-    chosen = [(path, command) for path, command in commands if path.endswith(source) and flavour in command]
-    if not chosen and flavour == "-DUSE_CUDA":
+    chosen = [(path, command) for path, command in commands if path.endswith(source) and flavor in command]
+    if not chosen and flavor == "-DUSE_CUDA":
         pytest.skip("`make floor` found no nvcc here, or CUDA turned off")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     copied = elsewhere(chosen, tmp_path / "csrc")

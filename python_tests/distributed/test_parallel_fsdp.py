@@ -24,7 +24,7 @@ if HAS_GLOO:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from fusedkv_ext.distributed import Layout, make_mesh, parallelize, synchronise
+    from fusedkv_ext.distributed import Layout, make_mesh, parallelize, synchronize
 
 VOCAB = 64
 CASES = [
@@ -71,7 +71,7 @@ def step(model: Decoder, ids: Tensor, parts: int = 1, ranks: int = 1) -> tuple[T
     loss = torch.zeros((), dtype=torch.float64)
     for i, ids_part in enumerate(ids.chunk(parts), 1):
         if ranks > 1:
-            synchronise(model, i == parts)
+            synchronize(model, i == parts)
         part_loss = model(ids_part, ids_part)[1] / (parts * ranks)
         part_loss.backward()
         loss += part_loss.detach()
@@ -228,7 +228,7 @@ def _counted(model: Decoder, ids: Tensor, parts: int) -> tuple[Any, list[int], i
     """A step's loss and gradients; reductions after each part; gathers of the first forward."""
     reductions, gathers, loss = [], 0, torch.zeros((), dtype=torch.float64)
     for i, ids_part in enumerate(ids.chunk(parts), 1):
-        synchronise(model, i == parts)
+        synchronize(model, i == parts)
         with CommDebugMode() as forward:
             part_loss = model(ids_part, ids_part)[1] / (parts * dist.get_world_size())
         with CommDebugMode() as backward:

@@ -75,7 +75,7 @@ CHECKPOINTED = [
 GENERATED = ("fusedkv", "skipv1", "patchwork", "fewer KV heads", "windows, no norms")
 OTHER_WAYS = ("fusedkv", "skipv1")
 # Of which a step of the optimizer is compared as well
-OPTIMISED = ("fusedkv", "skipv1", "fewer KV heads", "a tied head", "biases, cut heads")
+OPTIMIZED = ("fusedkv", "skipv1", "fewer KV heads", "a tied head", "biases, cut heads")
 WITH_FSDP: dict[str, Case] = {
     "fusedkv": ("fusedkv", {"tie_word_embeddings": True}),
     # A tensor rank has 3 of 6 heads, of which a data rank has 2 and another 1
@@ -101,9 +101,9 @@ def batch(vocab_size: int = 61) -> Tensor:
 
 
 def step(
-    model: Decoder, orders: dict[str, HeadOrder], ids: Tensor | None = None, optimise: bool = True
+    model: Decoder, orders: dict[str, HeadOrder], ids: Tensor | None = None, optimize: bool = True
 ) -> dict[str, Any]:
-    """Loss and gradients, and with ``optimise`` their norm, and weights and moments after a step of AdamW.
+    """Loss and gradients, and with ``optimize`` their norm, and weights and moments after a step of AdamW.
 
     All whole and in the order of one process.
     """
@@ -125,7 +125,7 @@ def step(
         "loss": loss.detach(),
         "gradients": canonical({name: weight.grad for name, weight in weights.items()}),
     }
-    if optimise:
+    if optimize:
         adamw = torch.optim.AdamW(weights.values(), lr=0.01, fused=True)
         found["norm"] = whole(nn.utils.clip_grad_norm_(weights.values(), 0.5)).detach()
         adamw.step()
@@ -186,14 +186,14 @@ def alone(case: Case, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_give_loss_gradients_and_step_of_one(name: str, two: list[dict]) -> None:
-    expected = alone(TWO[name], optimise=name in OPTIMISED)
+    expected = alone(TWO[name], optimize=name in OPTIMIZED)
     for rank in two:
         assert_same(rank["steps"][name], expected)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_give_loss_gradients_and_step_of_one(name: str, four: list[dict]) -> None:
-    expected = alone(FOUR[name], optimise=name in OPTIMISED)
+    expected = alone(FOUR[name], optimize=name in OPTIMIZED)
     for rank in four:
         assert_same(rank["steps"][name], expected)
 
@@ -209,14 +209,14 @@ def test_with_fsdp2_four_processes_give_gradients_and_step_of_one(name: str, fou
 
 @pytest.mark.parametrize(("name", "how"), CHECKPOINTED)
 def test_layers_that_run_again_change_nothing(name: str, how: str, two: list[dict]) -> None:
-    expected = alone(TWO[name], optimise=False)
+    expected = alone(TWO[name], optimize=False)
     for rank in two:
         assert_same(rank["again"][name, how], expected)
 
 
 def test_compiled_layers_that_run_again_change_nothing(two: list[dict]) -> None:
     """In float32: of float64 torch 2.11 cannot compile the backward of attention."""
-    expected = alone(TWO["fusedkv"], optimise=False)["gradients"]
+    expected = alone(TWO["fusedkv"], optimize=False)["gradients"]
     for rank in two:
         found = rank["compiled"]["gradients"]
         assert found.keys() == expected.keys()
@@ -227,7 +227,7 @@ def test_compiled_layers_that_run_again_change_nothing(two: list[dict]) -> None:
 
 
 def test_norms_of_heads_need_the_sum_over_the_processes(two: list[dict]) -> None:
-    expected = alone(TWO["vanilla"], optimise=False)["gradients"]
+    expected = alone(TWO["vanilla"], optimize=False)["gradients"]
     for rank in two:
         wrong = [
             name
@@ -360,7 +360,7 @@ def _steps(cases: dict[str, Case], mesh: Any) -> dict[str, Any]:
     found = {}
     for name, case in cases.items():
         model, orders = _shared(case, mesh)
-        found[name] = step(model, orders, optimise=name in OPTIMISED)
+        found[name] = step(model, orders, optimize=name in OPTIMIZED)
     return found
 
 
@@ -370,7 +370,7 @@ def _compiled() -> tuple[Any, int]:
     counters.clear()
     model = build(TWO["fusedkv"]).float()
     parallelize(model, make_mesh(Layout(tp=2), "cpu"), activation_checkpointing="non_reentrant", compile=True)
-    return step(model, {}, optimise=False), counters["stats"]["unique_graphs"]
+    return step(model, {}, optimize=False), counters["stats"]["unique_graphs"]
 
 
 def _two() -> dict[str, Any]:
@@ -380,7 +380,7 @@ def _two() -> dict[str, Any]:
         model, orders = _shared(TWO[name], mesh)
         for layer in model.model.layers:
             layer.activation_checkpointing = how
-        found["again"][name, how] = step(model, orders, optimise=False)
+        found["again"][name, how] = step(model, orders, optimize=False)
 
     found["compiled"], found["graphs"] = _compiled()
 
@@ -388,7 +388,7 @@ def _two() -> dict[str, Any]:
     for module in model.modules():
         if hasattr(module, "of_heads"):
             module.of_heads = False
-    found["unsummed"] = step(model, {}, optimise=False)["gradients"]
+    found["unsummed"] = step(model, {}, optimize=False)["gradients"]
 
     for name in GENERATED:
         model = build(TWO[name])

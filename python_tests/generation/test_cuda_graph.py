@@ -289,7 +289,7 @@ def test_cuda_gives_the_tokens_of_the_cpu(plan: str, cuda_replays: list[int]) ->
 
 
 @pytest.mark.cuda
-def test_a_step_that_synchronises_falls_back_on_cuda(cuda_replays: list[int]) -> None:
+def test_a_step_that_synchronizes_falls_back_on_cuda(cuda_replays: list[int]) -> None:
     model, prompts = on_cuda("fusedkv", torch.bfloat16), some_prompts()
     expected = model.generate(prompts, NEW, cuda_graph=False)
     stream = torch.cuda.current_stream()

@@ -28,7 +28,7 @@ def model_of(plan: str) -> PreTrainedModel:
 
 
 def new_model(plan: str) -> PreTrainedModel:
-    """As initialised for training."""
+    """As initialized for training."""
     torch.manual_seed(0)
     return FusedKVLlamaForCausalLM(FusedKVLlamaConfig(**sizes(cache_plan=PLANS[plan].to_dict())))
 

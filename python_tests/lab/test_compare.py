@@ -250,7 +250,7 @@ def made_up(losses: dict[str, list[float | None]]) -> comparison.Result:
         {RunKey(e, 1e-3, seed): loss for e in entries for seed, loss in enumerate(losses[e.label])},
     )
     methods = compare.configs(entries, budget, 256)
-    return comparison.summarise(budget, methods, results, dict.fromkeys(entries, 1000.0), {"vocab_size": 256})
+    return comparison.summarize(budget, methods, results, dict.fromkeys(entries, 1000.0), {"vocab_size": 256})
 
 
 def test_gaps_are_paired_by_seed_and_spread_is_the_sample_deviation() -> None:

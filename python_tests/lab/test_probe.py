@@ -1,4 +1,4 @@
-"""fusedkv probe: centres of mass, heat maps, resuming, result files; and fusedkv plot on what it wrote."""
+"""fusedkv probe: centers of mass, heat maps, resuming, result files; and fusedkv plot on what it wrote."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.lab import run_figures
 from fusedkv_ext.lab.probe import (
     Probe,
-    centre_of_mass,
+    center_of_mass,
     check_plan,
     learned_weights,
     read_probe,
@@ -68,7 +68,7 @@ KNOWN = Probe(
 
 
 @pytest.mark.parametrize(
-    ("weights", "centre"),
+    ("weights", "center"),
     [
         ([1.0, 1.0, 1.0, 1.0], 1.5),
         ([0.0, 0.0, 0.0, 0.2], 3.0),
@@ -76,20 +76,20 @@ KNOWN = Probe(
         ([-3.0, 0.0, 0.0, 1.0], 0.75),  # a negative weight counts as much as a positive one
     ],
 )
-def test_the_centre_of_mass_weighs_positions_by_absolute_weight(weights: list[float], centre: float) -> None:
-    assert centre_of_mass(weights, range(4)) == pytest.approx(centre)
+def test_the_center_of_mass_weighs_positions_by_absolute_weight(weights: list[float], center: float) -> None:
+    assert center_of_mass(weights, range(4)) == pytest.approx(center)
 
 
-def test_weights_that_are_all_zero_have_no_centre() -> None:
-    with pytest.raises(ValueError, match="no centre of mass"):
-        centre_of_mass([0.0, 0.0], [0, 1])
+def test_weights_that_are_all_zero_have_no_center() -> None:
+    with pytest.raises(ValueError, match="no center of mass"):
+        center_of_mass([0.0, 0.0], [0, 1])
 
 
 def test_asymmetry_and_shares_of_known_weights() -> None:
-    assert KNOWN.centres("keys") == [[2.0, 1.5], [2.0, 2.0]]
-    assert KNOWN.centre("values") == pytest.approx(Spread(0.125, 0.125 * 2**0.5))
+    assert KNOWN.centers("keys") == [[2.0, 1.5], [2.0, 2.0]]
+    assert KNOWN.center("values") == pytest.approx(Spread(0.125, 0.125 * 2**0.5))
     assert KNOWN.asymmetry() == pytest.approx(Spread(1.75, 0.25 * 2**0.5))
-    assert KNOWN.centres("values", scaled=True) == [[0.0, 0.75], [0.0, 0.0]]
+    assert KNOWN.centers("values", scaled=True) == [[0.0, 0.75], [0.0, 0.0]]
     assert KNOWN.asymmetry(scaled=True) == pytest.approx(Spread(1.6875, 0.3125 * 2**0.5))
     assert KNOWN.share("keys", [2]).mean == pytest.approx((1 + 0.5 + 1 + 1) / 4)
     lines = table(KNOWN).splitlines()
@@ -155,7 +155,7 @@ def test_the_heat_map_has_a_row_per_reconstruction_layer_and_a_column_per_source
         assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "4"]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2"]
         (diamonds,) = axes.lines
-        expected = torch.tensor(KNOWN.centres(side)).mean(0).tolist()
+        expected = torch.tensor(KNOWN.centers(side)).mean(0).tolist()
         assert list(diamonds.get_xdata()) == pytest.approx(expected)
     assert figure.axes[0].images[0].get_clim() == figure.axes[1].images[0].get_clim() == (-2.0, 2.0)
     positive = run_figures.probe_maps(
@@ -164,7 +164,7 @@ def test_the_heat_map_has_a_row_per_reconstruction_layer_and_a_column_per_source
     assert positive.axes[0].images[0].get_clim() == (0.0, 2.0)
 
 
-def test_diamonds_lie_between_the_columns_of_sources_that_are_no_neighbours() -> None:
+def test_diamonds_lie_between_the_columns_of_sources_that_are_no_neighbors() -> None:
     keys, sizes = [[[1.0, 1.0]]], {"keys": [[1.0, 1.0]], "values": [[1.0, 1.0]]}
     layers = {"source_layers": [0, 4], "reconstruction_layers": [5]}
     probe = replace(KNOWN, **layers, seeds=[0], keys=keys, values=keys, rms=sizes)
@@ -219,7 +219,7 @@ def test_the_command_writes_file_and_picture_and_plot_draws_it_again(
     out = tmp_path / "probe"
     assert main(["probe", "--out", str(out), *options(config)]) == 0
     said = capsys.readouterr().out
-    assert "centre of keys" in said and str(out) in said
+    assert "center of keys" in said and str(out) in said
     assert main(["probe", "--out", str(out), "--json", *options(config)]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((out / "probe.json").read_text())
     for source in (out, out / "probe.json"):

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import (
 )  # by name, as functional collectives have it
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedkv_ext.distributed import Layout, make_mesh, parallelize, synchronise
+from fusedkv_ext.distributed import Layout, make_mesh, parallelize, synchronize
 from fusedkv_ext.distributed.context import apply_cp
 from fusedkv_ext.distributed.tensor import apply_tp
 from fusedkv_ext.lab.planner import Job, memory, traffic
@@ -124,7 +124,7 @@ def step(case: str) -> dict[str, Any]:
     )
     with Messages(job.layout.dp_replicate) as messages:
         for micro_batch in range(job.accumulate):
-            synchronise(model, micro_batch == job.accumulate - 1)
+            synchronize(model, micro_batch == job.accumulate - 1)
             model(ids, labels=ids)[1].backward()
     found = messages.received
     groups = {

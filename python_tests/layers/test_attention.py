@@ -116,7 +116,7 @@ def heads_by_definition(
 
 
 def projected(layer: FusedKVAttention, projection: nn.Linear, norm: RMSNorm | None, x: Tensor) -> Tensor:
-    """Queries or keys, normalised and rotated: (B, T, heads, D)."""
+    """Queries or keys, normalized and rotated: (B, T, heads, D)."""
     heads = projection(x).unflatten(-1, (-1, D))
     cos, sin = layer.rope.cos_sin(torch.arange(x.shape[1]))
     return apply_rotary(heads if norm is None else norm(heads), cos, sin, layer.interleaved)

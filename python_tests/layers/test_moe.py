@@ -52,7 +52,7 @@ def by_definition(moe: MoE, x: Tensor) -> Tensor:
     return torch.stack(outs).view_as(x)
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["renormalised", "as they are"])
+@pytest.mark.parametrize("norm", [True, False], ids=["renormalized", "as they are"])
 @pytest.mark.parametrize(("k", "experts"), [(1, 1), (1, 4), (2, 6), (3, 3), (2, 40)])
 def test_output_and_gradients_are_those_of_the_definition(k: int, experts: int, norm: bool) -> None:
     moe = some_moe(norm, k, experts).double()
@@ -62,7 +62,7 @@ def test_output_and_gradients_are_those_of_the_definition(k: int, experts: int, 
     toward = torch.randn_like(out)
     inputs = (x, *moe.parameters())
     found = torch.autograd.grad(out, inputs, toward)
-    # With one expert, renormalised, the router has no say.
+    # With one expert, renormalized, the router has no say.
     wanted = torch.autograd.grad(expected, inputs, toward, allow_unused=True, materialize_grads=True)
     for name, a, b in zip(("x", *dict(moe.named_parameters())), found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)

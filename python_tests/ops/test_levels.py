@@ -139,7 +139,7 @@ def test_results_are_rounded_as_torch_rounds(level: str, dtype: torch.dtype) -> 
     """To nearest, ties to even. With a source of ones the sum is the float32 weight itself, whatever its
     bits."""
     patterns = torch.randint(-(2**31), 2**31, (128, 256), dtype=torch.int32)
-    # bfloat16 drops 16 bits and float16 13: a tie, and its neighbours on both sides.
+    # bfloat16 drops 16 bits and float16 13: a tie, and its neighbors on both sides.
     for row, (bits, low) in enumerate((bits, low) for bits in (16, 13) for low in (-1, 0, 1)):
         patterns[row::8] = (patterns[row::8] >> bits << bits) + 2 ** (bits - 1) + low
     weights = patterns.view(torch.float32)

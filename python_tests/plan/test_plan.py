@@ -501,7 +501,7 @@ def corrupted(change) -> dict:
         ),
         (lambda d: d.pop("format") and None, ValueError, 'must have "format"'),
         (lambda d: d.update(format="1"), TypeError, "format of the cache plan must be an int"),
-        (lambda d: d.update(colour=1), ValueError, "CachePlan has no field 'colour'; it has name, layers"),
+        (lambda d: d.update(color=1), ValueError, "CachePlan has no field 'color'; it has name, layers"),
         (lambda d: d.pop("layers") and None, TypeError, "layers must be a list"),
         (lambda d: d.pop("name") and None, TypeError, "name must be a non-empty str, got None"),
         (
@@ -570,7 +570,7 @@ def test_table_of_fusedkv_names_the_weights():
     assert f"weights b of layers 4-7: {weights}" in text
 
 
-def test_table_joins_only_equal_neighbours():
+def test_table_joins_only_equal_neighbors():
     lines = str(CachePlan.named("cla", 4)).splitlines()
     assert [line.split() for line in lines[4:8]] == [
         ["0", "K,", "V", "own", "own"],

@@ -82,7 +82,7 @@ def test_adding_files_moves_no_file_to_the_other_side(books: Path) -> None:
 
 def test_copies_of_one_content_count_once(books: Path, tmp_path: Path) -> None:
     for i in range(20):
-        (books / f"copy{i}.txt").write_text("the same licence everywhere\n")
+        (books / f"copy{i}.txt").write_text("the same license everywhere\n")
     data = load(books, tmp_path, valid_fraction=0.5)
     assert data.info.duplicate_files == 19
     assert not documents(data.train) & documents(data.valid)

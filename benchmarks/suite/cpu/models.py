@@ -1,7 +1,7 @@
 """The families "prefill", "train" and "model": decoders that differ in their plan and in nothing else.
 
 Weights are random: times do not depend on them. Each plan's rows are timed in the same rounds, so that ratios
-to vanilla are those of neighbours.
+to vanilla are those of neighbors.
 """
 
 from __future__ import annotations

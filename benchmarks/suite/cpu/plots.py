@@ -1,6 +1,6 @@
 """Pictures of a result: time and bandwidth over the context, cost per token over the batch, roofs as lines.
 
-Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; curves
+Colors are those of Okabe and Ito, which people with any kind of color vision can tell apart; curves
 differ in style as well.
 """
 
@@ -29,13 +29,13 @@ def _curves(axes: Axes, rows: list[dict], over: str, of: Callable[[dict, float],
     for m in (1, 2):
         mine = [row for row in rows if row["params"]["m"] == m]
         x = [row["params"][over] for row in mine]
-        colour, name = _OURS[m]
-        axes.plot(x, [of(row, row["us"]) for row in mine], "o-", color=colour, markersize=3.5, label=name)
+        color, name = _OURS[m]
+        axes.plot(x, [of(row, row["us"]) for row in mine], "o-", color=color, markersize=3.5, label=name)
         low, high = ([of(row, row[key]) for row in mine] for key in ("us_low", "us_high"))
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        colour, name = _TORCH[m]
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        color, name = _TORCH[m]
         best = [of(row, row["peers"][row["best_peer"]]["us"]) for row in mine]
-        axes.plot(x, best, "s--", color=colour, markersize=3, linewidth=1.2, label=name)
+        axes.plot(x, best, "s--", color=color, markersize=3, linewidth=1.2, label=name)
 
 
 def _tidy(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:

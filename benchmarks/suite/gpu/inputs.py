@@ -133,7 +133,7 @@ class DecodeInputs:
         return [(b, g) for b in sorted(sequences) for g in sorted({0, self.shape.kv_heads - 1})]
 
     def exact(self, view: str) -> list[list[Tensor]]:
-        """In float64 and from the same maths in the working dtype, for ``checked``: (1, S, H / G, D) each.
+        """In float64 and from the same math in the working dtype, for ``checked``: (1, S, H / G, D) each.
 
         Computed once per view.
         """

@@ -36,7 +36,7 @@ def make(lab: Lab, model: Model, plan: str, max_len: int) -> fkv.Decoder:
         plan=plan,
         max_position_embeddings=max(max_len, CHECK_TOKENS),
     )
-    # Made without memory and initialised on the device, in its dtype: the host would take a minute.
+    # Made without memory and initialized on the device, in its dtype: the host would take a minute.
     with torch.device("meta"):
         decoder = fkv.Decoder(config)
     decoder = decoder.to(lab.dtype).to_empty(device=lab.device).eval()
@@ -45,7 +45,7 @@ def make(lab: Lab, model: Model, plan: str, max_len: int) -> fkv.Decoder:
 
 
 class Stamps:
-    """Time stamps on the device's own clock; ``seconds`` are those between neighbours."""
+    """Time stamps on the device's own clock; ``seconds`` are those between neighbors."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab, self.marks = lab, []

@@ -57,7 +57,7 @@ class Layer:
         return self.sdpa(*self.projected(self.x, self.projections))
 
     def rows(self, keys: list[Tensor], values: list[Tensor], *weights: Tensor) -> list[Tensor]:
-        """The last rows of the first heads, in float64 and from the same maths in the working dtype."""
+        """The last rows of the first heads, in float64 and from the same math in the working dtype."""
         q = self.q[:, -CHECKED_ROWS:, : self.H // self.G]
         sides = [[x[:, :, :1] for x in side] for side in (keys, values)]
         weights = tuple(w[:, :1] for w in weights)

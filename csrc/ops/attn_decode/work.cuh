@@ -116,7 +116,7 @@ __device__ __forceinline__ WorkChunk find_chunk(const AttnCudaParams& p, int64_t
 
 // ---- rows and tokens ---------------------------------------------------------------------------
 
-// Query row -> (s, h). Rows of one query token are neighbours.
+// Query row -> (s, h). Rows of one query token are neighbors.
 struct QueryRow {
   int s, h;
 };

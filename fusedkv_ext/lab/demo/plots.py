@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fusedkv_ext.lab.figures import colour, new_figure, tidy
+from fusedkv_ext.lab.figures import color, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,14 +26,14 @@ class FusedSource:
 
 
 def bars(panels: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
-    """One bar per model and panel, labelled with its value and its ratio to the first model.
+    """One bar per model and panel, labeled with its value and its ratio to the first model.
 
     panels: (title, unit, name -> value).
     """
     figure, grid = new_figure(3.2 * len(panels), 3.4, ncols=len(panels), squeeze=False)
     for axes, (title, unit, values) in zip(grid[0], panels, strict=True):
         first = next(iter(values.values()))
-        shades = [colour(name, index) for index, name in enumerate(values)]
+        shades = [color(name, index) for index, name in enumerate(values)]
         drawn = axes.bar(list(values), list(values.values()), color=shades, width=0.62)
         for bar, value in zip(drawn, values.values(), strict=True):
             text = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"

@@ -131,7 +131,7 @@ One run of small models shows how the mechanism behaves, not how large models co
 $sections
 <h2>Text written by $writer</h2>
 <p class="note">Its cache held $bytes bytes, $ratio of what $first needs for the same text.
-The prompt is grey.</p>
+The prompt is gray.</p>
 <pre><b>$prompt</b>$text</pre>
 </body>
 </html>

@@ -82,7 +82,7 @@ def evaluated(result: Result) -> str:
     return table(["method", "nats/token", *ends, "difference", *tasks], rows, numbers=True)
 
 
-def probe_centres(result: Result) -> str:
+def probe_centers(result: Result) -> str:
     """The table that `fusedkv probe` prints."""
     return f"```text\n{probe.table(probe.read_probe(Path(RESULTS), result))}\n```\n"
 
@@ -100,7 +100,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "conversion": conversions.conversion_table,
     "conversion-pooling": conversions.pooling_table,
     "evaluation": evaluated,
-    "probe": probe_centres,
+    "probe": probe_centers,
     "grads": gradient_ratios,
 }
 

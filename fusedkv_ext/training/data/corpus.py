@@ -1,7 +1,7 @@
 """Which files make the corpus, and which of them are held out for validation.
 
 A file belongs to training or to validation as a whole, by a hash of its path *relative* to the root it was
-found under, so the split is the same on every machine. Files with equal content count once: a licence header
+found under, so the split is the same on every machine. Files with equal content count once: a license header
 that is copied around cannot be on both sides.
 """
 
