@@ -154,7 +154,7 @@ class AppendProblem:
 
     @cached_property
     def _exact(self) -> list[list[Tensor]]:
-        """In float64 and from the same maths in the working dtype."""
+        """In float64 and from the same math in the working dtype."""
         found = []
         for wide in (torch.float64, self.keys[0].dtype):
             caches = [torch.full_like(x, float("nan"), dtype=wide) for x in self.caches[0]]
