@@ -1,10 +1,10 @@
 // CUDA's names on the host, as far as the kernels use them, and those of cuda/gpu.cuh.
 //
-// Checks: loads, stores and atomics stay in the registered buffers (memory.h); the lanes that a mask names
-// all come, and nobody reads a lane outside the mask (executor.h).
+// Checks: loads, stores and atomics stay in the registered buffers (memory.h). All lanes of a mask arrive,
+// and no lane reads a lane outside the mask (executor.h).
 //
-// Cannot find: what executor.h and memory.h cannot, and an access to global memory that goes around load()
-// and store().
+// Does not detect: what executor.h and memory.h do not, and accesses to global memory without load() and
+// store().
 #pragma once
 
 #include <cmath>
@@ -71,7 +71,7 @@ inline T shuffled(const char* name, uint32_t mask, T x, int from, Site site) {
   return x;
 }
 
-// The lane to read from, or the own one where that lies outside the segment of `width` lanes.
+// The lane to read from, or this lane if that is outside the segment of `width` lanes.
 inline int segment_lane(int delta, int width) {
   const int own = thread_index() % kWarpSize, from = own + delta;
   return from >= 0 && from / width == own / width ? from : own;

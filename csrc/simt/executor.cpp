@@ -1,6 +1,6 @@
-// The choice of who runs next, barriers and their errors: see executor.h. Fibers (fiber.h) stay for later
-// blocks and launches. When a launch fails, those that have not finished are started anew the next time;
-// kernels own nothing that would have to be destroyed.
+// The scheduler, barriers and their errors (executor.h). Later blocks and launches reuse the fibers
+// (fiber.h). After a failed launch, unfinished fibers restart at the next one; kernels own nothing that needs
+// a destructor.
 
 #include "simt/executor.h"
 
@@ -75,8 +75,8 @@ void set_runnable(int warp, uint32_t lanes) {
   if (warps[warp].runnable) runnable_warps |= 1u << warp;
 }
 
-// Some lane of the favorite warp, as long as it can go on: a warp that runs far ahead of the others is what
-// makes a missing barrier between warps show. How soon another warp is favored differs from block to block.
+// Some lane of the favorite warp, while it is runnable: a warp far ahead of the others exposes a missing
+// barrier between warps. The number of steps until the favorite changes differs from block to block.
 Thread* choose() {
   if (!runnable_warps || !error.empty()) return &host;
   const uint64_t random = next_random();
@@ -134,7 +134,7 @@ bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
 }
 
-// Who waits where, once nobody can go on.
+// Where threads wait if none can continue.
 std::string deadlock() {
   struct Group {
     std::string where;

@@ -1,13 +1,13 @@
 // Runs a CUDA kernel on the host: every thread a fiber, blocks one after another.
 //
-// Checks: a thread runs undisturbed up to its next synchronization point (__syncthreads, warp collective,
-// wait for cp.async), where a seeded random choice says who goes on. Work that relies on an order which no
-// barrier gives shows as a wrong result under some seed. Threads that wait for one another for ever, at
-// different barriers, or for threads that have exited, are an error that says who waits where.
+// Checks: a thread runs up to its next synchronization point (__syncthreads, warp collective, wait for
+// cp.async). There a seeded random choice selects the next thread. Code that relies on an order without a
+// barrier gives a wrong result under some seed. A deadlock, at different barriers or with threads that have
+// exited, is an error with the places where threads wait.
 //
-// Cannot find: races between blocks (they never overlap, so a kernel whose blocks wait for one another
-// hangs), what depends on memory ordering or on the interleaving of single instructions, timing, registers.
-// One launch at a time; the caller keeps other host threads away.
+// Does not detect: races between blocks, memory ordering, the interleaving of single instructions, timing and
+// registers. Blocks never overlap, so that a kernel whose blocks wait for each other hangs. There is one
+// launch at a time; the caller excludes other host threads.
 #pragma once
 
 #include <cstddef>
@@ -46,7 +46,7 @@ Settings& settings();
 // Runs `thread` once per thread of the grid. Throws std::runtime_error for the first thing that is wrong.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
-// Ends the launch with an error about the thread that runs.
+// Ends the launch with an error about the running thread.
 [[noreturn]] void fail(Site site, const std::string& what);
 
 // Index of the running thread in its block.
@@ -55,10 +55,10 @@ int thread_index();
 // __syncthreads.
 void block_barrier(Site site);
 
-// The scheduler may go on with another thread.
+// The scheduler may switch to another thread.
 void yield();
 
-// Called once all lanes of `mask` have arrived: lanes[i] is what lane i gave, and takes its result.
+// Called after all lanes of `mask` have arrived. lanes[i] is the data of lane i and receives its result.
 using WarpFunction = void (*)(void* const* lanes, uint32_t mask);
 
 // Waits until all lanes of `mask` are at this place of the kernel with the same function, or, without a

@@ -1,5 +1,4 @@
-// A stack of its own, and the switch from one to another without a system call. Only this: who runs next is
-// the executor's.
+// Stacks, and switches between them without a system call. The executor selects the next fiber.
 #pragma once
 
 #include <setjmp.h>
@@ -12,8 +11,8 @@ struct Fiber {
   bool started = false;  // false: runs from the beginning when it is switched to next
 };
 
-// Goes on with `to`, or starts entry() there; returns when somebody switches to `from` again. entry() never
-// returns. What lay on the stack of a fiber that is started anew is forgotten, not destroyed.
+// Continues `to`, or starts entry() there. Returns after the next switch to `from`. entry() never returns. A
+// restart of a fiber discards its stack without destructors.
 void switch_fiber(Fiber& from, Fiber& to, void (*entry)());
 
 }  // namespace fusedkv::simt

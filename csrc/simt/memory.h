@@ -2,11 +2,11 @@
 // between them.
 //
 // Checks: every access lies in the block's shared memory or in one registered buffer, naturally aligned.
-// Shared memory is all NaN (0xff) when a block starts. The 16 bytes that cp.async writes turn NaN at once and
-// get their data when the issuing thread waits for that copy's group: reading them too early and copying over
-// a stage that others still read both give NaN. Until then nobody may store or copy there.
+// Shared memory is all NaN (0xff) when a block starts. The 16 bytes that cp.async writes are NaN at once and
+// get their data when the issuing thread waits for that copy's group. So both a read that is too early and a
+// copy over a stage in use give NaN. Stores and copies to bytes of a pending copy are errors.
 //
-// Cannot find: an access inside the wrong part of the right buffer, bank conflicts.
+// Does not detect: an access inside the wrong part of the right buffer, bank conflicts.
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,7 @@
 // Checks: addresses (memory.h), and that all 32 lanes take part where PTX says .sync.aligned. Layouts of
 // fragments are those of the PTX ISA; products and sums of mma run in fp32.
 //
-// Cannot find: differences of rounding inside mma and ex2, cache hints, what acquire and release order.
+// Does not detect: differences of rounding in mma and ex2, cache hints, acquire and release ordering.
 #pragma once
 
 #include <cmath>
