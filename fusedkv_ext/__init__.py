@@ -7,6 +7,7 @@ any such table.
 from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.checkpoint.pretrained import load_pretrained, save_pretrained
 from fusedkv_ext.errors import CacheFullError
+from fusedkv_ext.generation.sampling import Sampling
 from fusedkv_ext.layers.attention import FusedKVAttention
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.fusion import FusionWeights, param_groups
@@ -20,6 +21,7 @@ from fusedkv_ext.ops.functional import (
     fuse_kv_backward,
     fused_kv_attn_func,
     fused_kv_attn_with_kvcache,
+    rope_append_kvcache,
 )
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
@@ -40,6 +42,7 @@ __all__ = [
     "LatentAttention",
     "LayerPlan",
     "RotaryEmbedding",
+    "Sampling",
     "Segment",
     "append_kvcache",
     "apply_rotary",
@@ -52,6 +55,7 @@ __all__ = [
     "fused_kv_attn_with_kvcache",
     "load_pretrained",
     "param_groups",
+    "rope_append_kvcache",
     "save_pretrained",
 ]
 
@@ -66,3 +70,7 @@ def __getattr__(name: str) -> object:
 
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LAZY])

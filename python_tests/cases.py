@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -129,6 +130,14 @@ def cache_inputs(case: Case, device: torch.device) -> tuple[tuple, dict[str, Ten
     state = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32), "block_table": table}
     args = (q, key_caches, value_caches, key_weights, value_weights)
     return to_device(args, device), to_device(state, device)
+
+
+def append(module: ModuleType, *args: object, query: object = None, **options: object) -> Tensor | None:
+    """``append_kvcache`` of the package or of its oracle, or ``rope_append_kvcache`` if there is a query."""
+    if query is None:
+        return module.append_kvcache(*args, **options)
+    names = ("key", "value", "key_cache", "value_cache")
+    return module.rope_append_kvcache(query, **dict(zip(names, args, strict=False)), **options)
 
 
 def block_table(lengths: tuple[int, ...], max_len: int, page_size: int) -> Tensor:

@@ -13,7 +13,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_with_kvcache
+from fusedkv_ext import fuse_kv, fused_kv_attn_with_kvcache, rope_append_kvcache
 from fusedkv_ext.ops import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,8 @@ def run(dtype: torch.dtype, dim: int, value_dim: int, walls: Walls, paged: bool)
     values = [new(*slots, 2, value_dim) for _ in range(2)]
     angles = torch.randn(33, 4)
     with torch.no_grad():
-        append_kvcache(
+        rope_append_kvcache(
+            new(2, 3, 4, dim),
             new(2, 3, 2, dim),
             new(2, 3, 2, value_dim),
             keys[0],
@@ -69,7 +70,6 @@ def run(dtype: torch.dtype, dim: int, value_dim: int, walls: Walls, paged: bool)
             block_table=table,
             rotary_cos=walls.copy(angles.cos()),
             rotary_sin=walls.copy(angles.sin()),
-            query=new(2, 3, 4, dim),
         )
         value_weights = walls.copy(torch.randn(2, 2, value_dim))
         for rows in (1, 3):

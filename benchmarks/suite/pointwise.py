@@ -146,11 +146,11 @@ class AppendProblem:
         return [partial(self._append, fkv, i, caches) for i, caches in enumerate(self.caches)]
 
     def _append(self, module: Any, i: int, caches: list[Tensor], **extra: Any) -> list[Tensor]:
-        query = {"query": self.queries[i]} if self.queries else {}
-        rotated = module.append_kvcache(
-            self.keys[i], self.values[i], *caches, **self.options, **query, **extra
-        )
-        return [*caches, rotated] if query else caches
+        inputs, options = (self.keys[i], self.values[i], *caches), {**self.options, **extra}
+        if self.queries:
+            return [*caches, module.rope_append_kvcache(self.queries[i], *inputs, **options)]
+        module.append_kvcache(*inputs, **options)
+        return caches
 
     @cached_property
     def _exact(self) -> list[list[Tensor]]:

@@ -315,19 +315,61 @@ class KVCache:
         key: Tensor | None,
         value: Tensor | None,
         *,
-        query: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         rotary_interleaved: bool = False,
-    ) -> Tensor | None:
-        """Stores the rows of this step: ``key`` (B, S, Gk, D) after RoPE and ``value`` (B, S, Gv, D).
+    ) -> None:
+        """Stores the S rows of this step.
 
-        None on a side that the layer does not store. With ``rotary``, as ``rotary_tables`` returns it, the
-        key comes before RoPE and is rotated on the way; so is ``query``, (B, S or fewer, H, D) of the last
-        tokens, which is returned as a new tensor (else None).
+        Args:
+            layer: The layer, from 0.
+            key: (B, S, Gk, D) after RoPE; None if the layer stores no keys.
+            value: (B, S, Gv, D); None if the layer stores no values.
+            rotary: What ``rotary_tables`` returned. ``key`` is then taken before RoPE, and rotated.
+            rotary_interleaved: Rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
 
-        Raises ValueError if the sides are not those that the layer stores, or if S is not the number of rows
-        that ``advance`` made room for.
+        Raises:
+            ValueError: The sides are not those that the layer stores, or S is not the number of rows that
+                ``advance`` made room for.
         """
+        stored = self._check_sides(layer, key, value)
+        if stored is not None:
+            cos, sin = (None, None) if rotary is None else rotary
+            cached.append(self._append_call(layer, key, value, stored, cos, sin, rotary_interleaved, None))
+
+    def rope_append(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        rotary_interleaved: bool = False,
+    ) -> Tensor:
+        """``append`` with ``rotary`` that also rotates the queries of the last tokens.
+
+        Args:
+            layer: The layer, from 0.
+            query: (B, S or fewer, H, D) before RoPE. With S rows all is one launch.
+            key, value: As in ``append``, ``key`` before RoPE.
+            rotary, rotary_interleaved: As in ``append``.
+
+        Returns:
+            The rotated queries, a new tensor.
+
+        Raises:
+            ValueError: As ``append``.
+        """
+        stored = self._check_sides(layer, key, value)
+        cos, sin = rotary
+        if stored is None or query.shape[1] != stored.shape[1]:
+            if stored is not None:
+                self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
+            key, value, stored = None, None, query
+        call = self._append_call(layer, key, value, stored, cos, sin, rotary_interleaved, query)
+        return cached.append(call)
+
+    def _check_sides(self, layer: int, key: Tensor | None, value: Tensor | None) -> Tensor | None:
+        """One of the sides to store; None if there is none."""
         key_cache, value_cache = self._keys[layer], self._values[layer]
         if (key is None) != (key_cache is None) or (value is None) != (value_cache is None):
             raise ValueError(
@@ -335,25 +377,33 @@ class KVCache:
                 f"key: {_yes(key)}, value: {_yes(value)}"
             )
         stored = value if key is None else key
-        given = query if stored is None else stored
-        if given is None:
-            return None
         if stored is not None:
             self._check_rows(layer, stored)
-        if query is not None and query.shape[1] != given.shape[1]:
-            self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
-            key = value = key_cache = value_cache = None
-            given = query
-        # The op always takes both sides: one that is not stored has no heads.
-        if key is None or value is None:
-            none = given[:, :, :0]
-            key, key_cache = (none, self._no_heads) if key is None else (key, key_cache)
-            value, value_cache = (none, self._no_heads) if value is None else (value, value_cache)
-        cos, sin = (None, None) if rotary is None else rotary
-        tables = (self.seq_lens, self.block_table, cos, sin)
-        call = AppendCall(key, value, key_cache, value_cache, *tables, rotary_interleaved, query)
-        rotated = cached.append(call)
-        return None if query is None else rotated
+        return stored
+
+    def _append_call(
+        self,
+        layer: int,
+        key: Tensor | None,
+        value: Tensor | None,
+        like: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        interleaved: bool,
+        query: Tensor | None,
+    ) -> AppendCall:
+        """The operation takes both sides: one that is not stored has the rows of ``like`` and no heads."""
+        key_cache = value_cache = self._no_heads
+        if key is None:
+            key = like[:, :, :0]
+        else:
+            key_cache = self._keys[layer]
+        if value is None:
+            value = like[:, :, :0]
+        else:
+            value_cache = self._values[layer]
+        tables = (self.seq_lens, self.block_table, cos, sin, interleaved)
+        return AppendCall(key, value, key_cache, value_cache, *tables, query)
 
     def append_latent(self, layer: int, latent: Tensor) -> None:
         """Stores the rows of this step in a cache of latents: (B, S, 1, C), [k_pe ; c] with k_pe after RoPE.

@@ -1,9 +1,9 @@
 """fusedkv convert: give a trained Llama or Qwen3 another cache plan, calibrated in closed form on text.
 
-MODEL is a Hugging Face folder, and so is what comes out. Layers that lose their own keys and values read
-those of the plan's source layers; with --calibrate, their fusion weights and the output projections of their
-attention and feed-forward networks are solved for by least squares. No training; `fusedkv uptrain` goes on
-from there.
+MODEL is a Hugging Face folder, or a model of its Hub as ORG/NAME or ORG/NAME@REVISION. The result is such a
+folder. Layers that lose their own keys and values read those of the plan's source layers. With --calibrate,
+their fusion weights and the output projections of their attention and feed-forward networks are solved for by
+least squares. No training; `fusedkv uptrain` goes on from there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from fusedkv_ext.cli.hub import local_folder
 from fusedkv_ext.errors import ConfigError
 
 REFITTED = ["o_proj", "down_proj"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a Llama or Qwen3")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a Llama or Qwen3: folder, or ORG/NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
@@ -118,7 +119,7 @@ def _storage_layers(args: argparse.Namespace, layers: int) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What is wrong usage for any model."""
+    """What is wrong usage for any model; then finds, or downloads, the model."""
     if args.out.exists():
         raise ConfigError(f"{args.out} exists already; choose another folder to write")
     parent = next(path for path in args.out.absolute().parents if path.exists())
@@ -135,6 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         given = {"--repair": args.repair, **other}
         for name in (name for name, value in given.items() if value):
             raise ConfigError(f"{name} says nothing without --calibrate")
+    args.model = local_folder(args.model)
 
 
 def _check_calibration(args: argparse.Namespace, positions: int) -> None:

@@ -43,7 +43,10 @@ def _tasks(text: str) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folder of a run or a checkpoint"
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="folder of a run, checkpoint or model, or ORG/NAME",
     )
     parser.add_argument(
         "--text",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder of a run or of a checkpoint")
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, checkpoint or model, or ORG/NAME")
     parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
@@ -58,7 +58,7 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from fusedkv_ext.cli.models import load_model
-    from fusedkv_ext.generation.generate import Sampling
+    from fusedkv_ext.generation.sampling import Sampling
     from fusedkv_ext.training import session
 
     try:

@@ -27,7 +27,8 @@ class Loaded:
 
 
 def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: str) -> Loaded:
-    """path: a Hugging Face folder, a checkpoint or a run. tokenizer: a file; None: the folder's own.
+    """path: a Hugging Face folder or an id of its Hub, a checkpoint or a run. tokenizer: a file; None: the
+    folder's own.
 
     Under torchrun its processes share the heads of the model (tensor parallelism).
 
@@ -37,10 +38,12 @@ def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: s
     import torch
 
     from fusedkv_ext.checkpoint.pretrained import is_huggingface
+    from fusedkv_ext.cli.hub import local_folder
     from fusedkv_ext.training.trainer import resolve_device
 
-    load = _huggingface if is_huggingface(path) else _checkpoint
-    loaded = load(Path(path), tokenizer, device=resolve_device(device), dtype=getattr(torch, dtype))
+    folder = local_folder(path)
+    load = _huggingface if is_huggingface(folder) else _checkpoint
+    loaded = load(folder, tokenizer, device=resolve_device(device), dtype=getattr(torch, dtype))
     if loaded.tokenizer.vocab_size > loaded.model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {loaded.folder.name} has {loaded.tokenizer.vocab_size} tokens and the model "

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedkv_ext.errors import ConfigError
-from fusedkv_ext.lab.entries import split_label
 from fusedkv_ext.lab.recipes import find, names
+from fusedkv_ext.plan.labels import split_label
 from fusedkv_ext.training.config import TrainConfig, known_keys, load_toml
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
     given = vars(args)  # commands that train more than one model have not all of the options
     pairs += [(key, given[name]) for name, key in _SHORTCUTS.items() if given.get(name) is not None]
     if given.get("plan") is not None:
-        name, options = split_label(given["plan"])
+        name, options = _plan(given["plan"])
         pairs += [("model.plan", name), *((f"model.plan_options.{key}", value) for key, value in options)]
     lists = [(f"data.{name}", given[name]) for name in ("text", "valid_text") if given.get(name)]
     table = load_toml(find(args.config)) if args.config else None
@@ -96,6 +96,16 @@ def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
         return config.updated(pairs, as_text=True).updated(lists)
 
     return change
+
+
+def _plan(label: str) -> tuple[str, list[tuple[str, str]]]:
+    """The name and the options of a plan; the path of a JSON file is a name as a whole."""
+    if label.endswith(".json"):
+        return label, []
+    try:
+        return split_label(label)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _print_keys() -> int:

@@ -52,7 +52,9 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder, converted or not")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a model, converted or not: folder, or ORG/NAME"
+    )
     parser.add_argument("--text", nargs="+", metavar="PATH", help="UTF-8 files or folders to learn from")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
@@ -66,11 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.cli.hub import local_folder
     from fusedkv_ext.conversion.uptraining import uptrain
     from fusedkv_ext.training.progress import make_progress
 
     names = (name.removeprefix("--").replace("-", "_") for name, _ in _OPTIONS)
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if settings.get("teacher") is not None:
+        settings["teacher"] = str(local_folder(settings["teacher"]))
     for name in ("distill", "valid_text"):
         if name in settings:
             settings[name] = tuple(settings[name])
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stop_signals(progress) as should_stop:
             result = uptrain(
-                args.folder,
+                local_folder(args.folder),
                 args.text or (),
                 args.out,
                 resume=args.resume,

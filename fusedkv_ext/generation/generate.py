@@ -6,10 +6,8 @@ Prompts are padded on the left, so that new tokens of all sequences stand in the
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,8 +15,9 @@ from torch import Tensor, nn
 
 from fusedkv_ext.cache.kv_cache import KVCache
 from fusedkv_ext.generation import cuda_graph as graphs
+from fusedkv_ext.generation.sampling import Sampling
 
-__all__ = ["CausalLM", "Sampling", "generate"]
+__all__ = ["CausalLM", "generate"]
 
 
 class CausalLM(Protocol):
@@ -37,45 +36,6 @@ class CausalLM(Protocol):
     def make_cache(self, batch_size: int, max_len: int, *, page_size: int | None = None) -> KVCache: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from logits.
-
-    temperature: 0 takes the most likely token; otherwise logits are divided by it. top_k: keep that many of
-    the most likely tokens, 0 keeps all. top_p: of these, keep the smallest set whose probability reaches
-    top_p (nucleus sampling, arXiv 1904.09751), 1 keeps all.
-
-    Raises ValueError for numbers out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0 (greedy), got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (no limit), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (no limit), got {self.top_p}")
-
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, V) -> (B,) token ids."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.float() / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            weakest = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < weakest, -math.inf)
-        if self.top_p < 1:
-            ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
-            # A token stays if the more likely ones do not reach top_p without it; the first one always stays.
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p
-            logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
 def generate(

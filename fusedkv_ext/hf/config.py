@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from fusedkv_ext.hf.cache import HAS_DUMMY_LAYER
-from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.plan import CachePlan, check_windows
 
 __all__ = ["FusedKVLlamaConfig", "FusedKVQwen3Config", "PlanConfig", "cache_bytes_per_token", "config_for"]
 
@@ -50,7 +50,7 @@ class PlanConfig:
             )
         for i in range(plan.num_layers):
             plan.segments(i, self.num_key_value_heads)  # raises for shares that are no whole heads
-        _check_windows(self, plan)
+        _check_layer_types(self, plan)
         layers = range(plan.num_layers)
         self._check_sources("k_source_layers", [list(plan.key_sources(i)) for i in layers])
         self._check_sources("v_source_layers", [list(plan.value_sources(i)) for i in layers])
@@ -94,21 +94,12 @@ class PlanConfig:
         return 0 if self.cache_plan is None else self.plan.num_layers - self.plan.prefill_layers
 
 
-def _check_windows(config: Any, plan: CachePlan) -> None:
-    """Whether every layer finds in the caches that it reads all that it sees."""
+def _check_layer_types(config: Any, plan: CachePlan) -> None:
+    """Whether the layers' windows fit the plan and this version of transformers."""
     types = getattr(config, "layer_types", None)
     if types is None:
         return
-    for i, layer in enumerate(plan.layers):
-        # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
-        read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
-        for j in sorted(read):
-            if (types[i], types[j]) == ("full_attention", "sliding_attention"):
-                raise ValueError(
-                    f"layer_types: layer {i} has full attention but reads the cache of layer {j}, which "
-                    f"keeps a sliding window (plan {plan.name!r}); make layer {j} full_attention or layer "
-                    f"{i} sliding_attention"
-                )
+    check_windows(plan, types)
     # Masks are sized by the first layer of a type, which before 5.23 may be one that stores nothing.
     for first in {types.index(kind) for kind in types}:
         if not HAS_DUMMY_LAYER and plan.reads_only(first) and first < plan.prefill_layers:

@@ -12,7 +12,8 @@ from typing import Any
 
 from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.plan import METHODS
-from fusedkv_ext.training.config import TrainConfig, literal
+from fusedkv_ext.plan.labels import parse_label
+from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.trainer import resolve_plan
 
 
@@ -73,34 +74,15 @@ def _is_file(method: str) -> bool:
     return method.endswith(".json")
 
 
-def split_label(label: str) -> tuple[str, list[tuple[str, str]]]:
-    """`name:option=value` as the name and its options, values still texts; a JSON file is a name as a whole.
-
-    Raises ConfigError where there is no `=`.
-    """
-    if _is_file(label):
-        return label, []
-    name, *pairs = label.split(":")
-    for pair in pairs:
-        if "=" not in pair:
-            raise ConfigError(f"{label!r}: expected option=value after ':', as in cla:factor=3, got {pair!r}")
-    return name, [(key, value) for key, _, value in (pair.partition("=") for pair in pairs)]
-
-
 def parse(label: str) -> Entry:
     """The entry of a label. Raises ConfigError for an unknown method or option, listing those there are."""
-    name, options = split_label(label)
-    if _is_file(name):
-        return Entry(name)
-    name = name.lower().replace("_", "-")
-    method = METHODS.get(name)
-    if method is None:
-        raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    for key, _ in options:
-        if key not in method.options:
-            known = ", ".join(method.options) or "none"
-            raise ConfigError(f"method {name!r} has no option {key!r}; its options: {known}")
-    return Entry(name, tuple((key, literal(value)) for key, value in options))
+    if _is_file(label):
+        return Entry(label)
+    try:
+        method, options = parse_label(label)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Entry(method.name, tuple(options.items()))
 
 
 def parse_all(labels: Iterable[str]) -> list[Entry]:

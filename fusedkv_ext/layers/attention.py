@@ -217,9 +217,7 @@ class FusedKVAttention(nn.Module):
         if rotary is None:
             cache.append(self.layer, kv.key, kv.value)
         else:
-            key, value = kv
-            interleaved = self.interleaved
-            q = cache.append(self.layer, key, value, query=q, rotary=rotary, rotary_interleaved=interleaved)
+            q = cache.rope_append(self.layer, q, kv.key, kv.value, rotary, self.interleaved)
             kv = _NOTHING
         return modules["o_proj"](self._attend_cached(q, cache).flatten(2)), kv
 

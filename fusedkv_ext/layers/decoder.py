@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedkv_ext.cache.kv_cache import KV, KVCache
-from fusedkv_ext.generation.generate import Sampling, generate
+from fusedkv_ext.generation.generate import generate
+from fusedkv_ext.generation.sampling import Sampling
 from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
 from fusedkv_ext.layers.decoder_config import DecoderConfig
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
@@ -369,6 +370,7 @@ class Decoder(nn.Module):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        sampling: Sampling | None = None,
         seed: int | None = None,
         stop: int | Sequence[int] | None = None,
         stream: Callable[[Tensor], None] | None = None,
@@ -383,6 +385,7 @@ class Decoder(nn.Module):
         Args:
             ids: (B, S), or a list of 1-D prompts of any lengths. No prompt may be empty.
             temperature, top_k, top_p: see ``Sampling``; temperature 0 is greedy.
+            sampling: these three as one value, which then must not be given themselves.
             seed: of the sampling; None draws from torch's global generator, under tensor parallelism from
                 that of the first rank.
             stop: token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
@@ -406,9 +409,16 @@ class Decoder(nn.Module):
         """
         if self.model.context is not None:
             raise ValueError("under context parallelism no rank has all tokens: generate with another model")
+        separate = Sampling(temperature, top_k, top_p)
+        if sampling is not None and separate != Sampling():
+            raise ValueError(
+                f"sampling must be given instead of temperature, top_k and top_p, got both: {sampling} and "
+                f"{separate}"
+            )
+        sampling = separate if sampling is None else sampling
         if self.tp is not None:
             cuda_graph = bool(cuda_graph)
-            seed = common_seed(self.tp) if seed is None and temperature else seed
+            seed = common_seed(self.tp) if seed is None and sampling.temperature else seed
         return generate(
             self,
             ids,
@@ -416,7 +426,7 @@ class Decoder(nn.Module):
             vocab_size=self.config.vocab_size,
             max_len=self.config.max_position_embeddings,
             device=self.model.embed_tokens.weight.device,
-            sampling=Sampling(temperature, top_k, top_p),
+            sampling=sampling,
             seed=seed,
             stop=stop,
             stream=stream,

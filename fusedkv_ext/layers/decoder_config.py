@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusedkv_ext.layers.latent_attention import check_sizes
-from fusedkv_ext.plan import CachePlan, latent_layers
+from fusedkv_ext.plan import CachePlan, check_windows
 
 __all__ = ["DecoderConfig"]
 
@@ -116,7 +116,7 @@ class DecoderConfig:
         if self.kv_lora_rank is not None:  # raises if the plan cannot be said on such latents
             self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, torch.float32)
         self._check_layer_types()
-        self._check_windows()
+        check_windows(self.plan, self.layer_types, latent=self.kv_lora_rank is not None)
         self._check_experts()
 
     def _check_latent(self) -> None:
@@ -148,20 +148,6 @@ class DecoderConfig:
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("sliding_window must be given when layer_types has sliding_attention")
-
-    def _check_windows(self) -> None:
-        """Whether every layer finds in the caches that it reads all that it sees."""
-        latent = None if self.kv_lora_rank is None else latent_layers(self.plan)
-        for i, layer in enumerate(self.plan.layers):
-            # A segment that names the layer itself mixes new tokens with new tokens; the others read caches.
-            read = {j for part in (*layer.keys, *layer.values) if i not in part.sources for j in part.sources}
-            for j in sorted(read if latent is None else latent[i].read_layers - {i}):
-                if (self.layer_types[i], self.layer_types[j]) == LAYER_TYPES:
-                    raise ValueError(
-                        f"layer_types: layer {i} has full attention but reads the cache of layer {j}, of "
-                        f"which servers keep a sliding window of {self.sliding_window} tokens (plan "
-                        f"{self.plan.name!r}); make layer {j} full_attention or layer {i} sliding_attention"
-                    )
 
     def _check_experts(self) -> None:
         object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers or ()))

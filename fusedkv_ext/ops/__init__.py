@@ -9,6 +9,7 @@ from fusedkv_ext.ops.functional import (
     fuse_kv_backward,
     fused_kv_attn_func,
     fused_kv_attn_with_kvcache,
+    rope_append_kvcache,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "fuse_kv_backward",
     "fused_kv_attn_func",
     "fused_kv_attn_with_kvcache",
+    "rope_append_kvcache",
 ]

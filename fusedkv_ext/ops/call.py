@@ -16,7 +16,7 @@ from fusedkv_ext.ops import checks
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.native import run_op
 
-__all__ = ["AppendCall", "AttentionCall", "Side", "attention_call", "cached_attention_call"]
+__all__ = ["AppendCall", "AttentionCall", "Side", "append_call", "attention_call", "cached_attention_call"]
 
 Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of values, and their weights
 
@@ -189,3 +189,35 @@ def cached_attention_call(
     cache = (cache_seqlens, block_table)
     options = (scale, left, right, schedule, batch_invariant, host_seqlens, return_lse)
     return AttentionCall(q, keys, values, key_weights, value_weights, *cache, *options)
+
+
+def append_call(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    query: Tensor | None,
+) -> AppendCall:
+    """The checked arguments of ``append_kvcache`` and ``rope_append_kvcache``, tables in float32.
+
+    Types, devices and gradients are checked here, sizes and contents by the native operation.
+    """
+    tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "query": query}
+    optional = [x for x in tables.values() if x is not None]
+    if not checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
+        caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
+        arguments = {"key": key, "value": value, **caches}
+        checks.check_inputs("append_kvcache", arguments, tables, "append .detach()ed tensors")
+    checks.check_not_negated({"key_cache": key_cache, "value_cache": value_cache})
+    if rotary_cos is not None:
+        rotary_cos = checks.rotary_table("rotary_cos", rotary_cos)
+    if rotary_sin is not None:
+        rotary_sin = checks.rotary_table("rotary_sin", rotary_sin)
+    interleaved = checks.check_flag("rotary_interleaved", rotary_interleaved)
+    rotary = (rotary_cos, rotary_sin, interleaved)
+    return AppendCall(key, value, key_cache, value_cache, cache_seqlens, block_table, *rotary, query)

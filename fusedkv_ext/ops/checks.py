@@ -128,6 +128,15 @@ def check_rank4(arguments: Arguments) -> None:
             raise ValueError(f"{_label(name, j)} has shape {tuple(x.shape)}; expected 4 dims")
 
 
+def check_not_negated(written: Mapping[str, Tensor]) -> None:
+    """No tensor is a lazily negated view, which has no memory to write to; or a ValueError that names it."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in written.items():
+        if x.is_neg():
+            raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
+
+
 def check_contents(cache_seqlens: Tensor, block_table: Tensor | None, cache: Tensor) -> None:
     """Lengths and pages, for ``debug_checks``; the CPU op always checks them itself."""
     if not cache_seqlens.is_cuda:

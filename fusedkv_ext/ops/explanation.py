@@ -81,7 +81,7 @@ def explain(
     *,
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
-    causal: bool = True,
+    causal: bool | None = None,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
     document_ids: Tensor | None = None,
@@ -104,6 +104,7 @@ def explain(
     Raises ValueError (shapes, devices, lengths) or TypeError (types, dtypes), naming the argument.
     """
     device_type = _device_type(q, device)
+    causal = cache_seqlens is not None if causal is None else causal
     call = _checked(
         q, keys, values, key_weights, value_weights, cache_seqlens, block_table, causal, window_size
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.ops import cached, checks, fuse
-from fusedkv_ext.ops.call import AppendCall, attention_call, cached_attention_call
+from fusedkv_ext.ops.call import append_call, attention_call, cached_attention_call
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.debug import debug_checks
 from fusedkv_ext.ops.dispatch import folds_dense
@@ -33,6 +33,7 @@ __all__ = [
     "fuse_kv_backward",
     "fused_kv_attn_func",
     "fused_kv_attn_with_kvcache",
+    "rope_append_kvcache",
 ]
 
 
@@ -279,43 +280,63 @@ def append_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
-    query: Tensor | None = None,
-) -> Tensor | None:
-    """Writes S new tokens at positions cache_seqlens - S .. cache_seqlens - 1, in place, rotating keys on the
-    way, and the queries of the same tokens with them.
+) -> None:
+    """Writes S new tokens into a cache, in place, at positions cache_seqlens - S to cache_seqlens - 1.
+
+    With tables of angles the keys are rotated before they are stored (RoPE, arXiv 2104.09864). Use
+    :func:`rope_append_kvcache` to rotate the queries of the same tokens in the same launch. Not
+    differentiable.
+
+    A CUDA token is not written if its length, its page or its row of the tables is out of range.
 
     Args:
         key, value: (B, S, G, D) and (B, S, Gv, Dv). Tokens at negative positions (left padding) are skipped.
         key_cache, value_cache: (B, capacity, G, D), or (P, page_size, G, D) with a block_table; key's dtype.
             They share no element with each other or with what is read; views of one tensor are fine.
-        cache_seqlens: (B,) int32, lengths after the append. block_table: (B, max_pages) int32.
-        rotary_cos, rotary_sin: (max_len, rotary_dim / 2), row p rotates the token at position p (RoPE, arXiv
-            2104.09864); rotary_dim <= D, further channels are copied. None: keys are written as they are.
-        rotary_interleaved: rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
-        query: (B, S, H, D) of key's dtype, any H; needs rotary_cos and rotary_sin.
+        cache_seqlens: (B,) int32, lengths after the append.
+        block_table: (B, max_pages) int32, the page of each page_size tokens.
+        rotary_cos, rotary_sin: (max_len, rotary_dim / 2); row p rotates the token at position p. rotary_dim
+            is at most D, and further channels are copied. If None, keys are stored as they are.
+        rotary_interleaved: Rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
+
+    Raises:
+        ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode.
+        TypeError: A type or dtype is wrong.
+    """
+    tables = (cache_seqlens, block_table, rotary_cos, rotary_sin)
+    call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, None)
+    cached.append(call)
+
+
+def rope_append_kvcache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    block_table: Tensor | None = None,
+    rotary_interleaved: bool = False,
+) -> Tensor:
+    """:func:`append_kvcache` that rotates the queries of the same tokens too, in one launch.
+
+    Args:
+        query: (B, S, H, D) of key's dtype, any H.
+        key, value, key_cache, value_cache: As in :func:`append_kvcache`.
+        cache_seqlens, block_table: As in :func:`append_kvcache`.
+        rotary_cos, rotary_sin, rotary_interleaved: As in :func:`append_kvcache`.
 
     Returns:
-        None, or with ``query`` a new (B, S, H, D): its rows rotated like keys, those at negative positions as
-        they are.
+        The rotated queries, a new (B, S, H, D). Rows at negative positions are copied.
 
-    A CUDA token whose length, page or row of the tables is out of range is not written.
-    Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
-    (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
+    Raises:
+        ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode.
+        TypeError: A type or dtype is wrong.
     """
-    tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "query": query}
-    optional = [x for x in tables.values() if x is not None]
-    if not checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
-        caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
-        arguments = {"key": key, "value": value, **caches}
-        checks.check_inputs("append_kvcache", arguments, tables, "append .detach()ed tensors")
-    if not torch.compiler.is_compiling() and (key_cache.is_neg() or value_cache.is_neg()):
-        name = "key_cache" if key_cache.is_neg() else "value_cache"
-        raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
-    if rotary_cos is not None:
-        rotary_cos = checks.rotary_table("rotary_cos", rotary_cos)
-    if rotary_sin is not None:
-        rotary_sin = checks.rotary_table("rotary_sin", rotary_sin)
-    interleaved = checks.check_flag("rotary_interleaved", rotary_interleaved)
-    state = (cache_seqlens, block_table, rotary_cos, rotary_sin, interleaved, query)
-    rotated = cached.append(AppendCall(key, value, key_cache, value_cache, *state))
-    return None if query is None else rotated
+    checks.check_tensor("query", query)
+    tables = (cache_seqlens, block_table, rotary_cos, rotary_sin)
+    call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, query)
+    return cached.append(call)

@@ -17,7 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["append_kvcache", "fuse_kv", "fused_kv_attn_func", "fused_kv_attn_with_kvcache"]
+__all__ = [
+    "append_kvcache",
+    "fuse_kv",
+    "fused_kv_attn_func",
+    "fused_kv_attn_with_kvcache",
+    "rope_append_kvcache",
+]
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -139,20 +145,17 @@ def append_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
-    query: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor | None:
+) -> None:
     """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place; p <
     0 is skipped.
 
     With rotary_cos and rotary_sin (max_len, r/2), r <= D, row p of the tables rotates the first r channels
     of the key: (x, y) -> (x cos - y sin, x sin + y cos), where channel j pairs with j + r/2, or 2j with 2j
-    + 1 if interleaved. The caches are as in ``fused_kv_attn_with_kvcache``. Row i of ``query`` (B, S, H, D)
-    is rotated like key i in the tensor that is returned.
+    + 1 if interleaved. The caches are as in ``fused_kv_attn_with_kvcache``.
     """
     dtype = dtype or key.dtype
     steps = key.shape[1]
-    rotated = None if query is None else query.to(dtype, copy=True)
     for b, length in enumerate(cache_seqlens.tolist()):
         for i in range(max(steps - length, 0), steps):
             position = length - steps + i
@@ -160,8 +163,6 @@ def append_kvcache(
             if rotary_cos is not None and rotary_sin is not None:
                 cos, sin = rotary_cos[position].to(dtype), rotary_sin[position].to(dtype)
                 new_key = _rotated(new_key, cos, sin, rotary_interleaved)
-                if rotated is not None:
-                    rotated[b, i] = _rotated(rotated[b, i], cos, sin, rotary_interleaved)
             for cache, new in ((key_cache, new_key), (value_cache, value[b, i])):
                 if block_table is None:
                     cache[b, position] = new.to(cache.dtype)
@@ -169,6 +170,32 @@ def append_kvcache(
                     page_size = cache.shape[1]
                     page = int(block_table[b, position // page_size])
                     cache[page, position % page_size] = new.to(cache.dtype)
+
+
+def rope_append_kvcache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    block_table: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``append_kvcache``, and row i of ``query`` (B, S, H, D) rotated like key i, in a new tensor."""
+    tables = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
+    state = {"cache_seqlens": cache_seqlens, "block_table": block_table}
+    append_kvcache(key, value, key_cache, value_cache, **state, **tables, dtype=dtype)
+    dtype = dtype or query.dtype
+    rotated, steps = query.to(dtype, copy=True), query.shape[1]
+    for b, length in enumerate(cache_seqlens.tolist()):
+        for i in range(max(steps - length, 0), steps):
+            cos, sin = (table[length - steps + i].to(dtype) for table in (rotary_cos, rotary_sin))
+            rotated[b, i] = _rotated(rotated[b, i], cos, sin, rotary_interleaved)
     return rotated
 
 

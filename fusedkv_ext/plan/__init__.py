@@ -17,6 +17,7 @@ from fusedkv_ext.plan.latent import LatentLayer, latent_layers
 from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.plan.pieces import GRANULARITIES, Fusion, LayerPlan, ResolvedSegment, Segment
 from fusedkv_ext.plan.registry import Method, method
+from fusedkv_ext.plan.windows import check_windows
 
 __all__ = [
     "GRANULARITIES",
@@ -28,6 +29,7 @@ __all__ = [
     "Method",
     "ResolvedSegment",
     "Segment",
+    "check_windows",
     "latent_layers",
     "method",
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedkv_ext.plan.drawing import draw
+from fusedkv_ext.plan.labels import find_method, parse_label
 from fusedkv_ext.plan.latent import latent_layers
 from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.plan.pieces import SIDES, Fusion, LayerPlan, ResolvedSegment, Segment, Side, whole_number
@@ -249,26 +250,24 @@ class CachePlan:
         ``METHODS[name]`` has the paper, the equation and the options.
 
         Args:
-            name: the method's name; case does not matter, and "_" stands for "-".
+            name: the method's name; case does not matter, and "_" stands for "-". A label gives options too:
+                "cla:factor=3" is ``named("cla", num_layers, factor=3)``.
             num_layers: the number of layers.
             options: the method's options.
 
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: the name or an option is unknown (the message lists the known ones), or an option is
-                out of range.
+                given twice or is out of range.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, got {type(name).__name__}")
-        found = METHODS.get(name.lower().replace("_", "-"))
-        if found is None:
-            raise ValueError(f"plan name must be one of {', '.join(cls.names())}, got {name!r}")
+        found, labeled = parse_label(name)
+        if twice := sorted(labeled.keys() & options.keys()):
+            raise ValueError(f"option {twice[0]!r} must be given once, got it in {name!r} and as a keyword")
+        options = {**labeled, **options}
+        find_method(found.name, options)
         num_layers = whole_number(num_layers, "num_layers", minimum=1)
-        unknown = sorted(set(options) - set(found.options))
-        if unknown:
-            valid = ", ".join(found.options) or "none"
-            names = ", ".join(map(repr, unknown))
-            raise ValueError(f"plan {found.name!r} has no option {names}; its options: {valid}")
         with _where(f"plan {found.name!r}"):
             return cls(found.name, tuple(found.build(num_layers, **options)))
 

@@ -138,17 +138,17 @@ def test_keys_and_queries_are_rotated_on_the_way(page_size: int | None, interlea
         key = torch.randn(3, 6, HEADS, DIM)
         value = key if layer == 0 else None
         caches[0].append(layer, apply_rotary(key, cos, sin, interleaved), value)
-        got = caches[1].append(layer, key, value, query=query, **options)
+        got = caches[1].rope_append(layer, query, key, value, **options)
         torch.testing.assert_close(caches[1].keys(layer), caches[0].keys(layer))
         torch.testing.assert_close(got[0], rotated[0])
         torch.testing.assert_close(got[1, 3:], rotated[1, 3:])
-        fewer = caches[1].append(layer, key, value, query=query[:, -2:], **options)
+        fewer = caches[1].rope_append(layer, query[:, -2:], key, value, **options)
         assert torch.equal(fewer, got[:, -2:])
     assert torch.equal(caches[1].values(0), caches[0].values(0))
     reading = make_cache(page_size=page_size)
     reading.advance([6, 3, 0])
-    assert torch.equal(reading.append(3, None, None, query=query, **options), got)
-    assert reading.append(3, None, None) is None
+    assert torch.equal(reading.rope_append(3, query, None, None, **options), got)
+    reading.append(3, None, None)  # nothing to store
 
 
 def test_positions_of_equally_long_sequences() -> None:

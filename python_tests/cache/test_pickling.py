@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusedkv_ext as fkv
 from fusedkv_ext.cache.kv_cache import PageTable
-from fusedkv_ext.generation.generate import Sampling
+from fusedkv_ext.generation.sampling import Sampling
 
 LATENT = dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, head_dim=None)
 CASES = [("vanilla", False), ("fusedkv", False), ("patchwork", False), ("vanilla", True), ("fusedkv", True)]

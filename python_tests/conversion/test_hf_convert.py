@@ -334,7 +334,7 @@ class TestFolders:
             out.mkdir()
             words = "exists already"
         elif wrong == "unknown plan":
-            plan, words = "fusedkw", "unknown method"
+            plan, words = "fusedkw", "got 'fusedkw'"
         elif wrong == "truncated":
             weights = original / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1000])

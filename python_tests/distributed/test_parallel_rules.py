@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 from ranks import HAS_GLOO, rank_main, run_ranks
@@ -324,11 +325,11 @@ def append(place: Placed) -> dict[str, Any]:
                 on["cache_seqlens"] = place(seqlens, of_batch)
                 on["block_table"] = None if table is None else place(table, of_batch)
                 new = [place(x, dim) for x in (key, value)]
-                expected = fkv.append_kvcache(
-                    key, value, *cached, cache_seqlens=seqlens, block_table=table, **tables
+                expected = cases.append(
+                    fkv, key, value, *cached, cache_seqlens=seqlens, block_table=table, **tables
                 )
                 out, messages = counted(
-                    lambda new=new, to=on_cached, on=on: fkv.append_kvcache(*new, *to, **on)
+                    lambda new=new, to=on_cached, on=on: cases.append(fkv, *new, *to, **on)
                 )
                 pairs = {"k": (on_cached[0].full_tensor(), cached[0])}
                 pairs["v"] = (on_cached[1].full_tensor(), cached[1])

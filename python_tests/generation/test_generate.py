@@ -9,7 +9,8 @@ import torch
 from tiny import NAMED, PLANS, hybrid, tiny_decoder
 from torch import Tensor
 
-from fusedkv_ext.generation.generate import Sampling
+import fusedkv_ext as fkv
+from fusedkv_ext.generation.sampling import Sampling
 
 LENGTHS = (7, 1, 11, 4)
 NEW = 8
@@ -62,6 +63,18 @@ def test_sampling_follows_its_seed_with_and_without_a_cache() -> None:
     torch.manual_seed(3)
     assert torch.equal(once, model.generate(prompts, NEW, **options))
     assert torch.equal(model.generate(prompts, NEW, temperature=5.0, top_k=1), model.generate(prompts, NEW))
+
+
+def test_sampling_is_one_value_for_three_arguments() -> None:
+    model, prompts = tiny_decoder("fusedkv"), some_prompts()
+    options = dict(temperature=1.5, top_k=20, top_p=0.9)
+    first = model.generate(prompts, NEW, seed=3, **options)
+    assert torch.equal(first, model.generate(prompts, NEW, seed=3, sampling=fkv.Sampling(**options)))
+    for name, value in options.items():
+        with pytest.raises(
+            ValueError, match="sampling must be given instead of temperature, top_k and top_p"
+        ):
+            model.generate(prompts, NEW, sampling=fkv.Sampling(), **{name: value})
 
 
 def test_sampling_keeps_what_it_says() -> None:

@@ -62,6 +62,7 @@ def test_config_for_keeps_everything_but_the_plan(family: str) -> None:
     assert {k: v for k, v in after.items() if k not in new} == {
         k: v for k, v in before.items() if k not in new
     }
+    assert hf.config_for(plain, "cla:factor=4").plan == CachePlan.named("cla", 4, factor=4)
     again = hf.config_for(ours, PLANS["cla"])
     assert again.plan == PLANS["cla"] and again.rms_norm_eps == 1e-4
 

@@ -75,8 +75,8 @@ def test_all_is_every_method_with_its_variants_once() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("nope", "unknown method 'nope'; known: vanilla"),
-        ("cla:factors=3", "method 'cla' has no option 'factors'; its options: factor"),
+        ("nope", "plan name must be one of vanilla, .*, got 'nope'"),
+        ("cla:factors=3", "plan 'cla' has no option 'factors'; its options: factor"),
         ("cla:factor", r"expected option=value after ':', as in cla:factor=3, got 'factor'"),
         ("vanilla:n=1", "its options: none"),
     ],
@@ -347,7 +347,7 @@ def test_documents_are_what_the_results_give(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "nope"], "unknown method 'nope'"),
+        (["--methods", "nope"], "got 'nope'"),
         (["--methods", ","], "--methods names no method"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--jobs", "0"], "--jobs must be >= 1 and --threads >= 0, got 0 and 0"),

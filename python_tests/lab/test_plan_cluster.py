@@ -155,7 +155,7 @@ def test_a_file_and_changes_give_the_shape(tmp_path: Path, capsys: pytest.Captur
         (["--cluster", "tp=1", "--dtype", "float16"], "--dtype is of serving, and needs --serve"),
         (["--serve"], "--serve needs --cluster"),
         (["fusedkv", "--config", "70b"], "--config needs --cluster"),
-        (["fusedkv,vanilla"], "unknown method 'fusedkv,vanilla'"),
+        (["fusedkv,vanilla"], "got 'fusedkv,vanilla'"),
     ],
 )
 def test_mistakes_are_one_sentence(

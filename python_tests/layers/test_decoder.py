@@ -230,6 +230,7 @@ def test_config_survives_json(plan: str) -> None:
 def test_config_fills_in_what_is_left_open() -> None:
     config = tiny_config("cla", head_dim=None, sliding_window=8)
     assert config.head_dim == 8 and config.plan == CachePlan.named("cla", LAYERS)
+    assert tiny_config("cla:factor=4").plan == CachePlan.named("cla", LAYERS, factor=4)
     assert config.layer_types == ("sliding_attention",) * LAYERS
     assert tiny_config("cla").layer_types == ("full_attention",) * LAYERS
 
@@ -293,9 +294,9 @@ def test_a_full_layer_cannot_read_what_a_window_keeps(
 ) -> None:
     """Where a sliding layer's cache is its window, older tokens are gone when a full layer wants them."""
     message = (
-        f"layer {reader} has full attention but reads the cache of layer {source}, of which servers keep a "
-        rf"sliding window of 4 tokens \(plan '{re.escape(plan)}'\); make layer {source} full_attention or "
-        f"layer {reader} sliding_attention"
+        f"layer {reader} has full attention but reads the cache of layer {source}, which keeps a sliding "
+        rf"window \(plan '{re.escape(plan)}'\); make layer {source} full_attention or layer {reader} "
+        "sliding_attention"
     )
     with pytest.raises(ValueError, match=message):
         tiny_config(plan, sliding_window=4, layer_types=types)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from cases import NO_SUCH_PAGE, block_table, random_tensor, to_device
+from cases import NO_SUCH_PAGE, append, block_table, random_tensor, to_device
 from torch import Tensor
 
+import fusedkv_ext as fkv
 from fusedkv_ext import append_kvcache
 from fusedkv_ext.ops import reference
 from fusedkv_ext.testing import assert_close, assert_same_bits
@@ -115,6 +117,9 @@ CASES = [
 ]
 
 
+our_append, oracle_append = partial(append, fkv), partial(append, reference)
+
+
 def contents_after(
     append: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], options: dict, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
@@ -122,7 +127,7 @@ def contents_after(
     oracle computes in that dtype as well."""
     key, value, key_cache, value_cache = inputs
     caches = key_cache.to(dtype, copy=True), value_cache.to(dtype, copy=True)
-    extra = {} if append is append_kvcache else {"dtype": dtype}
+    extra = {} if append is our_append else {"dtype": dtype}
     rotated = append(key, value, *caches, **options, **extra)
     return caches if rotated is None else (*caches, rotated)
 
@@ -130,9 +135,9 @@ def contents_after(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_oracle_and_leaves_other_slots_alone(case: Case, device: torch.device) -> None:
     inputs, options = case.inputs(device)
-    exact = contents_after(reference.append_kvcache, inputs, options, torch.float64)
-    same_maths = contents_after(reference.append_kvcache, inputs, options, case.dtype)
-    rotated = append_kvcache(*inputs, **options)
+    exact = contents_after(oracle_append, inputs, options, torch.float64)
+    same_maths = contents_after(oracle_append, inputs, options, case.dtype)
+    rotated = our_append(*inputs, **options)
     assert (rotated is None) == (case.H == 0)
     # Slots that nobody may write still hold NaN, which the comparison demands to stay where it is.
     assert_close(inputs[2:], exact[:2], same_maths[:2], "cache")
@@ -145,8 +150,8 @@ def test_matches_oracle_and_leaves_other_slots_alone(case: Case, device: torch.d
 @pytest.mark.parametrize("case", [case for case in CASES if not case.rotary], ids=lambda case: case.name)
 def test_without_rotation_bits_are_copied(case: Case, device: torch.device) -> None:
     inputs, options = case.inputs(device)
-    expected = contents_after(reference.append_kvcache, inputs, options, case.dtype)
-    append_kvcache(*inputs, **options)
+    expected = contents_after(oracle_append, inputs, options, case.dtype)
+    our_append(*inputs, **options)
     assert_same_bits(inputs[2], expected[0])
     assert_same_bits(inputs[3], expected[1])
 
@@ -155,7 +160,7 @@ def test_specials_are_copied_bit_by_bit(device: torch.device) -> None:
     (key, value, key_cache, value_cache), options = Case("specials", S=1, lengths=(1,), D=16).inputs(device)
     key[0, 0, 0, :5] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45])
     value.copy_(key)
-    append_kvcache(key, value, key_cache, value_cache, **options)
+    our_append(key, value, key_cache, value_cache, **options)
     assert_same_bits(key_cache[:, :1], key)
     assert_same_bits(value_cache[:, :1], value)
 
@@ -177,12 +182,12 @@ def test_one_call_gives_the_bits_of_three(device: torch.device) -> None:
     case = Case("split", H=8, rotary=48, S=5, lengths=(20, 3), page_size=7, dtype=BF16)
     (key, value, key_cache, value_cache), options = case.inputs(device)
     together = [key_cache.clone(), value_cache.clone()]
-    rotated = append_kvcache(key, value, *together, **options)
+    rotated = our_append(key, value, *together, **options)
     query = options.pop("query")
     none, no_cache = key[:, :, :0], key_cache[:, :, :0]
     assert append_kvcache(key, none, key_cache, no_cache, **options) is None
     assert append_kvcache(none, value, no_cache, value_cache, **options) is None
-    alone = append_kvcache(none, none, no_cache, no_cache, query=query, **options)
+    alone = our_append(none, none, no_cache, no_cache, query=query, **options)
     assert_same_bits((key_cache, value_cache, alone), (*together, rotated))
     assert_same_bits(rotated[1, :2], query[1, :2])  # before the start of the sequence
 
@@ -194,16 +199,16 @@ def test_sequences_of_impossible_length_are_not_written(
 ) -> None:
     case = Case("length", T=21 if page_size else 20, H=2, rotary=64, lengths=(20, 7, 13), page_size=page_size)
     inputs, options = case.inputs(device)
-    expected = contents_after(reference.append_kvcache, inputs, options, case.dtype)
+    expected = contents_after(oracle_append, inputs, options, case.dtype)
     untouched = contents_after(lambda *_, **__: None, inputs, options, case.dtype)
     for b in (0, 2):
         options["cache_seqlens"][b] = length + (page_size is not None and length == 21)
     if backend == "cpu":
         with pytest.raises(ValueError, match=r"cache_seqlens\[0\] must be from 0 to .*, got "):
-            append_kvcache(*inputs, **options)
+            our_append(*inputs, **options)
         assert_same_bits(inputs[2:], untouched)
         return
-    rotated = append_kvcache(*inputs, **options)
+    rotated = our_append(*inputs, **options)
     table = options["block_table"]
     mine = [1] if table is None else table[1, :1].tolist()  # what the sequence in the middle may write to
     for cache, before, after in zip(inputs[2:], untouched, expected, strict=False):
@@ -220,15 +225,15 @@ def test_tokens_of_pages_that_do_not_exist_are_not_written(
     case = Case("page", S=9, H=2, rotary=64, lengths=(20, 12), page_size=7)
     inputs, options = case.inputs(device)
     untouched = contents_after(lambda *_, **__: None, inputs, options, case.dtype)
-    kept = contents_after(reference.append_kvcache, inputs, options, case.dtype)
+    kept = contents_after(oracle_append, inputs, options, case.dtype)
     lost = int(options["block_table"][0, 2])
     options["block_table"][0, 2] = inputs[2].shape[0] if page == "pages" else page
     if backend == "cpu":
         with pytest.raises(ValueError, match=r"block_table\[0, 2\] must be a page from 0 to .*, got "):
-            append_kvcache(*inputs, **options)
+            our_append(*inputs, **options)
         assert_same_bits(inputs[2:], untouched)
         return
-    rotated = append_kvcache(*inputs, **options)
+    rotated = our_append(*inputs, **options)
     for cache, before, after in zip(inputs[2:], untouched, kept, strict=False):
         after[lost] = before[lost]
         torch.testing.assert_close(cache, after, equal_nan=True)
@@ -238,16 +243,16 @@ def test_tokens_of_pages_that_do_not_exist_are_not_written(
 def test_positions_beyond_the_tables_are_not_written(backend: str, device: torch.device) -> None:
     case = Case("tables", S=4, H=2, rotary=64, lengths=(20, 12))
     inputs, options = case.inputs(device)
-    kept = contents_after(reference.append_kvcache, inputs, options, case.dtype)
+    kept = contents_after(oracle_append, inputs, options, case.dtype)
     for name in ("rotary_cos", "rotary_sin"):
         options[name] = options[name][:18].clone()
     if backend == "cpu":
         with pytest.raises(
             ValueError, match="rotary_cos must have at least 20 rows, the longest length, got 18"
         ):
-            append_kvcache(*inputs, **options)
+            our_append(*inputs, **options)
         return
-    rotated = append_kvcache(*inputs, **options)
+    rotated = our_append(*inputs, **options)
     for cache, after in zip(inputs[2:], kept, strict=False):
         after[0, 18:] = math.nan
         torch.testing.assert_close(cache, after, equal_nan=True)
@@ -266,7 +271,7 @@ def test_a_single_unaligned_tensor(which: str, offset: int, device: torch.device
 
     case = Case("unaligned", S=2, H=2, Dv=32, rotary=64, lengths=(20,), dtype=BF16)
     inputs, options = case.inputs(device)
-    expected = contents_after(append_kvcache, inputs, options, BF16)
+    expected = contents_after(our_append, inputs, options, BF16)
     names = ("key", "value", "key_cache", "value_cache")
     arguments = {**dict(zip(names, inputs, strict=True)), **options}
     if which == "rotary":
@@ -275,7 +280,7 @@ def test_a_single_unaligned_tensor(which: str, offset: int, device: torch.device
             arguments[name] = flat[offset:].view_as(arguments[name]).copy_(arguments[name])
     else:
         arguments[which] = misplaced(arguments[which])
-    rotated = append_kvcache(**arguments)
+    rotated = our_append(**arguments)
     # The compiler contracts products and sums in one of the two paths: a rounding in fp32, a step in bf16.
     for got, wanted in zip(
         (arguments["key_cache"], arguments["value_cache"], rotated), expected, strict=True
@@ -286,7 +291,7 @@ def test_a_single_unaligned_tensor(which: str, offset: int, device: torch.device
 def test_one_tensor_for_keys_and_values(device: torch.device) -> None:
     """Into two caches; test_writes.py has one cache as both, which is refused."""
     (key, _, *caches), options = Case("twice", page_size=7, dtype=BF16).inputs(device)
-    expected = contents_after(reference.append_kvcache, (key, key, *caches), options, BF16)
+    expected = contents_after(oracle_append, (key, key, *caches), options, BF16)
     append_kvcache(key, key, *caches, **options)
     assert_same_bits(tuple(caches), expected)
 
@@ -304,10 +309,10 @@ def test_query_without_angles_or_of_another_shape_is_an_error() -> None:
         (query.to("meta"), ValueError, "query is on meta"),
     ):
         with pytest.raises(error, match=message):
-            append_kvcache(*inputs, **options, query=wrong)
-    del options["rotary_cos"], options["rotary_sin"]
+            our_append(*inputs, **options, query=wrong)
+    options.update(rotary_cos=None, rotary_sin=None)
     with pytest.raises(ValueError, match="query must be passed with rotary_cos and rotary_sin"):
-        append_kvcache(*inputs, **options, query=query)
+        our_append(*inputs, **options, query=query)
     assert bool(inputs[2].isnan().all())
 
 
@@ -315,7 +320,7 @@ def test_rotation_keeps_the_length_of_every_pair(device: torch.device) -> None:
     for interleaved in (False, True):
         case = Case("norm", S=20, lengths=(20, 20), rotary=64, interleaved=interleaved)
         (key, value, key_cache, value_cache), options = case.inputs(device)
-        append_kvcache(key, value, key_cache, value_cache, **options)
+        our_append(key, value, key_cache, value_cache, **options)
 
         def pair_norms(x: Tensor, interleaved: bool = interleaved) -> Tensor:
             pairs = x.unflatten(-1, (32, 2)) if interleaved else x.unflatten(-1, (2, 32)).transpose(-1, -2)
@@ -337,7 +342,7 @@ def test_inputs_stay_untouched(device: torch.device) -> None:
     inputs, options = Case("untouched", rotary=64, page_size=7).inputs(device)
     watched = [*inputs[:2], *(x for x in options.values() if isinstance(x, Tensor))]
     before = [x.clone() for x in watched]
-    append_kvcache(*inputs, **options)
+    our_append(*inputs, **options)
     assert all(torch.equal(x, y) for x, y in zip(watched, before, strict=True))
 
 
@@ -348,7 +353,7 @@ def test_number_of_threads_changes_no_bit(with_threads: Callable[[int], None]) -
     results = []
     for threads in (1, 2, 3):
         with_threads(threads)
-        results.append(contents_after(append_kvcache, inputs, options, BF16))
+        results.append(contents_after(our_append, inputs, options, BF16))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])
 
@@ -358,7 +363,7 @@ def test_failed_append_writes_nothing() -> None:
     (key, value, key_cache, value_cache), options = case.inputs(torch.device("cpu"))
     options["block_table"][1, 0] = NO_SUCH_PAGE
     with pytest.raises(ValueError, match="block_table"):
-        append_kvcache(key, value, key_cache, value_cache, **options)
+        our_append(key, value, key_cache, value_cache, **options)
     assert bool(key_cache.isnan().all()) and bool(value_cache.isnan().all())
 
 
@@ -367,6 +372,6 @@ def test_input_that_requires_grad_raises_only_in_grad_mode(which: int) -> None:
     inputs, options = Case("grad", H=2, rotary=64).inputs(torch.device("cpu"))
     (*inputs, options["query"])[which].requires_grad_()
     with pytest.raises(ValueError, match="grad"):
-        append_kvcache(*inputs, **options)
+        our_append(*inputs, **options)
     with torch.no_grad():
-        append_kvcache(*inputs, **options)
+        our_append(*inputs, **options)

@@ -422,9 +422,5 @@ def test_debug_checks_find_a_stale_schedule() -> None:
     args, state = cache_inputs(case, torch.device("cuda"))
     schedule = make_schedule(case, state, 304)
     state["cache_seqlens"][0] = 20
-    debug_checks(True)
-    try:
-        with pytest.raises(ValueError, match="schedule"):
-            attend(case, args, state, schedule=schedule)
-    finally:
-        debug_checks(False)
+    with debug_checks(), pytest.raises(ValueError, match="schedule"):
+        attend(case, args, state, schedule=schedule)

@@ -11,7 +11,13 @@ from cases import Case, cache_inputs, dense_inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_func, fused_kv_attn_with_kvcache
+from fusedkv_ext import (
+    append_kvcache,
+    fuse_kv,
+    fused_kv_attn_func,
+    fused_kv_attn_with_kvcache,
+    rope_append_kvcache,
+)
 from fusedkv_ext.testing import assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
@@ -81,8 +87,8 @@ def inputs_of(name: str, T: int) -> tuple[Callable[..., object], tuple, dict[str
     angles = torch.randn(T, 4)
     new = torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
     query = torch.randn(2, 4, 3, 16).transpose(1, 2)
-    options = {**state, "rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "query": query}
-    return append_kvcache, (*new, args[1][0], args[2][0]), options
+    options = {**state, "rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    return rope_append_kvcache, (query, *new, args[1][0], args[2][0]), options
 
 
 @pytest.mark.parametrize("T", [8, 9], ids=["contiguous", "paged"])
@@ -91,10 +97,10 @@ def test_compiles_into_one_graph_with_the_same_bits(name: str, T: int) -> None:
     function, args, options = inputs_of(name, T)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     if name == "append_kvcache":
-        copies = args[2].clone(), args[3].clone()
+        copies = args[3].clone(), args[4].clone()
         rotated = function(*args, **options)
-        assert_same_bits(compiled(*args[:2], *copies, **options), rotated)
-        assert_same_bits(tuple(x.nan_to_num() for x in copies), tuple(x.nan_to_num() for x in args[2:]))
+        assert_same_bits(compiled(*args[:3], *copies, **options), rotated)
+        assert_same_bits(tuple(x.nan_to_num() for x in copies), tuple(x.nan_to_num() for x in args[3:]))
         return
     assert_same_bits(compiled(*args, **options), function(*args, **options))
 

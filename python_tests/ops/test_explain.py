@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_document_ids_take_the_dense_path(called: list[str]) -> None:
     assert said.path == "fuse-once" and "document_ids" in said.reason
     fkv.fused_kv_attn_func(*args, causal=True, document_ids=ids)
     assert called == ["fuse_kv_pair"]
+
+
+def test_causal_is_by_default_that_of_the_call_explained() -> None:
+    """False for fused_kv_attn_func, True for fused_kv_attn_with_kvcache."""
+    args = dense_inputs(Case("default", S=7, T=19), CPU)
+    lengths = torch.full((2,), 19, dtype=torch.int32)
+    for state, causal in (({}, False), ({"cache_seqlens": lengths}, True)):
+        said = fkv.explain(*args, **state)
+        assert said == fkv.explain(*args, **state, causal=causal)
+        assert said.flops != fkv.explain(*args, **state, causal=not causal).flops
+    functions = (fkv.fused_kv_attn_func, fkv.fused_kv_attn_with_kvcache)
+    assert [inspect.signature(f).parameters["causal"].default for f in functions] == [False, True]
 
 
 CACHE_CASES = [

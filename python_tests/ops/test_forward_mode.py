@@ -247,7 +247,7 @@ def cached_call(name: str) -> tuple[Callable[..., object], dict[str, object]]:
         angles = torch.randn(40, 4)
         rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
         caches = {"key_cache": keys[0], "value_cache": values[0], "cache_seqlens": lengths}
-        return fkv.append_kvcache, {**new, **caches, **rotary}
+        return fkv.rope_append_kvcache, {**new, **caches, **rotary}
     if name == "backward":
         sources = {"grad": keys[0].clone(), "sources": keys, "weights": a}
         return fkv.fuse_kv_backward, {**sources, "grad_sources": [torch.zeros_like(x) for x in keys]}

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, cache_inputs, dense_inputs, named, random_tensor
+from cases import Case, append, cache_inputs, dense_inputs, named, random_tensor
 from tiny import tiny_decoder
 from torch import Tensor
 
@@ -217,8 +217,8 @@ def test_append_kvcache(D: int, Dv: int, page_size: int | None, rotary: int, dev
         angles = torch.randn(12, rotary // 2, device=device)
         options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "query": query}
     caches = [keys[0].clone(), values[0].clone()], [keys[0].double(), values[0].double()]
-    rotated = fkv.append_kvcache(*new, *caches[0], **options)
-    exact = reference.append_kvcache(*new, *caches[1], **options, dtype=FP64)
+    rotated = append(fkv, *new, *caches[0], **options)
+    exact = append(reference, *new, *caches[1], **options, dtype=FP64)
     for got, expected in zip(caches[0], caches[1], strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     if rotary:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case, cache_inputs, named, random_tensor
 
-from fusedkv_ext import append_kvcache, fuse_kv, fuse_kv_backward, fused_kv_attn_with_kvcache
+from fusedkv_ext import fuse_kv, fuse_kv_backward, fused_kv_attn_with_kvcache, rope_append_kvcache
 from fusedkv_ext.ops import native, reference
 from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_same_bits
 
@@ -159,12 +159,15 @@ def test_append_with_rotation_matches_oracle(level: str, dtype: torch.dtype) -> 
             "cache_seqlens": torch.tensor([9, 2], dtype=torch.int32),
             "rotary_cos": angles.cos(),
             "rotary_sin": angles.sin(),
-            "query": torch.randn(2, 3, 6, dim).to(dtype),
         }
-        rotated = append_kvcache(key, value, *caches, **options)
+        query = torch.randn(2, 3, 6, dim).to(dtype)
+        rotated = rope_append_kvcache(query, key, value, *caches, **options)
         results = (
-            (*exact, reference.append_kvcache(key, value, *exact, **options, dtype=torch.float64)),
-            (*same_maths, reference.append_kvcache(key, value, *same_maths, **options)),
+            (
+                *exact,
+                reference.rope_append_kvcache(query, key, value, *exact, **options, dtype=torch.float64),
+            ),
+            (*same_maths, reference.rope_append_kvcache(query, key, value, *same_maths, **options)),
         )
         assert_close((*caches, rotated), *results, f"cache, D={dim}")
 

@@ -138,9 +138,22 @@ def test_names_are_read_kindly():
     assert CachePlan.named("FusedKV_Lite", 4) == CachePlan.named("fusedkv-lite", 4)
 
 
+def test_labels_carry_options():
+    assert CachePlan.named("cla:factor=3", 6) == CachePlan.named("cla", 6, factor=3)
+    label = "FusedKV:storage_layers=2:granularity=head"
+    assert CachePlan.named(label, 6) == CachePlan.named("fusedkv", 6, storage_layers=2, granularity="head")
+    assert CachePlan.named("fusedkv:storage_layers=2", 6, granularity="head") == CachePlan.named(label, 6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
+        (("cla:factor", 4), {}, ValueError, "expected option=value after ':', as in cla:factor=3, got 'fac"),
+        (("cla:", 4), {}, ValueError, "expected option=value after ':', as in cla:factor=3, got ''"),
+        (("cla:factr=2", 4), {}, ValueError, "'cla' has no option 'factr'; its options: factor"),
+        (("cla:factor=2:factor=2", 4), {}, ValueError, "option 'factor' must be given once"),
+        (("cla:factor=2", 4), {"factor": 2}, ValueError, "'factor' must be given once, got it in 'cla:fac"),
+        (("nope:factor=2", 4), {}, ValueError, "plan name must be one of vanilla, gqa, .*, got 'nope'"),
         (("nope", 4), {}, ValueError, "plan name must be one of vanilla, gqa, .*, got 'nope'"),
         ((None, 4), {}, TypeError, "name must be a str"),
         (("yoco", 0), {}, ValueError, "num_layers must be at least 1, got 0"),

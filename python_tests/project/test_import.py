@@ -3,6 +3,7 @@ interpreters."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import statistics
@@ -94,3 +95,17 @@ def test_native_module_that_cannot_be_loaded_gives_one_clear_sentence(tmp_path: 
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     sentence = only_sentence(import_of_a_copy(tmp_path, {name: b"not a shared object"}))
     assert "fusedkv_ext" in sentence and "does not load" in sentence and "pip install" in sentence
+
+
+def test_dir_shows_the_public_names_and_nothing_else() -> None:
+    lazy = {"conversion", "hf", "testing"}
+    assert set(dir(fusedkv_ext)) == set(fusedkv_ext.__all__) | lazy
+    for name in fusedkv_ext.__all__:
+        assert getattr(fusedkv_ext, name) is not None
+    assert importlib.import_module("fusedkv_ext.testing") is fusedkv_ext.testing
+
+
+def test_no_public_name_is_that_of_a_submodule() -> None:
+    """Importing the submodule would put it in the place of the function or class."""
+    shadowed = [name for name in fusedkv_ext.__all__ if importlib.util.find_spec(f"fusedkv_ext.{name}")]
+    assert not shadowed

@@ -11,7 +11,7 @@ import torch
 from cases import Case, as_cache, block_table, cache_inputs, named, random_tensor, to_device
 from torch import Tensor
 
-from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_with_kvcache
+from fusedkv_ext import fuse_kv, fused_kv_attn_with_kvcache, rope_append_kvcache
 from fusedkv_ext.ops import reference
 from fusedkv_ext.testing import assert_matches_oracle
 
@@ -54,12 +54,14 @@ def test_append(page_size: int | None, device: torch.device) -> None:
     table = block_table(lengths, 48, page_size) if page_size else None
     cache = as_cache(torch.randn(2, 48, 2, 64), lengths, page_size, table).nan_to_num(0.5)
     angles = torch.randn(48, 32)
-    state = dict(cache_seqlens=torch.tensor(lengths, dtype=torch.int32), block_table=table, query=query)
+    state = dict(cache_seqlens=torch.tensor(lengths, dtype=torch.int32), block_table=table)
     state.update(rotary_cos=angles.cos(), rotary_sin=angles.sin())
-    key, value, cache, state = to_device((key, value, cache, state), device)
+    query, key, value, cache, state = to_device((query, key, value, cache, state), device)
 
     def append(op: Callable[..., Tensor], **options: torch.dtype) -> tuple[Tensor, ...]:
         caches = [cache.to(options.get("dtype", BF16), copy=True) for _ in range(2)]
-        return op(key, value, *caches, **state, **options), *caches
+        return op(query, key, value, *caches, **state, **options), *caches
 
-    assert_matches_oracle(partial(append, append_kvcache), partial(append, reference.append_kvcache))
+    assert_matches_oracle(
+        partial(append, rope_append_kvcache), partial(append, reference.rope_append_kvcache)
+    )
