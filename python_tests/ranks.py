@@ -45,7 +45,7 @@ def run_ranks(file: str, folder: Path, processes: int = 2) -> list[dict[Any, Any
     """Runs ``file`` with ``folder`` as its argument in that many processes: what each rank found."""
     folder.mkdir(parents=True, exist_ok=True)
     started = torchrun(file, folder, folder=folder, processes=processes)
-    _, err = started.communicate(timeout=180)
+    _, err = started.communicate(timeout=float(os.environ.get("FUSEDKV_TEST_TIMEOUT", "180")))
     assert started.returncode == 0, err[-4000:]
     return [torch.load(folder / f"rank{i}.pt", weights_only=False) for i in range(processes)]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedkv_ext.training.loss import Head
+from fusedkv_ext.ops.head_loss import Head
 
 MATCHED = ("attention", "hidden")
 # Of `_probe`: largest difference of logits that rounding explains, as a share of the largest logit.
@@ -66,7 +66,7 @@ class LanguageModelParts:
         device = next(self.model.parameters()).device
         ids = torch.arange(8, device=device)[None] % self.head.weight.shape[0]
         expected = self.model(input_ids=ids, use_cache=False).logits
-        found = torch.nn.functional.linear(self(ids).hidden, *self.head)
+        found = torch.nn.functional.linear(self(ids).hidden, self.head.weight, self.head.bias)
         if (found - expected).abs().max() > _TOLERANCE * expected.abs().max():
             raise ValueError(
                 f"{type(self.model).__name__} does more to its logits than apply its output embedding to the "

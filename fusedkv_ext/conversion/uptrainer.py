@@ -16,8 +16,9 @@ from fusedkv_ext.conversion.trainable import Trainable
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.evaluation.hf_perplexity import perplexity
+from fusedkv_ext.ops.head_loss import Workspace, head_losses
+from fusedkv_ext.ops.packing import next_tokens
 from fusedkv_ext.training.data.tokens import TokenData, training_batch
-from fusedkv_ext.training.loss import Workspace, head_losses, shifted_labels
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Uptrainer:
             head = head_losses(
                 ours.hidden,
                 self.student.head,
-                shifted_labels(ids),
+                next_tokens(ids),
                 ce_weight=settings.ce_weight,
                 kl_weight=settings.kl_weight,
                 temperature=settings.temperature,

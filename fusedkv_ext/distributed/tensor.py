@@ -20,14 +20,16 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
-from fusedkv_ext.layers.decoder import MLP, Decoder, DecoderConfig
+from fusedkv_ext.layers.decoder import MLP, Decoder, DecoderConfig, OutputHead
 from fusedkv_ext.layers.shards import for_all_ranks, local
+from fusedkv_ext.ops.head_loss import Head, VocabShard, head_losses
 from fusedkv_ext.plan import CachePlan
 
 __all__ = ["HeadOrder", "check_shares", "head_order", "head_orders", "apply_tp"]
@@ -253,16 +255,34 @@ class VocabParallelEmbedding(nn.Embedding):
         return _summed(found.masked_fill(elsewhere[..., None], 0), self.tp)
 
 
-class VocabParallelHead(ColumnParallelLinear):
-    """Logits of some words on each rank, then of all words on all."""
+class VocabParallelHead(ColumnParallelLinear, OutputHead):
+    """Logits of some tokens of the vocabulary on each rank, then of all tokens on all; or their loss, for
+    which ranks exchange three numbers per position.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        some = super().forward(for_all_ranks(x, self.tp))
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, num_target_tokens: Tensor | float | None = None
+    ) -> Tensor:
+        x = for_all_ranks(x, self.tp)
+        if targets is not None:
+            head = Head(local(self.weight), None if self.bias is None else local(self.bias), self._shard())
+            return head_losses(x, head, targets, num_target_tokens=num_target_tokens).loss
+        some = super().forward(x)
         shape = torch.Size((*some.shape[:-1], self.out_features))
         stride = torch.empty(shape, device="meta").stride()
         placement = Shard(some.dim() - 1)
         logits = DTensor.from_local(some, self.tp, [placement], run_check=False, shape=shape, stride=stride)
         return logits.redistribute(placements=[Replicate()]).to_local()
+
+    def _shard(self) -> VocabShard:
+        group, ranks = self.tp.get_group(), self.tp.size()
+        return VocabShard(
+            rank=self.tp.get_local_rank(),
+            ranks=ranks,
+            size=-(-self.out_features // ranks),
+            maximum=lambda x: dist.all_reduce(x, dist.ReduceOp.MAX, group=group),
+            total=lambda x: dist.all_reduce(x, group=group),
+        )
 
 
 def _summed(x: Tensor, tp: DeviceMesh) -> Tensor:

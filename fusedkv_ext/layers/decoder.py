@@ -25,12 +25,13 @@ from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.layers.latent_attention import LatentAttention
 from fusedkv_ext.layers.moe import Experts, MoE
 from fusedkv_ext.layers.shards import common_seed
+from fusedkv_ext.ops.head_loss import Head, head_losses
 from fusedkv_ext.ops.packing import IGNORED, check_packing, document_positions, next_tokens
 from fusedkv_ext.ops.recompute import Checkpointing, run_again
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "OutputHead"]
 
 
 class MLP(nn.Module):
@@ -230,6 +231,22 @@ class DecoderModel(nn.Module):
         return self.norm(x), torch.stack(balances).mean() if balances else None
 
 
+class OutputHead(nn.Linear):
+    """Hidden states (B, S, C) -> logits (B, S, vocab), or the loss of these without holding them all."""
+
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, num_target_tokens: Tensor | float | None = None
+    ) -> Tensor:
+        """Logits or, with ``targets`` (B, S), the sum of the cross-entropies over ``num_target_tokens``.
+
+        The loss is a call of the module, so that whatever gathers its weights (FSDP2) does so.
+        """
+        if targets is None:
+            return super().forward(x)
+        head = Head(self.weight, self.bias)
+        return head_losses(x, head, targets, num_target_tokens=num_target_tokens).loss
+
+
 class Decoder(nn.Module):
     """A causal language model whose cache follows ``config.plan``.
 
@@ -242,7 +259,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = DecoderModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         self.tp: Any = None  # the DeviceMesh of processes that share the heads (parallel/tensor.py)
         self.reset_parameters()
         self.tie_weights()
@@ -282,19 +299,20 @@ class Decoder(nn.Module):
         logits_to_keep: int = 0,
         lengths: Sequence[int] | None = None,
         advance: bool = True,
+        return_logits: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the next tokens, and with ``labels`` the loss.
+        """Logits of the next tokens, and with ``labels`` the loss. ``loss`` is the loss alone.
 
         Args:
             ids: (B, S) integers; with a cache the next S tokens of each sequence.
-            labels: (B, S), usually ids themselves: position t is judged by labels[t + 1], -100 is left out.
-                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0 where
-                nothing is judged. In training mode a model with experts adds router_aux_loss_coef times its
-                mean ``balance_loss``; in evaluation mode the loss is the cross-entropy alone. Not together
-                with ``logits_to_keep``.
+            labels: (B, S), usually ids themselves: position t predicts labels[t + 1], -100 is left out.
+                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0
+                without any target token. In training mode a model with experts adds router_aux_loss_coef
+                times its mean ``balance_loss``; in evaluation mode the loss is the cross-entropy alone. Not
+                together with ``logits_to_keep``.
             document_ids: (B, S) int32 or int64, the document of each token of packed sequences. A token sees
                 its own document only, positions begin anew where the ids change, and the first token of a
-                document is not judged: the result is that of separate documents. Not with a cache.
+                document is no target: the is that of separate documents. Not with a cache.
             num_target_tokens: what the sum of the cross-entropies is divided by; default: the target
                 tokens of this call. For a batch in parts of unequal counts: the mean of these counts.
             cache: from ``make_cache``; it is advanced and filled. Not differentiable: call under
@@ -305,10 +323,12 @@ class Decoder(nn.Module):
                 left being padding; the longest must be S. None: S each.
             advance: with a cache, make room for the S tokens first. False where the caller has done so, with
                 ``cache.advance``: what remains is work of the device alone, to be captured in a CUDA graph.
+            return_logits: False, with labels: the loss alone, without ever holding the logits of all tokens
+                (``ops.head_loss``).
 
         Returns:
-            logits (B, S or logits_to_keep, vocab), or (logits, loss). Under context parallelism logits of
-            this rank's tokens and the loss of all.
+            logits (B, S or logits_to_keep, vocab), (logits, loss), or loss. Under context parallelism logits
+            of this rank's tokens and the loss of all.
 
         Raises ValueError for shapes, dtypes or combinations other than these, for positions beyond
         max_position_embeddings, and CacheFullError.
@@ -322,8 +342,12 @@ class Decoder(nn.Module):
             raise ValueError(f"num_target_tokens must be above 0, and needs labels; got {num_target_tokens}")
         if cache is not None and advance:
             cache.advance(ids.shape[1] if lengths is None else lengths)
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False leaves the loss alone, which needs labels")
         hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep, document_ids=document_ids)
-        logits = self.lm_head(hidden)
+        logits = None
+        if return_logits or not isinstance(self.lm_head, OutputHead):  # another head gives logits only
+            logits = self.lm_head(hidden)
         if labels is None:
             return logits
         context, targets = self.model.context, next_tokens(labels, document_ids)
@@ -331,15 +355,44 @@ class Decoder(nn.Module):
             num_target_tokens = (targets != IGNORED).sum().clamp(min=1)
         if context is not None:
             targets = context.take(targets)
-        rows = logits.flatten(0, 1)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        loss = (
-            F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-            / num_target_tokens
-        )
+        if logits is None:
+            loss = self.lm_head(hidden, targets, num_target_tokens)
+        else:
+            rows = logits.flatten(0, 1)
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = loss / num_target_tokens
         if balance is not None:
             loss = loss + self.config.router_aux_loss_coef * balance
-        return logits, loss if context is None else context.sum(loss)
+        loss = loss if context is None else context.sum(loss)
+        return (logits, loss) if return_logits else loss
+
+    def loss(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        num_target_tokens: float | None = None,
+    ) -> Tensor:
+        """The loss of ``forward`` without its logits, which never exist for all tokens at once.
+
+        A vocabulary of 128,000 takes 0.5 MB of logits per token, and a plain loss several times that.
+        Differentiable once.
+
+        Args:
+            ids, labels, document_ids, num_target_tokens: as in ``forward``.
+
+        Returns:
+            The loss, a scalar in fp32 (fp64 for an fp64 model).
+        """
+        return self(
+            ids,
+            labels,
+            document_ids=document_ids,
+            num_target_tokens=num_target_tokens,
+            return_logits=False,
+        )
 
     def make_cache(
         self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None

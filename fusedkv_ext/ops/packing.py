@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["IGNORED", "check_packing", "document_ids_of", "document_positions", "next_tokens"]
 
-IGNORED = -100  # a label that is not judged, as in torch and HF
+IGNORED = -100  # a label that is no target, as in torch and HF
 
 
 def document_ids_of(ids: Tensor, separator: int) -> Tensor:
@@ -33,7 +33,7 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def next_tokens(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """What each position is judged by, (B, S): the label behind it; IGNORED at the end of the sequence and,
+    """The target of each position, (B, S): the label behind it; IGNORED at the end of the sequence and,
     with ``document_ids`` (B, S), where that label belongs to another document."""
     targets = labels[:, 1:]
     if document_ids is not None:

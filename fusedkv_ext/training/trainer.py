@@ -29,7 +29,7 @@ from fusedkv_ext.training.config import ModelSection, OptimSection, TrainConfig
 from fusedkv_ext.training.data.tokens import (
     TokenData,
     check_length,
-    judged_tokens,
+    num_target_tokens,
     rows_of,
     training_batch,
     validation_batches,
@@ -130,8 +130,8 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
 
 
 class Trainer:
-    """Trains a module that maps `(ids, labels)` to `(logits, loss)`; labels are the ids, shifted inside the
-    module. With `data.document_masks` it also gets `document_ids` and `num_target_tokens`, as `Decoder` does.
+    """Trains a module by its method `loss(ids, labels)`; labels are the ids, shifted inside the module. With
+    `data.document_masks` it also gets `document_ids` and `num_target_tokens`, as `Decoder.loss` does.
 
     model: fp32 weights, moved to `device`; under torchrun a Decoder, the same on all processes, which is then
     shared among them as `config.parallel` says: parameters become DTensors, and each data rank runs its rows
@@ -217,14 +217,14 @@ class Trainer:
         return training_batch(self.data.train, run.seed, self.step, run.batch_size, data.seq_len, rows)
 
     def _num_target_tokens(self, windows: Tensor) -> float | None:
-        """By what each part divides its sum of losses: the judged tokens of the whole batch over the number
+        """By what each part divides its sum of losses: the target tokens of the whole batch over the number
         of all parts. The mean over parts is then the mean over tokens, whichever parts these are in. None:
         all parts have equally many.
         """
         if self._separator is None:
             return None
-        judged = self._total(judged_tokens(windows, self._separator))
-        return max(judged, 1.0) / (self.config.run.accumulate * self.data_ranks)
+        targets = self._total(num_target_tokens(windows, self._separator))
+        return max(targets, 1.0) / (self.config.run.accumulate * self.data_ranks)
 
     def _loss(self, ids: Tensor, num_target_tokens: float | None = None) -> Tensor:
         ids, options = ids.to(self.device), {}
@@ -232,7 +232,7 @@ class Trainer:
             document_ids = document_ids_of(ids, self._separator)
             options = {"document_ids": document_ids, "num_target_tokens": num_target_tokens}
         with self._autocast():
-            return self.model(ids, labels=ids, **options)[1]
+            return self.model.loss(ids, ids, **options)
 
     def train_step(self) -> StepResult:
         """One optimizer step. Raises TrainingDiverged, before the weights change, when something is not
@@ -280,7 +280,7 @@ class Trainer:
         run, data = self.config.run, self.config.data
         was_training = self.model.training
         self.model.eval()
-        total = judged = 0.0
+        total = targets = 0.0
         limit = max_batches or run.valid_batches
         parts = run.accumulate * self.data_ranks
         batches = validation_batches(self.data.valid, run.batch_size // parts, data.seq_len, limit * parts)
@@ -289,8 +289,8 @@ class Trainer:
             ids = turn[min(self.data_rank, len(turn) - 1)]
             loss = self._loss(ids)
             if self.data_rank < len(turn):
-                tokens = judged_tokens(ids, self._separator)
+                tokens = num_target_tokens(ids, self._separator)
                 total += loss.item() * tokens
-                judged += tokens
+                targets += tokens
         self.model.train(was_training)
-        return self._total(total) / max(self._total(judged), 1.0)
+        return self._total(total) / max(self._total(targets), 1.0)

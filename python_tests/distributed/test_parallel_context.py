@@ -78,7 +78,7 @@ def model_of(case: str) -> Decoder:
 
 
 def batch(case: str = "", rows: int = BATCH) -> dict[str, Tensor]:
-    """Ids, labels whose judged tokens are spread unevenly over the ranks, and documents that cross chunks."""
+    """Ids, labels whose target tokens are spread unevenly over the ranks, and documents that cross chunks."""
     ids = torch.randint(61, (rows, TOKENS), generator=torch.Generator().manual_seed(6))
     labels = ids.clone()
     labels[0, 3:14] = -100
@@ -111,13 +111,21 @@ def found_in(model: Decoder, inputs: dict[str, Tensor]) -> dict[str, Any]:
     with Counted() as backward:
         loss.backward()
     found = {"loss": loss.detach(), "logits": logits.detach(), "gradients": gradients(model)}
+    model.zero_grad()  # now: after a forward without gradients FSDP2 has other parameters in their place
     with torch.no_grad():
         evaluated = model(**inputs)[1]
+    without = model.loss(**inputs)
+    without.backward()
+    found["without logits"] = {"loss": without.detach(), "gradients": gradients(model)}
     return {**found, "evaluated": evaluated, "forward": forward.moved, "backward": backward.moved}
 
 
 def added(ranks: list[dict[str, Any]], name: str) -> Tensor:
     return sum(rank["gradients"][name] for rank in ranks)
+
+
+def without_logits(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rank["without logits"] for rank in ranks]
 
 
 def compare(loss: Tensor, gradient: Callable[[str], Tensor], alone: dict[str, Any], where: str) -> None:
@@ -159,6 +167,8 @@ def test_two_ranks_add_up_to_one_process(case: str, two: list[dict[str, Any]]) -
     alone = found_in(model_of(case), batch(case))
     for rank in two:
         compare(rank[case]["loss"], lambda name: added([r[case] for r in two], name), alone, case)
+        lean = without_logits([r[case] for r in two])
+        compare(rank[case]["without logits"]["loss"], partial(added, lean), alone, case)
         torch.testing.assert_close(rank[case]["evaluated"], alone["evaluated"], rtol=1e-10, atol=0)
     assert torch.equal(two[0][case]["loss"], two[1][case]["loss"])
 
@@ -176,6 +186,8 @@ def test_with_sharded_weights_every_rank_has_the_whole_gradient(case: str, two: 
     alone = found_in(model_of(name), batch(name))
     for rank in two:
         compare(rank[case]["loss"], rank[case]["gradients"].__getitem__, alone, case)
+        lean = rank[case]["without logits"]
+        compare(lean["loss"], lean["gradients"].__getitem__, alone, case)
         again = rank[case]["backward"]["all_gather_into_tensor"]
         assert again == (rank[name]["forward"]["all_gather_into_tensor"][::-1] if how else [])
 
@@ -186,6 +198,8 @@ def test_two_ranks_share_the_tokens_and_two_the_heads(case: str, four: list[dict
     for rank in four:
         found = rank[f"{case}, heads"]
         compare(found["loss"], found["gradients"].__getitem__, alone, case)
+        lean = found["without logits"]
+        compare(lean["loss"], lean["gradients"].__getitem__, alone, case)
         one_head = context_traffic(PLANS[CASES[case][0]], 1, HEAD_DIM, BATCH * TOKENS, 2, torch.float64)
         assert sum(found["backward"]["reduce_scatter_tensor"]) == 2 * one_head  # sent: half of each
 
@@ -200,7 +214,7 @@ def test_compiled_layers_compute_the_same(two: list[dict[str, Any]]) -> None:
 
 
 def test_two_data_ranks_of_two_context_ranks(four: list[dict[str, Any]]) -> None:
-    """Each data rank's loss is a mean over its own rows, all of them judged: the gradients' sum is twice the
+    """Each data rank's loss is a mean over its own rows, all of them targets: the gradients' sum is twice the
     whole batch's."""
     ids = batch(rows=4)["ids"]
     alone = found_in(model_of("fusedkv"), {"ids": ids, "labels": ids})

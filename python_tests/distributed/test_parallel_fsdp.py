@@ -72,7 +72,9 @@ def step(model: Decoder, ids: Tensor, parts: int = 1, ranks: int = 1) -> tuple[T
     for i, ids_part in enumerate(ids.chunk(parts), 1):
         if ranks > 1:
             synchronize(model, i == parts)
-        part_loss = model(ids_part, ids_part)[1] / (parts * ranks)
+        # The processes take the loss without logits, the one process with them.
+        whole = model.loss(ids_part, ids_part) if ranks > 1 else model(ids_part, ids_part)[1]
+        part_loss = whole / (parts * ranks)
         part_loss.backward()
         loss += part_loss.detach()
     return loss, gradients(model)

@@ -25,7 +25,7 @@ from fusedkv_ext.ops.packing import IGNORED, document_ids_of, document_positions
 from fusedkv_ext.training import loop, session
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
-from fusedkv_ext.training.data.tokens import TokenData, judged_tokens, rows_of, training_batch
+from fusedkv_ext.training.data.tokens import TokenData, num_target_tokens, rows_of, training_batch
 from fusedkv_ext.training.metrics import read_metrics, series
 from fusedkv_ext.training.progress import SilentProgress
 from fusedkv_ext.training.trainer import Trainer, build_model
@@ -159,7 +159,7 @@ def test_positions_and_labels_follow_the_changes_of_the_ids() -> None:
 def test_a_separator_ends_its_document() -> None:
     ids = torch.tensor([[7, 0, 5, 5, 0, 0, 3], [0, 1, 1, 1, 1, 1, 0]])
     assert document_ids_of(ids, 0).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
-    assert judged_tokens(ids, 0) == 1 + 2 + 0 + 0 + 0 + 5 and judged_tokens(ids, None) == 12
+    assert num_target_tokens(ids, 0) == 1 + 2 + 0 + 0 + 0 + 5 and num_target_tokens(ids, None) == 12
 
 
 def test_labels_left_out_stay_left_out() -> None:
@@ -285,7 +285,7 @@ def test_the_number_of_parts_changes_nothing(tmp_path: Path, changes: dict[str, 
     for parts in (1, 2, 8):
         trainer = trainer_of(config_in(tmp_path, **changes, **{"run.accumulate": parts}))
         if parts == 8:
-            counts = [judged_tokens(window[None], 0) for window in trainer._windows()]
+            counts = [num_target_tokens(window[None], 0) for window in trainer._windows()]
             assert len(set(counts)) > 2, "parts have to differ in their numbers of judged tokens"
         found.append(three_steps(trainer)[1])
     for other in found[1:]:

@@ -76,7 +76,7 @@ def _training_step(model: fkv.Decoder, ids: Tensor) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            _, loss = model(ids, labels=ids)
+            loss = model.loss(ids, ids)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -249,8 +249,8 @@ def training_batch(
     return _windows(tokens, starts[rows].tolist(), seq_len)
 
 
-def judged_tokens(ids: Tensor, separator: int | None) -> int:
-    """How many tokens of windows (B, T) a model's loss judges: all but the first of each window or, with a
+def num_target_tokens(ids: Tensor, separator: int | None) -> int:
+    """Tokens of windows (B, T) that a model's loss predicts: all but the first of each window or, with a
     separator, of each document in it.
     """
     document_ids = None if separator is None else document_ids_of(ids, separator)
