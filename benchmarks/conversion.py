@@ -25,8 +25,7 @@ from fusedkv_ext.conversion import calibration_windows, convert_model, save_conv
 from fusedkv_ext.conversion.plan_search import SourceTable, search
 from fusedkv_ext.conversion.pooling import POOLING
 from fusedkv_ext.conversion.second_moments import Moments, collect
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
-from fusedkv_ext.evaluation.perplexity import read_text
+from fusedkv_ext.evaluation.perplexity import perplexity, read_text
 from fusedkv_ext.hf import cache_bytes_per_token, config_for
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 from fusedkv_ext.lab.reporting import write
@@ -90,7 +89,7 @@ def main() -> None:
     windows = calibration_windows(text, CALIBRATION_TOKENS, CALIBRATION_WINDOW)
 
     def judge(which: Any) -> float:
-        return perplexity(which, judged, window=WINDOW).perplexity
+        return perplexity(which, judged, context=WINDOW).perplexity
 
     given = {name: str(getattr(args, name).resolve()) for name in ("model", "text", "eval")}
     args.work.mkdir(parents=True, exist_ok=True)

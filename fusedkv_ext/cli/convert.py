@@ -77,10 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval",
         nargs="+",
         metavar="PATH",
-        help="text to judge before and after (default: that of --calibrate)",
+        help="text to score before and after (default: that of --calibrate)",
     )
     parser.add_argument(
-        "--eval-tokens", type=int, default=8192, help="tokens to judge (default: %(default)s)"
+        "--eval-tokens", type=int, default=8192, help="tokens to score (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: that of MODEL)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
@@ -179,8 +179,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from fusedkv_ext.conversion.explained_variance import explained_table
     from fusedkv_ext.conversion.second_moments import collect
-    from fusedkv_ext.evaluation.hf_perplexity import perplexity
-    from fusedkv_ext.evaluation.perplexity import read_text
+    from fusedkv_ext.evaluation.perplexity import perplexity, read_text
     from fusedkv_ext.hf.config import config_for
     from fusedkv_ext.hf.loading import load_causal_lm, load_config, load_tokenizer
     from fusedkv_ext.lab.reporting import aligned
@@ -201,8 +200,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.model}: {error}") from error
     if args.search:
         _storage_layers(args, config.num_hidden_layers)
-    judged = args.eval or args.calibrate
-    tokenizer = load_tokenizer(args.model, config.vocab_size, args.tokenizer) if judged else None
+    scored = args.eval or args.calibrate
+    tokenizer = load_tokenizer(args.model, config.vocab_size, args.tokenizer) if scored else None
     context = min(2048, config.max_position_embeddings)
     windows = None
     if args.calibrate:
@@ -210,11 +209,11 @@ def run(args: argparse.Namespace) -> int:
         windows = calibration_windows(
             read_text(args.calibrate).ids(tokenizer).long(), args.tokens, args.window
         )
-    text = None if judged is None else read_text(judged).ids(tokenizer)
+    text = None if scored is None else read_text(scored).ids(tokenizer)
     model = load_causal_lm(args.model, device=resolve_device(args.device))
     before = after = None
     if text is not None:
-        before = perplexity(model, text, window=context, max_tokens=args.eval_tokens)
+        before = perplexity(model, text, context=context, max_tokens=args.eval_tokens)
         say(f"original: perplexity {before.perplexity:.2f} over {before.tokens:,} tokens")
     moments = None
     if plan is None:
@@ -236,13 +235,13 @@ def run(args: argparse.Namespace) -> int:
         say(aligned(explained_table(conversion.plan, conversion.explained, conversion.repairs)))
     report: dict[str, Any] = {}
     if text is not None:
-        after = perplexity(conversion.model, text, window=context, max_tokens=args.eval_tokens)
+        after = perplexity(conversion.model, text, context=context, max_tokens=args.eval_tokens)
         say(f"converted: perplexity {after.perplexity:.2f}")
         report["perplexity"] = {
             "before": before.perplexity,
             "after": after.perplexity,
             "tokens": after.tokens,
-            "text": [str(path) for path in judged],
+            "text": [str(path) for path in scored],
         }
     save_conversion(conversion, args.out, args.model, report, tokenizer if args.tokenizer else None)
     _report(args, say)

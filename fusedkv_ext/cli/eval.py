@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="UTF-8 files or folders, all of them judged (default: what the default corpus holds out)",
+        help="UTF-8 files or folders, all of them scored (default: what the default corpus holds out)",
     )
     parser.add_argument("--tasks", type=_tasks, default=list(TASKS), metavar="TASK,...", help=",".join(TASKS))
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride", type=int, metavar="S", help="of perplexity's windows (default: --context)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=2**17, metavar="N", help="to judge; 0: all (default: %(default)s)"
+        "--max-tokens", type=int, default=2**17, metavar="N", help="to score; 0: all (default: %(default)s)"
     )
     retrieval = parser.add_argument_group("retrieval")
     retrieval.add_argument(
@@ -213,14 +213,14 @@ def _losses(
 
     stride = context if args.stride is None else args.stride
     settings = {"context": context, "max_tokens": args.max_tokens or None}
-    judged = None
+    losses = None
     if "perplexity" in args.tasks:
-        judged = window_losses(subject.model, ids, stride=stride, **settings)
-        subject.perplexity = judged.perplexity(text.tokens_per_byte(len(ids)))
+        losses = window_losses(subject.model, ids, stride=stride, **settings)
+        subject.perplexity = losses.perplexity(text.tokens_per_byte(len(ids)))
     if "positions" in args.tasks:
-        whole = judged if judged and stride == context else window_losses(subject.model, ids, **settings)
+        whole = losses if losses and stride == context else window_losses(subject.model, ids, **settings)
         subject.positions = whole.positions()
-    return judged
+    return losses
 
 
 def evaluate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Subject]]:
@@ -241,11 +241,11 @@ def evaluate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict
             say(f"{subject.name}: loss")
             if identity not in encoded:
                 encoded[identity] = text.ids(subject.tokenizer)
-            judged = _losses(args, subject, text, encoded[identity], context)
+            losses = _losses(args, subject, text, encoded[identity], context)
             if subject is subjects[0]:
-                first = judged
-            elif first and judged and identity == subjects[0].tokenizer.identity:
-                subject.difference = paired_difference(judged, first)
+                first = losses
+            elif first and losses and identity == subjects[0].tokenizer.identity:
+                subject.difference = paired_difference(losses, first)
         if questions:
             say(f"{subject.name}: retrieval")
             subject.retrieval = score_questions(subject.model, subject.tokenizer, questions)

@@ -44,8 +44,8 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--seed", dict(type=int, help="of the order of the text and of LoRA (default: 0)")),
     ("--tokenizer", dict(metavar="FILE", help="a tokenizer.json (default: that of FOLDER)")),
     ("--valid-text", dict(nargs="+", metavar="PATH", help="held-out text (default: 2 %% of --text)")),
-    ("--valid-tokens", dict(type=int, help="held-out tokens that are judged (default: 16384)")),
-    ("--valid-window", dict(type=int, help="tokens of context when judging (default: 2048)")),
+    ("--valid-tokens", dict(type=int, help="held-out tokens to score (default: 16384)")),
+    ("--valid-window", dict(type=int, help="tokens of context when scoring (default: 2048)")),
     ("--validations", dict(type=int, help="during the run (default: 10)")),
     ("--save-minutes", dict(type=float, help="between checkpoints (default: 10)")),
 )

@@ -58,8 +58,8 @@ class UptrainSettings:
     tokenizer: str | None = None  # a tokenizer.json; None: that of the folder
     valid_text: tuple[str, ...] = ()
     valid_fraction: float = 0.02  # of `text`, held out where valid_text is empty
-    valid_tokens: int = 16384  # judged at each validation
-    valid_window: int = 2048  # tokens of context when judging
+    valid_tokens: int = 16384  # scored at each validation
+    valid_window: int = 2048  # tokens of context when scoring
     validations: int = 10  # during the run, beside the first and the last
     save_minutes: float = 10.0  # between checkpoints
 

@@ -15,7 +15,7 @@ from fusedkv_ext.conversion.distill import LanguageModelParts, layer_loss
 from fusedkv_ext.conversion.trainable import Trainable
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.errors import ConfigError, TrainingDiverged
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
+from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.ops.head_loss import Workspace, head_losses
 from fusedkv_ext.ops.packing import next_tokens
 from fusedkv_ext.training.data.tokens import TokenData, training_batch
@@ -48,7 +48,7 @@ def held_out_loss(model: Any, ids: Tensor, settings: UptrainSettings, device: to
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.valid_window
     with autocast(settings, device):
         window = min(settings.valid_window, limit)
-        return perplexity(model, ids, window=window, max_tokens=settings.valid_tokens).loss
+        return perplexity(model, ids, context=window, max_tokens=settings.valid_tokens).loss
 
 
 class Uptrainer:

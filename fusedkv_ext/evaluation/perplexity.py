@@ -1,10 +1,10 @@
 """Loss of a trained model on text: perplexity, and the loss at each position of the context.
 
 A window feeds N = `context` tokens and predicts the token after each of them. With stride s, window k begins
-at token k * s; the first window judges all of its N predictions and every later one the last s of them. So
-each token of the text but the first is judged exactly once, and outside the first window with at least
-N - s + 1 tokens before it. s = N: windows that do not overlap. The last window ends with the text and may be
-shorter.
+at token k * s. All N predictions of the first window count, and the last s of every later one: their tokens
+are the target tokens. So each token of the text but the first is a target exactly once, and outside the first
+window with at least N - s + 1 tokens before it. s = N: windows that do not overlap. The last window ends with
+the text and may be shorter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.evaluation.language_model import LanguageModel
+from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.training.data.corpus import TextFile, default_corpus, split_files, user_corpus
 from fusedkv_ext.training.data.tokenizer import Tokenizer
 from fusedkv_ext.training.metrics import bits_per_byte
@@ -32,8 +34,8 @@ _BATCH_LOGITS = 2**24  # and logits
 _LOSS_LOGITS = 2**22  # logits whose loss is taken at once: it makes copies of them, in fp32
 
 
-class LanguageModel(Protocol):
-    """What is asked of a model: ``Decoder`` and ``hf.language_model.LanguageModel`` have it.
+class Scored(Protocol):
+    """A model whose losses can be taken: ``Decoder`` and ``LanguageModel`` are.
 
     config: with vocab_size and max_position_embeddings. Called with ids (B, S) it gives logits (B, S, V), of
     the last `logits_to_keep` positions where that is not 0.
@@ -50,7 +52,7 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """Documents that are judged. `origin` says in words where they come from."""
+    """Documents to evaluate on. `origin` says in words where they come from."""
 
     documents: tuple[str, ...]
     origin: str
@@ -116,10 +118,10 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Positions:
-    """Mean loss in nats per token by the number of tokens before the judged one, in buckets.
+    """Mean loss in nats per token by the number of tokens before the target token, in buckets.
 
     Bucket i: `first[i]` to `last[i]` tokens before it, both included, 1 to `context`; `tokens[i]` of them
-    were judged; `stderr[i]` is over windows, None where one window alone counts.
+    were targets; `stderr[i]` is over windows, None where one window alone counts.
     """
 
     first: tuple[int, ...]
@@ -146,14 +148,14 @@ class WindowLosses:
     stride: int
 
     def perplexity(self, tokens_per_byte: float | None = None) -> Perplexity:
-        """The mean over all judged tokens. tokens_per_byte: of the text, for bits per byte."""
+        """The mean over all target tokens. tokens_per_byte: of the text, for bits per byte."""
         loss, stderr = _mean(self.sums.sum(1), self.counts.sum(1))
         bits = None if tokens_per_byte is None else bits_per_byte(loss, tokens_per_byte)
         tokens, windows = int(self.counts.sum()), len(self.counts)
         return Perplexity(loss, stderr, math.exp(loss), bits, tokens, windows, self.context, self.stride)
 
     def positions(self) -> Positions:
-        """The mean over the tokens of each bucket in which any were judged."""
+        """The mean over the tokens of each bucket that has any target."""
         tokens = self.counts.sum(0)
         kept = [k for k, number in enumerate(tokens.tolist()) if number]
         means = [_mean(self.sums[:, k], self.counts[:, k]) for k in kept]
@@ -210,7 +212,7 @@ def position_buckets(context: int) -> tuple[int, ...]:
     return (*(end for end in ends if end < context), context)
 
 
-def check_context(model: LanguageModel, context: int, name: str = "the model") -> None:
+def check_context(model: Scored, context: int, name: str = "the model") -> None:
     """Raises ConfigError for a context that is empty or longer than the model has positions."""
     limit = model.config.max_position_embeddings
     if context < 1:
@@ -223,7 +225,7 @@ def check_context(model: LanguageModel, context: int, name: str = "the model") -
 
 
 @contextmanager
-def evaluation(model: LanguageModel) -> Iterator[torch.device]:
+def evaluation(model: Scored) -> Iterator[torch.device]:
     """Evaluation mode without gradients for a while; gives the model's device."""
     training = [module for module in model.modules() if module.training]
     try:
@@ -240,7 +242,7 @@ def evaluation(model: LanguageModel) -> Iterator[torch.device]:
 class _Window:
     start: int  # first token that is fed
     length: int  # tokens that are fed
-    judged: int  # predictions that count: the last ones
+    targets: int  # predictions that count: the last ones
 
 
 def _windows(tokens: int, context: int, stride: int, max_tokens: int | None) -> list[_Window]:
@@ -256,27 +258,34 @@ def _windows(tokens: int, context: int, stride: int, max_tokens: int | None) -> 
 
 def _batches(windows: Sequence[_Window], vocab_size: int) -> Iterator[list[_Window]]:
     """Consecutive windows of one shape, as many as fit into one forward pass."""
-    for (length, judged), group in itertools.groupby(windows, lambda window: (window.length, window.judged)):
-        rows = max(1, min(BATCH_TOKENS // length, _BATCH_LOGITS // (judged * vocab_size)))
+    for (length, targets), group in itertools.groupby(
+        windows, lambda window: (window.length, window.targets)
+    ):
+        rows = max(1, min(BATCH_TOKENS // length, _BATCH_LOGITS // (targets * vocab_size)))
         while batch := list(itertools.islice(group, rows)):
             yield batch
 
 
 def window_losses(
-    model: LanguageModel,
+    model: Scored,
     ids: Tensor,
     *,
     context: int,
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> WindowLosses:
-    """Loss of every judged token, as this module's docstring says, summed per window and bucket.
+    """Loss of every target token, as this module's docstring says, summed per window and bucket.
 
-    ids: (T,) integers. context: N, tokens that a window feeds. stride: s, 1..N; None: N. max_tokens: judge
-    about that many, in windows spread evenly over the text; None: all.
+    Args:
+        ids: (T,) integers.
+        context: N, tokens that a window feeds.
+        stride: s, 1..N; None: N.
+        max_tokens: score about that many, in windows spread evenly over the text; None: all.
 
-    Raises ConfigError for a context beyond the model's positions and for numbers out of range, ValueError
-    when the text is shorter than one window, RuntimeError when a loss is not finite.
+    Raises:
+        ConfigError: for a context beyond the model's positions and for numbers out of range.
+        ValueError: when the text is shorter than one window.
+        RuntimeError: when a loss is not finite.
     """
     stride = context if stride is None else stride
     check_context(model, context)
@@ -297,46 +306,75 @@ def window_losses(
     row = 0
     with evaluation(model) as device:
         for batch in _batches(windows, model.config.vocab_size):
-            length, judged = batch[0].length, batch[0].judged
+            length, targets = batch[0].length, batch[0].targets
             rows = torch.stack([ids[w.start : w.start + length + 1] for w in batch]).to(device, torch.int64)
-            nll = _losses(model, rows, judged).cpu()
+            nll = _losses(model, rows, targets).cpu()
             if not nll.isfinite().all():
                 raise RuntimeError("the model's loss is not finite: its weights are damaged or it diverged")
-            where = bucket[length - judged : length]
+            where = bucket[length - targets : length]
             sums[row : row + len(batch)].index_add_(1, where, nll)
             counts[row : row + len(batch)].index_add_(1, where, torch.ones_like(nll))
             row += len(batch)
     return WindowLosses(sums, counts, last, context, stride)
 
 
-def _losses(model: LanguageModel, rows: Tensor, judged: int) -> Tensor:
-    """Cross entropy of the last `judged` predictions of rows (B, S + 1): (B, judged) float64, in nats."""
-    inputs, targets = rows[:, :-1], rows[:, -judged:]
-    logits = model(inputs, logits_to_keep=0 if judged == inputs.shape[1] else judged)
-    rows_at_once = max(1, _LOSS_LOGITS // logits.shape[-1])
-    parts = zip(logits.flatten(0, 1).split(rows_at_once), targets.flatten().split(rows_at_once), strict=True)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    nll = [F.cross_entropy(part.to(wide), wanted, reduction="none") for part, wanted in parts]
+def _losses(model: Scored, rows: Tensor, num_targets: int) -> Tensor:
+    """Cross entropy of the last `num_targets` predictions of rows (B, S + 1), in nats: (B, num_targets)
+    float64. The logits of a Decoder exist for a few rows at a time.
+    """
+    inputs, targets = rows[:, :-1], rows[:, -num_targets:]
+    keep = 0 if num_targets == inputs.shape[1] else num_targets
+    rows_at_once = max(1, _LOSS_LOGITS // model.config.vocab_size)
+    if isinstance(model, Decoder):
+        hidden, _ = model.model(inputs, keep=keep)
+        parts = map(model.lm_head, hidden.flatten(0, 1).split(rows_at_once))
+    else:
+        parts = iter(model(inputs, logits_to_keep=keep).flatten(0, 1).split(rows_at_once))
+    nll = [_cross_entropy(*pair) for pair in zip(parts, targets.flatten().split(rows_at_once), strict=True)]
     return torch.cat(nll).view_as(targets).double()
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each row, computed in fp32 (fp64 for fp64 logits)."""
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
+    )
+
+
 def perplexity(
-    model: LanguageModel,
+    model: Any,
     ids: Tensor,
     *,
-    context: int,
+    context: int = 2048,
     stride: int | None = None,
     max_tokens: int | None = None,
     tokens_per_byte: float | None = None,
 ) -> Perplexity:
-    """Mean loss of a text (T,); arguments and errors as in `window_losses`, `Text.tokens_per_byte`."""
-    return window_losses(model, ids, context=context, stride=stride, max_tokens=max_tokens).perplexity(
-        tokens_per_byte
-    )
+    """Mean loss of a text in nats per token, its exponential, and the number of target tokens.
+
+    Losses are computed in fp32, for a few rows of logits at a time, and summed in fp64.
+
+    Args:
+        model: a ``Decoder``, or any causal language model of transformers, in any dtype.
+        ids: (T,) integers. A text of T <= context tokens is one window, whose T - 1 last tokens are targets.
+        context, stride, max_tokens: as in `window_losses`.
+        tokens_per_byte: `Text.tokens_per_byte`, for bits per byte.
+
+    Raises:
+        ConfigError: for a context beyond the model's positions and for numbers out of range.
+        ValueError: for a text of fewer than two tokens.
+        RuntimeError: when a loss is not finite.
+    """
+    if ids.ndim != 1 or len(ids) < 2:
+        raise ValueError(f"ids must be one text of at least 2 tokens, got shape {tuple(ids.shape)}")
+    if hasattr(model.config, "get_text_config"):
+        model = LanguageModel(model)
+    context = min(context, len(ids) - 1)
+    stride = None if stride is None else min(stride, context)
+    losses = window_losses(model, ids, context=context, stride=stride, max_tokens=max_tokens)
+    return losses.perplexity(tokens_per_byte)
 
 
-def per_position(
-    model: LanguageModel, ids: Tensor, *, context: int, max_tokens: int | None = None
-) -> Positions:
+def per_position(model: Scored, ids: Tensor, *, context: int, max_tokens: int | None = None) -> Positions:
     """Loss by position in windows that do not overlap; arguments and errors as in `window_losses`."""
     return window_losses(model, ids, context=context, max_tokens=max_tokens).positions()

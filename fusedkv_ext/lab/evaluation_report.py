@@ -1,4 +1,4 @@
-"""Tables and pictures of an evaluation: models by name, all judged on the same text and questions."""
+"""Tables and pictures of an evaluation: models by name, all on the same text and questions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def positions_table(results: Mapping[str, Positions]) -> str:
         (_between(*ends), *(_number(result.loss[i], result.stderr[i]) for result in results.values()))
         for i, ends in enumerate(zip(first.first, first.last, strict=True))
     ]
-    title = "Loss by position: nats per token, by the number of tokens before the judged one"
+    title = "Loss by position: nats per token, by the number of tokens before the target token"
     return f"{title}\n{aligned([('before', *results), *rows], rule=False)}"
 
 
@@ -98,7 +98,7 @@ def retrieval_table(results: Mapping[str, Retrieval]) -> str:
 
 
 def position_curves(curves: Mapping[str, Positions]) -> Figure:
-    """Loss over the number of tokens before the judged one, a line per model with one standard error."""
+    """Loss over the number of tokens before the target token, a line per model with one standard error."""
     figure, axes = figures.new_figure(7.2, 4.4)
     for index, (name, curve) in enumerate(curves.items()):
         shade = figures.color(name, index)
@@ -110,7 +110,7 @@ def position_curves(curves: Mapping[str, Positions]) -> Figure:
         axes.fill_between(middle, low, high, color=shade, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlabel("tokens of context before the judged one")
+    axes.set_xlabel("tokens of context before the target token")
     axes.set_ylabel("nats per token")
     axes.set_title("Loss by position; bands: one standard error over windows", loc="left", fontsize=11)
     axes.legend(frameon=False)

@@ -25,7 +25,7 @@ from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.conversion.uptrainer import Uptrainer
 from fusedkv_ext.conversion.uptraining import uptrain
 from fusedkv_ext.errors import ConfigError
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
+from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf import FusedKVLlamaForCausalLM, config_for
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training.metrics import read_metrics
@@ -145,7 +145,7 @@ def test_reported_loss_is_that_of_the_written_model(original: Path, text: Path, 
     ids = torch.tensor([*tokenizer.encode(held_out.read_text()).ids, 1])
     for folder, loss in ((original, result.loss_before), (tmp_path / "out", result.loss_after)):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert perplexity(model, ids, window=64).loss == pytest.approx(loss, abs=1e-6)
+        assert perplexity(model, ids, context=64).loss == pytest.approx(loss, abs=1e-6)
 
 
 def test_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(

@@ -50,25 +50,25 @@ def text_of(length: int, vocab_size: int = 61) -> Tensor:
     return torch.randint(vocab_size, (length,), dtype=torch.int32)
 
 
-def judged_alone(model: Decoder, ids: Tensor, first: int, target: int) -> float:
+def scored_alone(model: Decoder, ids: Tensor, first: int, target: int) -> float:
     """Loss of one token from those between `first` and it, by one plain forward pass."""
     with torch.no_grad():
         logits = model(ids[None, first:target].long())[0, -1]
     return -logits.double().log_softmax(-1)[ids[target].long()].item()
 
 
-# What is judged
+# Target tokens
 
 
 @pytest.mark.parametrize(
     ("tokens", "context", "stride"),
     [(50, 16, 16), (49, 16, 16), (50, 16, 5), (50, 16, 1), (17, 16, 3), (33, 16, 16), (9, 1, 1)],
 )
-def test_every_token_is_judged_exactly_once_with_the_context_promised(
+def test_every_token_is_a_target_exactly_once_with_the_context_promised(
     tokens: int, context: int, stride: int
 ) -> None:
     model = Uniform(tokens)
-    ids = torch.arange(tokens)  # a token is its own position, so what is fed tells what is judged
+    ids = torch.arange(tokens)  # a token is its own position, so what is fed tells which tokens are targets
     losses = evaluate.window_losses(model, ids, context=context, stride=stride)
     before: dict[int, int] = {}
     for rows, wanted in model.asked:
@@ -97,7 +97,7 @@ def test_strided_losses_are_those_of_each_token_alone(plan: str) -> None:
     model, ids = tiny.tiny_decoder(plan), text_of(31)
     losses = evaluate.window_losses(model, ids, context=12, stride=5)
     starts = [0] * 12 + [5] * 5 + [10] * 5 + [15] * 5 + [20] * 3
-    expected = [judged_alone(model, ids, start, target) for target, start in enumerate(starts, start=1)]
+    expected = [scored_alone(model, ids, start, target) for target, start in enumerate(starts, start=1)]
     assert losses.perplexity().loss == pytest.approx(statistics.fmean(expected), rel=1e-5)
     assert losses.counts.sum(1).tolist() == [12, 5, 5, 5, 3]
 
@@ -112,7 +112,7 @@ def test_positions_average_to_the_loss_of_perplexity_and_errors_are_those_of_win
 
     means, first = [], []
     for start in range(0, 160, 32):
-        losses = [judged_alone(model, ids, start, start + i) for i in range(1, 33)]
+        losses = [scored_alone(model, ids, start, start + i) for i in range(1, 33)]
         means.append(statistics.fmean(losses))
         first.append(losses[0])
     assert perplexity.loss == pytest.approx(statistics.fmean(means), rel=1e-5)
@@ -297,7 +297,7 @@ def test_command_prints_the_numbers_of_its_json(
     assert main([*arguments, "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)["checkpoints"]["run"]
     assert "windows of 160 tokens, stride 80" in shown and f"{entry['perplexity']['loss']:.4f} ±" in shown
-    assert entry["perplexity"]["tokens"] == 160 + 3 * 80  # the first window judges all of its tokens
+    assert entry["perplexity"]["tokens"] == 160 + 3 * 80  # all tokens of the first window are targets
     assert all(f"{loss:.3f} ±" in shown for loss in entry["positions"]["loss"])
     assert entry["positions"]["windows"] == 2
     assert "chance 25%" in shown and all(f"{t['nll']:.2f} ±" in shown for t in entry["retrieval"]["totals"])

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from fusedkv_ext.cli.main import main
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
+from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf import cache_bytes_per_token
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 
@@ -59,7 +59,9 @@ def test_eval_compares_a_model_with_its_conversion(
         tokenizer = load_tokenizer(folders[name], 264)
         ids = torch.tensor([*tokenizer.encode(TEXT), tokenizer.separator])
         assert len(ids) == len(TEXT) + 1
-        assert entry["perplexity"]["loss"] == pytest.approx(perplexity(model, ids, 128).loss, rel=1e-6)
+        assert entry["perplexity"]["loss"] == pytest.approx(
+            perplexity(model, ids, context=128).loss, rel=1e-6
+        )
         assert entry["perplexity"]["tokens"] == len(TEXT)
         assert sum(entry["positions"]["tokens"]) == len(TEXT)
     plain, fused = (result["checkpoints"][name] for name in names)

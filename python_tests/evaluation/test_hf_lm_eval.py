@@ -19,7 +19,7 @@ pytest.importorskip("lm_eval", reason="needs lm_eval; run `make test-lm-eval`")
 import datasets
 import lm_eval
 
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
+from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 
 CONTEXT = 128
@@ -120,10 +120,10 @@ def test_perplexity_of_documents_is_ours(run: Run) -> None:
     nats = 0.0
     for sample, text in zip(run.result["samples"]["read"], DOCUMENTS, strict=True):
         ids = [run.tokenizer.separator, *run.tokenizer.encode(text)]  # lm_eval begins a document so, too
-        judged = perplexity(run.model, torch.tensor(ids), CONTEXT)
-        assert judged.tokens == len(text)
-        assert -sample["resps"][0][0] == pytest.approx(judged.loss * judged.tokens, rel=1e-5)
-        nats += judged.loss * judged.tokens
+        found = perplexity(run.model, torch.tensor(ids), context=CONTEXT)
+        assert found.tokens == len(text)
+        assert -sample["resps"][0][0] == pytest.approx(found.loss * found.tokens, rel=1e-5)
+        nats += found.loss * found.tokens
     expected = nats / math.log(2) / sum(map(len, DOCUMENTS))
     assert run.result["results"]["read"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
 

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 
 from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation import perplexity as evaluate
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
 from fusedkv_ext.evaluation.language_model import LanguageModel
+from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf import cache_bytes_per_token
 
 
@@ -26,7 +26,7 @@ def text_of(length: int) -> Tensor:
 
 
 def oracle(model: Any, ids: Tensor, window: int) -> float:
-    """Mean loss in fp64, windows side by side: each feeds `window` tokens and judges the one after each."""
+    """Mean loss in fp64, windows side by side: each feeds `window` tokens and scores the one after each."""
     wide, losses = copy.deepcopy(model).double(), []
     with torch.no_grad():
         for start in range(0, len(ids) - 1, window):
@@ -43,7 +43,7 @@ def test_loss_is_the_cross_entropy_of_every_token_but_the_first(
 ) -> None:
     model, ids = hf_folders.tiny_llama(), text_of(tokens)
     model = hf_folders.converted(model, plan) if plan else model
-    found = perplexity(model, ids, window)
+    found = perplexity(model, ids, context=window)
     assert found.tokens == tokens - 1
     assert found.loss == pytest.approx(oracle(model, ids, window), rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
@@ -53,12 +53,12 @@ def test_a_text_of_one_window_has_the_loss_that_transformers_gives() -> None:
     model, ids = hf_folders.tiny_llama(), text_of(50)
     with torch.no_grad():
         expected = model(input_ids=ids[None], labels=ids[None]).loss.item()
-    assert perplexity(model, ids, window=50).loss == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, ids, context=50).loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_overlapping_windows_judge_every_token_once_with_more_context() -> None:
+def test_overlapping_windows_score_every_token_once_with_more_context() -> None:
     model, ids = hf_folders.tiny_llama(), text_of(97)
-    found = perplexity(model, ids, window=32, stride=8)
+    found = perplexity(model, ids, context=32, stride=8)
     assert found.tokens == 96 and found.windows == 1 + (96 - 32) // 8
     losses = []
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_the_loss_does_not_depend_on_how_many_logits_are_taken_at_once(
     model, ids = hf_folders.tiny_llama(), text_of(70)
     expected = oracle(model, ids, 64)
     monkeypatch.setattr(evaluate, "_LOSS_LOGITS", logits)
-    assert perplexity(model, ids, 64).loss == pytest.approx(expected, rel=1e-6)
+    assert perplexity(model, ids, context=64).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_losses_of_a_bfloat16_model_are_computed_in_fp32() -> None:
@@ -85,21 +85,21 @@ def test_losses_of_a_bfloat16_model_are_computed_in_fp32() -> None:
         logits = model(input_ids=ids[None, :-1]).logits[0]
     assert logits.dtype == torch.bfloat16
     expected = F.cross_entropy(logits.double(), ids[1:]).item()
-    assert perplexity(model, ids, 128).loss == pytest.approx(expected, rel=1e-6)
+    assert perplexity(model, ids, context=128).loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_model_that_gives_all_logits_is_judged_all_the_same() -> None:
+def test_a_model_that_gives_all_logits_is_scored_all_the_same() -> None:
     """Some models of transformers have no logits_to_keep."""
     model, ids = hf_folders.tiny_llama(), text_of(60)
-    expected = perplexity(model, ids, 24, stride=6)
+    expected = perplexity(model, ids, context=24, stride=6)
     forward = model.forward
     model.forward = lambda input_ids, use_cache: forward(input_ids, use_cache=use_cache)
-    assert perplexity(model, ids, 24, stride=6).loss == pytest.approx(expected.loss, rel=1e-6)
+    assert perplexity(model, ids, context=24, stride=6).loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_the_model_stays_in_training_mode_and_gets_no_gradients() -> None:
     model = hf_folders.tiny_llama(attention_dropout=0.5).train()
-    first, second = (perplexity(model, ids, 32).loss for ids in [text_of(60)] * 2)
+    first, second = (perplexity(model, ids, context=32).loss for ids in [text_of(60)] * 2)
     assert first == second and model.training and model.model.layers[0].self_attn.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -107,9 +107,9 @@ def test_the_model_stays_in_training_mode_and_gets_no_gradients() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(window=300), ConfigError, "a context of 300 tokens is more than the model takes"),
-        (dict(window=0), ConfigError, "a context must be at least 1 token"),
-        (dict(window=16, stride=0), ConfigError, "stride must be from 1"),
+        (dict(context=300), ConfigError, "a context of 300 tokens is more than the model takes"),
+        (dict(context=0), ConfigError, "a context must be at least 1 token"),
+        (dict(context=16, stride=0), ConfigError, "stride must be from 1"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(
@@ -120,7 +120,7 @@ def test_arguments_that_cannot_be_are_named(
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(1, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)])
-def test_a_text_that_cannot_be_judged_is_an_error(ids: Tensor) -> None:
+def test_a_text_that_cannot_be_scored_is_an_error(ids: Tensor) -> None:
     with pytest.raises(ValueError, match="one text of at least 2 tokens, got shape"):
         perplexity(hf_folders.tiny_llama(), ids)
 

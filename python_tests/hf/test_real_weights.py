@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from fusedkv_ext.cli.main import main
 from fusedkv_ext.conversion import calibration_windows, convert_model
-from fusedkv_ext.evaluation.hf_perplexity import perplexity
 from fusedkv_ext.evaluation.language_model import LanguageModel
+from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf import FusedKVLlamaForCausalLM, cache_bytes_per_token, config_for
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 from fusedkv_ext.plan import CachePlan
@@ -66,7 +66,7 @@ def test_perplexity_of_fusedkv_lite_without_calibration(
 ) -> None:
     if storage_layers < 30:
         model = on_plan(model, CachePlan.named("fusedkv-lite", 30, storage_layers=storage_layers))
-    found = perplexity(model, ids, 2048)
+    found = perplexity(model, ids, context=2048)
     assert found.tokens == 2047
     assert found.perplexity == pytest.approx(expected, rel=0.01)
     size = LanguageModel(model).cache_bytes_per_token()
@@ -82,7 +82,7 @@ def test_perplexity_of_fusedkv_after_calibration(
     windows = calibration_windows(torch.tensor(tokenizer.encode(text)), 8192, 512)
     plan = CachePlan.named("fusedkv", 30, storage_layers=storage_layers)
     converted = convert_model(model, plan, calibration=windows).model
-    found = perplexity(converted, ids, 2048).perplexity
+    found = perplexity(converted, ids, context=2048).perplexity
     print(f"n = {storage_layers}: {found:.2f}")
     assert found < expected
 
@@ -97,8 +97,8 @@ def test_a_plan_that_stores_everything_is_the_model_itself(model: Any, ids: Tens
 
 def test_bfloat16_costs_next_to_nothing(ids: Tensor) -> None:
     half = load_causal_lm(FOLDER / "smollm2", dtype=torch.bfloat16)
-    assert perplexity(half, ids[:513], 512).perplexity == pytest.approx(
-        perplexity(half.float(), ids[:513], 512).perplexity, rel=0.02
+    assert perplexity(half, ids[:513], context=512).perplexity == pytest.approx(
+        perplexity(half.float(), ids[:513], context=512).perplexity, rel=0.02
     )
 
 

@@ -64,12 +64,12 @@ def packed() -> tuple[Tensor, Tensor, list[list[Tensor]]]:
 
 
 def alone(model: Decoder, documents: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits (B, S, vocab) and the mean loss over judged tokens, each document a sequence of its own."""
+    """Logits (B, S, vocab) and the mean loss over target tokens, each document a sequence of its own."""
     logits = [[model(document[None])[0] for document in row] for row in documents]
     pairs = [pair for rows in zip(logits, documents, strict=True) for pair in zip(*rows, strict=True)]
     losses = [F.cross_entropy(x[:-1], document[1:], reduction="sum") for x, document in pairs]
-    judged = sum(len(document) - 1 for _, document in pairs)
-    return torch.stack([torch.cat(row) for row in logits]), torch.stack(losses).sum() / judged
+    targets = sum(len(document) - 1 for _, document in pairs)
+    return torch.stack([torch.cat(row) for row in logits]), torch.stack(losses).sum() / targets
 
 
 def gradients_of(model: Decoder, loss: Tensor) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ def test_labels_left_out_stay_left_out() -> None:
     torch.testing.assert_close(loss, row, **EXACT)
 
 
-def test_where_nothing_is_judged_loss_and_gradients_are_zero() -> None:
+def test_without_target_tokens_loss_and_gradients_are_zero() -> None:
     model = model_of("fusedkv")
     ids = torch.arange(18).expand(2, 18)
     loss = model(ids, ids, document_ids=ids)[1]
@@ -180,14 +180,14 @@ def test_where_nothing_is_judged_loss_and_gradients_are_zero() -> None:
     assert model(ids, torch.full_like(ids, IGNORED))[1].item() == 0
 
 
-def test_num_judged_is_what_the_sum_is_divided_by() -> None:
+def test_num_target_tokens_is_what_the_sum_is_divided_by() -> None:
     model = model_of("fusedkv")
     ids, document_ids, documents = packed()
-    judged = sum(len(document) - 1 for row in documents for document in row)
+    targets = sum(len(document) - 1 for row in documents for document in row)
     mean, given = (
         model(ids, ids, document_ids=document_ids, num_target_tokens=number)[1] for number in (None, 2.5)
     )
-    torch.testing.assert_close(given * 2.5, mean * judged, **EXACT)
+    torch.testing.assert_close(given * 2.5, mean * targets, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -286,13 +286,13 @@ def test_the_number_of_parts_changes_nothing(tmp_path: Path, changes: dict[str, 
         trainer = trainer_of(config_in(tmp_path, **changes, **{"run.accumulate": parts}))
         if parts == 8:
             counts = [num_target_tokens(window[None], 0) for window in trainer._windows()]
-            assert len(set(counts)) > 2, "parts have to differ in their numbers of judged tokens"
+            assert len(set(counts)) > 2, "parts have to differ in their numbers of target tokens"
         found.append(three_steps(trainer)[1])
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-9)
 
 
-def test_windows_without_anything_to_judge_give_no_nan(tmp_path: Path) -> None:
+def test_windows_without_target_tokens_give_no_nan(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     info = loop.load_data(config, ByteTokenizer()).info
     nothing = torch.zeros(400, dtype=torch.uint8)  # separators, each a document
