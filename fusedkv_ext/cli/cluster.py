@@ -229,7 +229,7 @@ def _print(asked: dict[str, Any], rows: list[Row], args: argparse.Namespace) -> 
     print(report.training_table(rows))
     print(
         "\nstate: weights, gradients, moments. gathered: weights that FSDP2 has whole for a while.\n"
-        "loss: logits when the loss has its gradient. peak: the largest moment, which has not all of them."
+        "loss: logits of a chunk, gradient of the head. peak: the largest moment, which has not all of them."
     )
     if messages:
         print(f"{messages}: received per step.")

@@ -88,7 +88,7 @@ def kept_and_peak(job: Job) -> tuple[int, int]:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with as_on_cuda(), Live() as live:
-        loss = model(ids, labels=ids)[1]
+        loss = model.loss(ids, ids)
         kept = live.now
         loss.backward()
     return kept, live.peak

@@ -22,7 +22,7 @@ from fusedkv_ext.distributed import Layout, make_mesh, parallelize, synchronize
 from fusedkv_ext.distributed.context import apply_cp
 from fusedkv_ext.distributed.tensor import apply_tp
 from fusedkv_ext.lab.planner import Job, memory, traffic
-from fusedkv_ext.lab.planner.activations import ends, kept, loss_kept
+from fusedkv_ext.lab.planner.activations import ends, kept
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 
 pytestmark = pytest.mark.skipif(not HAS_GLOO, reason="needs a torch with gloo")
@@ -125,7 +125,7 @@ def step(case: str) -> dict[str, Any]:
     with Messages(job.layout.dp_replicate) as messages:
         for micro_batch in range(job.accumulate):
             synchronize(model, micro_batch == job.accumulate - 1)
-            model(ids, labels=ids)[1].backward()
+            model.loss(ids, ids).backward()
     found = messages.received
     groups = {
         dim: getattr(mesh, dim).get_group().group_name
@@ -144,7 +144,10 @@ def step(case: str) -> dict[str, Any]:
 
 
 def kept_on_a_rank(layout: Layout, plan: str) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward on this rank, counted, and by the formulas."""
+    """Bytes that autograd keeps of a forward on this rank, counted, and by the formulas.
+
+    The gradients that the loss keeps are counted in test_scale.py.
+    """
     config = DecoderConfig(
         vocab_size=128,
         hidden_size=128,
@@ -174,9 +177,9 @@ def kept_on_a_rank(layout: Layout, plan: str) -> tuple[int, int]:
 
     ids = torch.randint(128, (2, 256), generator=torch.Generator().manual_seed(4))
     with as_on_cuda(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(ids, labels=ids)
+        model.loss(ids, ids)
     found = sum(local.untyped_storage().nbytes() for local in saved.values())
-    return found, kept(job) + ends(job) + loss_kept(job)
+    return found, kept(job) + ends(job)
 
 
 def work(folder: Path) -> dict[Any, Any]:

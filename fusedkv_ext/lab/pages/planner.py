@@ -24,6 +24,7 @@ from fusedkv_ext.lab.planner.traffic import traffic
 from fusedkv_ext.lab.planner.weights import all_shapes, count
 from fusedkv_ext.lab.reporting import filled, table
 from fusedkv_ext.layers.decoder_config import DecoderConfig
+from fusedkv_ext.ops.head_loss import chunk_rows
 
 DOCUMENT = "docs/scale.md"
 METHODS = ("vanilla", "gqa", "fusedkv", "fusedkv-lite")
@@ -131,16 +132,15 @@ def servers_table(_: str = "") -> str:
 
 
 _FINDINGS = (
-    "**Logits decide the context of a GPU.** The loss needs 12 bytes per token and word, {logit:.2f} MB per "
-    "token with 128,000 words: {logits} GB for 8192 tokens. So 80 GB end before {limit:,} tokens per GPU "
-    "whatever the plan, and long contexts need cp. A loss in chunks of tokens would lift that; this package "
-    "has none.",
+    "**Logits do not decide the context of a GPU.** With a vocabulary of 128,000 the loss has the logits of "
+    "{rows:,} tokens at a time. It needs {loss} GB for 8192 tokens, most of it for the gradient of the head. "
+    "A loss of all logits would need {logits} GB, and as much again for every further 8192 tokens.",
     "**FusedKV keeps what it fuses**: {peak[fusedkv]} GB beside vanilla's {peak[vanilla]}, 1.5b at 8k on "
     "8 GPUs. Fused again in the backward (`model.recompute_fusion`) it is {refused}, like "
     "FusedKV-Lite.",
     "**With activation checkpointing and cp, cross-layer plans need more**, not less: what later layers read "
     "stays on every GPU, whole, until the backward has passed them, while vanilla's keys and values come and "
-    "go. {far[fusedkv]} GB beside {far[vanilla]}, 1.5b at 512k on 64 GPUs.",
+    "go. {far[fusedkv]} GB beside {far[vanilla]}, 1.5b at 1M on 64 GPUs.",
     "**cp moves half** of vanilla's keys and values, as half of the layers store: there {moved[fusedkv]} GB "
     "instead of {moved[vanilla]}.",
     "**Serving holds twice the sequences**, or a few more because weights and prefill take their part once: "
@@ -156,18 +156,18 @@ _FINDINGS = (
 
 def findings(_: str = "") -> str:
     """What is to be seen in the tables, with their numbers."""
-    near, far = _training("1.5b", 2**13, 8)[0], _training("1.5b", 2**19, 64)[0]
+    near, far = _training("1.5b", 2**13, 8)[0], _training("1.5b", 2**20, 64)[0]
     refusing = replace(near["fusedkv"], config=replace(_shape("1.5b", "fusedkv"), recompute_fusion=True))
     alone = replace(near["vanilla"], batch=1)
-    per_token = loss(alone) / alone.tokens
+    logits = 12 * alone.tokens * alone.config.vocab_size  # log-probabilities and two gradients in fp32
     long = {method: Server(_shape("1.5b", method), 1, 2**17, chunk=CHUNK) for method in METHODS}
     short = {method: Server(_shape("1.5b", method), 1, 2**13) for method in METHODS}
     large = {method: Server(_shape("70b", method), 8, 2**20) for method in METHODS}
     flops = {method: server.prefill_products + server.prefill_attention for method, server in short.items()}
     numbers = {
-        "logit": per_token / 1e6,
-        "logits": number(loss(alone) / GB),
-        "limit": int(MEMORY / per_token),
+        "rows": chunk_rows(alone.tokens, alone.config.vocab_size, "cuda"),
+        "loss": number(loss(alone) / GB),
+        "logits": number(logits / GB),
         "peak": {method: number(memory(job).peak / GB) for method, job in near.items()},
         "refused": number(memory(refusing).peak / GB),
         "far": {method: number(memory(job).peak / GB) for method, job in far.items()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fusedkv_ext.lab.planner.job import Job
 from fusedkv_ext.lab.planner.weights import segment_heads, shared, stored_heads
+from fusedkv_ext.ops.head_loss import chunk_rows
 from fusedkv_ext.plan import Segment
 
 __all__ = ["kept", "kept_by_layer", "layer_backward", "loss", "loss_kept"]
@@ -97,21 +98,32 @@ def kept(job: Job) -> int:
 
 
 def ends(job: Job) -> int:
-    """t (2 h e + 20) and 4 D per token of one sequence: the last norm's input and result, ids and labels; cos
+    """t (h e + 4) and 4 D per token of one sequence: the last norm's input and one fp32 number per row; cos
     and sin in fp32."""
     config = job.config
     tables = job.context // job.layout.cp * 4 * config.head_dim
-    return job.tokens * (2 * config.hidden_size * job.element + 20) + tables
+    return job.tokens * (config.hidden_size * job.element + 4) + tables
 
 
 def loss_kept(job: Job) -> int:
-    """4 t V: log-probabilities in fp32."""
-    return 4 * job.tokens * job.config.vocab_size
+    """4 h (t + V): gradients of the last hidden states and of the head, in fp32."""
+    return 4 * job.config.hidden_size * (job.tokens + vocabulary(job))
 
 
 def loss(job: Job) -> int:
-    """12 t V, when the loss has its gradient: log-probabilities and two gradients in fp32."""
-    return 3 * loss_kept(job)
+    """c V (e + 4) + e h V and 2 e c h beside ``loss_kept``, while the loss is computed: logits of c tokens
+    and their log-probabilities in fp32, the part of the head's gradient that is added up, and the hidden
+    states of these tokens and their gradient. t h e: the result of the last norm, which nothing keeps."""
+    config, words = job.config, vocabulary(job)
+    rows = chunk_rows(job.tokens, words, "cuda")
+    logits = rows * words * (job.element + 4)
+    products = job.element * config.hidden_size * (words + 2 * rows + job.tokens)
+    return loss_kept(job) + logits + products
+
+
+def vocabulary(job: Job) -> int:
+    """V: tokens of the vocabulary that this GPU has logits of, one tp-th, rounded up."""
+    return -(-job.config.vocab_size // job.layout.tp)
 
 
 def layer_backward(job: Job) -> int:

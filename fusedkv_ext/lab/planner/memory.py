@@ -77,7 +77,7 @@ class Memory(NamedTuple):
     moments: int
     gathered: int  # parameters that FSDP2 has whole while a layer runs, and the layer's gradient
     activations: int  # what autograd keeps
-    loss: int  # logits, when the loss has its gradient
+    loss: int  # logits of a chunk of tokens, and the gradients of the last hidden states and the head
     peak: int
 
     @property

@@ -71,7 +71,7 @@ class Recipe(NamedTuple):
             f"{job.batch}, {job.accumulate} per step, {job.tokens_per_step:,} tokens.\nExpected on each GPU: "
             f"**{number(size.peak / GB)} GB** at the peak, of which {number(size.state / GB)} GB weights, "
             f"gradients and moments, {number(size.activations / GB)} GB activations,\n"
-            f"{number(size.loss / GB)} GB logits and loss; {number(again / GB)} GB with `--set "
+            f"{number(size.loss / GB)} GB in the loss; {number(again / GB)} GB with `--set "
             "parallel.activation_checkpointing=non_reentrant`.\n"
             f"{number(received.total / GB)} GB received per step{between * (self.machines > 1)}. "
             f"A checkpoint has {number(saved / GB)} GB, weights and moments in fp32.\n"

@@ -1,8 +1,9 @@
 """Messages of a training step: bytes that one GPU receives. It sends as many.
 
 N GPUs that gather parts of x bytes each receive (N - 1) x; reducing and scattering them is the same the other
-way, and an all-reduce of y bytes is one after the other, 2 (N - 1) / N y. Not counted: the loss, the norm of
-the gradient, the gradients of q- and k-norms and of whole fusion weights under tp, a few numbers each.
+way, and an all-reduce of y bytes is one after the other, 2 (N - 1) / N y. Not counted, a few numbers each:
+the loss (three numbers per token under tp), the norm of the gradient, the gradients of q- and k-norms and of
+whole fusion weights under tp.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from fusedkv_ext.lab.planner.weights import (
     layer_shapes,
     outer_shapes,
     sharded,
-    shared,
 )
 
 __all__ = ["Traffic", "traffic"]
@@ -51,8 +51,8 @@ def copied_gradients(job: Job) -> int:
 def sums_over_heads(job: Job) -> int:
     """Per micro-batch and layer 4 all-reduces of t h e under tp: after attention and feed-forward network,
     and the gradients of what they read. Checkpointing runs the first two again, non-reentrant one but the
-    last, whose result nobody keeps. Then one for the embeddings, one for what the head reads, and a gather of
-    its logits, t V e (tp - 1) / tp. Where tp > G the gradients of the k and v projections are summed too."""
+    last, whose result nobody keeps. Then one for the embeddings and one for what the head reads: its logits
+    stay where they are. Where tp > G the gradients of the k and v projections are summed too."""
     config, tp = job.config, job.layout.tp
     if tp == 1:
         return 0
@@ -60,7 +60,6 @@ def sums_over_heads(job: Job) -> int:
     hidden = job.tokens * config.hidden_size * job.element
     per_layer = {"none": 4, "non_reentrant": 5, "reentrant": 6}[job.checkpointing]
     received = (per_layer * len(layers) + 2) * _all_reduce(hidden, tp)
-    received += (tp - 1) * job.tokens * shared(config.vocab_size, tp) * job.element
     if tp > config.num_key_value_heads:
         whole = sum(count(kv_shapes(config, i, tp)) for i in layers)
         received += _all_reduce(whole * job.element, tp)
