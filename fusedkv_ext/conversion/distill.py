@@ -41,13 +41,14 @@ class LanguageModelParts:
 
     def __init__(self, model: Any, match: str | None = None) -> None:
         self.model, self.backbone = model, model.base_model
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor] | None = None  # None: between calls of this object
         for module in _matched(self.backbone, match):
             module.register_forward_hook(self._keep)
         self._probe()
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._kept.append(output[0] if isinstance(output, tuple) else output)
+        if self._kept is not None:
+            self._kept.append(output[0] if isinstance(output, tuple) else output)
 
     @property
     def head(self) -> Head:
@@ -58,7 +59,7 @@ class LanguageModelParts:
         """ids: (B, S) int64, full rows."""
         self._kept = []
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-        kept, self._kept = self._kept, []
+        kept, self._kept = self._kept, None
         return Outputs(hidden, kept)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from fusedkv_ext.conversion.distill import MATCHED
 from fusedkv_ext.conversion.trainable import TRAIN
 from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.training.trainer import decayed
 
 DISTILL = ("logits", "layers")
 SCHEDULES = ("cosine", "linear")
@@ -130,14 +131,9 @@ class UptrainSettings:
         """Learning rate when the share `done`, 0 to 1, of the budget is used."""
         if done < self.warmup:
             return self.peak_lr * done / self.warmup
-        done = min(done, 1.0)
-        if self.schedule == "cosine":
-            share = (done - self.warmup) / (1.0 - self.warmup) if self.warmup < 1 else 1.0
-            height = 0.5 * (1.0 + math.cos(math.pi * share))
-        else:
-            begin = max(1.0 - self.decay, self.warmup)
-            height = 1.0 if done <= begin else (1.0 - done) / (1.0 - begin)
-        return self.peak_lr * (self.final_lr + (1.0 - self.final_lr) * height)
+        begin = self.warmup if self.schedule == "cosine" else max(1.0 - self.decay, self.warmup)
+        share = max(done - begin, 0.0) / (1.0 - begin) if begin < 1 else float(self.schedule == "cosine")
+        return decayed(self.peak_lr, self.final_lr, share, self.schedule)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}

@@ -3,36 +3,344 @@
 SkipV1Former's recipe (arXiv:2510.16807): continue for 10 to 15 % of the original compute, at 1.5 times the
 rate at which pre-training ended, without dropout. The original can be the teacher (distill.py).
 
-Which windows of the text a step sees is a pure function of (seed, step), and nothing else is random, so the
-state of a run is what is trained, AdamW's moments, the number of steps and the seconds in them. While it
-runs, everything lies in OUT.partial; OUT appears when it is whole.
+Steps, checkpoints and the loop are those of `fusedkv train` (training/trainer.py, training/loop.py). Nothing
+is random but the windows, a pure function of (seed, step). So the state of a run is what is trained, AdamW's
+moments, the number of steps and the seconds in them. While it runs, everything lies in OUT.partial; OUT
+appears when it is whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedkv_ext.checkpoint import checked_files
-from fusedkv_ext.conversion.uptrain_run import Run, UptrainResult, load, partial_folder
+from fusedkv_ext.conversion.distill import LanguageModelParts, layer_loss
+from fusedkv_ext.conversion.trainable import Trainable, read_conversion
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
-from fusedkv_ext.conversion.uptrainer import StepLosses, Uptrainer, held_out_loss
-from fusedkv_ext.errors import ConfigError, TrainingDiverged
-from fusedkv_ext.hf.loading import CONVERSION, save_like
-from fusedkv_ext.training import run_folder
-from fusedkv_ext.training.metrics import MetricsLog, Record, bits_per_byte
+from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.evaluation.perplexity import perplexity
+from fusedkv_ext.hf.loading import CONVERSION, load_causal_lm, load_tokenizer, save_like
+from fusedkv_ext.ops.head_loss import Workspace, head_losses
+from fusedkv_ext.ops.packing import next_tokens
+from fusedkv_ext.training import loop, run_folder
+from fusedkv_ext.training.data.tokenizer import FileTokenizer
+from fusedkv_ext.training.data.tokens import TokenData, prepare
+from fusedkv_ext.training.metrics import Log, Record
 from fusedkv_ext.training.progress import Progress, SilentProgress
+from fusedkv_ext.training.trainer import StepSettings, Trainer, resolve_device
 
 LOG_SECONDS = 5.0  # between lines of progress and records of metrics.jsonl; the first steps come one by one
+
+
+@dataclass(frozen=True)
+class UptrainResult:
+    """How a run ended. Losses in nats per token on the held-out text, perplexities their exponentials.
+
+    loss_after, perplexity_after: None when the run was stopped early. original_loss: of the original on the
+    same text; None where it was not found. tokens_to_original: seen when the held-out loss was first at or
+    below it; None: not reached. seconds: in training steps; validation and saving are not counted.
+    """
+
+    folder: str
+    finished: bool
+    steps: int
+    tokens: int
+    seconds: float
+    trained_parameters: int
+    loss_before: float
+    perplexity_before: float
+    loss_after: float | None
+    perplexity_after: float | None
+    original_loss: float | None
+    tokens_to_original: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Uptrainer(Trainer):
+    """Trains a causal language model of transformers, with or without a teacher.
+
+    The model stays in evaluation mode, also when it learns: that is what "without dropout" takes.
+
+    Args:
+        trainable: the model, on `device`, and which of its parameters learn.
+        teacher: a causal language model of transformers whose parameters are left alone, or None.
+        data: ids of the text.
+        options: the settings of the run.
+
+    Raises:
+        ConfigError: where distillation lacks a teacher.
+        ValueError: for a teacher that does not fit, and for a text that is too short.
+    """
+
+    saves_frozen = False
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        teacher: Any,
+        data: TokenData,
+        options: UptrainSettings,
+        device: torch.device,
+    ) -> None:
+        self.trainable, self.options = trainable, options
+        trainable.model.eval()
+        match = options.match if "layers" in options.distill else None
+        self.student = LanguageModelParts(trainable.model, match)
+        self.teacher = self._teacher(teacher, match) if options.distill else None
+        self._workspace = Workspace()
+        settings = StepSettings(
+            seed=options.seed,
+            batch_size=options.batch_size,
+            accumulate=options.accumulate,
+            seq_len=options.seq_len,
+            precision=options.precision,
+            lr=options.peak_lr,
+            betas=(options.beta1, options.beta2),
+            grad_clip=options.grad_clip,
+            name="uptraining",
+        )
+        groups = trainable.groups(options.weight_decay, options.fusion_lr)
+        super().__init__(trainable.model, groups, data, settings, device)
+
+    def _teacher(self, model: Any, match: str | None) -> LanguageModelParts:
+        if model is None:
+            raise ConfigError("distillation needs a teacher: name the folder of the original model")
+        parts = LanguageModelParts(model.eval().requires_grad_(False), match)
+        ours, theirs = self.student.head.weight.shape[0], parts.head.weight.shape[0]
+        if ours != theirs:
+            raise ConfigError(
+                f"teacher: its vocabulary has {theirs} entries, this model's {ours}; it is not the original"
+            )
+        return parts
+
+    @property
+    def share(self) -> float:
+        total = self.options.total_steps
+        if total is not None:
+            return self.step / total
+        return self.seconds / (60.0 * (self.options.minutes or math.inf))
+
+    def rate(self) -> float:
+        total = self.options.total_steps
+        return self.options.rate(self.share if total is None else (self.step + 1) / total)
+
+    def begin_step(self) -> None:
+        """Leaves the model in evaluation mode."""
+
+    def losses(self, ids: Tensor, num_target_tokens: float | None) -> tuple[Tensor, dict[str, float]]:
+        options, theirs, extra = self.options, None, {}
+        with self.autocast():
+            if self.teacher is not None:
+                with torch.no_grad():
+                    theirs = self.teacher(ids)
+                if "logits" in options.distill:
+                    extra = {"teacher_hidden": theirs.hidden, "teacher_head": self.teacher.head}
+            ours = self.student(ids)
+            head = head_losses(
+                ours.hidden,
+                self.student.head,
+                next_tokens(ids),
+                ce_weight=options.ce_weight,
+                kl_weight=options.kl_weight,
+                temperature=options.temperature,
+                chunk=options.chunk,
+                workspace=self._workspace,
+                **extra,
+            )
+        loss, parts = head.loss, {"loss": head.ce.item()}
+        if head.kl is not None:
+            parts["kl"] = head.kl.item()
+        if theirs is not None and "layers" in options.distill:
+            layers = layer_loss(ours.layers, theirs.layers)
+            loss = loss + options.layer_weight * layers
+            parts["layers"] = layers.item()
+        return loss, {"objective": loss.item(), **parts}
+
+    def evaluate(self) -> float:
+        return self.held_out_loss(self.model)
+
+    def held_out_loss(self, model: Any) -> float:
+        """Mean loss of a model in nats per token on the held-out text, with the run's precision."""
+        model.eval()  # fused optimizers count no version: fusion weights forget what they kept
+        window = self.options.valid_window
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
+        with self.autocast():
+            found = perplexity(
+                model, self.data.valid, context=min(window, limit), max_tokens=self.options.valid_tokens
+            )
+        return found.loss
+
+
+class UptrainRun(loop.Run):
+    """A run, where it comes from and where it goes.
+
+    Args:
+        source: the folder of the model.
+        out: the folder to write.
+        dtype: of the weights in `source`.
+        conversion: what `source` says of its conversion.
+        text: paths.
+        identity: digests of what a resumed run has to find again.
+    """
+
+    task = "uptrain"
+    trainer: Uptrainer
+
+    def __init__(
+        self,
+        trainer: Uptrainer,
+        tokenizer: FileTokenizer,
+        source: Path,
+        out: Path,
+        dtype: torch.dtype,
+        conversion: dict[str, Any] | None,
+        text: list[str],
+        identity: dict[str, str | None],
+    ) -> None:
+        super().__init__(trainer, partial_folder(out), keep=1)
+        self.tokenizer, self.source, self.out, self.dtype = tokenizer, source, out, dtype
+        self.conversion, self.text_paths, self.identity = conversion, text, identity
+        self.loss_before = math.nan
+        self.original_loss: float | None = None
+        self.reached: int | None = None
+        self._logged = self._saved = time.monotonic()
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "settings": self.trainer.options.to_dict(),
+            "text": self.text_paths,
+            "identity": self.identity,
+            "loss_before": self.loss_before,
+            "original_loss": self.original_loss,
+            "reached": self.reached,
+        }
+
+    def describe(self) -> Record:
+        trainer = self.trainer
+        return {
+            "kind": "run",
+            "step": trainer.step,
+            "name": str(self.source),
+            "settings": trainer.options.to_dict(),
+            "lr": trainer.options.peak_lr,
+            "data": asdict(trainer.data.info),
+            "original_loss": self.original_loss,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
+    def begin(self, log: Log, progress: Progress) -> None:
+        if self.trainer.step == 0:
+            loop.validate(self, log, progress, self.loss_before)
+        self._logged = self._saved = time.monotonic()
+
+    def progress(self) -> tuple[int, int]:
+        return min(1000, round(1000 * self.trainer.share)), 1000
+
+    def due(self, before: float, last: bool) -> tuple[bool, bool, bool]:
+        trainer, options, now = self.trainer, self.trainer.options, time.monotonic()
+        log = trainer.step <= 3 or now - self._logged >= LOG_SECONDS or trainer.finished
+        part = options.validations + 1
+        validate = int(trainer.share * part) > int(before * part) and not trainer.finished
+        save = now - self._saved >= 60.0 * options.save_minutes and not trainer.finished
+        self._logged = now if log else self._logged
+        self._saved = now if save else self._saved
+        return log, validate, save
+
+    def speed_from(self, start: loop.Mark, last_record: loop.Mark) -> loop.Mark:
+        return last_record
+
+    def text(self, record: Record) -> str:
+        names = ("loss", "kl", "layers")
+        parts = "  ".join(f"{name} {record[name]:.4f}" for name in names if name in record)
+        return (
+            f"step {record['step']}  {parts}  norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s"
+        )
+
+    def validated(self, loss: float) -> tuple[Record, str]:
+        trainer = self.trainer
+        record = {**loop.valid_record(trainer, loss), "perplexity": math.exp(loss)}
+        if self.reached is None and self.original_loss is not None and loss <= self.original_loss:
+            self.reached = trainer.tokens
+        line = f"held-out text at step {trainer.step}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}"
+        if self.original_loss is not None:
+            line += f" (original {math.exp(self.original_loss):.3f})"
+        return record, line
+
+    def end(self, log: Log, progress: Progress, stopped: bool, state: loop.Progressed) -> UptrainResult:
+        self.save()  # whatever fails below can be done again
+        self.saver.wait()
+        return self._finish(log, progress) if self.trainer.finished else self.result(None)
+
+    def result(self, loss_after: float | None) -> UptrainResult:
+        trainer = self.trainer
+        return UptrainResult(
+            folder=str(self.out if loss_after is not None else self.folder),
+            finished=loss_after is not None,
+            steps=trainer.step,
+            tokens=trainer.tokens,
+            seconds=trainer.seconds,
+            trained_parameters=sum(tensor.numel() for tensor in trainer.trainable.state().values()),
+            loss_before=self.loss_before,
+            perplexity_before=math.exp(self.loss_before),
+            loss_after=loss_after,
+            perplexity_after=None if loss_after is None else math.exp(loss_after),
+            original_loss=self.original_loss,
+            tokens_to_original=self.reached,
+        )
+
+    def _finish(self, log: Log, progress: Progress) -> UptrainResult:
+        """Measures the model as it is going to be stored, and puts the finished folder into place."""
+        trainer = self.trainer
+        trained_parameters = self.result(None).trained_parameters
+        model = trainer.trainable.merge().to(self.dtype)
+        loss = loop.validate(self, log, progress, trainer.held_out_loss(model))
+        result = UptrainResult(**{**self.result(loss).to_dict(), "trained_parameters": trained_parameters})
+        log.write({"kind": "result", "step": trainer.step, **result.to_dict()})
+        scratch = self.folder / "model"
+        shutil.rmtree(scratch, ignore_errors=True)
+        with checked_files.naming(self.out):
+            save_like(model, self.source, scratch)
+            if trainer.options.tokenizer is not None:
+                self.tokenizer.save(scratch)
+            if self.conversion is not None:
+                text = json.dumps(self._conversion(result), indent=2) + "\n"
+                (scratch / CONVERSION).write_text(text, encoding="utf-8")
+            shutil.copyfile(self.folder / "metrics.jsonl", scratch / "metrics.jsonl")
+            run_folder.sync(scratch)
+        scratch.rename(self.out)
+        shutil.rmtree(self.folder)
+        return result
+
+    def _conversion(self, result: UptrainResult) -> dict[str, Any]:
+        """conversion.json of the trained model: its parameters differ from the original's in more names."""
+        before, options = self.conversion or {}, self.trainer.options
+        section = {**result.to_dict(), "settings": options.to_dict(), "lr": options.peak_lr}
+        del section["folder"], section["finished"]
+        if "uptraining" in before:
+            section["previous"] = before["uptraining"]
+        changed = sorted({*before.get("changed", ()), *self.trainer.trainable.names})
+        return {**before, "changed": changed, "uptraining": section}
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a run that writes `out` keeps its checkpoints and metrics until it has ended."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def uptrain(
@@ -48,29 +356,37 @@ def uptrain(
 ) -> UptrainResult:
     """Continues the training of the causal language model in `folder` on `text` and writes the folder `out`.
 
-    folder: a Hugging Face folder, converted or not. text: UTF-8 files or folders of them. settings: fields of
-    ``UptrainSettings``; one of minutes, steps and tokens has to be given. should_stop is asked after each
-    step; stop_after counts steps from the run's beginning: either way the run ends early with a checkpoint.
-    resume: go on from the checkpoint of such a run, if there is one; text and settings may then be left out
-    and cannot be others. With a budget of steps or tokens the result is bit for bit that of an uninterrupted
-    run, on the same machine with the same number of threads.
-
     `out` has what `folder` has, the new weights in the dtype of the old, metrics.jsonl and, in
     conversion.json where there is one, a section "uptraining".
 
-    Raises ConfigError for settings and for an `out` that exists, FileNotFoundError and ValueError for a
-    folder, text, tokenizer or teacher that cannot be used, TrainingDiverged. `out` is never half written.
+    Args:
+        folder: a Hugging Face folder, converted or not.
+        text: UTF-8 files or folders of them.
+        out: is never half written.
+        resume: go on from the checkpoint of such a run, if there is one. Text and settings may then be left
+            out and cannot be others. With a budget of steps or tokens the result is bit for bit that of an
+            uninterrupted run, on the same machine with the same number of threads.
+        progress: where the run reports to.
+        should_stop: asked after each step; True ends the run early, with a checkpoint.
+        stop_after: so does this number of steps, counted from the run's beginning.
+        settings: fields of ``UptrainSettings``; one of minutes, steps and tokens has to be given.
+
+    Raises:
+        ConfigError: for settings and for an `out` that exists.
+        FileNotFoundError, ValueError: for a folder, text, tokenizer or teacher that cannot be used.
+        TrainingDiverged: when a loss or a gradient is not finite.
     """
     folder, out, progress = Path(folder), Path(out), progress or SilentProgress()
     settings, text = _absolute(settings), [_path(path) for path in text]
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder to write")
-    newest = run_folder.latest(partial_folder(out) / "checkpoints")
-    state = None
+    root = partial_folder(out) / "checkpoints"
+    newest, facts = run_folder.latest(root), None
     if resume and newest is not None:
-        state = run_folder.read_state(newest)
-        chosen = UptrainSettings.from_dict(state["settings"]).resumed(settings)
-        text = text or state["text"]
+        run_folder.clean(root)
+        facts = run_folder.read_trainer(newest)
+        chosen = UptrainSettings.from_dict(facts["settings"]).resumed(settings)
+        text = text or facts["text"]
     else:
         if newest is not None:
             raise ConfigError(
@@ -80,8 +396,11 @@ def uptrain(
         shutil.rmtree(partial_folder(out), ignore_errors=True)  # of a run without a checkpoint
     if not text:
         raise ConfigError("text: name at least one text file")
-    run = load(folder, text, out, chosen, progress, state)
-    return _train(run, progress, should_stop, stop_after)
+    this = load(folder, text, out, chosen, progress, facts)
+    if facts is not None and newest is not None:
+        this.restore(newest, facts)
+        progress.line(f"resuming {this.folder} at step {this.trainer.step}")
+    return loop.run(this, progress, stop_after=stop_after, should_stop=should_stop)
 
 
 def _path(path: str | Path) -> str:
@@ -96,142 +415,108 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **changed}
 
 
-def _train(
-    run: Run, progress: Progress, should_stop: Callable[[], bool], stop_after: int | None
-) -> UptrainResult:
-    trainer, settings = run.trainer, run.trainer.settings
-    log = MetricsLog(run.partial / "metrics.jsonl")
-    log.forget_after(trainer.step)
-    log.write(_describe(run))
-    if trainer.step == 0:
-        _validated(run, run.loss_before, log, progress)
-    progress.task("uptrain", 1000, round(1000 * trainer.share))
-    last_log = last_save = time.monotonic()
-    pending: list[StepLosses] = []
-    mark = (trainer.tokens, trainer.seconds)
-    try:
-        while not trainer.finished and not should_stop() and trainer.step != stop_after:
-            before = trainer.share
-            pending.append(trainer.train_step())
-            now, text = time.monotonic(), ""
-            if trainer.step <= 3 or now - last_log >= LOG_SECONDS or trainer.finished:
-                record = _record(trainer, pending, mark)
-                log.write(record)
-                text, last_log, mark = _text(record), now, (trainer.tokens, trainer.seconds)
-                pending = []
-            progress.advance("uptrain", min(1000, round(1000 * trainer.share)), text)
-            part = settings.validations + 1
-            if int(trainer.share * part) > int(before * part) and not trainer.finished:
-                _validated(run, trainer.validate(), log, progress)
-            if now - last_save >= 60.0 * settings.save_minutes and not trainer.finished:
-                run.save()
-                last_save = time.monotonic()
-        if not trainer.finished:
-            run.save()
-            return run.result(None)
-        return _finish(run, log, progress)
-    except TrainingDiverged as error:
-        newest = run_folder.latest(run.checkpoint_root)
-        where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise TrainingDiverged(f"{error}; {where}") from error
-    finally:
-        log.close()
-
-
-def _describe(run: Run) -> Record:
-    trainer = run.trainer
-    return {
-        "kind": "run",
-        "step": trainer.step,
-        "name": str(run.folder),
-        "settings": trainer.settings.to_dict(),
-        "lr": trainer.settings.peak_lr,
-        "data": asdict(trainer.data.info),
-        "original_loss": run.original_loss,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+def load(
+    folder: Path,
+    text: list[str],
+    out: Path,
+    settings: UptrainSettings,
+    progress: Progress,
+    facts: dict[str, Any] | None,
+) -> UptrainRun:
+    """Reads everything, checks it, and measures the losses before the first step. facts: of the checkpoint
+    that the run goes on from.
+    """
+    device = resolve_device(settings.device)
+    conversion = read_conversion(folder)
+    teacher_folder = _teacher_folder(settings, folder, conversion)
+    model = load_causal_lm(folder)
+    dtype = model.dtype
+    model = _exact(model, device)
+    size = model.get_input_embeddings().weight.shape[0]
+    tokenizer = load_tokenizer(folder, size, settings.tokenizer)
+    data = prepare(tokenizer, text, settings.valid_text, valid_fraction=settings.valid_fraction)
+    _check_text(data.train, data.valid, settings)
+    identity = {
+        "folder": _digest(folder),
+        "teacher": _digest(teacher_folder) if teacher_folder and settings.distill else None,
+        "text": data.info.key,
     }
+    if facts is not None:
+        _check_identity(facts["identity"], identity)
+    teacher = None
+    if teacher_folder is not None and (settings.distill or facts is None):
+        teacher = _exact(load_causal_lm(teacher_folder), device)
+    changed = None if conversion is None else conversion.get("changed")
+    trainable = Trainable(model, settings.train, changed=changed, rank=settings.rank, seed=settings.seed)
+    trainer = Uptrainer(trainable, teacher if settings.distill else None, data, settings, device)
+    progress.line(f"text: {data.info}")
+    this = UptrainRun(trainer, tokenizer, folder, out, dtype, conversion, text, identity)
+    if facts is None:
+        this.original_loss = None if teacher is None else trainer.held_out_loss(teacher)
+        this.loss_before = trainer.evaluate()
+    else:
+        this.loss_before, this.original_loss = facts["loss_before"], facts["original_loss"]
+        this.reached = facts["reached"]
+    if trainer.teacher is not None and settings.precision == "bf16":
+        teacher.to(torch.bfloat16)  # nobody updates its weights
+    return this
 
 
-def _record(trainer: Uptrainer, steps: list[StepLosses], mark: tuple[int, float]) -> Record:
-    """Means of some steps, the last one's other numbers, and the speed since `mark`, (tokens, seconds)."""
-    each = [asdict(step) for step in steps]
-    losses = {name: [step[name] for step in each] for name in ("objective", "loss", "kl", "layers")}
-    means = {name: sum(values) / len(values) for name, values in losses.items() if values[0] is not None}
-    return {
-        "kind": "train",
-        "step": trainer.step,
-        "tokens": trainer.tokens,
-        "seconds": trainer.seconds,
-        **means,
-        "bits_per_byte": bits_per_byte(means["loss"], trainer.data.tokens_per_byte),
-        "grad_norm": steps[-1].grad_norm,
-        "lr": steps[-1].lr,
-        "tokens_per_s": (trainer.tokens - mark[0]) / (trainer.seconds - mark[1]),
-    }
+def _exact(model: Any, device: torch.device) -> Any:
+    """fp32 on `device`, every parameter in memory of its own: matrix products may round differently on
+    addresses of another alignment, and a resumed run is to repeat the uninterrupted one bit for bit.
+    """
+    model = model.to(device, torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
-def _text(record: Record) -> str:
-    parts = "  ".join(f"{name} {record[name]:.4f}" for name in ("loss", "kl", "layers") if name in record)
-    return (
-        f"step {record['step']}  {parts}  norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}  "
-        f"{record['tokens_per_s']:,.0f} tokens/s"
-    )
+def _teacher_folder(
+    settings: UptrainSettings, folder: Path, conversion: dict[str, Any] | None
+) -> Path | None:
+    """The teacher's, or, without distillation, that of the original if it is still there."""
+    named = settings.teacher or (conversion or {}).get("original")
+    path = None if named is None else Path(named).expanduser()
+    if path is not None and not path.is_absolute() and settings.teacher is None and not path.is_dir():
+        path = folder / path
+    if path is not None and (path / "config.json").is_file():
+        return path
+    if settings.teacher is not None or settings.distill:
+        if named is None:
+            raise ConfigError(f"{folder} names no original to distil from; name it: --teacher FOLDER")
+        raise FileNotFoundError(
+            f"teacher: {named} is no Hugging Face folder; name that of the original: --teacher FOLDER"
+        )
+    return None
 
 
-def _validated(run: Run, loss: float, log: MetricsLog, progress: Progress) -> None:
-    trainer = run.trainer
-    if run.reached is None and run.original_loss is not None and loss <= run.original_loss:
-        run.reached = trainer.tokens
-    log.write(
-        {
-            "kind": "valid",
-            "step": trainer.step,
-            "tokens": trainer.tokens,
-            "seconds": trainer.seconds,
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "bits_per_byte": bits_per_byte(loss, trainer.data.tokens_per_byte),
-        }
-    )
-    original = "" if run.original_loss is None else f" (original {math.exp(run.original_loss):.3f})"
-    progress.line(
-        f"held-out text at step {trainer.step}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}{original}"
-    )
+def _check_text(train: Tensor, valid: Tensor, settings: UptrainSettings) -> None:
+    if len(train) < settings.seq_len:
+        raise ValueError(
+            f"text: {len(train)} tokens are left for training, which is less than one window of "
+            f"{settings.seq_len}; give more text or a smaller --seq-len"
+        )
+    if len(valid) < 2:
+        raise ValueError(
+            f"text: the held-out part has {len(valid)} tokens; give more text, or a text with --valid-text"
+        )
 
 
-def _finish(run: Run, log: MetricsLog, progress: Progress) -> UptrainResult:
-    """Measures the model as it is going to be stored, and puts the finished folder into place."""
-    trainer = run.trainer
-    run.save()  # whatever fails below can be done again
-    result_parameters = run.result(None).trained_parameters
-    model = trainer.trainable.merge().to(run.dtype)
-    loss = held_out_loss(model, trainer.data.valid, trainer.settings, trainer.device)
-    _validated(run, loss, log, progress)
-    result = UptrainResult(**{**run.result(loss).to_dict(), "trained_parameters": result_parameters})
-    log.write({"kind": "result", "step": trainer.step, **result.to_dict()})
-    scratch = run.partial / "model"
-    shutil.rmtree(scratch, ignore_errors=True)
-    with checked_files.naming(run.out):
-        save_like(model, run.folder, scratch)
-        if trainer.settings.tokenizer is not None:
-            run.tokenizer.save(scratch)
-        if run.conversion is not None:
-            text = json.dumps(_conversion(run, result), indent=2) + "\n"
-            (scratch / CONVERSION).write_text(text, encoding="utf-8")
-        shutil.copyfile(log.path, scratch / "metrics.jsonl")
-        run_folder.sync(scratch)
-    scratch.rename(run.out)
-    shutil.rmtree(run.partial)
-    return result
+def _digest(folder: Path) -> str:
+    """Of the config and the weights in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
-def _conversion(run: Run, result: UptrainResult) -> dict[str, Any]:
-    """conversion.json of the trained model: what is in it now differs from the original's in more names."""
-    before, settings = run.conversion or {}, run.trainer.settings
-    section = {**result.to_dict(), "settings": settings.to_dict(), "lr": settings.peak_lr}
-    del section["folder"], section["finished"]
-    if "uptraining" in before:
-        section["previous"] = before["uptraining"]
-    changed = sorted({*before.get("changed", ()), *run.trainer.trainable.names})
-    return {**before, "changed": changed, "uptraining": section}
+def _check_identity(was: dict[str, str | None], now: dict[str, str | None]) -> None:
+    other = [name for name in was if was[name] != now.get(name)]
+    if other:
+        raise ConfigError(
+            f"a resumed run goes on with what it began with, but the content of its {' and '.join(other)} is "
+            "another now; restore it, or start anew in another --out"
+        )

@@ -36,7 +36,7 @@ from fusedkv_ext.training.data.tokenizer import load_tokenizer
 from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model, ffn_width, resolve_device, resolve_plan
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model, ffn_width, resolve_device, resolve_plan
 
 RESULT = "result.json"
 
@@ -299,9 +299,9 @@ def tokens_per_second(
     are done in turns, so that noise hits both alike. Two models at a time are in memory.
     """
 
-    def trainer(config: TrainConfig) -> Trainer:
+    def trainer(config: TrainConfig) -> DecoderTrainer:
         model = build_model(config, data.info.vocab_size)
-        return Trainer(model, data, config, resolve_device(config.run.device))
+        return DecoderTrainer(model, data, config, resolve_device(config.run.device))
 
     (first, config), *others = methods.items()
     baseline = trainer(config)

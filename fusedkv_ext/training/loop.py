@@ -1,4 +1,9 @@
-"""A whole run: start or resume, train with logging, validation and checkpoints, and say how it ended."""
+"""A run of `train` or `uptrain`: train with logging, validation and checkpoints, and say how it ended.
+
+`run` is the loop of both commands. `Run` says what differs: when to log, to validate and to save, what lies
+beside the tensors of a checkpoint, and what happens at the end. Below them: `TrainRun`, how it starts and how
+it resumes.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +26,244 @@ from fusedkv_ext.training import run_folder, session
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from fusedkv_ext.training.data.tokens import TokenData, prepare
-from fusedkv_ext.training.metrics import MetricsLog, NoMetricsLog, Record
+from fusedkv_ext.training.metrics import Log, MetricsLog, NoMetricsLog, Record
 from fusedkv_ext.training.progress import Progress
 from fusedkv_ext.training.saver import Saver, collect, restore
-from fusedkv_ext.training.trainer import StepResult, Trainer, build_model, resolve_device
+from fusedkv_ext.training.trainer import (
+    DecoderTrainer,
+    StepResult,
+    Trainer,
+    build_model,
+    resolve_device,
+)
+
+Mark = tuple[int, float]  # tokens and seconds, from which a speed is counted
+
+
+class Run(ABC):
+    """A trainer together with where it writes; under torchrun all processes make one.
+
+    Args:
+        trainer: makes the steps.
+        folder: of metrics.jsonl and the checkpoints.
+        keep: checkpoints to keep.
+    """
+
+    task = "train"  # name of its bar of progress
+
+    def __init__(self, trainer: Trainer, folder: Path, keep: int) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.saver = Saver(self.checkpoint_root, keep)
+
+    @property
+    def checkpoint_root(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def open_log(self) -> Log:
+        """The metrics, which the first process writes."""
+        return NoMetricsLog() if session.rank() else MetricsLog(self.folder / "metrics.jsonl")
+
+    def save(self) -> Path:
+        """Begins to write the checkpoint of this step, which is there after `saver.wait()`; together on all
+        processes.
+        """
+        facts = {
+            "step": self.trainer.step,
+            "seconds": self.trainer.seconds,
+            "threads": torch.get_num_threads(),
+            "processes": session.world_size(),
+            "torch": str(torch.__version__),
+            **self.facts(),
+        }
+
+        def fill(folder: Path) -> None:
+            run_folder.write_trainer(folder, facts)
+            self.write_files(folder)
+
+        return self.saver.save(self.trainer.step, collect(self.trainer), fill)
+
+    def restore(self, checkpoint: Path, facts: dict[str, Any]) -> None:
+        """Puts trainer and metrics back to where a checkpoint was written. facts: those of the checkpoint."""
+        restore(checkpoint, self.trainer)
+        self.trainer.step, self.trainer.seconds = facts["step"], facts["seconds"]
+        if session.rank() == 0:
+            log = MetricsLog(self.folder / "metrics.jsonl")
+            log.forget_after(self.trainer.step)
+            log.close()
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What else a checkpoint says, as plain values."""
+
+    def write_files(self, folder: Path) -> None:
+        """Puts further files into the folder of a checkpoint, on rank 0 and on the thread of the saver."""
+        return
+
+    @abstractmethod
+    def describe(self) -> Record:
+        """The record of kind "run", once per start."""
+
+    def begin(self, log: Log, progress: Progress) -> None:
+        """Before the first step of this start."""
+        return
+
+    @abstractmethod
+    def progress(self) -> tuple[int, int]:
+        """How far the run has come: done, of a total."""
+
+    @abstractmethod
+    def due(self, before: float, last: bool) -> tuple[bool, bool, bool]:
+        """Whether to log, to validate and to save after a step. before: the share of the budget before it.
+        last: it was the last one of this start.
+        """
+
+    def speed_from(self, start: Mark, last_record: Mark) -> Mark:
+        """From where the speed in a record counts: the start of this process, or the record before."""
+        return start
+
+    @abstractmethod
+    def text(self, record: Record) -> str:
+        """A record of kind "train" in a line of progress."""
+
+    def validated(self, loss: float) -> tuple[Record, str]:
+        """The record of a validation and its line of progress."""
+        record = valid_record(self.trainer, loss)
+        return record, (
+            f"validation at step {self.trainer.step}: loss {loss:.4f}, "
+            f"{record['bits_per_byte']:.3f} bits/byte"
+        )
+
+    @abstractmethod
+    def end(self, log: Log, progress: Progress, stopped: bool, state: Progressed) -> Any:
+        """After the last step of this start: saves, and returns how the run ended. stopped: somebody asked
+        for it.
+        """
+
+
+@dataclass
+class Progressed:
+    """What the loop knows at its end: the mean loss of the last record, and the last validation where no
+    step followed it.
+    """
+
+    train_loss: float | None = None
+    valid_loss: float | None = None
+
+
+def run(
+    this: Run,
+    progress: Progress,
+    *,
+    stop_after: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Any:
+    """Trains until the budget is used, or stops early with a checkpoint; returns what `Run.end` does.
+
+    stop_after: number of steps (counted from the run's beginning) after which to stop. should_stop: asked
+    after each step; what one process of torchrun answers stops them all after the same step. Raises
+    TrainingDiverged naming the checkpoint to go back to.
+    """
+    trainer, log = this.trainer, this.open_log()
+    state, pending, stopped = Progressed(), list[StepResult](), False
+    start = last_record = (trainer.tokens, trainer.seconds)
+    try:
+        log.write(this.describe())
+        this.begin(log, progress)
+        done, total = this.progress()
+        progress.task(this.task, total, done)
+        while not _ends(trainer, stop_after) and not (stopped := _asked(this, should_stop)):
+            before = trainer.share
+            pending.append(trainer.train_step())
+            state.valid_loss = None
+            if pending[-1].observed is not None:
+                log.write({**pending[-1].observed, "step": trainer.step})
+            last, text = _ends(trainer, stop_after), ""
+            log_now, validate_now, save_now = this.due(before, last)
+            if log_now:
+                record = train_record(trainer, pending, this.speed_from(start, last_record))
+                log.write(record)
+                state.train_loss, text, pending = record["loss"], this.text(record), []
+                last_record = (trainer.tokens, trainer.seconds)
+            progress.advance(this.task, this.progress()[0], text)
+            if validate_now:
+                state.valid_loss = validate(this, log, progress)
+            if save_now:
+                this.save()
+        return this.end(log, progress, stopped, state)
+    except TrainingDiverged as error:
+        this.saver.close()
+        newest = run_folder.latest(this.checkpoint_root)
+        where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        raise TrainingDiverged(f"{error}; {where}") from error
+    finally:
+        this.saver.close()  # whatever ends the run, a checkpoint that is being written gets to its end
+        log.close()
+
+
+def _ends(trainer: Trainer, stop_after: int | None) -> bool:
+    return trainer.finished or (stop_after is not None and trainer.step >= stop_after)
+
+
+def _asked(this: Run, should_stop: Callable[[], bool]) -> bool:
+    """Whether any process is to stop. Raises CheckpointError on all of them when one could not write."""
+    stop, failed = session.any_ranks(should_stop(), this.saver.failed)
+    if failed:
+        this.saver.wait()
+        raise CheckpointError("another process could not write its part of a checkpoint")
+    return stop
+
+
+def validate(this: Run, log: Log, progress: Progress, loss: float | None = None) -> float:
+    """Evaluates, unless the loss is known, and reports it."""
+    loss = this.trainer.evaluate() if loss is None else loss
+    record, line = this.validated(loss)
+    log.write(record)
+    progress.line(line)
+    return loss
+
+
+def train_record(trainer: Trainer, steps: Sequence[StepResult], since: Mark | None = None) -> Record:
+    """The record of some steps: their mean losses, and the last step's other numbers. since: from where the
+    speed counts.
+    """
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    loss, last = mean([step.loss for step in steps]), steps[-1]
+    record = {
+        "kind": "train",
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        "loss": loss,
+        **{name: mean([step.parts[name] for step in steps]) for name in last.parts},
+        "bits_per_byte": trainer.bits_per_byte(loss),
+        "grad_norm": last.grad_norm,
+        "lr": last.lr,
+        "seconds": trainer.seconds,
+    }
+    if since is not None:
+        record["tokens_per_s"] = (trainer.tokens - since[0]) / (trainer.seconds - since[1])
+    return record
+
+
+def valid_record(trainer: Trainer, loss: float) -> Record:
+    """The record of a validation; raises TrainingDiverged for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise TrainingDiverged(
+            f"the validation loss at step {trainer.step} is {loss}. {trainer.settings.advice}"
+        )
+    return {
+        "kind": "valid",
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        "loss": loss,
+        "bits_per_byte": trainer.bits_per_byte(loss),
+        "seconds": trainer.seconds,
+    }
+
+
+# fusedkv train
 
 
 @dataclass(frozen=True)
@@ -44,44 +284,72 @@ class RunResult:
         return asdict(self)
 
 
-@dataclass
-class Run:
-    """A trainer together with where it writes; under torchrun all processes make one."""
+class TrainRun(Run):
+    """A run of `fusedkv train`; its checkpoints are models that every command reads."""
 
-    trainer: Trainer
-    tokenizer: Tokenizer
-    folder: Path
-    saver: Saver = field(init=False)
+    trainer: DecoderTrainer
 
-    def __post_init__(self) -> None:
-        self.saver = Saver(self.checkpoint_root, self.trainer.config.run.keep)
+    def __init__(self, trainer: DecoderTrainer, tokenizer: Tokenizer, folder: Path) -> None:
+        super().__init__(trainer, folder, trainer.config.run.keep)
+        self.tokenizer = tokenizer
 
-    @property
-    def checkpoint_root(self) -> Path:
-        return self.folder / "checkpoints"
+    def facts(self) -> dict[str, Any]:
+        return {"config": self.trainer.config.to_dict(), "data_key": self.trainer.data.info.key}
 
-    def save(self) -> Path:
-        """Begins to write the checkpoint of this step, which is there after `saver.wait()`; together on all
-        processes.
-        """
-        trainer, tokenizer = self.trainer, self.tokenizer
-        config = json.dumps(trainer.model.config.to_dict(), indent=2) + "\n"
-        facts = {
+    def write_files(self, folder: Path) -> None:
+        config = json.dumps(self.trainer.model.config.to_dict(), indent=2) + "\n"
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+        self.tokenizer.save(folder)
+
+    def describe(self) -> Record:
+        trainer = self.trainer
+        return {
+            "kind": "run",
             "step": trainer.step,
-            "seconds": trainer.seconds,
-            "config": trainer.config.to_dict(),
-            "data_key": trainer.data.info.key,
+            "name": trainer.config.model.plan,
+            "parameters": trainer.num_parameters,
+            "device": str(trainer.device),
             "threads": torch.get_num_threads(),
             "processes": session.world_size(),
             "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "data": asdict(trainer.data.info),
+            "config": trainer.config.to_dict(),
         }
 
-        def fill(folder: Path) -> None:
-            (folder / CONFIG).write_text(config, encoding="utf-8")
-            run_folder.write_trainer(folder, facts)
-            tokenizer.save(folder)
+    def progress(self) -> tuple[int, int]:
+        return self.trainer.step, self.trainer.config.run.steps
 
-        return self.saver.save(trainer.step, collect(trainer), fill)
+    def due(self, before: float, last: bool) -> tuple[bool, bool, bool]:
+        step, run = self.trainer.step, self.trainer.config.run
+        validate_now = step % run.valid_every == 0 and not last
+        return step % run.log_every == 0 or last, validate_now, step % run.save_every == 0
+
+    def text(self, record: Record) -> str:
+        return (
+            f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  "
+            f"norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
+        )
+
+    def end(self, log: Log, progress: Progress, stopped: bool, state: Progressed) -> RunResult:
+        trainer, valid_loss = self.trainer, state.valid_loss
+        if stopped:
+            self.save()
+            self.saver.wait()  # before the validation: whoever sent the signal may not wait for that
+        valid_loss = validate(self, log, progress) if valid_loss is None else valid_loss
+        saved = self.save()
+        self.saver.wait()
+        return RunResult(
+            steps=trainer.step,
+            tokens=trainer.tokens,
+            parameters=trainer.num_parameters,
+            seconds=trainer.seconds,
+            train_loss=state.train_loss,
+            valid_loss=valid_loss,
+            valid_bits_per_byte=trainer.bits_per_byte(valid_loss),
+            checkpoint=str(saved),
+            finished=trainer.finished,
+        )
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
@@ -138,7 +406,7 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     return config.updated(changed)
 
 
-def start(config: TrainConfig, folder: Path) -> Run:
+def start(config: TrainConfig, folder: Path) -> TrainRun:
     """A new run in `folder`. Raises ConfigError when there are checkpoints of another one already."""
     if run_folder.latest(folder / "checkpoints") is not None:
         raise ConfigError(
@@ -153,7 +421,8 @@ def start(config: TrainConfig, folder: Path) -> Run:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         run_folder.clean(folder / "checkpoints")
     _check_alike(0, config, data, _sums(model) if session.world_size() > 1 else [])
-    return Run(Trainer(model, data, config, resolve_device(config.run.device)), tokenizer, folder)
+    trainer = DecoderTrainer(model, data, config, resolve_device(config.run.device))
+    return TrainRun(trainer, tokenizer, folder)
 
 
 def _check_alike(step: int, config: TrainConfig, data: TokenData, weights: list[int]) -> None:
@@ -178,7 +447,7 @@ def _sums(model: nn.Module) -> list[int]:
 
 def resume(
     folder: Path, change: Callable[[TrainConfig], TrainConfig] = lambda config: config
-) -> tuple[Run, list[str]]:
+) -> tuple[TrainRun, list[str]]:
     """The newest checkpoint of `folder`, ready to go on, and warnings.
 
     change: applied to the saved configuration (more steps, say). The model and the text must stay what they
@@ -205,14 +474,10 @@ def resume(
             "restore it, or start a new run in another --out"
         )
     _check_alike(state["step"], config, data, [])  # weights are read from the same files
-    trainer = Trainer(allocate(newest), data, config, resolve_device(config.run.device))
-    restore(newest, trainer)
-    trainer.step, trainer.seconds = state["step"], state["seconds"]
-    if session.rank() == 0:
-        log = MetricsLog(folder / "metrics.jsonl")
-        log.forget_after(trainer.step)
-        log.close()
-    return Run(trainer, tokenizer, folder), _differences(state, saved, config)
+    trainer = DecoderTrainer(allocate(newest), data, config, resolve_device(config.run.device))
+    this = TrainRun(trainer, tokenizer, folder)
+    this.restore(newest, state)
+    return this, _differences(state, saved, config)
 
 
 def _differences(state: dict[str, Any], saved: TrainConfig, config: TrainConfig) -> list[str]:
@@ -234,142 +499,3 @@ def _what_matters(config: TrainConfig) -> TrainConfig:
     """The configuration without the keys that only say when to report and to save."""
     reporting = {"log_every": 1, "valid_every": 1, "valid_batches": 1, "save_every": 1, "keep": 1}
     return replace(config, run=replace(config.run, **reporting))
-
-
-def run(
-    this: Run,
-    progress: Progress,
-    *,
-    stop_after: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> RunResult:
-    """Trains to the configured number of steps, or stops early with a checkpoint.
-
-    stop_after: number of steps (counted from the run's beginning) after which to stop. should_stop: asked
-    after each step; what one process of torchrun answers stops them all after the same step. Raises
-    TrainingDiverged naming the checkpoint to go back to.
-    """
-    trainer, config = this.trainer, this.trainer.config.run
-    end = min(config.steps, stop_after or config.steps)
-    log = NoMetricsLog() if session.rank() else MetricsLog(this.folder / "metrics.jsonl")
-    log.write(_describe(this))
-    progress.task("train", config.steps, trainer.step)
-    pending: list[float] = []
-    stopped = False
-    started, train_loss, valid_loss = (trainer.step, trainer.seconds), None, None
-    try:
-        while trainer.step < end and not (stopped := _asked(this, should_stop)):
-            result = trainer.train_step()
-            pending.append(result.loss)
-            if result.observed is not None:
-                log.write({**result.observed, "step": result.step})
-            text = ""
-            if result.step % config.log_every == 0 or result.step == end:
-                train_loss = sum(pending) / len(pending)
-                speed = (trainer.step - started[0]) * trainer.tokens_per_step / (trainer.seconds - started[1])
-                record = train_record(trainer, train_loss, result)
-                record["tokens_per_s"] = speed
-                log.write(record)
-                pending, text = [], _text(record)
-            progress.advance("train", result.step, text)
-            valid_loss = None
-            if result.step % config.valid_every == 0 and result.step < end:
-                valid_loss = _validate(trainer, log, progress)
-            if result.step % config.save_every == 0:
-                this.save()
-        if stopped:
-            this.save()
-            this.saver.wait()  # before the validation: whoever sent the signal may not wait for that
-        valid_loss = _validate(trainer, log, progress) if valid_loss is None else valid_loss
-        saved = this.save()
-        this.saver.wait()
-    except TrainingDiverged as error:
-        this.saver.close()
-        newest = run_folder.latest(this.checkpoint_root)
-        where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise TrainingDiverged(f"{error}; {where}") from error
-    finally:
-        this.saver.close()  # whatever ends the run, a checkpoint that is being written gets to its end
-        log.close()
-    return RunResult(
-        steps=trainer.step,
-        tokens=trainer.step * trainer.tokens_per_step,
-        parameters=trainer.num_parameters,
-        seconds=trainer.seconds,
-        train_loss=train_loss,
-        valid_loss=valid_loss,
-        valid_bits_per_byte=trainer.bits_per_byte(valid_loss),
-        checkpoint=str(saved),
-        finished=trainer.step >= config.steps,
-    )
-
-
-def _asked(this: Run, should_stop: Callable[[], bool]) -> bool:
-    """Whether any process is to stop. Raises CheckpointError on all of them when one could not write."""
-    stop, failed = session.any_ranks(should_stop(), this.saver.failed)
-    if failed:
-        this.saver.wait()
-        raise CheckpointError("another process could not write its part of a checkpoint")
-    return stop
-
-
-def _describe(this: Run) -> dict[str, Any]:
-    trainer = this.trainer
-    return {
-        "kind": "run",
-        "step": trainer.step,
-        "name": trainer.config.model.plan,
-        "parameters": trainer.num_parameters,
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-        "processes": session.world_size(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "data": asdict(trainer.data.info),
-        "config": trainer.config.to_dict(),
-    }
-
-
-def train_record(trainer: Trainer, loss: float, last: StepResult) -> Record:
-    """The record of the steps since the previous one: their mean loss, and the last step's other numbers."""
-    return {
-        "kind": "train",
-        "step": trainer.step,
-        "tokens": trainer.step * trainer.tokens_per_step,
-        "loss": loss,
-        "bits_per_byte": trainer.bits_per_byte(loss),
-        "grad_norm": last.grad_norm,
-        "lr": last.lr,
-        "seconds": trainer.seconds,
-    }
-
-
-def _text(record: dict[str, Any]) -> str:
-    return (
-        f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  "
-        f"norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
-    )
-
-
-def valid_record(trainer: Trainer, loss: float) -> Record:
-    """The record of a validation; raises TrainingDiverged for a loss that is no number."""
-    if not math.isfinite(loss):
-        raise TrainingDiverged(f"the validation loss at step {trainer.step} is {loss}; try a lower optim.lr")
-    return {
-        "kind": "valid",
-        "step": trainer.step,
-        "tokens": trainer.step * trainer.tokens_per_step,
-        "loss": loss,
-        "bits_per_byte": trainer.bits_per_byte(loss),
-        "seconds": trainer.seconds,
-    }
-
-
-def _validate(trainer: Trainer, log: MetricsLog | NoMetricsLog, progress: Progress) -> float:
-    record = valid_record(trainer, trainer.evaluate())
-    log.write(record)
-    progress.line(
-        f"validation at step {trainer.step}: loss {record['loss']:.4f}, "
-        f"{record['bits_per_byte']:.3f} bits/byte"
-    )
-    return record["loss"]

@@ -62,6 +62,9 @@ class NoMetricsLog:
     def close(self) -> None: ...
 
 
+Log = MetricsLog | NoMetricsLog
+
+
 def read_metrics(path: str | Path) -> list[Record]:
     """All records of a file. A torn last line, left by a killed process, is passed over.
 

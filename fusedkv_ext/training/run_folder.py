@@ -10,11 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fusedkv_ext.checkpoint import checked_files
 from fusedkv_ext.checkpoint.pretrained import holds_model
@@ -22,7 +19,6 @@ from fusedkv_ext.training.config import TrainConfig
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_STATE = "trainer.pt"
 _TRAINER = "trainer.json"
 
 
@@ -84,47 +80,6 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         old.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def write(root: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
-    """Writes `root/step-N` and deletes all but the newest `keep` checkpoints. fill: puts the files into the
-    folder that it is given.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    target = folder_of(root, step)
-    if not target.exists():  # otherwise a run that was stopped right after saving saves the same state again
-        scratch = root / f".partial-{os.getpid()}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        with checked_files.naming(target):
-            fill(scratch)
-            publish(scratch, target)
-    prune(root, keep)
-    return target
-
-
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes what `read_state` reads: plain types and tensors."""
-    with checked_files.writing(folder / _STATE) as file:
-        torch.save({"format": _FORMAT, **state}, file)
-    checked_files.write_sums(folder, {_STATE: file.checksum})
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` left in a checkpoint folder. Raises ValueError when it is damaged or of another
-    version.
-    """
-    path = folder / _STATE
-    checked_files.verify(folder, [_STATE], _advice(folder))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and EOF errors of several kinds
-        raise ValueError(
-            f"{path} is damaged and cannot be read ({type(error).__name__}); {_advice(folder)}"
-        ) from error
-    if state.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
-    return state
 
 
 def write_trainer(folder: Path, facts: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,10 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fusedkv_ext.checkpoint import dcp as dcp_files
-from fusedkv_ext.checkpoint.pretrained import EMBEDDING, HEAD, PREFIX, STATE
+from fusedkv_ext.checkpoint.pretrained import PREFIX, STATE
 from fusedkv_ext.distributed.tensor import HeadOrder, head_orders
 from fusedkv_ext.errors import CheckpointError
-from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.training import run_folder, session
 from fusedkv_ext.training.trainer import Trainer
 
@@ -135,15 +134,18 @@ class Saver:
 
 def collect(trainer: Trainer) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: weights, a tied head once, and what the optimizer keeps for each
-    of them. Of DTensors each process has its part; most are those of the trainer, not copies.
+    of them. Of DTensors each process has its part; most are those of the trainer, not copies. Frozen weights
+    are left out where the trainer does not save them.
 
     An optimizer's settings (rates, decay) are none of them: they come from the configuration.
     """
     model, optimizer = trainer.model, trainer.optimizer
     fresh = not optimizer.state
-    weights = get_model_state_dict(model)
-    if _tied(model):
-        del weights[HEAD]
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(ignore_frozen_params=not trainer.saves_frozen)
+    )
+    for name in _tied(model):
+        weights.pop(name, None)
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     if fresh:  # torch has made the state by a step with gradients and rates of zero, and counted it
         for state in optimizer.state.values():
@@ -171,9 +173,10 @@ def restore(folder: Path, trainer: Trainer) -> None:
     weights = {
         name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)
     }
-    if _tied(model):
-        weights[HEAD] = weights[EMBEDDING]
-    set_model_state_dict(model, weights)
+    for name, first in _tied(model).items():
+        if first in weights:
+            weights[name] = weights[first]
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=trainer.saves_frozen))
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     for name, tensor in tensors.items():
         if name.startswith(_MOMENTS):
@@ -193,5 +196,10 @@ def _orders(trainer: Trainer) -> dict[str, HeadOrder]:
     return found
 
 
-def _tied(model: Decoder) -> bool:
-    return model.config.tie_word_embeddings
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several, and the first name of each."""
+    first: dict[int, str] = {}
+    names = [
+        (name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    return {name: known for name, known in names if name != known}

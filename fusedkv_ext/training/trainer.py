@@ -1,16 +1,18 @@
-"""The optimizer step, and the state that makes a run resumable bit for bit.
+"""The optimizer step, of `train` and `uptrain` alike, and the state that makes a run resumable bit for bit.
 
-Everything random is a pure function of the seed: the initial weights of (seed), a step's windows of (seed,
-step). The state of a run is therefore the weights, AdamW's moments and the number of steps done.
+Everything random is a pure function of the seed: the initial weights of (seed), the windows of a step of
+(seed, step). The state of a run is therefore the weights, AdamW's moments, the number of steps done and the
+seconds in them.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedkv_ext.distributed import parallelize, synchronize
+from fusedkv_ext.distributed import Mesh, parallelize, synchronize
 from fusedkv_ext.errors import ConfigError, TrainingDiverged
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig
 from fusedkv_ext.layers.fusion import param_groups
@@ -39,22 +41,57 @@ from fusedkv_ext.training.metrics import Record, bits_per_byte
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss in nats per token, norm of the gradient before clipping."""
+    """One optimizer step.
 
-    step: int  # number of steps done, this one included
+    Args:
+        step: number of steps done, this one included.
+        loss: mean cross entropy in nats per token, with what the model itself adds (balance of experts).
+        grad_norm: of the gradient before clipping.
+        lr: of the parameter groups whose scale is 1.
+        parts: further losses by name, means over the step.
+        observed: what `Trainer.observe` returned.
+    """
+
+    step: int
     loss: float
     grad_norm: float
     lr: float
-    observed: Record | None = None  # what `Trainer.observe` returned
+    parts: dict[str, float] = field(default_factory=dict)
+    observed: Record | None = None
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the configuration of a run says about its steps; `advice` follows when the loss diverges."""
+
+    seed: int
+    batch_size: int
+    accumulate: int
+    seq_len: int
+    precision: str
+    lr: float
+    betas: tuple[float, float]
+    grad_clip: float
+    eps: float = 1e-8
+    name: str = "training"
+    advice: str = "try a lower lr"
+
+
+def decayed(peak: float, final: float, share: float, schedule: str = "cosine") -> float:
+    """The learning rate when the share 0 to 1 of its fall from `peak` to `peak * final` is done: half a
+    cosine, or "linear".
+    """
+    share = min(share, 1.0)
+    height = 0.5 * (1.0 + math.cos(math.pi * share)) if schedule == "cosine" else 1.0 - share
+    return peak * (final + (1.0 - final) * height)
 
 
 def learning_rate(step: int, optim: OptimSection, steps: int) -> float:
     """Rate of step `step` (from 0): linear warm-up to `lr`, then half a cosine down to `lr * final_lr`."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    share = min((step - optim.warmup_steps) / max(steps - 1 - optim.warmup_steps, 1), 1.0)
-    low = optim.lr * optim.final_lr
-    return low + (optim.lr - low) * 0.5 * (1.0 + math.cos(math.pi * share))
+    share = (step - optim.warmup_steps) / max(steps - 1 - optim.warmup_steps, 1)
+    return decayed(optim.lr, optim.final_lr, share)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -129,32 +166,38 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
         return Decoder(sizes)
 
 
-class Trainer:
-    """Trains a module by its method `loss(ids, labels)`; labels are the ids, shifted inside the module. With
-    `data.document_masks` it also gets `document_ids` and `num_target_tokens`, as `Decoder.loss` does.
+class Trainer(ABC):
+    """Optimizer steps of a model: windows, accumulated gradients, clipping, AdamW and its rate.
 
-    model: fp32 weights, moved to `device`; under torchrun a Decoder, the same on all processes, which is then
-    shared among them as `config.parallel` says: parameters become DTensors, and each data rank runs its rows
-    of every batch. Raises ConfigError for a layout or a batch size that does not fit the processes, and
-    ValueError when the text is shorter than one window.
+    What is trained, by which losses, at which rate and how it is validated is up to the subclasses.
+
+    Args:
+        model: fp32 weights on `device`; under torchrun shared already, its parameters DTensors.
+        groups: parameter groups of the optimizer; a group's "scale", 1 by default, multiplies the rate.
+        data: ids of the text.
+        settings: of the steps.
+        device: of the model.
+        mesh: how the processes of torchrun share the run; None without it.
+
+    Raises:
+        ValueError: for a text that is shorter than one window.
     """
 
-    def __init__(self, model: nn.Module, data: TokenData, config: TrainConfig, device: torch.device) -> None:
-        session.check_batch(config)
-        self.data, self.config, self.device = data, config, device
-        self.mesh = session.mesh(config, device)
-        check_length(data.train, config.data.seq_len, "training")
-        check_length(data.valid, config.data.seq_len, "validation")
-        self.model = model
-        self._share()  # moves each layer's part to the device, so the whole need not fit there
-        self.model.to(device)
-        optim = config.optim
+    saves_frozen = True  # whether a checkpoint has weights that are not trained, too
+
+    def __init__(
+        self,
+        model: Any,
+        groups: list[dict[str, Any]],
+        data: TokenData,
+        settings: StepSettings,
+        device: torch.device,
+        mesh: Mesh | None = None,
+    ) -> None:
+        check_length(data.train, settings.seq_len, "training")
+        self.model, self.data, self.settings, self.device, self.mesh = model, data, settings, device, mesh
         self.optimizer = torch.optim.AdamW(
-            param_groups(self.model, optim.weight_decay),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            fused=True,
+            groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
         )
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # spent in them, over all starts
@@ -162,21 +205,32 @@ class Trainer:
         # the metrics. No part of the run's state: whoever resumes a run sets it again.
         self.observe: Callable[[int, nn.Module], Record | None] | None = None
 
-    def _share(self) -> None:
-        parallel, precision = self.config.parallel, self.config.run.precision
-        how = None if parallel.activation_checkpointing == "none" else parallel.activation_checkpointing
-        if self.mesh is None and how is None and not parallel.compile:
-            return
-        try:
-            parallelize(
-                self.model,
-                self.mesh,
-                precision=precision,
-                activation_checkpointing=how,
-                compile=parallel.compile,
-            )
-        except ValueError as error:
-            raise ConfigError(f"parallel: {error}") from error
+    @property
+    @abstractmethod
+    def share(self) -> float:
+        """Of the budget that is used, 0 to 1."""
+
+    @abstractmethod
+    def rate(self) -> float:
+        """Learning rate of the coming step."""
+
+    @abstractmethod
+    def losses(self, ids: Tensor, num_target_tokens: float | None) -> tuple[Tensor, dict[str, float]]:
+        """Of one part of a batch, ids (B, S) on the device: the loss to minimize, and the parts of it to
+        report, all of them means over tokens. One is called "loss".
+        """
+
+    @abstractmethod
+    def evaluate(self) -> float:
+        """Mean loss in nats per token on the held-out text, equal on all processes."""
+
+    def begin_step(self) -> None:
+        """Puts the model into the mode that it learns in."""
+        self.model.train()
+
+    @property
+    def finished(self) -> bool:
+        return self.share >= 1.0
 
     @property
     def data_ranks(self) -> int:
@@ -189,7 +243,12 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.run.batch_size * self.config.data.seq_len
+        return self.settings.batch_size * self.settings.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Seen so far."""
+        return self.step * self.tokens_per_step
 
     @property
     def num_parameters(self) -> int:
@@ -198,79 +257,133 @@ class Trainer:
     def bits_per_byte(self, loss: float) -> float:
         return bits_per_byte(loss, self.data.tokens_per_byte)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.run.precision == "bf16" and self.mesh is None:  # a mesh gathers weights in bf16
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward passes. A mesh gathers weights in bf16 instead."""
+        if self.settings.precision == "bf16" and self.mesh is None:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     @property
-    def _separator(self) -> int | None:
+    def separator(self) -> int | None:
         """The id that ends a document, where the model is to keep documents apart."""
-        return self.data.separator if self.config.data.document_masks else None
+        return None
 
     def _windows(self) -> Tensor:
         """This data rank's windows of the coming step: all data ranks together have the same ones however
         many they are.
         """
-        run, data = self.config.run, self.config.data
-        rows = rows_of(self.data_rank, self.data_ranks, run.batch_size)
-        return training_batch(self.data.train, run.seed, self.step, run.batch_size, data.seq_len, rows)
+        rows = rows_of(self.data_rank, self.data_ranks, self.settings.batch_size)
+        sizes = self.settings.batch_size, self.settings.seq_len
+        return training_batch(self.data.train, self.settings.seed, self.step, *sizes, rows)
 
     def _num_target_tokens(self, windows: Tensor) -> float | None:
         """By what each part divides its sum of losses: the target tokens of the whole batch over the number
         of all parts. The mean over parts is then the mean over tokens, whichever parts these are in. None:
         all parts have equally many.
         """
-        if self._separator is None:
+        if self.separator is None:
             return None
-        targets = self._total(num_target_tokens(windows, self._separator))
-        return max(targets, 1.0) / (self.config.run.accumulate * self.data_ranks)
-
-    def _loss(self, ids: Tensor, num_target_tokens: float | None = None) -> Tensor:
-        ids, options = ids.to(self.device), {}
-        if self._separator is not None:
-            document_ids = document_ids_of(ids, self._separator)
-            options = {"document_ids": document_ids, "num_target_tokens": num_target_tokens}
-        with self._autocast():
-            return self.model.loss(ids, ids, **options)
+        targets = self.total(num_target_tokens(windows, self.separator))
+        return max(targets, 1.0) / (self.settings.accumulate * self.data_ranks)
 
     def train_step(self) -> StepResult:
         """One optimizer step. Raises TrainingDiverged, before the weights change, when something is not
         finite.
         """
         started = time.perf_counter()
-        run, optim = self.config.run, self.config.optim
-        self.model.train()
+        settings = self.settings
+        self.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = 0.0, run.accumulate * self.data_ranks
+        parts = settings.accumulate * self.data_ranks
         windows = self._windows()
-        num_target_tokens = self._num_target_tokens(windows)
-        for part, ids in enumerate(windows.chunk(run.accumulate), 1):
-            synchronize(self.model, part == run.accumulate)
-            part_loss = self._loss(ids, num_target_tokens) / parts
-            part_loss.backward()
-            loss += part_loss.item()
-        loss = self._total(loss)
+        targets = self._num_target_tokens(windows)
+        objective, means = 0.0, dict[str, float]()
+        for part, ids in enumerate(windows.chunk(settings.accumulate), 1):
+            synchronize(self.model, part == settings.accumulate)
+            loss, found = self.losses(ids.to(self.device), targets)
+            loss = loss / parts
+            loss.backward()
+            objective += loss.item()
+            for name, value in found.items():
+                means[name] = means.get(name, 0.0) + value / parts
+        objective = self.total(objective)
+        means = {name: self.total(value) for name, value in means.items()}
         observed = self.observe(self.step + 1, self.model) if self.observe else None
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(learning, settings.grad_clip or math.inf)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        rate = learning_rate(self.step, optim, run.steps)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        rate = self.rate()
+        if not (math.isfinite(objective) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"training diverged at step {self.step + 1}: loss {loss}, gradient norm {norm}, learning "
-                f"rate {rate:.3g}; the weights are those before this step. Try a lower "
-                f"optim.lr, more optim.warmup_steps or a smaller optim.grad_clip"
+                f"{settings.name} diverged at step {self.step + 1}: loss {objective}, gradient norm {norm}, "
+                f"learning rate {rate:.3g}; the weights are those before this step. {settings.advice}"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         self.optimizer.step()
         self.step += 1
         self.seconds += time.perf_counter() - started
-        return StepResult(self.step, loss, norm, rate, observed)
+        return StepResult(self.step, means.pop("loss", objective), norm, rate, means, observed)
 
-    def _total(self, value: float) -> float:
+    def total(self, value: float) -> float:
         """Added up over the data ranks; the processes of one have the same value."""
         return session.total(value)[0] * self.data_ranks / session.world_size()
+
+
+class DecoderTrainer(Trainer):
+    """Trains a module by its method `loss(ids, labels)`; labels are the ids, shifted inside the module. With
+    `data.document_masks` it also gets `document_ids` and `num_target_tokens`, as `Decoder.loss` does.
+
+    model: fp32 weights, moved to `device`; under torchrun a Decoder, the same on all processes, which is then
+    shared among them as `config.parallel` says: parameters become DTensors, and each data rank runs its rows
+    of every batch. Raises ConfigError for a layout or a batch size that does not fit the processes, and
+    ValueError when the text is shorter than one window.
+    """
+
+    def __init__(self, model: nn.Module, data: TokenData, config: TrainConfig, device: torch.device) -> None:
+        session.check_batch(config)
+        self.config = config
+        mesh = session.mesh(config, device)
+        check_length(data.train, config.data.seq_len, "training")
+        check_length(data.valid, config.data.seq_len, "validation")
+        _share(model, config, mesh)  # moves each layer's part to the device, so the whole need not fit there
+        model.to(device)
+        run, optim = config.run, config.optim
+        settings = StepSettings(
+            seed=run.seed,
+            batch_size=run.batch_size,
+            accumulate=run.accumulate,
+            seq_len=config.data.seq_len,
+            precision=run.precision,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            grad_clip=optim.grad_clip,
+            eps=optim.eps,
+            advice="Try a lower optim.lr, more optim.warmup_steps or a smaller optim.grad_clip",
+        )
+        super().__init__(model, param_groups(model, optim.weight_decay), data, settings, device, mesh)
+
+    @property
+    def share(self) -> float:
+        return self.step / self.config.run.steps
+
+    def rate(self) -> float:
+        return learning_rate(self.step, self.config.optim, self.config.run.steps)
+
+    @property
+    def separator(self) -> int | None:
+        return self.data.separator if self.config.data.document_masks else None
+
+    def losses(self, ids: Tensor, num_target_tokens: float | None) -> tuple[Tensor, dict[str, float]]:
+        return self._loss(ids, num_target_tokens), {}
+
+    def _loss(self, ids: Tensor, num_target_tokens: float | None = None) -> Tensor:
+        ids, options = ids.to(self.device), {}
+        if self.separator is not None:
+            document_ids = document_ids_of(ids, self.separator)
+            options = {"document_ids": document_ids, "num_target_tokens": num_target_tokens}
+        with self.autocast():
+            return self.model.loss(ids, ids, **options)
 
     @torch.no_grad()
     def evaluate(self, max_batches: int | None = None) -> float:
@@ -289,8 +402,26 @@ class Trainer:
             ids = turn[min(self.data_rank, len(turn) - 1)]
             loss = self._loss(ids)
             if self.data_rank < len(turn):
-                tokens = num_target_tokens(ids, self._separator)
+                tokens = num_target_tokens(ids, self.separator)
                 total += loss.item() * tokens
                 targets += tokens
         self.model.train(was_training)
-        return self._total(total) / max(self._total(targets), 1.0)
+        return self.total(total) / max(self.total(targets), 1.0)
+
+
+def _share(model: nn.Module, config: TrainConfig, mesh: Mesh | None) -> None:
+    """Shares a decoder among the processes, or lays it out for one, as `config.parallel` says."""
+    parallel = config.parallel
+    how = None if parallel.activation_checkpointing == "none" else parallel.activation_checkpointing
+    if mesh is None and how is None and not parallel.compile:
+        return
+    try:
+        parallelize(
+            model,
+            mesh,
+            precision=config.run.precision,
+            activation_checkpointing=how,
+            compile=parallel.compile,
+        )
+    except ValueError as error:
+        raise ConfigError(f"parallel: {error}") from error

@@ -17,13 +17,12 @@ pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from fusedkv_ext.checkpoint.pretrained import STATE
 from fusedkv_ext.cli.main import build_parser, main
 from fusedkv_ext.cli.uptrain import _OPTIONS
 from fusedkv_ext.conversion.trainable import Trainable
-from fusedkv_ext.conversion.uptrain_run import partial_folder
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
-from fusedkv_ext.conversion.uptrainer import Uptrainer
-from fusedkv_ext.conversion.uptraining import uptrain
+from fusedkv_ext.conversion.uptraining import Uptrainer, partial_folder, uptrain
 from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf import FusedKVLlamaForCausalLM, config_for
@@ -399,11 +398,12 @@ def test_a_run_resumes_only_with_what_it_began_with(original: Path, text: Path, 
     refused(ConfigError, changed, original, [text], out, resume=True, lr=0.5)
     other.write_text(text.read_text() + "the end")
     refused(ConfigError, "content of its text", original, [other], out, resume=True)
-    checkpoint = next((partial_folder(out) / "checkpoints").iterdir()) / "trainer.pt"
-    content = checkpoint.read_bytes()
-    checkpoint.write_bytes(content[: len(content) // 2])
-    refused(ValueError, "is damaged", original, [text], out, resume=True)
-    checkpoint.write_bytes(content)
+    checkpoint = next((partial_folder(out) / "checkpoints").iterdir())
+    for path in (checkpoint / "trainer.json", *(checkpoint / STATE).glob("*.distcp")):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        refused(ValueError, "damaged", original, [text], out, resume=True)
+        path.write_bytes(content)
     assert uptrain(original, (), out, resume=True, validations=0).finished
     with pytest.raises(ConfigError, match="exists already"):
         uptrain(original, [text], out, resume=True, **SMALL)

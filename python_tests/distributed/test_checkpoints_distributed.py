@@ -30,7 +30,7 @@ from fusedkv_ext.training import loop, run_folder, saver, session
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model
 
 pytestmark = pytest.mark.skipif(not HAS_GLOO, reason="needs a torch with gloo")
 
@@ -397,12 +397,12 @@ def _four(folder: Path) -> dict:
 def _dying(folder: Path, arguments: list[str]) -> int:
     """`fusedkv train`, where a process kills itself at another place in each of the first two starts."""
     start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-    train_step, write = Trainer.train_step, saver._Writer.write_data
+    train_step, write = DecoderTrainer.train_step, saver._Writer.write_data
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def in_a_step(self: Trainer) -> object:
+    def in_a_step(self: DecoderTrainer) -> object:
         if self.step == 7:
             die()
         return train_step(self)
@@ -419,7 +419,7 @@ def _dying(folder: Path, arguments: list[str]) -> int:
         with (folder / "began.txt").open("a") as file:
             file.write(f"{newest and newest.name}\n")
     if (start, rank) == (0, 1):
-        Trainer.train_step = in_a_step
+        DecoderTrainer.train_step = in_a_step
     elif (start, rank) == (1, 1):
         saver._Writer.write_data = in_a_part
     return main(arguments)

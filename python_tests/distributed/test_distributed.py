@@ -27,7 +27,7 @@ from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo"
@@ -74,7 +74,7 @@ def config_in(folder: Path, changes: dict[str, object] | None = None) -> TrainCo
 def five_steps(config: TrainConfig) -> dict[str, object]:
     """Losses, norms, validation and weights, all in float64: what rounding leaves is far from any mistake."""
     data = loop.load_data(config, ByteTokenizer())
-    trainer = Trainer(build_model(config, 256).double(), data, config, torch.device("cpu"))
+    trainer = DecoderTrainer(build_model(config, 256).double(), data, config, torch.device("cpu"))
     steps = [trainer.train_step() for _ in range(5)]
     return {
         "losses": [step.loss for step in steps],

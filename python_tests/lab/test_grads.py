@@ -34,7 +34,7 @@ from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.data.tokens import training_batch
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def config(tmp_path: Path) -> TrainConfig:
     return tiny_run(tmp_path)
 
 
-def trainer_of(config: TrainConfig) -> Trainer:
+def trainer_of(config: TrainConfig) -> DecoderTrainer:
     data = loop.load_data(config, ByteTokenizer())
-    return Trainer(build_model(config, 256), data, config, torch.device("cpu"))
+    return DecoderTrainer(build_model(config, 256), data, config, torch.device("cpu"))
 
 
 def gradients_of(config: TrainConfig, out: Path, every: int = 2, should_stop=lambda: False) -> Gradients:

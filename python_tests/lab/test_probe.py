@@ -34,7 +34,7 @@ from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
 from fusedkv_ext.training import run_folder
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_a_finished_probe_is_not_trained_again(
 ) -> None:
     first = probe_of(config, tmp_path / "out", seeds=1)
     before = (tmp_path / "out" / "seed-0" / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(Trainer, "train_step", None)
+    monkeypatch.setattr(DecoderTrainer, "train_step", None)
     assert probe_of(config, tmp_path / "out", seeds=1) == first
     assert (tmp_path / "out" / "seed-0" / "metrics.jsonl").read_bytes() == before
 
@@ -233,17 +233,17 @@ def test_the_command_writes_file_and_picture_and_plot_draws_it_again(
 def test_ctrl_c_ends_it_with_130_and_the_same_command_goes_on(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = Trainer.train_step
+    step = DecoderTrainer.train_step
 
-    def interrupted(self: Trainer):
+    def interrupted(self: DecoderTrainer):
         os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(DecoderTrainer, "train_step", interrupted)
     command = ["probe", "--out", str(tmp_path / "probe"), *options(config)]
     assert main(command) == 130
     assert "goes on" in capsys.readouterr().err and not (tmp_path / "probe" / "probe.json").exists()
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(DecoderTrainer, "train_step", step)
     assert main(command) == 0
     assert "from step 1" in capsys.readouterr().out
 

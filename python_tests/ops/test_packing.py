@@ -28,7 +28,7 @@ from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.data.tokens import TokenData, num_target_tokens, rows_of, training_batch
 from fusedkv_ext.training.metrics import read_metrics, series
 from fusedkv_ext.training.progress import SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64: what rounding leaves
 LATENT = {"head_dim": 8, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -243,12 +243,12 @@ def config_in(folder: Path, **changes: Any) -> TrainConfig:
     return tiny_run(folder, **values | changes)
 
 
-def trainer_of(config: TrainConfig) -> Trainer:
+def trainer_of(config: TrainConfig) -> DecoderTrainer:
     data = loop.load_data(config, ByteTokenizer())
-    return Trainer(build_model(config, 256).double(), data, config, torch.device("cpu"))
+    return DecoderTrainer(build_model(config, 256).double(), data, config, torch.device("cpu"))
 
 
-def three_steps(trainer: Trainer) -> tuple[Tensor, list[float]]:
+def three_steps(trainer: DecoderTrainer) -> tuple[Tensor, list[float]]:
     """The windows of three steps, (3, rows, tokens); their losses and norms and the validation after them."""
     windows, steps = [], []
     for _ in range(3):
@@ -298,7 +298,7 @@ def test_windows_without_target_tokens_give_no_nan(tmp_path: Path) -> None:
     nothing = torch.zeros(400, dtype=torch.uint8)  # separators, each a document
     some = torch.where(torch.arange(400) < 330, nothing, torch.arange(400).remainder(50).to(torch.uint8))
     for tokens in (nothing, some):
-        trainer = Trainer(
+        trainer = DecoderTrainer(
             build_model(config, 256), TokenData(tokens, tokens, info, 0), config, torch.device("cpu")
         )
         steps = [trainer.train_step() for _ in range(4)]

@@ -24,7 +24,7 @@ from fusedkv_ext.training.data.tokenizer import ByteTokenizer
 from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.metrics import MetricsLog, bits_per_byte, read_metrics, series
 from fusedkv_ext.training.progress import PlainProgress, SilentProgress
-from fusedkv_ext.training.trainer import Trainer, build_model, learning_rate
+from fusedkv_ext.training.trainer import DecoderTrainer, build_model, learning_rate
 
 SMALL = {
     "model.num_hidden_layers": 4,
@@ -64,9 +64,9 @@ def tokens_of(config: TrainConfig) -> TokenData:
     return loop.load_data(config, ByteTokenizer())
 
 
-def trainer_of(config: TrainConfig, model: nn.Module | None = None) -> Trainer:
+def trainer_of(config: TrainConfig, model: nn.Module | None = None) -> DecoderTrainer:
     data = tokens_of(config)
-    return Trainer(model or build_model(config, 256), data, config, torch.device("cpu"))
+    return DecoderTrainer(model or build_model(config, 256), data, config, torch.device("cpu"))
 
 
 def weights_of(checkpoint: str | Path) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.loop import load_data
 from fusedkv_ext.training.metrics import read_metrics
 from fusedkv_ext.training.progress import Progress
-from fusedkv_ext.training.trainer import Trainer
+from fusedkv_ext.training.trainer import DecoderTrainer
 
 
 def _fused_sources(model: Decoder) -> list[plots.FusedSource]:
@@ -62,7 +62,7 @@ def _processor() -> str:
 
 
 def _results(
-    trainers: Mapping[str, Trainer], done: TrainingDone, settings: DemoSettings, progress: Progress
+    trainers: Mapping[str, DecoderTrainer], done: TrainingDone, settings: DemoSettings, progress: Progress
 ) -> tuple[report.ModelResult, ...]:
     """Validates and times the trained models."""
     models = {name: trainer.model.eval() for name, trainer in trainers.items()}
@@ -106,7 +106,7 @@ def _sample(models: Mapping[str, Decoder], settings: DemoSettings) -> dict[str, 
 
 
 def _described(
-    settings: DemoSettings, data: TokenData, steps: int, planned: int, trainer: Trainer
+    settings: DemoSettings, data: TokenData, steps: int, planned: int, trainer: DecoderTrainer
 ) -> dict[str, Any]:
     config = settings.config
     return {

@@ -18,16 +18,16 @@ from fusedkv_ext.training.data.tokens import TokenData
 from fusedkv_ext.training.loop import train_record, valid_record
 from fusedkv_ext.training.metrics import MetricsLog
 from fusedkv_ext.training.progress import Progress
-from fusedkv_ext.training.trainer import Trainer, build_model, resolve_device
+from fusedkv_ext.training.trainer import DecoderTrainer, StepResult, build_model, resolve_device
 
 
-def make_trainers(config: TrainConfig, data: TokenData) -> dict[str, Trainer]:
+def make_trainers(config: TrainConfig, data: TokenData) -> dict[str, DecoderTrainer]:
     """One trainer per plan; equal seeds, so all see the same windows in the same order."""
     device = resolve_device(config.run.device)
     trainers = {}
     for plan in PLANS:
         own = config.updated([("model.plan", plan)])
-        trainers[plan] = Trainer(build_model(own, data.info.vocab_size), data, own, device)
+        trainers[plan] = DecoderTrainer(build_model(own, data.info.vocab_size), data, own, device)
     return trainers
 
 
@@ -65,12 +65,12 @@ class TrainingDone:
 
 
 def train(
-    trainers: Mapping[str, Trainer], folders: Mapping[str, Path], progress: Progress, deadline: float
+    trainers: Mapping[str, DecoderTrainer], folders: Mapping[str, Path], progress: Progress, deadline: float
 ) -> TrainingDone:
     """One step of each model in turn; ends before the planned number of steps when `deadline` passes."""
     planned = next(iter(trainers.values())).config.run.steps
     log_every, valid_every = max(1, planned // 200), max(1, planned // 8)
-    losses: dict[str, list[float]] = {name: [] for name in trainers}
+    results: dict[str, list[StepResult]] = {name: [] for name in trainers}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     done = 0
     with ExitStack() as stack:
@@ -86,9 +86,9 @@ def train(
                 before = trainer.seconds
                 result, text = trainer.train_step(), ""
                 seconds[name].append(trainer.seconds - before)
-                losses[name].append(result.loss)
+                results[name].append(result)
                 if done % log_every == 0 or done == planned:
-                    record = train_record(trainer, statistics.fmean(losses[name][-log_every:]), result)
+                    record = train_record(trainer, results[name][-log_every:])
                     logs[name].write(record)
                     median = 1e3 * statistics.median(seconds[name][-50:])
                     text = f"{record['bits_per_byte']:.3f} bits/byte  {median:.0f} ms/step"
