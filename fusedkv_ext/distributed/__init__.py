@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from fusedkv_ext.distributed.context import apply_cp
@@ -47,5 +45,3 @@ def parallelize(
             layer._run = torch.compile(layer._run)
     if mesh is not None:
         shard_weights(model, mesh.fsdp, precision)
-        # That the norm of the gradient, one number, is summed over one dimension after the other.
-        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

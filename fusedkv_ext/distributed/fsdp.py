@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
@@ -39,8 +38,6 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    # Values that a layer returns are views of its projection. Nobody changes them in place.
-    warnings.filterwarnings("ignore", message=".* returned a view tensor")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -84,7 +84,8 @@ class Run(ABC):
 
     def restore(self, checkpoint: Path, facts: dict[str, Any]) -> None:
         """Puts trainer and metrics back to where a checkpoint was written. facts: those of the checkpoint."""
-        restore(checkpoint, self.trainer)
+        with session.quiet():
+            restore(checkpoint, self.trainer)
         self.trainer.step, self.trainer.seconds = facts["step"], facts["seconds"]
         if session.rank() == 0:
             log = MetricsLog(self.folder / "metrics.jsonl")
@@ -163,6 +164,11 @@ def run(
     after each step; what one process of torchrun answers stops them all after the same step. Raises
     TrainingDiverged naming the checkpoint to go back to.
     """
+    with session.quiet():
+        return _run(this, progress, stop_after, should_stop)
+
+
+def _run(this: Run, progress: Progress, stop_after: int | None, should_stop: Callable[[], bool]) -> Any:
     trainer, log = this.trainer, this.open_log()
     state, pending, stopped = Progressed(), list[StepResult](), False
     start = last_record = (trainer.tokens, trainer.seconds)

@@ -89,8 +89,6 @@ class Saver:
             run_folder.publish(scratch, target)
             run_folder.prune(self._root, self._keep)
 
-        # Said of one process on the writer's thread, and filters are not set for a thread.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         parts: dict[str, dict[str, Tensor]] = {}  # the writer joins the names again
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -94,6 +96,26 @@ def session() -> Iterator[None]:
     total(0.0)  # nobody leaves while another still talks to it
     dist.destroy_process_group()
     _store = _files = None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While it lasts, three remarks of torch that a run cannot act upon are not shown; then all is as before.
+
+    It acts on the whole process, because filters of warnings are not those of a thread.
+    """
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the norm of the gradient, one number, is summed dimension by dimension
+    try:
+        with warnings.catch_warnings():
+            # Values that a layer returns are views of its projection. Nobody changes them in place.
+            warnings.filterwarnings("ignore", message=".* returned a view tensor")
+            # Said of one process on the thread that writes checkpoints.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _as_lost_contact(error: Exception) -> Exception:
