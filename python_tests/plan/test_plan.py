@@ -163,7 +163,7 @@ def test_labels_carry_options():
         (("cla", 4), {"factr": 2}, ValueError, "'cla' has no option 'factr'; its options: factor"),
         (("cla", 4), {"factor": 0}, ValueError, "plan 'cla': factor must be at least 1, got 0"),
         (("cla", 4), {"factor": 1.5}, TypeError, "plan 'cla': factor must be an int"),
-        (("fusedkv", 4), {"storage_layers": 5}, ValueError, "storage_layers must be at most num_layers=4, got 5"),
+        (("fusedkv", 4), {"storage_layers": 5}, ValueError, "must be at most num_layers=4, got 5"),
         (("fusedkv", 4), {"storage_layers": 0}, ValueError, "storage_layers must be at least 1"),
         (("fusedkv", 4), {"init": "zero"}, ValueError, "init must be one of lite, normal, half, uniform"),
         (
