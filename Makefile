@@ -28,6 +28,10 @@ CUDA_OBJECTS ?= build/cuda-objects
 CUDA_OBJECTS_ARCHS ?= 8.0;9.0a
 WHEEL_MAX_KB := 40000
 SIMT := build/simt/_C_simt.so
+SANITIZE := build/sanitize
+# Tests of the CPU ops, on every SIMD target.
+SANITIZE_TESTS := $(addprefix python_tests/ops/test_,levels.py fuse_kv.py fuse_kvcache.py append_kvcache.py \
+    attn_with_kvcache.py head_dims.py large_results.py)
 COUNTER := build/count_instructions
 OTHER_HF := $(abspath build/transformers-$(HF))
 # transformers' own tests, by version. The environment has the newest supported transformers.
@@ -46,7 +50,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-hf test-lm-eval test-trl test-real simt instructions bench performance-doc docs site lint format cuda-objects floor abi sdist wheel clean distclean
+.PHONY: help build demo test test-hf test-lm-eval test-trl test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
@@ -57,6 +61,7 @@ help:
 	@echo "make test-trl      the tests with TRL, which it fetches (270 MB on disk)"
 	@echo "make test-real     the tests on SmolLM2-135M and real text, which it fetches (110 MB; REAL=build/real keeps them)"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
+	@echo "make sanitize      the tests of the CPU ops with AddressSanitizer and UndefinedBehaviorSanitizer (ARGS='-k paged')"
 	@echo "make instructions  count what one decode call executes per SIMD target, beside the record (ARGS=--record)"
 	@echo "make bench         time everything beside torch and the memory bandwidth of the run, into benchmarks/results"
 	@echo "                   (ARGS=--quick: less than 90 s; ARGS='decode --plots DIR'; with ARGS nothing is kept by itself)"
@@ -154,6 +159,14 @@ $(SIMT): $(DEPS) $(NATIVE_SOURCES)
 	    -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=OFF -DFUSEDKV_SIMT=ON
 	@$(BIN)/cmake --build $(@D) --target _C_simt
 	@touch $@
+
+# In a build folder of its own: the library inside fusedkv_ext/ stays as it is.
+sanitize: $(DEPS)
+	@echo "building the CPU ops with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@$(BIN)/cmake -S . -B $(SANITIZE) -G Ninja --log-level=WARNING -DPython_EXECUTABLE=$(BIN)/python \
+	    -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFUSEDKV_CUDA=OFF -DFUSEDKV_SIMT=OFF -DFUSEDKV_SANITIZE=ON
+	@$(BIN)/cmake --build $(SANITIZE) --target _C
+	@$(BIN)/python scripts/sanitize.py $(SANITIZE) $(SANITIZE_TESTS) $(ARGS)
 
 instructions: $(COUNTER)
 	@$(BIN)/python python_tests/instruction_counts.py $(ARGS)
