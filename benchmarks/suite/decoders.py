@@ -34,7 +34,7 @@ def check_logits(model: fkv.Decoder, result: object = None, steps: int = 1) -> N
     result: not looked at; weights and prompt of what is timed are random, and what it returns is a token.
     """
     ids = _tokens(model)
-    with torch.no_grad(), mock.patch.object(attention.ops, "fused_kv_attn_func", _oracle_attention):
+    with torch.no_grad(), mock.patch.object(attention, "fused_kv_attn_func", _oracle_attention):
         exact = copy.deepcopy(model).double()(ids)[:, -1 - steps :]
         same = model(ids)[:, -1 - steps :]
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def check_gradients(model: fkv.Decoder, result: object = None) -> None:
         return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
     got = gradients(model)
-    with mock.patch.object(attention.ops, "fused_kv_attn_func", _oracle_attention):
+    with mock.patch.object(attention, "fused_kv_attn_func", _oracle_attention):
         exact, same = gradients(copy.deepcopy(model).double()), gradients(model)
     assert_close(got, exact, same, f"training with plan {model.plan.name}", terms=CHECK_TOKENS)
 

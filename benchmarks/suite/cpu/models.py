@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedkv_ext as fkv
-from fusedkv_ext.layers import attention
+from fusedkv_ext.ops import call, fuse
 from suite import machine
 from suite.cpu.decode import fill
 from suite.cpu.settings import DTYPES, FULL, QUICK, Settings, Shape
@@ -149,9 +150,12 @@ def _operations_of(model: fkv.Decoder, x: Tensor, cache: fkv.KVCache) -> Callabl
     """What ``_attend`` cannot do without, one after the other: torch's modules and our native operations,
     each with the arguments that it got in one run of ``_attend``."""
     calls: list[Callable[[], Tensor]] = []
+    names: set[str] = set()
     parts = [m for m in model.model.layers[-1].self_attn.children() if not isinstance(m, fkv.FusionWeights)]
 
-    def native(op: Callable[..., Any], *args: Any) -> Any:
+    def native(name: str, *args: Any) -> Any:
+        names.add(name)
+        op = getattr(torch.ops.fusedkv, name).default
         calls.append(partial(op, *args))
         return op(*args)
 
@@ -159,14 +163,18 @@ def _operations_of(model: fkv.Decoder, x: Tensor, cache: fkv.KVCache) -> Callabl
         calls.append(partial(module, *args))
 
     hooks = [part.register_forward_pre_hook(keep) for part in parts]
-    with torch.inference_mode(), mock.patch.object(attention.ops, "_call", native):
+    with torch.inference_mode(), ExitStack() as patches:
+        for module in (call, fuse):
+            patches.enter_context(mock.patch.object(module, "run_op", native))
         _attend(model, x, cache)
     for hook in hooks:
         hook.remove()
+    if "attn_with_kvcache" not in names:
+        raise RuntimeError(f"attn_with_kvcache must be among the native operations, got {sorted(names)}")
 
     def run() -> Tensor:
-        for call in calls:
-            out = call()
+        for each in calls:
+            out = each()
         return out
 
     return run
