@@ -50,11 +50,12 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-hf test-lm-eval test-trl test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects floor abi sdist wheel clean distclean
+.PHONY: help build demo test test-fast test-hf test-lm-eval test-trl test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
 	@echo "make test          the test suite (ARGS='-k decode -x')"
+	@echo "make test-fast     its most telling tests, in under two minutes on two cores"
 	@echo "make test-hf       the tests of Hugging Face models with the oldest transformers (HF=5.17.0), and transformers' own"
 	@echo "                   tests of models with the oldest and the newest, which it fetches (140 MB on disk)"
 	@echo "make test-lm-eval  the test with EleutherAI's lm_eval, which it fetches (620 MB on disk)"
@@ -100,6 +101,10 @@ demo: $(NATIVE)
 
 test: $(NATIVE) $(SIMT) $(COUNTER)
 	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q $(ARGS)
+
+# python_tests/fast.py names them.
+test-fast: $(NATIVE) $(SIMT) $(COUNTER)
+	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
 # Packages in a folder that stands before the environment's own, which stays as it is.
 $(OTHER_HF): $(DEPS) constraints-hf.txt
@@ -199,6 +204,7 @@ site: $(MKDOCS)
 
 lint: $(DEPS)
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	@$(BIN)/codespell $(SPELLED)
 	@$(BIN)/python scripts/prose_check.py
@@ -206,6 +212,7 @@ lint: $(DEPS)
 
 format: $(DEPS)
 	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP_FILES)
 
 # A build folder of its own, so that the architectures do not depend on what the module was configured for. The launcher

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from fast import FAST
 from recorded_steps import RecordedSteps
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,6 +31,7 @@ from fusedkv_ext.ops import fuse, native
 
 MAX_THREADS = min(2, os.cpu_count() or 1)
 
+TESTS = Path(__file__).resolve().parent
 SIMT_LIBRARY = Path(
     os.environ.get("FUSEDKV_SIMT_LIBRARY")
     or Path(__file__).resolve().parent.parent / "build" / "simt" / "_C_simt.so"
@@ -36,6 +40,37 @@ SIMT_LIBRARY = Path(
 
 def pytest_configure() -> None:
     torch.set_num_threads(MAX_THREADS)
+
+
+def place(path: Path) -> str:
+    """The path of a test file below this folder, as in fast.py."""
+    return Path(os.path.relpath(path, TESTS)).as_posix()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m "not slow"`` does not even import the files whose tests are all slow."""
+    if collection_path.suffix != ".py" or config.option.markexpr != "not slow":
+        return None
+    return True if place(collection_path) not in FAST else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what is not in fast.py."""
+    for item in items:
+        pattern = FAST.get(place(item.path))
+        if pattern is None or not re.search(pattern, item.name):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were skipped: each reason once, with the number of tests."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        terminalreporter.section("why tests were skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5d}  {reason}")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from fast import FAST
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fusedkv_ext"
@@ -253,3 +254,15 @@ def test_simd_target_sources_bring_no_inline_functions_of_the_standard_library()
             elif not own.exists() and name not in allowed:
                 wrong.append(f"{relative(path)} includes {name}")
     assert seen and not wrong, "\n".join(wrong)
+
+
+def test_the_fast_tests_are_of_every_room() -> None:
+    """python_tests/fast.py names files of every folder of tests, with patterns that find tests."""
+    tests = ROOT / "python_tests"
+    assert {path.parent.name for path in tests.glob("*/test_*.py")} == {name.split("/")[0] for name in FAST}
+    for name, pattern in FAST.items():
+        found = re.findall(r"^ *def (test_\w+)", (tests / name).read_text(), re.MULTILINE)
+        # Parameters in brackets are known when tests are collected.
+        parts = [part.split(r"\[")[0].split(".*")[0] for part in re.split(r"\|(?![^(]*\))", pattern)]
+        idle = [part for part in parts if not any(re.search(part, test) for test in found)]
+        assert found and not idle, f"{name}: no test has {idle} in its name"
