@@ -24,7 +24,7 @@ import fusedkv_ext as fkv
 from fusedkv_ext.conversion import calibration_windows, convert_model, save_conversion, uptrain
 from fusedkv_ext.conversion.plan_search import SourceTable, search
 from fusedkv_ext.conversion.pooling import POOLING
-from fusedkv_ext.conversion.second_moments import Moments, collect
+from fusedkv_ext.conversion.second_moments import SecondMoments, collect
 from fusedkv_ext.evaluation.perplexity import perplexity, read_text
 from fusedkv_ext.hf import cache_bytes_per_token, config_for
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
@@ -40,7 +40,7 @@ def by_turns(name: str, first: CachePlan, second: CachePlan) -> CachePlan:
     return CachePlan(name, tuple(pair[i % 2] for i, pair in enumerate(pairs)))
 
 
-def plans(model: Any, moments: Moments) -> Iterator[tuple[str, CachePlan]]:
+def plans(model: Any, second_moments: SecondMoments) -> Iterator[tuple[str, CachePlan]]:
     """Label and plan."""
     num_layers, num_kv_heads = model.config.num_hidden_layers, model.config.num_key_value_heads
     named: Callable[..., CachePlan] = CachePlan.named
@@ -49,7 +49,7 @@ def plans(model: Any, moments: Moments) -> Iterator[tuple[str, CachePlan]]:
         n = round(share * num_layers)
         for name in ("fusedkv", "fusedkv-lite", "yoco"):
             yield f"{name} n={n}", named(name, num_layers, storage_layers=n)
-    table = SourceTable(moments, model)
+    table = SourceTable(second_moments, model)
     for share in (0.8, 0.5):
         n = round(share * num_layers)
         yield f"search n={n}", search(table, storage_layers=n).plan
@@ -100,7 +100,7 @@ def main() -> None:
     moments_file = args.work / "moments.pt"
     if not moments_file.exists():
         torch.save(collect(model, windows), moments_file)
-    moments = torch.load(moments_file, weights_only=False)
+    second_moments = torch.load(moments_file, weights_only=False)
     result: dict[str, Any] = {
         "model": args.model.name,
         "text": args.text.name,
@@ -113,7 +113,7 @@ def main() -> None:
         "original": judge(model),
         "rows": [],
     }
-    for label, plan in plans(model, moments):
+    for label, plan in plans(model, second_moments):
         if args.only and label not in args.only:
             continue
         folder = args.work / label.replace(" ", "_")
@@ -123,7 +123,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             row["copied"] = judge(convert_model(model, plan).model)
             began = time.perf_counter()
-            done = convert_model(model, plan, calibration=windows, moments=moments)
+            done = convert_model(model, plan, calibration=windows, second_moments=second_moments)
             row["calibration_seconds"] = time.perf_counter() - began
             row["calibrated"] = judge(done.model)
             row["plan"] = plan.to_dict()

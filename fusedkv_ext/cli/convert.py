@@ -152,7 +152,7 @@ def _check_calibration(args: argparse.Namespace, positions: int) -> None:
         raise ConfigError(f"--tokens must be at least {least}, got {args.tokens}")
 
 
-def _searched(args: argparse.Namespace, model: Any, windows: Any, moments: Any) -> Any:
+def _searched(args: argparse.Namespace, model: Any, windows: Any, second_moments: Any) -> Any:
     """The plan that --search finds."""
     from fusedkv_ext.conversion.kvsharer import kvsharer
     from fusedkv_ext.conversion.plan_search import SourceTable, search, search_prefix
@@ -161,7 +161,7 @@ def _searched(args: argparse.Namespace, model: Any, windows: Any, moments: Any) 
     n = _storage_layers(args, layers)
     if args.search == "kvsharer":  # on 30 texts of 64 tokens, as the paper does
         return kvsharer(model, windows[:, :64][:30], n)
-    table = SourceTable(moments, model)
+    table = SourceTable(second_moments, model)
     if args.search == "prefix":
         return search_prefix(table, n).plan
     return search(table, storage_layers=n).plan
@@ -215,10 +215,10 @@ def run(args: argparse.Namespace) -> int:
     if text is not None:
         before = perplexity(model, text, context=context, max_tokens=args.eval_tokens)
         say(f"original: perplexity {before.perplexity:.2f} over {before.tokens:,} tokens")
-    moments = None
+    second_moments = None
     if plan is None:
-        moments = collect(model, windows)
-        plan = _searched(args, model, windows, moments)
+        second_moments = collect(model, windows)
+        plan = _searched(args, model, windows, second_moments)
         say(str(plan))
     conversion = convert_model(
         model,
@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
         repair=args.repair,
         refitted=args.refit,
         pooling=args.pooling,
-        moments=moments,
+        second_moments=second_moments,
         progress=say,
     )
     if conversion.explained:

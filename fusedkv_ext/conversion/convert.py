@@ -1,5 +1,7 @@
-"""A trained Llama or Qwen3 becomes one with a cache plan, without training: weights are copied, pooled,
-calibrated in closed form (solve.py), repaired by maps (absorb.py) and refitted (refit.py).
+"""Converts a trained Llama or Qwen3 to a cache plan without training.
+
+Weights are copied and pooled, calibrated in closed form (least_squares.py), repaired by maps (absorb.py) and
+refitted (refit.py).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fusedkv_ext.conversion.explained_variance import explained_layers
 from fusedkv_ext.conversion.least_squares import fit
 from fusedkv_ext.conversion.pooling import pool
 from fusedkv_ext.conversion.refit import REFITTED, refit
-from fusedkv_ext.conversion.second_moments import Moments, collect
+from fusedkv_ext.conversion.second_moments import SecondMoments, collect
 from fusedkv_ext.hf.config import PlanConfig, cache_bytes_per_token, config_for
 from fusedkv_ext.hf.loading import CONVERSION, save_like
 from fusedkv_ext.plan import CachePlan
@@ -32,18 +34,25 @@ from fusedkv_ext.training.data.tokenizer import FileTokenizer
 
 __all__ = ["Conversion", "calibration_windows", "convert_model", "save_conversion"]
 
-# With fewer rows than a projection has inputs, refitting learns the text by heart.
+# With fewer rows than a projection has inputs, refitting overfits the text.
 LEAST_TOKENS = 2048
 
 
 @dataclass
 class Conversion:
-    """A converted model and what was done to it.
+    """A converted model and a record of the conversion.
 
-    changed: names of the parameters that are new or differ from the original's. left: per refitted layer and
-    projection, the share of the squared error in the residual stream that is left on the calibration text.
-    explained: per layer and side, "key" or "value", the share of variance that its sources and fusion weights
-    explain. repairs: what maps add to that. moments: of the calibration text; None without calibration.
+    Attributes:
+        model: the converted model.
+        plan: its cache plan.
+        changed: names of the parameters that are new or differ from the original's.
+        settings: the settings of the calibration.
+        left: per refitted layer and projection, the fraction of the squared error in the residual stream that
+            remains on the calibration text.
+        explained: per layer and side, "key" or "value", the fraction of the variance that its sources and
+            fusion weights explain.
+        repairs: the fractions explained with maps in addition.
+        second_moments: of the calibration text; None without calibration.
     """
 
     model: PreTrainedModel
@@ -53,35 +62,45 @@ class Conversion:
     left: dict[int, dict[str, float]] = field(default_factory=dict)
     explained: dict[tuple[int, str], float] = field(default_factory=dict)
     repairs: list[Repair] = field(default_factory=list)
-    moments: Moments | None = None
+    second_moments: SecondMoments | None = None
 
 
 def calibration_windows(ids: Tensor, tokens: int, window: int) -> Tensor:
-    """Windows of a text, spread evenly over it: (N, window), about ``tokens`` tokens or all that there are.
+    """Windows of a text, spread evenly over it: (N, window), about ``tokens`` tokens or all of the text.
 
-    ids: (T,). Raises ValueError for fewer than 2048 tokens, and windows of fewer than 2: one token alone has
-    no keys to choose from.
+    Args:
+        ids: (T,) token ids.
+        tokens: the number of tokens wanted.
+        window: tokens per window.
+
+    Raises:
+        ValueError: there are fewer than 2048 tokens, or ``window`` is below 2: a single token has only one
+            key to attend to.
     """
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens, got {window}")
     count = min(tokens, len(ids)) // window
     if count * window < LEAST_TOKENS:
         raise ValueError(
-            f"calibration needs at least {LEAST_TOKENS} tokens in windows of {window}, got {count * window} "
-            f"out of a text of {len(ids)}; give more text"
+            f"calibration must have at least {LEAST_TOKENS} tokens in windows of {window}, got "
+            f"{count * window} out of a text of {len(ids)}; use a longer text"
         )
     starts = torch.linspace(0, len(ids) - window, count, dtype=torch.float64).long()
     return torch.stack([ids[start : start + window] for start in starts.tolist()])
 
 
 def check_plain(config: PreTrainedConfig) -> None:
-    """Raises ValueError for a config of ours some of whose layers lack keys and values of their own."""
+    """Checks that every layer of a model has its own keys and values.
+
+    Raises:
+        ValueError: the model has a plan in which some layers do not.
+    """
     if isinstance(config, PlanConfig):
         plan = config.plan
         if plan.layers != CachePlan.named("vanilla", plan.num_layers).layers:
             raise ValueError(
-                f"the model is converted already, to plan {plan.name!r}, and lost what another plan may "
-                "need; convert the original"
+                "the model must have its own keys and values in all layers, got one converted already, to "
+                f"plan {plan.name!r}; convert the original"
             )
 
 
@@ -96,22 +115,30 @@ def convert_model(
     repair: bool = False,
     refitted: Sequence[str] = tuple(REFITTED),
     pooling: str = "mean-v",
-    moments: Moments | None = None,
+    second_moments: SecondMoments | None = None,
     batch_size: int = 4,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Conversion:
-    """The model with another cache plan. The original is not changed.
+    """Converts a model to another cache plan. The original is not changed.
 
-    model: LlamaForCausalLM or Qwen3ForCausalLM of transformers. plan: of as many layers, or a plan's name.
-    calibration: (N, S) int64 token ids that the weights are fitted to; None copies only, and fusion weights
-    start as the plan says. metric, ridge: of the fusion weights, see ``solve.fit``. repair: absorb linear
-    maps of keys and values into the projections, see ``absorb.absorb``. refitted: projections of the layers
-    with other keys or values that are refitted afterwards, see ``refit.refit``; empty: none.
-    pooling: see ``pooling.pool``, for layers that store part of their heads. moments: of the same text, if
-    they are known. progress gets a line now and then.
+    Args:
+        model: LlamaForCausalLM or Qwen3ForCausalLM of transformers.
+        plan: a plan with as many layers, or the name of one.
+        calibration: (N, S) int64 token ids to fit the weights to. None copies only; fusion weights then start
+            at the plan's initial values.
+        metric: of the fusion weights, see ``least_squares.fit``.
+        ridge: of the fusion weights, see ``least_squares.fit``.
+        repair: absorb linear maps of keys and values into the projections, see ``absorb.absorb``.
+        refitted: projections to refit in the layers with other keys or values, see ``refit.refit``; empty for
+            none.
+        pooling: for layers that store part of their heads, see ``pooling.pool``.
+        second_moments: of the calibration text, if they are known.
+        batch_size: sequences per forward pass.
+        progress: receives a line now and then.
 
-    Raises ValueError for other models, a plan of another depth and heads that do not divide (``config_for``),
-    and for a model that is converted already.
+    Raises:
+        ValueError: the model is of another type or already converted, the plan has another depth, or heads do
+            not divide (``config_for``).
     """
     check_plain(model.config)
     config = config_for(model.config, plan)
@@ -121,13 +148,16 @@ def convert_model(
     _copy(model, converted, pooling)
     done = Conversion(converted, plan, [], {"pooling": pooling})
     if calibration is not None:
-        if moments is None:
-            progress(f"moments of {calibration.numel():,} tokens")
-            moments = collect(model, calibration, batch_size)
-        _fit_fusion(model, converted, moments, metric, ridge)
-        done.moments, done.explained = moments, explained_layers(converted, model, moments, metric)
+        if second_moments is None:
+            progress(f"second moments of {calibration.numel():,} tokens")
+            second_moments = collect(model, calibration, batch_size)
+        _fit_fusion(model, converted, second_moments, metric, ridge)
+        done.second_moments, done.explained = (
+            second_moments,
+            explained_layers(converted, model, second_moments, metric),
+        )
         if repair:
-            done.repairs = absorb(converted, model, moments, metric=metric, ridge=ridge)
+            done.repairs = absorb(converted, model, second_moments, metric=metric, ridge=ridge)
         if refitted:
             reading = [i for i in range(plan.num_layers) if plan.source_layers(i)]
             done.left = refit(
@@ -146,18 +176,22 @@ def convert_model(
 
 
 def _fit_fusion(
-    model: PreTrainedModel, converted: PreTrainedModel, moments: Moments, metric: str, ridge: float
+    model: PreTrainedModel,
+    converted: PreTrainedModel,
+    second_moments: SecondMoments,
+    metric: str,
+    ridge: float,
 ) -> None:
-    """Sets all fusion weights that the plan lets learn."""
+    """Solves for all learnable fusion weights of the plan."""
     for layer, original in zip(converted.get_decoder().layers, model.get_decoder().layers, strict=True):
         fusion = layer.self_attn.kv_fusion
         for segment in () if fusion is None else fusion.fused_segments:
             if segment.fusion.learnable:
-                fit(fusion, segment, moments, original.self_attn.o_proj, metric=metric, ridge=ridge)
+                fit(fusion, segment, second_moments, original.self_attn.o_proj, metric=metric, ridge=ridge)
 
 
 def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> None:
-    """All weights that both have; of a layer that stores part of its heads those of these heads."""
+    """Copies all common weights; of layers that store part of their heads, those of these heads."""
     state = dict(model.state_dict())
     plan, heads = converted.config.plan, converted.config.num_key_value_heads
     for i in range(plan.num_layers):
@@ -166,8 +200,8 @@ def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> N
         for side, stored in (("k", keys), ("v", values)):
             if len(stored) in (0, heads):
                 continue
-            # Keys are matched with the queries of their own head: they are not pooled. A bias is one more
-            # column, of an input that is always 1.
+            # Keys are not pooled: they match the queries of their own head. A bias is one more column, for an
+            # input that is always 1.
             how = pooling if side == "v" else "own"
             weight, output = f"{name}{side}_proj.weight", f"{name}o_proj.weight"
             bias = f"{name}{side}_proj.bias"
@@ -181,7 +215,9 @@ def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> N
     found = converted.load_state_dict(kept, strict=False)
     missing = [name for name in found.missing_keys if ".kv_fusion." not in name]
     if missing:
-        raise ValueError(f"the model lacks {', '.join(missing[:3])}; expected a whole Llama or Qwen3")
+        raise ValueError(
+            f"the model must be a whole Llama or Qwen3, got one without {', '.join(missing[:3])}"
+        )
     for module in converted.modules():
         if hasattr(module, "clear_cache"):
             module.clear_cache()
@@ -203,10 +239,18 @@ def save_conversion(
     report: dict[str, Any],
     tokenizer: FileTokenizer | None = None,
 ) -> Path:
-    """Writes a Hugging Face folder: the model, the tokenizer and other small files of ``original``, and
-    conversion.json with ``report``. It appears whole or not at all. tokenizer: in place of the original's.
+    """Writes a Hugging Face folder atomically: the model, small files of ``original``, conversion.json.
 
-    Raises FileExistsError when ``out`` is there already, OSError, naming it, where the disk is full.
+    Args:
+        conversion: the converted model.
+        out: the new folder.
+        original: the folder of the original, from which the tokenizer and other small files are copied.
+        report: further entries of conversion.json.
+        tokenizer: replaces the tokenizer of the original.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        OSError: the disk is full; the message names the file.
     """
     out, original = Path(out), Path(original)
     if out.exists():

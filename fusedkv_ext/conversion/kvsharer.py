@@ -1,8 +1,8 @@
-"""KVSharer (arXiv:2410.18517): which layers take the whole cache of another, found on a calibration text.
+"""KVSharer (arXiv:2410.18517): finds layers that read the whole cache of another layer.
 
 Pairs of layers are ranked by the Euclidean distance of their caches, averaged over the texts, most dissimilar
-first. One pair after the other, the later layer reads the earlier one's cache, and keeps doing so if the last
-hidden states of the model then still have a cosine similarity above a threshold with the original's.
+first. For one pair after the other, the later layer reads the earlier one's cache. The change is kept if the
+last hidden states still have a cosine similarity above a threshold with the original's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ATTENTION = "fusedkv_kvsharer"
 
 
 class _Sharing:
-    """Who reads whom in one pass of the model, and the caches of that pass: travels as an argument."""
+    """The source of each layer in one forward pass, and the caches of that pass; travels as an argument."""
 
     def __init__(self, sources: list[int]) -> None:
         self.sources = sources
@@ -62,9 +62,17 @@ def kvsharer(
 ) -> CachePlan:
     """The plan that KVSharer finds for a plain model.
 
-    ids: (N, S) int64 texts; the paper uses 30 of 64 tokens. storage_layers: stop when so many layers store.
-    The plan has more where no more pairs pass. threshold: of the mean cosine similarity of the last hidden
-    states, each text's flattened; the paper's 0.5. similar_first: the other order, to compare with.
+    Args:
+        model: the plain model.
+        ids: (N, S) int64 texts; the paper uses 30 of 64 tokens.
+        storage_layers: stop at this number of storage layers. The plan has more if no further pair passes.
+        threshold: for the mean cosine similarity of the flattened last hidden states of each text; 0.5 in the
+            paper.
+        similar_first: True reverses the order, for comparison.
+        progress: receives a line per pair.
+
+    Raises:
+        ValueError: ``storage_layers`` is out of range.
     """
     layers = model.config.num_hidden_layers
     if not 1 <= storage_layers <= layers:
@@ -105,7 +113,7 @@ def _run(
 
 
 def _distances(caches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(L, L): mean over keys and values, heads and positions of the distance of the averaged caches."""
+    """(L, L): distances of the averaged caches, averaged over keys and values, heads and positions."""
     layers = len(caches)
     distances = torch.zeros(layers, layers)
     for side in range(2):

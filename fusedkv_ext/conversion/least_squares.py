@@ -1,14 +1,14 @@
-"""Fusion weights in closed form: regularized least squares on the moments of a text.
+"""Fusion weights in closed form: regularized least squares on the second moments of a text.
 
-A layer that reads keys k_j of its sources where the original had its own key k gets the weights a that
-minimize, for each KV head,
+A layer reads keys k_j of its sources where the original model has its own key k. For each KV head the weights
+a minimize
 
     E[ e^T M e ],   e = k - sum_j a_j (.) k_j
 
-With M = 1 that is the error of reconstruction; with M = E[q q^T] the squared error of the attention scores.
-For values M = O^T O, with O the columns of the output projection that the head's query heads use: the squared
-error of what attention adds to the residual stream. Weights that are tied (per RoPE pair, per head, over
-heads) are solved for as what they are.
+M = 1 gives the reconstruction error; M = E[q q^T] gives the squared error of the attention scores. For values
+M = O^T O, with O the columns of the output projection that the query heads of this KV head use. That is the
+squared error of the attention output in the residual stream. Tied weights (per RoPE pair, per head, over
+heads) are solved for as one unknown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedkv_ext.conversion.second_moments import Moments
+from fusedkv_ext.conversion.second_moments import SecondMoments
 from fusedkv_ext.layers.fusion import FusedSegment, FusionWeights
 
 __all__ = [
@@ -55,7 +55,7 @@ def output_metric(o_proj: nn.Linear, head: int, num_kv_heads: int, head_dim: int
 
 
 def quadratic(
-    moments: Moments,
+    second_moments: SecondMoments,
     side: str,
     head: int,
     layer: int,
@@ -63,66 +63,88 @@ def quadratic(
     metric: Tensor,
     linear: Tensor | None = None,
 ) -> Quadratic:
-    """The error of "key" or "value" of ``layer`` made of ``sources``, for one KV head.
+    """The error of reconstructing one side of a layer from its sources, for one KV head.
 
-    metric: (D, D) float64, symmetric. linear: (D, D), a map on the weighted sum of the sources; None: none.
+    Args:
+        second_moments: of the calibration text.
+        side: "key" or "value".
+        layer: the layer that is reconstructed.
+        sources: the layers that it reads.
+        head: the KV head.
+        metric: (D, D) float64, symmetric.
+        linear: (D, D), a map on the weighted sum of the sources, or None.
     """
-    linear = torch.eye(moments.head_dim, dtype=torch.float64) if linear is None else linear
+    linear = torch.eye(second_moments.head_dim, dtype=torch.float64) if linear is None else linear
     across = linear.mT @ metric
     between = across @ linear
-    a = [[moments.covariance(side, head, j, k) * between for k in sources] for j in sources]
-    b = [(moments.covariance(side, head, j, layer) * across).sum(1) for j in sources]
-    own = (moments.covariance(side, head, layer, layer) * metric).sum()
+    a = [[second_moments.covariance(side, head, j, k) * between for k in sources] for j in sources]
+    b = [(second_moments.covariance(side, head, j, layer) * across).sum(1) for j in sources]
+    own = (second_moments.covariance(side, head, layer, layer) * metric).sum()
     return Quadratic(torch.cat([torch.cat(row, 1) for row in a]), torch.cat(b), own)
 
 
 def regularized(a: Tensor, b: Tensor, ridge: float, start: Tensor) -> Tensor:
-    """The x of the least x^T a x - 2 b^T x + s |x - start|^2, s = ridge * mean of the diagonal of a."""
+    """The x that minimizes x^T a x - 2 b^T x + s |x - start|^2, s = ridge * mean of the diagonal of a."""
     scale = a.diagonal().mean()
-    strength = ridge * scale if scale else torch.ones_like(scale)  # nothing is lost whatever x is: start
+    strength = ridge * scale if scale else torch.ones_like(scale)  # every x has the same error: use start
     return torch.linalg.solve(a + strength * torch.eye(len(a), dtype=a.dtype), b + strength * start)
 
 
 def metric_of(
-    moments: Moments, side: str, layer: int, head: int, o_proj: nn.Linear, metric: str = "score"
+    second_moments: SecondMoments, side: str, layer: int, head: int, o_proj: nn.Linear, metric: str = "score"
 ) -> Tensor:
-    """M of one KV head, (D, D) float64. o_proj: of the original's layer. metric: "score" or "plain".
+    """M of one KV head, (D, D) float64.
 
-    Raises ValueError for another metric.
+    Args:
+        second_moments: of the calibration text.
+        o_proj: the output projection of the original's layer.
+        side: "key" or "value".
+        layer: the layer.
+        head: the KV head.
+        metric: "score" or "plain".
+
+    Raises:
+        ValueError: ``metric`` is neither of them.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if metric == "plain":
-        return torch.eye(moments.head_dim, dtype=torch.float64)
+        return torch.eye(second_moments.head_dim, dtype=torch.float64)
     if side == "key":
-        return moments.query_metric(layer, head)
-    return output_metric(o_proj, head, moments.num_kv_heads, moments.head_dim)
+        return second_moments.query_metric(layer, head)
+    return output_metric(o_proj, head, second_moments.num_kv_heads, second_moments.head_dim)
 
 
 @torch.no_grad()
 def fit(
     fusion: FusionWeights,
     segment: FusedSegment,
-    moments: Moments,
+    second_moments: SecondMoments,
     o_proj: nn.Linear,
     *,
     metric: str = "score",
     ridge: float = 1e-3,
 ) -> None:
-    """Sets the weights of one fused segment of a layer.
+    """Solves for the weights of one fused segment of a layer and sets them.
 
-    o_proj: of the original's layer. metric: "score" (see above; for values what the output projection makes
-    of them) or "plain". ridge: times the mean of the diagonal, towards the plan's initial weights (0 for
-    random ones), so that sources that say the same do not get large weights of opposite signs.
+    Args:
+        fusion: the fusion weights of the layer.
+        segment: the segment.
+        second_moments: of the calibration text.
+        o_proj: the output projection of the original's layer.
+        metric: "score" (the squared error of the scores; for values, of the attention output) or "plain".
+        ridge: strength of the regularization towards the plan's initial weights (0 for random ones), times
+            the mean of the diagonal. It keeps nearly equal sources from getting large weights of opposite
+            signs.
     """
     errors = [
         quadratic(
-            moments,
+            second_moments,
             segment.side,
             head,
             fusion.layer,
             segment.segment.sources,
-            metric_of(moments, segment.side, fusion.layer, head, o_proj, metric),
+            metric_of(second_moments, segment.side, fusion.layer, head, o_proj, metric),
         )
         for head in range(segment.start, segment.stop)
     ]
@@ -133,12 +155,19 @@ def fit(
 def set_weights(
     fusion: FusionWeights, segment: FusedSegment, errors: list[Quadratic], ridge: float
 ) -> Tensor:
-    """Sets the weights of one fused segment to what minimizes the errors of its heads.
+    """Sets the weights of one fused segment to the minimum of the errors of its heads.
 
-    errors: one for each KV head of the segment. ridge: see ``fit``. Returns the weights used, (heads, m, D)
-    float64.
+    Args:
+        fusion: the fusion weights of the layer.
+        segment: the segment.
+        errors: one for each KV head of the segment.
+        ridge: see ``fit``.
 
-    Raises ValueError when there are none that are finite.
+    Returns:
+        The effective weights, (heads, m, D) float64.
+
+    Raises:
+        ValueError: the solution is not finite.
     """
     sources = segment.segment.sources
     one = fusion.expansion(segment).double()  # (D, C): a row of a parameter to its channels
@@ -154,8 +183,8 @@ def set_weights(
     found = torch.stack(rows, 1)  # (m, rows, C)
     if not torch.isfinite(found).all():
         raise ValueError(
-            f"calibration of layer {fusion.layer} found no finite {segment.side} weights; "
-            "give it more or other text"
+            f"{segment.side} weights of layer {fusion.layer} must be finite, got NaN or infinity; "
+            "calibrate on more or other text"
         )
     for name, weight in zip(segment.names, found / segment.fusion.multiplier, strict=True):
         fusion.get_parameter(name).copy_(weight)
@@ -169,7 +198,7 @@ def _initial(segment: FusedSegment) -> tuple[float, ...]:
 
 
 def explained(
-    moments: Moments,
+    second_moments: SecondMoments,
     side: str,
     layer: int,
     head: int,
@@ -178,10 +207,15 @@ def explained(
     o_proj: nn.Linear,
     metric: str = "score",
 ) -> float:
-    """Share of the variance of one head's keys or values that weights (m, D) explain; None: all ones."""
+    """The fraction of one head's variance that weights (m, D) explain; None means all ones."""
     error = quadratic(
-        moments, side, head, layer, sources, metric_of(moments, side, layer, head, o_proj, metric)
+        second_moments,
+        side,
+        head,
+        layer,
+        sources,
+        metric_of(second_moments, side, layer, head, o_proj, metric),
     )
     if weights is None:
-        weights = torch.ones(len(sources), moments.head_dim)
+        weights = torch.ones(len(sources), second_moments.head_dim)
     return error.explained(weights)

@@ -1,15 +1,15 @@
-"""Finds cache plans for a trained model from its moments: which layers store, and who reads whom.
+"""Searches cache plans for a trained model by its second moments.
 
-How well two layers j and k reconstruct the keys (values) of layer i is known from second moments alone, for
-all i > k >= j: ``SourceTable``. It counts what conversion can reach: the fusion weights that are best for it
-and, for values, the best D x D map per head, which the output projection absorbs or refitting finds
-(absorb.py, refit.py). The cost of a reading layer is
+Second moments alone give the reconstruction error of the keys (values) of layer i from layers j and k, for
+all i > k >= j: ``SourceTable``. The error is the one that conversion can reach. It includes the optimal
+fusion weights and, for values, the optimal D x D map per head. The output projection absorbs that map, or
+refitting finds it (absorb.py, refit.py). The cost of a reading layer is
 
-    s_i ((1 - explained share of its keys) + (1 - explained share of its values))
+    s_i ((1 - explained fraction of its keys) + (1 - explained fraction of its values))
 
-with s_i how much attention adds to the residual stream (``Moments.share_of_stream``), or 1. Which layers
-store is searched by backward elimination: of all layers that may stop storing, the one goes whose going costs
-the least, until the budget is met. Layer 0 always stores; sources are earlier layers that store.
+with s_i the relative size of its attention output (``SecondMoments.share_of_stream``), or 1. The storage
+layers are found by backward elimination. Of all layers that may stop storing, the one with the least
+additional cost stops, until the budget is met. Layer 0 always stores; sources are earlier layers that store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkv_ext.conversion.least_squares import metric_of
-from fusedkv_ext.conversion.second_moments import Moments
+from fusedkv_ext.conversion.second_moments import SecondMoments
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
 
 __all__ = ["Found", "SourceTable", "prefix_costs", "search", "search_prefix"]
@@ -37,13 +37,13 @@ PAIRS_AT_ONCE = 256
 
 
 def readable_sources(model: PreTrainedModel, layer: int, sources: Sequence[int]) -> bool:
-    """Whether a layer may read the caches of ``sources``: those of layers that see as much as it does."""
+    """True if a layer may read the caches of ``sources``: those of layers with the same window."""
     types = getattr(model.config, "layer_types", None)
     return types is None or all(types[j] == types[layer] for j in sources)
 
 
 class Found(NamedTuple):
-    """A plan and what the table says of it: its cost, and per reading layer and side the explained share."""
+    """A plan with its cost in the table, and the explained fraction per reading layer and side."""
 
     plan: CachePlan
     cost: float
@@ -51,25 +51,29 @@ class Found(NamedTuple):
 
 
 class SourceTable:
-    """The shares of variance that one or two earlier layers explain of each layer.
+    """The fractions of the variance of each layer that one or two earlier layers explain.
 
-    moments: of the model on a calibration text. model: the plain model. metric: see ``solve.fit``. weighted:
-    whether the cost of a layer counts how much its attention adds. rounds: of weights and maps in turn, for
-    values; 0 leaves the maps out.
+    Args:
+        second_moments: of the model on a calibration text.
+        model: the plain model.
+        metric: see ``least_squares.fit``.
+        weighted: True weights the cost of a layer by the relative size of its attention output.
+        ridge: see ``least_squares.fit``.
+        rounds: alternations between weights and maps, for values; 0 leaves out the maps.
     """
 
     def __init__(
         self,
-        moments: Moments,
+        second_moments: SecondMoments,
         model: PreTrainedModel,
         *,
         metric: str = "score",
         weighted: bool = True,
         rounds: int = 2,
     ) -> None:
-        layers, heads = moments.num_layers, moments.num_kv_heads
+        layers, heads = second_moments.num_layers, second_moments.num_kv_heads
         self.num_layers = layers
-        self.weights = [moments.share_of_stream(i) if weighted else 1.0 for i in range(layers)]
+        self.weights = [second_moments.share_of_stream(i) if weighted else 1.0 for i in range(layers)]
         # (target, source, source), symmetric; the diagonal is one source alone.
         self._explained = {side: torch.full((layers,) * 3, -math.inf, dtype=torch.float64) for side in SIDES}
         for i in range(1, layers):
@@ -78,10 +82,12 @@ class SourceTable:
             for side, table in self._explained.items():
                 errors, variance = torch.zeros(len(pairs), dtype=torch.float64), 0.0
                 for head in range(heads):
-                    weight = metric_of(moments, side, i, head, o_proj, metric)
-                    own = float((moments.covariance(side, head, i, i) * weight).sum())
+                    weight = metric_of(second_moments, side, i, head, o_proj, metric)
+                    own = float((second_moments.covariance(side, head, i, i) * weight).sum())
                     parts = pairs.split(PAIRS_AT_ONCE)
-                    errors += torch.cat([_errors(moments, side, head, i, p, weight, rounds) for p in parts])
+                    errors += torch.cat(
+                        [_errors(second_moments, side, head, i, p, weight, rounds) for p in parts]
+                    )
                     variance += own
                 shares = 1 - errors / variance if variance else torch.ones(len(pairs), dtype=torch.float64)
                 readable = torch.tensor([readable_sources(model, i, pair) for pair in pairs.tolist()])
@@ -89,27 +95,33 @@ class SourceTable:
                 table[i, pairs[:, 0], pairs[:, 1]] = table[i, pairs[:, 1], pairs[:, 0]] = shares
 
     def explained(self, side: str, layer: int, sources: Sequence[int]) -> float:
-        """Of "key" or "value" of a layer, by one or two earlier layers."""
+        """The fraction of "key" or "value" of a layer that one or two earlier layers explain."""
         return float(self._explained[side][layer, sources[0], sources[-1]])
 
     def best(self, side: str, layer: int, storing: Collection[int]) -> tuple[tuple[int, ...], float]:
-        """The best one or two sources among storing layers before ``layer``, and what they explain."""
+        """The best one or two sources among the storing layers below ``layer``, and what they explain."""
         earlier = torch.tensor(sorted(j for j in storing if j < layer))
         shares = self._explained[side][layer][earlier][:, earlier]
         j, k = divmod(int(shares.argmax()), len(earlier))
         return tuple(sorted({int(earlier[j]), int(earlier[k])})), float(shares[j, k])
 
     def reader_cost(self, side: str, layer: int, storing: Collection[int]) -> float:
-        """Cost of one side of a layer that reads its best sources."""
+        """The cost of one side of a layer that reads its best sources."""
         return self.weights[layer] * (1 - self.best(side, layer, storing)[1])
 
 
 def _errors(
-    moments: Moments, side: str, head: int, layer: int, pairs: Tensor, metric: Tensor, rounds: int
+    second_moments: SecondMoments,
+    side: str,
+    head: int,
+    layer: int,
+    pairs: Tensor,
+    metric: Tensor,
+    rounds: int,
 ) -> Tensor:
     """Squared errors left by pairs of sources (P, 2), one source where both are the same: (P,)."""
-    dim, layers = moments.head_dim, moments.num_layers
-    cov = (moments.keys if side == "key" else moments.values)[head] / moments.tokens
+    dim, layers = second_moments.head_dim, second_moments.num_layers
+    cov = (second_moments.keys if side == "key" else second_moments.values)[head] / second_moments.tokens
     cov = cov.view(layers, dim, layers, dim).transpose(1, 2)
     own = (cov[layer, layer] * metric).sum()
     if side == "key":  # tied pairs: half-split RoPE
@@ -133,13 +145,13 @@ def _errors(
 
 
 def _best(a: list[list[Tensor]], b: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The x at which x^T a x - 2 b^T x is least, (P, 2C), and a and b, from blocks (P, C, C) and (P, C)."""
+    """The x that minimizes x^T a x - 2 b^T x, (P, 2C), with a and b, from blocks (P, C, C) and (P, C)."""
     whole, right = torch.cat([torch.cat(row, 2) for row in a], 1), torch.cat(b, 1)
     return _solve(whole, right[..., None])[..., 0], whole, right
 
 
 def _solve(a: Tensor, b: Tensor) -> Tensor:
-    """Batched, for positive semidefinite a, with a ridge towards 0."""
+    """Batched solution for positive semidefinite a, with a ridge towards 0."""
     strength = RIDGE * a.diagonal(dim1=1, dim2=2).mean(1)
     strength = torch.where(strength > 0, strength, 1.0)[:, None, None]
     factor = torch.linalg.cholesky(a + strength * torch.eye(a.shape[1], dtype=a.dtype))
@@ -153,13 +165,19 @@ def search(
     budget: float | Fraction | None = None,
     separate: bool = False,
 ) -> Found:
-    """The plan of a budget: which layers store, and for each of the others the sources that explain it best.
+    """The best plan within a budget: the layers that store, and the best sources of all other layers.
 
-    storage_layers: how many layers store. budget: at most this share of the plain model's cache, in place of
-    it. separate: keys and values of a layer may stop storing alone. Then n storage layers mean as many
-    tensors as n layers have.
+    Args:
+        table: the explained fractions.
+        storage_layers: the number of layers that store.
+        budget: instead, the largest fraction of the plain model's cache.
+        separate: True lets the keys and the values of a layer stop storing independently. Then n storage
+            layers mean as many tensors as n layers have.
+        progress: receives a line per step.
 
-    Raises ValueError unless exactly one of storage_layers and budget is given and leaves something to store.
+    Raises:
+        ValueError: not exactly one of ``storage_layers`` and ``budget`` is given, or the budget leaves
+            nothing to store.
     """
     layers = table.num_layers
     tensors = 2 * _storage_layers(layers, storage_layers, budget, separate)
@@ -179,9 +197,14 @@ def search(
 
 
 def search_prefix(table: SourceTable, storage_layers: int, *, per_reader: bool = False) -> Found:
-    """The plan of FusedKV's form: the first n layers store, all others read.
+    """The best plan of FusedKV's form: the first n layers store and all others read.
 
-    per_reader: each reading layer chooses its own sources; else one pair for all keys and one for all values.
+    Args:
+        table: the explained fractions.
+        storage_layers: see ``search``.
+        budget: see ``search``.
+        per_reader: True lets each reading layer have its own sources; otherwise all share one pair for keys
+            and one for values.
     """
     n = int(_storage_layers(table.num_layers, storage_layers, None, False))
     readers = range(n, table.num_layers)
@@ -196,7 +219,7 @@ def search_prefix(table: SourceTable, storage_layers: int, *, per_reader: bool =
 
 
 def prefix_costs(table: SourceTable, *, per_reader: bool = False) -> list[tuple[int, float, float]]:
-    """(n, mean explained share of the readers' keys, of their values) of ``search_prefix``, for n < L."""
+    """(n, mean explained fraction of the readers' keys, of their values) of ``search_prefix``, for n < L."""
     rows = []
     for n in range(1, table.num_layers):
         shares = search_prefix(table, n, per_reader=per_reader).explained
@@ -211,12 +234,15 @@ def _storage_layers(
     layers: int, storage_layers: int | None, budget: float | Fraction | None, separate: bool
 ) -> Fraction:
     if (storage_layers is None) == (budget is None):
-        raise ValueError("give either storage_layers or budget, a share of the cache")
+        raise ValueError(
+            "exactly one of storage_layers and budget (a fraction of the cache) must be given, got "
+            f"storage_layers={storage_layers} and budget={budget}"
+        )
     wanted = Fraction(storage_layers) if budget is None else Fraction(str(budget)) * layers
     wanted = Fraction(math.floor(2 * wanted), 2) if separate else Fraction(math.floor(wanted))
     if not 1 <= wanted <= layers:
         given = f"storage_layers={storage_layers}" if budget is None else f"budget={budget}"
-        raise ValueError(f"{given} is {float(wanted):g} storage layers; expected 1..{layers}")
+        raise ValueError(f"{given} must mean 1 to {layers} storage layers, got {float(wanted):g}")
     return wanted
 
 
@@ -241,6 +267,6 @@ def _found(table: SourceTable, storing: dict[str, set[int]], shared: dict[str, t
     if math.isinf(cost):
         raise ValueError(
             "no plan of this size exists: layers with windows and layers without cannot read each other's "
-            "caches; let more layers store"
+            "caches; increase the number of storage layers"
         )
     return Found(CachePlan(NAME, tuple(rows)), cost, explained)

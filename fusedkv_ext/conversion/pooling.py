@@ -1,18 +1,18 @@
-"""Fewer heads out of a trained projection: where a layer stores part of its KV heads and takes the rest over.
+"""Pooling of the heads of a trained projection, for layers that store part of their KV heads.
 
 SkipV1Former (arXiv:2510.16807) converts a trained model by pooling every two value heads of a layer into one.
-Here s heads are made of G for any s: the G heads are cut into s runs, as equal as possible, and each run
-becomes one head. With W_h the rows of the value projection of head h and O_h the columns of the output
-projection that its query heads use, the ways are
+Here G heads become s heads for any s. The G heads are divided into s consecutive groups of nearly equal size,
+and each group becomes one head. Let W_h be the rows of the value projection of head h. Let O_h be the columns
+of the output projection that its query heads use. The methods are
 
-    mean-v         mean of the W_h of a run; the paper's choice
-    mean-vo        the same, and the O_h of a run become their mean
-    top-norm-v     the head of the run whose W_h has the largest Frobenius norm
-    top-norm-vo    the head of the run whose O_h W_h has; its O_h is taken, too
-    svd            the D strongest directions of the stacked W_h of a run
-    own            no pooling: the heads that the layer goes on to store, as they are
+    mean-v         mean of the W_h of a group; the paper's choice
+    mean-vo        the same, and the O_h of a group become their mean
+    top-norm-v     the head of the group whose W_h has the largest Frobenius norm
+    top-norm-vo    the head of the group whose O_h W_h has the largest norm, with its O_h
+    svd            the D strongest directions of the stacked W_h of a group
+    own            no pooling: the heads that the layer continues to store, unchanged
 
-The paper finds mean-v and mean-vo far ahead of the others before training.
+The paper finds mean-v and mean-vo far better than the others before training.
 """
 
 from __future__ import annotations
@@ -30,11 +30,21 @@ POOLING = ("mean-v", "mean-vo", "top-norm-v", "top-norm-vo", "svd", "own")
 def pool(
     weight: Tensor, output: Tensor, stored: Sequence[int], num_kv_heads: int, method: str
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the stored heads, (s * D, hidden), and the output projection, (hidden, H * D), in the dtypes
-    of the arguments.
+    """Pools the heads of a layer.
 
-    weight: (G * D, hidden) of all heads. output: (hidden, H * D), H / G query heads for each KV head.
-    stored: indices of the heads that are stored. Raises ValueError for an unknown method.
+    Args:
+        weight: (G * D, hidden), the value projection of all heads.
+        output: (hidden, H * D), the output projection, with H / G query heads per KV head.
+        stored: indices of the heads that are stored.
+        heads: G.
+        method: the name of a method.
+
+    Returns:
+        The rows of the stored heads, (s * D, hidden), and the output projection, (hidden, H * D), in the
+        dtypes of the arguments.
+
+    Raises:
+        ValueError: ``method`` is unknown.
     """
     if method not in POOLING:
         raise ValueError(f"pooling must be one of {', '.join(POOLING)}, got {method!r}")
@@ -72,5 +82,5 @@ def _strongest(rows: Tensor) -> Tensor:
     """(n, D, hidden) -> (D, hidden): the best approximation of the stack by D rows, scaled like one head."""
     n, dim = rows.shape[:2]
     u, s, vh = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
-    first = u[:dim, :dim] * s[:dim]  # as the first head of the run sees those directions
+    first = u[:dim, :dim] * s[:dim]  # those directions in the basis of the group's first head
     return first @ vh[:dim] if n > 1 else rows[0]

@@ -1,14 +1,15 @@
 """Refits output projections in closed form, layer by layer, so that a converted model follows its original.
 
-Both models read the same text. At each changed layer, with x the rows that enter the output projection of
-attention (of the feed-forward network) of the converted model, h' the residual stream that its result is
-added to, and h what the original's stream is after the same addition, the projection becomes
+Both models read the same text. Take a changed layer of the converted model and its output projection of
+attention (or of the feed-forward network). Let x be the inputs of the projection and h' the residual stream
+before its result is added. Let h be the stream of the original after the same addition. The projection
+becomes
 
     argmin_W  sum over rows |h' + W x - h|^2  +  ridge |W - W_0|^2,        W_0 the original's
 
-so a layer also mends what earlier layers left wrong. A linear map on the values of a head, another for each
-query head if need be, is part of W: it costs nothing when the model runs. Kept are the hidden states of both
-models at one layer, and the keys and values that later layers read, of the (N, S) tokens of the text.
+So a layer also corrects the errors of earlier layers. W includes any linear map on the values of a head, with
+a different map per query head if needed, at no cost at run time. The pass keeps the hidden states of both
+models at one layer, and the keys and values that later layers read, for the (N, S) tokens of the text.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from fusedkv_ext.hf.versions import CACHE
 
 __all__ = ["REFITTED", "refit"]
 
-# Projections that may be refitted, and the ridge of each: times the mean of the diagonal of sum x x^T. The
-# feed-forward network's has more inputs, so more freedom to learn the calibration text by heart.
+# Projections that may be refitted, and the ridge of each, times the mean of the diagonal of sum x x^T. The
+# feed-forward network's has more inputs, so it overfits the calibration text more easily.
 REFITTED = {"o_proj": 0.03, "down_proj": 0.3}
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # as layer_types calls them
+FULL, SLIDING = "full_attention", "sliding_attention"  # values of layer_types
 
 
 class _Stream:
@@ -50,19 +51,19 @@ class _Stream:
         self.read_later = _read_later(model.config)
 
     def attention(self, i: int, part: int) -> Tensor:
-        """What attention of layer i adds, (B, S, hidden)."""
+        """The attention output of layer i, (B, S, hidden)."""
         layer = self.decoder.layers[i]
         x = layer.input_layernorm(self.hidden[part])
         seen = {"position_embeddings": self.rotary, "attention_mask": self.masks[part][self.types[i]]}
         return layer.self_attn(hidden_states=x, **seen, shared_kv_states=self.shared[part])[0]
 
     def feed_forward(self, i: int, part: int) -> Tensor:
-        """What the feed-forward network of layer i adds, (B, S, hidden)."""
+        """The feed-forward output of layer i, (B, S, hidden)."""
         layer = self.decoder.layers[i]
         return layer.mlp(layer.post_attention_layernorm(self.attended[part]))
 
     def attend(self, i: int) -> None:
-        """Runs the attention of layer i and forgets the keys and values that no later layer reads."""
+        """Runs the attention of layer i and drops the keys and values that no later layer reads."""
         self.attended = [hidden + self.attention(i, part) for part, hidden in enumerate(self.hidden)]
         for shared in self.shared:
             for name in [name for name in shared if int(name.split()[0]) not in self.read_later[i]]:
@@ -74,7 +75,7 @@ class _Stream:
 
 
 def _masks(config: Any, hidden: Tensor, positions: Tensor) -> dict[str, Tensor | None]:
-    """The mask of each type of layer, in the form that the model's attention implementation takes."""
+    """The mask of each type of layer, in the format of the model's attention implementation."""
     seen = {"inputs_embeds": hidden, "attention_mask": None, CACHE: None}
     seen["position_ids"] = positions.expand(len(hidden), -1)
     masks = {FULL: create_causal_mask(config, **seen)}
@@ -100,7 +101,7 @@ def _equal(layer: nn.Module, other: nn.Module) -> bool:
 
 
 class _LeastSquares:
-    """Sums of x x^T and (y - W_0 x) x^T over rows, and the best W."""
+    """Sums of x x^T and (y - W_0 x) x^T over rows, and the W that minimizes the error."""
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
@@ -110,7 +111,12 @@ class _LeastSquares:
         self.energy = 0.0
 
     def add(self, run: Callable[[], Tensor], target: Tensor) -> None:
-        """run: a pass through the projection, whose result (..., out) should be ``target``."""
+        """Adds the rows of one pass.
+
+        Args:
+            run: a pass through the projection, whose result (..., out) should be ``target``.
+            target: (..., out).
+        """
         seen: list[Tensor] = []
         hook = self.linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
@@ -123,12 +129,14 @@ class _LeastSquares:
         self.energy += float(error.double().square().sum())
 
     def solve(self, ridge: float) -> float:
-        """Changes the weight; returns the share of the squared error that is left."""
+        """Changes the weight and returns the fraction of the squared error that remains."""
         strength = ridge * self.inputs.diagonal().mean()
         eye = torch.eye(len(self.inputs), dtype=torch.float64)
         change = torch.linalg.solve(self.inputs + strength * eye, self.errors.mT).mT
         if not torch.isfinite(change).all():
-            raise ValueError("refitting found no finite weights; give calibration more or other text")
+            raise ValueError(
+                "refitted weights must be finite, got NaN or infinity; calibrate on more or other text"
+            )
         weight = self.linear.weight
         weight.add_(change.to(weight))
         mended = float((2 * self.errors * change).sum() - ((change @ self.inputs) * change).sum())
@@ -146,20 +154,30 @@ def refit(
     batch_size: int = 4,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[int, dict[str, float]]:
-    """Refits ``projections`` (``o_proj`` of attention, ``down_proj``) of ``layers`` of the converted model.
+    """Refits output projections of layers of the converted model.
 
-    original, converted: models of the same family; ``original`` has its own keys and values everywhere.
-    ids: (N, S) int64, sequences of one length.
+    Args:
+        original: the plain model, in which every layer has its own keys and values.
+        converted: a model of the same family.
+        ids: (N, S) int64, sequences of equal length.
+        layers: the layers to refit.
+        projections: ``o_proj`` of attention, ``down_proj`` of the feed-forward network, or both.
+        batch_size: sequences per forward pass.
+        progress: receives a line per layer.
 
-    Returns, per layer and projection, the share of the squared error in the residual stream that is left on
-    this text. Raises ValueError for other projections.
+    Returns:
+        Per layer and projection, the fraction of the squared error in the residual stream that remains on
+        this text.
+
+    Raises:
+        ValueError: a projection is neither of the two, or no finite weights exist.
     """
     if unknown := set(projections) - set(REFITTED):
-        raise ValueError(f"projections must be of {', '.join(REFITTED)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"projections must be among {', '.join(REFITTED)}, got {', '.join(sorted(unknown))}")
     wanted, left = set(layers), {}
     if not wanted:
         return left
-    one_so_far = True  # the two models, whose streams then are one, too
+    one_so_far = True  # the two models are equal so far, and so are their streams
     before, after = _Stream(original, ids, batch_size), _Stream(converted, ids, batch_size)
 
     for i, layer in enumerate(after.decoder.layers):

@@ -1,13 +1,13 @@
-"""Second moments of keys, values and queries of a causal language model: what calibration knows of a text.
+"""Second moments of the keys, values and queries of a causal language model over a calibration text.
 
-Keys are taken after RoPE, as a cache holds them. All layers of one KV head stand side by side in one vector,
-so that one matrix per head says how well any layers explain any other:
+Keys are taken after RoPE, as a cache stores them. Per KV head the vectors of all layers are concatenated. One
+matrix per head then gives the fraction of any layer that any other layers explain:
 
     keys[g]   = sum over tokens of  k k^T,  k = [k_0; ...; k_{L-1}] of head g, centered in its sequence
     values[g] = sum over tokens of  v v^T,  v = [v_0; ...; v_{L-1}] of head g
 
-Keys are centered because softmax does not see what all keys of a sequence have in common. Sums run over the
-text, batch by batch; activations are forgotten.
+Keys are centered because softmax is invariant to what all keys of a sequence have in common. Sums are
+accumulated batch by batch; activations are not kept.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from transformers.masking_utils import sdpa_mask
 
 from fusedkv_ext.hf.config import head_dim_of
 
-__all__ = ["Moments", "collect"]
+__all__ = ["SecondMoments", "collect"]
 
 NAME = "fusedkv_moments"
 
 
 @dataclass
-class Moments:
+class SecondMoments:
     """Sums over ``tokens`` tokens, float64, on the CPU. L layers, G KV heads, D head dim.
 
-    keys, values: (G, L * D, L * D). queries: (L, G, D, D), over the query heads of each KV head.
-    shares: (L,) |y|^2 / |h|^2 of what attention adds to the residual stream, y, and the stream that it adds
-    to, h, of each token by itself: a few tokens at the start of a text have norms that drown all others.
+    Attributes:
+        keys: (G, L * D, L * D).
+        values: (G, L * D, L * D).
+        queries: (L, G, D, D), summed over the query heads of each KV head.
+        shares: (L,) the ratio |y|^2 / |h|^2, with y the output of attention and h the residual stream before
+            it. The ratio is taken per token: a few tokens at the start of a text have norms that would
+            dominate the sum.
+        tokens: the number of tokens.
     """
 
     num_layers: int
@@ -57,18 +62,20 @@ class Moments:
         self.shares = torch.zeros(layers, **zeros)
 
     def covariance(self, side: str, head: int, rows: int, columns: int) -> Tensor:
-        """E[x_rows x_columns^T] of one KV head, (D, D) float64: of "key" (centered) or "value"."""
+        """E[x_rows x_columns^T] of one KV head for the side "key" (centered) or "value": (D, D) float64."""
         every = self.keys if side == "key" else self.values
         dim = self.head_dim
         return every[head, rows * dim : (rows + 1) * dim, columns * dim : (columns + 1) * dim] / self.tokens
 
     def query_metric(self, layer: int, head: int) -> Tensor:
-        """E[q q^T] of the query heads of one KV head, (D, D) float64: an error e of a key costs e^T (.) e in
-        squared scores."""
+        """E[q q^T] of the query heads of one KV head, (D, D) float64.
+
+        With this metric M, a key error e costs e^T M e in squared scores.
+        """
         return self.queries[layer, head] / self.tokens
 
     def share_of_stream(self, layer: int) -> float:
-        """How large what attention of a layer adds is, relative to the residual stream: E[|y|^2 / |h|^2]."""
+        """The relative size of the attention output of a layer in the residual stream: E[|y|^2 / |h|^2]."""
         return float(self.shares[layer] / self.tokens)
 
     def _add(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> None:
@@ -84,7 +91,7 @@ class Moments:
 
 
 class _Batch:
-    """What the layers show during one pass of the model."""
+    """The activations of the layers during one forward pass."""
 
     def __init__(self) -> None:
         self.queries: list[Tensor] = []
@@ -101,7 +108,7 @@ def _seeing_attention(
     kv_moments: _Batch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA that keeps what it is given in ``kv_moments``, which travels as an argument of the model."""
+    """SDPA that records its inputs in ``kv_moments``, which travels as an argument of the model."""
     if kv_moments is not None:
         kv_moments.queries.append(query)
         kv_moments.keys.append(key)
@@ -124,14 +131,17 @@ def _seeing(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> Moments:
-    """Runs a Llama or Qwen3 of transformers over ``ids``, (N, S) int64, and sums its moments.
+def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> SecondMoments:
+    """Runs a Llama or Qwen3 of transformers over a text and sums its second moments.
 
-    Every layer must store its own keys and values, as in a plain model.
+    Args:
+        model: a plain model: every layer must store its own keys and values.
+        ids: (N, S) int64 token ids.
+        batch_size: sequences per forward pass.
     """
     config, decoder = model.config, model.get_decoder()
     layers = decoder.layers
-    moments = Moments(len(layers), config.num_key_value_heads, head_dim_of(config))
+    second_moments = SecondMoments(len(layers), config.num_key_value_heads, head_dim_of(config))
 
     stream: dict[int, Tensor] = {}
 
@@ -144,7 +154,7 @@ def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> Moments
     def see_output(layer: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
             energy = output[0].double().square().sum(-1)
-            moments.shares[layer] += (energy / stream.pop(layer)).nan_to_num(0.0, 0.0).sum().cpu()
+            second_moments.shares[layer] += (energy / stream.pop(layer)).nan_to_num(0.0, 0.0).sum().cpu()
 
         return hook
 
@@ -156,5 +166,5 @@ def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> Moments
         for part in ids.split(batch_size):
             batch = _Batch()
             decoder(input_ids=part.to(model.device), use_cache=False, kv_moments=batch)
-            moments._add(batch.queries, batch.keys, batch.values)
-    return moments
+            second_moments._add(batch.queries, batch.keys, batch.values)
+    return second_moments

@@ -114,11 +114,11 @@ def test_planted_maps_are_found_and_give_the_original_back(plan):
     for layer in layers[1:]:
         planted(layer.self_attn, layers[0].self_attn)
     ids = tokens(8, 64)
-    moments = collect(model, ids)
-    converted = convert_model(model, plan, calibration=ids, refitted=(), moments=moments).model
+    second_moments = collect(model, ids)
+    converted = convert_model(model, plan, calibration=ids, refitted=(), second_moments=second_moments).model
     with torch.no_grad():
         before = (converted(ids).logits - model(ids).logits).abs().max()
-        report = absorb(converted, model, moments, ridge=1e-7)
+        report = absorb(converted, model, second_moments, ridge=1e-7)
         after = (converted(ids).logits - model(ids).logits).abs().max()
     by_layer = {(repair.layer, repair.side): repair for repair in report}
     assert {layer for layer, _ in by_layer} == set(
@@ -133,10 +133,12 @@ def test_planted_maps_are_found_and_give_the_original_back(plan):
 def test_maps_explain_more_and_both_sides_report():
     torch.manual_seed(0)
     model, ids = tiny_llama(), tokens(16, 64)
-    moments = collect(model, ids)
-    converted = convert_model(model, "fusedkv", calibration=ids, refitted=(), moments=moments).model
-    fitted = explained_layers(converted, model, moments)
-    report = absorb(converted, model, moments)
+    second_moments = collect(model, ids)
+    converted = convert_model(
+        model, "fusedkv", calibration=ids, refitted=(), second_moments=second_moments
+    ).model
+    fitted = explained_layers(converted, model, second_moments)
+    report = absorb(converted, model, second_moments)
     assert {(r.layer, r.side) for r in report} == {(i, s) for i in READERS for s in ("key", "value")}
     for repair in report:
         assert fitted[repair.layer, repair.side] == pytest.approx(repair.before, abs=1e-5)
@@ -150,12 +152,14 @@ def test_qwen3_has_no_maps_of_keys():
     from test_hf_convert import plain
 
     model, ids = plain("qwen3"), tokens(8, 64)
-    moments = collect(model, ids)
-    converted = convert_model(model, "fusedkv", calibration=ids, refitted=(), moments=moments).model
+    second_moments = collect(model, ids)
+    converted = convert_model(
+        model, "fusedkv", calibration=ids, refitted=(), second_moments=second_moments
+    ).model
     with pytest.raises(ValueError, match="q_norm stands between"):
-        absorb(converted, model, moments, keys=True)
+        absorb(converted, model, second_moments, keys=True)
     queries = [layer.self_attn.q_proj.weight.clone() for layer in converted.model.layers]
-    assert {repair.side for repair in absorb(converted, model, moments)} == {"value"}
+    assert {repair.side for repair in absorb(converted, model, second_moments)} == {"value"}
     for layer, query in zip(converted.model.layers, queries, strict=True):
         assert torch.equal(layer.self_attn.q_proj.weight, query)
 

@@ -73,7 +73,7 @@ def test_biases_of_pooled_heads_are_pooled_too():
 def test_converted_models_are_refused(plan, tmp_path, capsys):
     """What their layers lost cannot be brought back, and what they read is not what they had."""
     done = convert_model(tiny_llama(), plan)
-    with pytest.raises(ValueError, match=re.escape(f"converted already, to plan {plan!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"got one converted already, to plan {plan!r}")):
         convert_model(done.model, "fusedkv-lite")
     folder = save_folder(done.model, tmp_path / "converted")
     assert run(folder, "--plan", "cla", "--out", tmp_path / "out") == 2
@@ -135,4 +135,4 @@ def test_copying_needs_no_tokenizer_and_a_named_one_is_kept(original, text, tmp_
     data["model"]["vocab"] |= {f"word{i}": 300 + i for i in range(50)}
     named.write_text(json.dumps(data))
     assert run(original, "--plan", "fusedkv", *rest, "--out", tmp_path / "other") == 1
-    assert "it is that of another model" in capsys.readouterr().err
+    assert "it belongs to another model" in capsys.readouterr().err

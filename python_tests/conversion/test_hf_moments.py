@@ -25,8 +25,8 @@ def test_moments_are_those_of_the_cache(model):
     ids = tokens(3, 20)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-    moments = collect(model, ids, batch_size=3)
-    assert moments.tokens == 60
+    second_moments = collect(model, ids, batch_size=3)
+    assert second_moments.tokens == 60
     for head in range(G):
         for i in range(LAYERS):
             for j in range(LAYERS):
@@ -34,11 +34,11 @@ def test_moments_are_those_of_the_cache(model):
                 k, m = (x - x.mean(1, keepdim=True) for x in (k, m))
                 expected = torch.einsum("btd,bte->de", k, m).double() / 60
                 torch.testing.assert_close(
-                    moments.covariance("key", head, i, j), expected, rtol=1e-4, atol=1e-5
+                    second_moments.covariance("key", head, i, j), expected, rtol=1e-4, atol=1e-5
                 )
                 v, w = (cache.layers[x].values[:, head] for x in (i, j))
                 expected = torch.einsum("btd,bte->de", v, w).double() / 60
-                found = moments.covariance("value", head, i, j)
+                found = second_moments.covariance("value", head, i, j)
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -57,11 +57,11 @@ def test_query_moments_sum_over_the_group_after_rope(model):
         q = attention.q_proj(seen["hidden_states"]).unflatten(-1, (H, D)).transpose(1, 2)
         q, _ = apply_rotary_pos_emb(q, q, *seen["position_embeddings"])
     handle.remove()
-    moments = collect(model, ids)
+    second_moments = collect(model, ids)
     for head in range(G):
         own = q[:, head * H // G : (head + 1) * H // G]
         expected = torch.einsum("bhtd,bhte->de", own, own).double() / 24
-        torch.testing.assert_close(moments.query_metric(1, head), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second_moments.query_metric(1, head), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_share_of_stream_counts_every_token_alike(model):

@@ -24,7 +24,7 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def planted():
-    """A model whose layer 3 has the keys of layer 1 and the values of layer 2, and its moments."""
+    """A model whose layer 3 has the keys of layer 1 and the values of layer 2, and its second_moments."""
     torch.manual_seed(0)
     model = tiny_llama(num_hidden_layers=LAYERS, tie_word_embeddings=False)
     layers = model.model.layers
@@ -40,8 +40,8 @@ def planted():
 
 @pytest.fixture(scope="module")
 def table(planted):
-    model, _, moments = planted
-    return SourceTable(moments, model, weighted=False)
+    model, _, second_moments = planted
+    return SourceTable(second_moments, model, weighted=False)
 
 
 def test_planted_duplicates_are_found(table):
@@ -54,10 +54,12 @@ def test_planted_duplicates_are_found(table):
 
 
 def test_the_table_says_what_fitting_and_maps_reach(planted, table):
-    model, ids, moments = planted
+    model, ids, second_moments = planted
     for plan in (search(table, storage_layers=3).plan, search_prefix(table, 3).plan):
-        converted = convert_model(model, plan, calibration=ids, refitted=(), moments=moments).model
-        for repair in absorb(converted, model, moments):
+        converted = convert_model(
+            model, plan, calibration=ids, refitted=(), second_moments=second_moments
+        ).model
+        for repair in absorb(converted, model, second_moments):
             sources = (plan.key_sources if repair.side == "key" else plan.value_sources)(repair.layer)
             expected = repair.before if repair.side == "key" else repair.after
             share = table.explained(repair.side, repair.layer, sources)
@@ -108,10 +110,10 @@ def test_prefix_plans_store_the_first_layers(table):
 
 
 def test_found_plans_convert(planted, table):
-    model, ids, moments = planted
+    model, ids, second_moments = planted
     for separate in (False, True):
         plan = search(table, storage_layers=3, separate=separate).plan
-        converted = convert_model(model, plan, calibration=ids, moments=moments).model
+        converted = convert_model(model, plan, calibration=ids, second_moments=second_moments).model
         assert torch.isfinite(converted(ids[:1]).logits).all()
 
 

@@ -8,21 +8,21 @@ import torch
 pytest.importorskip("transformers")
 
 from fusedkv_ext.conversion.least_squares import explained, fit
-from fusedkv_ext.conversion.second_moments import Moments
+from fusedkv_ext.conversion.second_moments import SecondMoments
 from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
 
 L, G, D, N = 3, 2, 8, 400
 
 
-def of_vectors(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> Moments:
+def of_vectors(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> SecondMoments:
     """keys, values (L, N, G, D), queries (N, G, D) of the last layer. Keys are taken as they are."""
-    moments = Moments(L, G, D, tokens=keys.shape[1])
+    second_moments = SecondMoments(L, G, D, tokens=keys.shape[1])
     for name, x in (("keys", keys), ("values", values)):
         rows = x.permute(2, 1, 0, 3).flatten(2).double()
-        setattr(moments, name, rows.mT @ rows)
-    moments.queries[-1] = torch.einsum("ngd,nge->gde", queries, queries).double()
-    return moments
+        setattr(second_moments, name, rows.mT @ rows)
+    second_moments.queries[-1] = torch.einsum("ngd,nge->gde", queries, queries).double()
+    return second_moments
 
 
 @pytest.fixture
@@ -39,11 +39,13 @@ def plan_of(fusion: Fusion, sources=(0, 1)) -> CachePlan:
     )
 
 
-def solved(fusion: Fusion, moments: Moments, metric="plain", ridge=0.0, o_proj=None) -> FusionWeights:
+def solved(
+    fusion: Fusion, second_moments: SecondMoments, metric="plain", ridge=0.0, o_proj=None
+) -> FusionWeights:
     weights = FusionWeights(plan_of(fusion), 2, G, D).double()
     o_proj = o_proj or torch.nn.Linear(G * D, 5, bias=False).double()
     for segment in weights.fused_segments:
-        fit(weights, segment, moments, o_proj, metric=metric, ridge=ridge)
+        fit(weights, segment, second_moments, o_proj, metric=metric, ridge=ridge)
     return weights
 
 
@@ -76,26 +78,26 @@ def test_planted_weights_are_found(vectors):
     b = torch.randn(2, G, D).double()
     keys[2] = torch.einsum("jgd,jngd->ngd", a, keys[:2])
     values[2] = torch.einsum("jgd,jngd->ngd", b, values[:2])
-    moments = of_vectors(keys, values, queries)
+    second_moments = of_vectors(keys, values, queries)
     o_proj = torch.nn.Linear(3 * G * D, 20, bias=False).double()
     for metric in ("plain", "score"):
-        found = solved(Fusion(), moments, metric=metric, o_proj=o_proj)
+        found = solved(Fusion(), second_moments, metric=metric, o_proj=o_proj)
         torch.testing.assert_close(found.key_weights(), a, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found.value_weights(), b, rtol=1e-6, atol=1e-6)
         for head in range(G):
             for side, weights in (("key", a), ("value", b)):
-                share = explained(moments, side, 2, head, (0, 1), weights[:, head], o_proj, metric)
+                share = explained(second_moments, side, 2, head, (0, 1), weights[:, head], o_proj, metric)
                 assert share == pytest.approx(1, abs=1e-9)
 
 
 def test_the_score_metric_makes_the_error_of_scores_smaller(vectors):
     keys, values, queries = vectors
     keys[2] = keys[0] @ torch.randn(D, D).double()
-    moments = of_vectors(keys, values, queries)
+    second_moments = of_vectors(keys, values, queries)
 
     def error(metric: str) -> float:
         fused = torch.einsum(
-            "jgd,jngd->ngd", solved(Fusion(), moments, metric=metric).key_weights(), keys[:2]
+            "jgd,jngd->ngd", solved(Fusion(), second_moments, metric=metric).key_weights(), keys[:2]
         )
         left = torch.einsum("mgd,ngd->gmn", queries, keys[2] - fused)
         return left.square().mean().item()
@@ -106,10 +108,13 @@ def test_the_score_metric_makes_the_error_of_scores_smaller(vectors):
 def test_values_are_weighed_by_what_the_output_projection_sees(vectors):
     keys, values, queries = vectors
     values[2] = values[0] @ torch.randn(D, D).double()
-    moments, o_proj = of_vectors(keys, values, queries), torch.nn.Linear(2 * G * D, 4, bias=False).double()
+    second_moments, o_proj = (
+        of_vectors(keys, values, queries),
+        torch.nn.Linear(2 * G * D, 4, bias=False).double(),
+    )
 
     def error(metric: str) -> float:
-        weights = solved(Fusion(), moments, metric=metric, o_proj=o_proj).value_weights()
+        weights = solved(Fusion(), second_moments, metric=metric, o_proj=o_proj).value_weights()
         left = values[2] - torch.einsum("jgd,jngd->ngd", weights, values[:2])
         heads = left.repeat_interleave(2, dim=1) * torch.randn(N, 2 * G, 1)  # query heads attend differently
         columns = o_proj.weight.unflatten(1, (2 * G, D))
@@ -133,5 +138,5 @@ def test_what_is_not_known_is_refused(vectors):
         solved(Fusion(), of_vectors(*vectors), metric="cosine")
     broken = of_vectors(*vectors)
     broken.keys[:] = float("nan")
-    with pytest.raises(ValueError, match="layer 2 found no finite key weights"):
+    with pytest.raises(ValueError, match="key weights of layer 2 must be finite"):
         solved(Fusion(), broken, ridge=1e-3)
