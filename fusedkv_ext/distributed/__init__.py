@@ -1,4 +1,4 @@
-"""Beyond one process: a decoder shared by the processes of torchrun, with torch's own means."""
+"""Parallelism of a decoder over the processes of torchrun, with torch's own FSDP2 and DTensor."""
 
 from __future__ import annotations
 
@@ -23,15 +23,22 @@ def parallelize(
     activation_checkpointing: Checkpointing | None = None,
     compile: bool = False,
 ) -> None:
-    """Shares a decoder among the processes of a mesh, in place; every process holds the same weights before.
+    """Parallelizes a decoder over the processes of a mesh, in place.
 
-    Afterwards parameters are DTensors: heads and widths over tp, all of them over the data and cp ranks
-    (FSDP2). ``forward`` takes the whole sequences of this process's data rank and gradients are sums over all
-    processes. mesh: None: one process, nothing is shared. precision: see ``shard_weights``.
-    activation_checkpointing: layers keep their inputs only and run again in the backward. compile: each layer
-    by torch.compile.
+    Every process must hold the same weights before. Afterwards the parameters are DTensors: heads and widths
+    are sharded over tp, all parameters over the data and cp ranks (FSDP2). ``forward`` takes the whole
+    sequences of this process's data rank. Gradients are sums over all processes.
 
-    Raises ValueError for a model that the mesh cannot share, naming the size.
+    Args:
+        model: the decoder.
+        mesh: None leaves the model on one process.
+        precision: see ``shard_weights``.
+        activation_checkpointing: saves only the inputs of each layer and recomputes the layer in the
+            backward.
+        compile: compiles each layer with torch.compile.
+
+    Raises:
+        ValueError: the mesh cannot shard the model; the message names the size.
     """
     if mesh is not None and mesh.tp is not None:
         apply_tp(model, mesh.tp)
@@ -40,8 +47,8 @@ def parallelize(
     for layer in model.model.layers:
         layer.activation_checkpointing = activation_checkpointing
         if compile:
-            # What a checkpoint is around. One within a graph would keep the DeviceMesh of DTensors, which
-            # AOTAutograd refuses (tp), and has to be one graph, which attention outside of it is not (cp).
+            # The checkpoint stays outside of the graph. Within, it would save DTensors' DeviceMesh, which
+            # AOTAutograd rejects (tp). It would also need a single graph, which attention breaks (cp).
             layer._run = torch.compile(layer._run)
     if mesh is not None:
         shard_weights(model, mesh.fsdp, precision)

@@ -1,17 +1,17 @@
-"""Context parallelism: the ranks share the tokens of each sequence, and layers gather what they store.
+"""Context parallelism: the ranks shard the tokens of each sequence, and layers gather the KV that they store.
 
-A layer that stores keys and values all-gathers them, once; layers that read them read the gathered ones and
-communicate nothing. So n of L storing layers move n / L of vanilla attention's bytes (``context_traffic``),
-where attention that passes keys and values round a ring moves them in every layer. The backward mirrors it:
-autograd adds up what all readers say about a gathered tensor, and one reduce-scatter brings each rank the
-gradient of its own tokens.
+A layer that stores keys and values all-gathers them once. Layers that read them use the gathered tensors and
+communicate nothing. So n of L storing layers move n / L of the bytes of vanilla attention
+(``context_traffic``). Ring attention would move them in every layer. The backward mirrors this: autograd sums
+the gradients of all readers, and one reduce-scatter gives each rank the gradient of its own tokens.
 
-Balance: causal attention costs a token what stands before it. The sequence is cut into 2 N chunks for N
-ranks, and rank r has chunks r and 2 N - 1 - r: a late one with an early one, equal work for all.
+Load balance: the cost of a token in causal attention is proportional to the tokens before it. The sequence is
+divided into 2 N chunks for N ranks, and rank r has chunks r and 2 N - 1 - r. An early and a late chunk
+together mean equal work for all ranks.
 
-What overlaps: nothing by itself. The copy that puts the gathered chunks in order waits for the gather, on the
-device's stream and not on the host, and the backward for its reduce-scatter. FSDP's own prefetching goes on
-beside it on another stream.
+Overlap: none by itself. The copy that orders the gathered chunks waits for the gather, on the device's stream
+and not on the host. The backward waits for its reduce-scatter. FSDP's own prefetching continues on another
+stream.
 """
 
 from __future__ import annotations
@@ -34,26 +34,36 @@ __all__ = ["ContextParallel", "context_traffic", "apply_cp"]
 
 
 class ContextParallel:
-    """What one rank of ``mesh`` does with its tokens of each sequence: chunks r and 2 N - 1 - r of 2 N.
+    """One rank of ``mesh`` and its tokens of each sequence: chunks r and 2 N - 1 - r of 2 N.
 
-    mesh: 1-D, the N ranks that share each sequence. All of them call the same methods in the same order.
-    T is the number of all tokens of a sequence, S = T / N that of this rank's.
+    All ranks call the same methods in the same order. T is the number of all tokens of a sequence, and S = T
+    / N that of this rank.
+
+    Args:
+        mesh: 1-D, the N ranks that shard each sequence.
+
+    Raises:
+        ValueError: the mesh has several dimensions.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         if mesh.ndim != 1:
-            raise ValueError(f"mesh must have one dimension, the ranks that share a sequence, got {mesh}")
+            raise ValueError(f"mesh must have one dimension, the ranks that shard a sequence, got {mesh}")
         self.mesh, self.size, self.rank = mesh, mesh.size(), mesh.get_local_rank()
         # A graph of torch.compile would hold the mask of S < T rows, S T elements; FlashAttention needs none.
         self._attend = torch.compiler.disable(fused_kv_attn_func)
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's T / N of the T tokens along ``dim``. Raises ValueError if T cannot be cut into 2 N."""
+        """This rank's T / N of the T tokens along ``dim``.
+
+        Raises:
+            ValueError: T is not a multiple of 2 N.
+        """
         chunks = x.split(self._chunk(x.shape[dim]), dim)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
     def take_kv(self, kv: KV) -> KV:
-        """This rank's tokens of what ``gather`` returned."""
+        """This rank's tokens of a result of ``gather``."""
         return KV(*(None if tensor is None else self.take(tensor) for tensor in kv))
 
     def positions(self, tokens: int, device: torch.device | None = None) -> Tensor:
@@ -61,9 +71,9 @@ class ContextParallel:
         return self.take(torch.arange(tokens, device=device), 0)
 
     def gather(self, kv: KV) -> KV:
-        """All tokens, in order, of keys and values (B, S, heads, D) of this rank's: (B, T, heads, D).
+        """Gathers this rank's keys and values (B, S, heads, D) to all tokens in order: (B, T, heads, D).
 
-        One all-gather for both. Backward: one reduce-scatter, in their dtype.
+        One all-gather moves both. The backward is one reduce-scatter in their dtype.
         """
         stored = [tensor for tensor in kv if tensor is not None]
         if not stored:
@@ -91,22 +101,30 @@ class ContextParallel:
         document_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """``fused_kv_attn_func``, causal, of this rank's rows over gathered keys and values: (B, S, H, Dv).
+        """Causal ``fused_kv_attn_func`` of this rank's rows over gathered keys and values: (B, S, H, Dv).
 
-        One call per chunk on the keys up to its end: ``causal`` is aligned at the bottom right, so that is
-        exact. With a window also from the first key that the chunk sees on. Each call fuses its own keys,
-        both together 1 + 1 / (2 N) of the sequence, on every rank. Fusing once, for the later chunk, is the
-        whole sequence on rank 0, for which the others wait: too little gain for a way of its own.
+        There is one call per chunk, on the keys up to its end. ``causal`` is aligned at the bottom right, so
+        this is exact. With a window the keys also start at the first one that the chunk sees. Each call fuses
+        its own keys, together 1 + 1 / (2 N) of the sequence on every rank. Fusing once for the later chunk
+        would be the whole sequence on rank 0, for which the others wait. The gain is too small for a separate
+        code path.
 
         Args:
             q: (B, S, H, D), this rank's tokens.
-            keys, values: (B, T, G, D) and (B, T, G, Dv), all tokens.
+            keys: (B, T, G, D), all tokens.
+            values: (B, T, G, Dv), all tokens.
+            key_weights: see ``fused_kv_attn_func``.
+            value_weights: see ``fused_kv_attn_func``.
             causal: must be True.
+            window_size: see ``fused_kv_attn_func``.
             document_ids: (B, T), of all tokens.
             options: of ``fused_kv_attn_func``.
+
+        Raises:
+            ValueError: ``causal`` is False, or q has another number of tokens.
         """
         if not causal:
-            raise ValueError("attention must be causal: each chunk sees the keys up to its end")
+            raise ValueError("causal must be True under context parallelism, got False")
         chunk, left = self._chunk(keys[0].shape[1]), window_size[0]
         chunks = self.rank, 2 * self.size - 1 - self.rank
         if 2 * chunk != q.shape[1]:
@@ -131,8 +149,11 @@ class ContextParallel:
         return torch.cat(outs, dim=1)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' x, on all of them. Backward: the identity, so that each rank's parameters get
-        the gradient of its own x, and their sum over the ranks is that of the result."""
+        """The sum of the ranks' x, on all ranks.
+
+        The backward is the identity. Each rank's parameters get the gradient of its own x. The sum of these
+        gradients over the ranks is the gradient of the result.
+        """
         total = DTensor.from_local(x, self.mesh, [Partial()], run_check=False).full_tensor()
         return total.clone()  # it is a view, which FSDP2 warns of when a model returns it
 
@@ -147,13 +168,15 @@ class ContextParallel:
 
 
 def apply_cp(model: Decoder, cp: DeviceMesh) -> None:
-    """Makes the ranks of ``cp`` share the tokens of each sequence that ``model`` is called with.
+    """Shards the tokens of each sequence over the ranks of ``cp``; for calls without a cache.
 
-    All of them call it with the same sequences, whole. Each gets the logits of its own tokens, the loss of
-    all, and gradients whose sum over the ranks is the gradient of that loss. It is for training and
-    evaluation without a cache: a call with one raises ValueError.
+    All ranks call the model with the same whole sequences. Each rank gets the logits of its own tokens and
+    the loss of all tokens. The sum of the gradients over the ranks is the gradient of that loss. A call with
+    a cache raises ValueError.
 
-    cp: 1-D.
+    Args:
+        model: the decoder.
+        cp: a 1-D mesh.
     """
     context = ContextParallel(cp)
     model.model.context = context
@@ -166,21 +189,24 @@ def apply_cp(model: Decoder, cp: DeviceMesh) -> None:
 def context_traffic(
     plan: CachePlan, num_kv_heads: int, head_dim: int, tokens: int, cp: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that one rank receives in one forward, which are also those that it sends in one backward.
+    """Bytes that one rank receives in one forward; it sends the same number in one backward.
 
-    (cp - 1) / cp of what a cache of these tokens holds (``CachePlan.bytes_per_token``): keys and values are
-    gathered when a layer stores them and never again. Relative to vanilla attention that is
-    ``plan.cache_ratio``, n / L where n of L layers store. Activation checkpointing gathers once more in the
-    backward of each checkpointed layer that stores. Not counted: all-reduces of the loss and of the experts'
-    statistics, a few numbers each.
+    That is (cp - 1) / cp of the cache size of these tokens (``CachePlan.bytes_per_token``): keys and values
+    are gathered once, when a layer stores them. Relative to vanilla attention it is ``plan.cache_ratio``, n /
+    L if n of L layers store. Activation checkpointing gathers again in the backward of each checkpointed
+    layer that stores. All-reduces of the loss and of the experts' statistics, a few numbers each, are not
+    counted.
 
     Args:
-        num_kv_heads: those of one rank: under tensor parallelism its share, at least 1.
-        tokens: B * T, of whole sequences: those of all cp ranks together. A multiple of cp.
-        cp: number of ranks that share each sequence; 1 gives 0.
+        plan: the cache plan.
+        num_kv_heads: the KV heads of one rank; under tensor parallelism its shard, at least 1.
+        head_dim: D.
+        tokens: B * T of whole sequences, those of all cp ranks together; a multiple of cp.
+        cp: the number of ranks that shard each sequence; 1 gives 0.
         dtype: of keys and values.
 
-    Raises ValueError where ``bytes_per_token`` does, and for tokens that are no multiple of cp.
+    Raises:
+        ValueError: ``bytes_per_token`` raises it, or tokens are not a multiple of cp.
     """
     if cp < 1 or tokens % cp:
         raise ValueError(f"tokens must be a multiple of cp, got tokens={tokens} and cp={cp}")

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states shared by the processes: torch's FSDP2, layer by layer."""
+"""Sharding of weights, gradients and optimizer states: torch's FSDP2, layer by layer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ Precision = Literal["fp32", "bf16"]
 
 
 def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32") -> None:
-    """Each process keeps a part of every parameter, fp32; a layer's are gathered while it runs.
+    """Shards every parameter over the processes, in fp32; those of a layer are gathered while it runs.
 
-    mesh: of the processes that share the weights, 1-D, or 2-D (copies, parts of a copy). precision: "bf16"
-    gathers and computes in bf16 and adds gradients up in fp32. Gradients are the sums over the processes, not
-    means: a loss has to be divided by what all of them see.
+    Gradients are sums over the processes, not means. Divide the loss by the number of target tokens of all
+    processes.
 
-    Fusion weights are fp32 throughout, as bf16 cannot hold their updates. FSDP2 wants one dtype per group, so
-    those of all layers together are a group of their own: one small all-gather at the start of a pass and one
-    reduce-scatter at its end.
+    Fusion weights stay in fp32, because bf16 cannot represent their updates. FSDP2 needs one dtype per group,
+    so the fusion weights of all layers form one group. It has one small all-gather at the start of a pass and
+    one reduce-scatter at its end.
+
+    Args:
+        model: the decoder.
+        mesh: the processes that shard the weights, 1-D, or 2-D (replicas, shards of a replica).
+        precision: "bf16" gathers and computes in bf16 and sums gradients in fp32.
     """
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)  # cos and sin stay fp32
     policy = whole
@@ -45,8 +49,10 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
 
 
 def synchronize(model: Decoder, last: bool) -> None:
-    """Whether the next backward adds gradients up over the processes: the last part of a batch alone does, so
-    accumulating costs no further messages. No effect on a model that is not sharded.
+    """Sets whether the next backward sums gradients over the processes.
+
+    Only the last micro-batch of a batch needs that, so accumulation has no further messages. It has no effect
+    on a model that is not sharded.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)

@@ -1,4 +1,4 @@
-"""Loading a decoder that processes share by its heads: each reads its own part of every tensor."""
+"""Sharded loading of a decoder under tensor parallelism: each process reads its own part of every tensor."""
 
 from __future__ import annotations
 
@@ -33,14 +33,18 @@ def load_sharded(
 ) -> Decoder:
     """``load_pretrained`` and ``apply_tp`` in one, without the whole model on any process.
 
-    tp: 1-D, of the processes that share the heads, which all call this. dtype: None keeps the stored ones;
-    otherwise that of all but the fusion weights, which stay fp32. device: of this process; default: the
-    current one of the mesh's type.
+    A process reads the rows (columns, vocabulary entries) of its shard. If the plan treats KV heads of a
+    layer differently, it reads the same amount of others, and heads then move between the processes.
 
-    A process reads the rows (columns, words) that it keeps. Where the plan treats KV heads of a layer
-    differently it reads as many others, and heads then change places between the processes.
+    Args:
+        folder: the checkpoint.
+        tp: a 1-D mesh of the processes that shard the heads; all of them call this function.
+        dtype: None keeps the stored dtypes; otherwise the dtype of all but the fusion weights, which stay
+            fp32.
+        device: of this process; None means the current one of the mesh's type.
 
-    Raises CannotShare where heads, widths or words do not divide, and what ``load_pretrained`` raises.
+    Raises:
+        CannotShare: heads, widths or the vocabulary do not divide; otherwise as ``load_pretrained``.
     """
     folder, device = Path(folder), torch.device(device or tp.device_type)
     model = allocate(folder, "meta")
@@ -68,7 +72,7 @@ def load_sharded(
 
 
 def _place(part: DTensor) -> tuple[slice, ...]:
-    """Where this process's part lies in the whole tensor."""
+    """The slices of this process's part in the whole tensor."""
     (placement,), mesh = part.placements, part.device_mesh
     place = [slice(None)] * part.dim()
     if isinstance(placement, Shard):

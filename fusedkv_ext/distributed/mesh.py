@@ -1,4 +1,4 @@
-"""Which process holds what: the device mesh of a run."""
+"""The device mesh of a run: which process holds which shard."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ DIMS = ("dp_replicate", "dp_shard", "cp", "tp")
 class Layout:
     """Processes along each dimension; their product is the number of processes.
 
-    dp_replicate: groups of processes with a whole copy of the weights each. dp_shard: processes that share
-    one copy (FSDP2); 0: those that the other dimensions leave. Both get sequences of their own. cp: processes
-    that share the tokens of a sequence (context parallelism). tp: processes that share the heads (tensor
-    parallelism).
+    Args:
+        dp_replicate: groups of processes with one whole copy of the weights each (data parallel).
+        dp_shard: processes that shard one copy (FSDP2, data parallel); 0 takes the processes that the other
+            dimensions leave.
+        cp: processes that shard the tokens of a sequence (context parallelism).
+        tp: processes that shard the heads (tensor parallelism).
 
-    Raises ValueError for a number that cannot be.
+    Raises:
+        ValueError: a number is out of range.
     """
 
     dp_replicate: int = 1
@@ -36,7 +39,11 @@ class Layout:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
 
     def sizes(self, processes: int) -> tuple[int, int, int, int]:
-        """Processes along ``DIMS``. Raises ValueError unless their product is ``processes``."""
+        """The number of processes along ``DIMS``.
+
+        Raises:
+            ValueError: their product is not ``processes``.
+        """
         others = self.dp_replicate * self.cp * self.tp
         dp_shard = self.dp_shard or max(processes // others, 1)
         if others * dp_shard != processes:
@@ -50,43 +57,45 @@ class Layout:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The processes of a run by what they share.
+    """The processes of a run by the kind of shard.
 
-    tokens: of dimensions ``DIMS``. weights: (dp_replicate, dp_shard x cp, tp), the same processes in the same
-    order: cp ranks see other tokens, so to the weights they are like further data ranks.
+    Attributes:
+        tokens: the mesh with the dimensions ``DIMS``.
+        weights: (dp_replicate, dp_shard x cp, tp), the same processes in the same order. To the weights cp
+            ranks are further data ranks, because they process other tokens.
     """
 
     tokens: DeviceMesh
     weights: DeviceMesh
 
     def size(self, dim: str) -> int:
-        """Processes along a dimension of ``DIMS``."""
+        """The number of processes along a dimension of ``DIMS``."""
         return self.tokens.size(DIMS.index(dim))
 
     @property
     def data_ranks(self) -> int:
-        """Groups of processes that get sequences of their own."""
+        """The number of groups of processes with different sequences."""
         return self.size("dp_replicate") * self.size("dp_shard")
 
     @property
     def data_rank(self) -> int:
-        """Which of them this process belongs to."""
+        """The index of this process's group."""
         replica, shard = (self.tokens.get_local_rank(dim) for dim in DIMS[:2])
         return replica * self.size("dp_shard") + shard
 
     @property
     def cp(self) -> DeviceMesh | None:
-        """The processes that share this one's sequences; None: it is alone."""
+        """The processes with the same sequences as this one; None if there are no others."""
         return self.tokens["cp"] if self.size("cp") > 1 else None
 
     @property
     def tp(self) -> DeviceMesh | None:
-        """The processes that share this one's heads; None: it is alone."""
+        """The processes that shard the heads with this one; None if there are no others."""
         return self.weights["tp"] if self.size("tp") > 1 else None
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """The processes that share this one's weights: 1-D, or 2-D (copies, parts of a copy)."""
+        """The processes that shard the weights with this one: 1-D, or 2-D (replicas, shards of a replica)."""
         copies = self.size("dp_replicate") > 1
         return self.weights["dp_replicate", "dp_shard_cp"] if copies else self.weights["dp_shard_cp"]
 
@@ -94,7 +103,8 @@ class Mesh:
 def make_mesh(layout: Layout, device_type: str) -> Mesh:
     """The mesh of all processes of the default group, tp innermost, so that it stays within a machine.
 
-    Raises ValueError if the layout does not fit their number.
+    Raises:
+        ValueError: the layout does not match the number of processes.
     """
     replicas, shards, cp, tp = layout.sizes(dist.get_world_size())
     return Mesh(

@@ -1,17 +1,17 @@
-"""Tensor parallelism: the ranks of a mesh share the heads of every layer, the widths and the vocabulary.
+"""Tensor parallelism: the ranks of a mesh shard the heads of every layer, the widths and the vocabulary.
 
-Projections into heads and widths are cut by outputs, those back by inputs, embeddings and the output head
-over the vocabulary. Everything in between has this rank's heads only: the KV that layers hand on, the fusion
-weights per head, the cache. So there is nothing to communicate in a layer but a sum after the attention and
-one after the MLP, and the same two in the backward (Megatron-LM, arXiv 1909.08053, section 3).
+Projections into heads and widths are split by outputs, projections back by inputs, and embeddings and output
+head over the vocabulary. In between there are only this rank's heads: in the KV that layers pass on, the
+fusion weights per head, and the cache. A layer communicates one sum after the attention and one after the
+MLP, and the same two in the backward (Megatron-LM, arXiv 1909.08053, section 3).
 
-Ranks with other heads see other parts of the gradient of what all of them have whole: norms of queries and
-keys, fusion weights that heads share, KV projections where there are fewer KV heads than ranks. Those
-gradients are summed (``shards.local``).
+Some parameters are whole on all ranks: norms of queries and keys, fusion weights that heads share, and KV
+projections if there are fewer KV heads than ranks. Each rank computes the part of their gradient that belongs
+to its heads. These gradients are summed (``shards.local``).
 
-Parameters, sums and gathers are torch's DTensors, products are of ordinary tensors. Torch's ColwiseParallel
-and RowwiseParallel make every product an operation of DTensors, whose dispatch takes longer than all the rest
-of decoding a token: with them a token took a CPU two to three times as long (four layers, two processes).
+Parameters, sums and gathers are torch's DTensors; products use ordinary tensors. Torch's ColwiseParallel and
+RowwiseParallel make every product a DTensor operation, whose dispatch takes longer than the rest of decoding
+a token. With them a token took a CPU two to three times as long (four layers, two processes).
 """
 
 from __future__ import annotations
@@ -36,24 +36,29 @@ __all__ = ["HeadOrder", "check_shares", "head_order", "head_orders", "apply_tp"]
 
 
 def apply_tp(model: Decoder, tp: DeviceMesh) -> None:
-    """Gives each rank of a 1-D mesh its share of a decoder, in place. Before FSDP2.
+    """Shards a decoder over the ranks of a 1-D mesh, in place. Call it before FSDP2.
 
-    All parameters become DTensors on ``tp``, sharded or whole on every rank, with the values of its first
-    rank. ``forward``, ``generate`` and ``make_cache`` are used as before, by all ranks with the same
-    arguments; logits come out whole, the cache has the KV heads of this rank. With fewer KV heads than ranks
-    each head is on several ranks, which share its query heads.
+    All parameters become DTensors on ``tp``, sharded or replicated, with the values of its first rank. All
+    ranks use ``forward``, ``generate`` and ``make_cache`` as before, with the same arguments. Logits are
+    whole; the cache has the KV heads of this rank. With fewer KV heads than ranks each head is on several
+    ranks, which shard its query heads.
 
-    Where the plan treats KV heads differently the heads change places (``head_orders``), so that all ranks
-    get the same share of each kind.
+    If the plan treats KV heads differently, the heads are permuted (``head_orders``), so that all ranks get
+    the same share of each kind.
 
-    Raises ValueError for a model that ``check_shares`` refuses or that is shared already, and for a mesh of
-    several dimensions.
+    Args:
+        model: the decoder.
+        tp: a 1-D mesh.
+
+    Raises:
+        ValueError: ``check_shares`` rejects the model, the model is sharded already, or the mesh has several
+            dimensions.
     """
     config, ranks = model.config, tp.size()
     if tp.ndim != 1:
-        raise ValueError(f"tp must be a mesh of one dimension, got {tp.ndim}; take a dimension of it by name")
+        raise ValueError(f"tp must be a mesh of one dimension, got {tp.ndim}; select a dimension by name")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("the parameters are DTensors already; share the heads first, and once")
+        raise ValueError("parameters must be ordinary tensors, got DTensors; call apply_tp first, and once")
     check_shares(config, ranks)
     with torch.no_grad():
         for name, order in head_orders(model, ranks).items():
@@ -77,10 +82,10 @@ def apply_tp(model: Decoder, tp: DeviceMesh) -> None:
 
 
 def check_shares(config: DecoderConfig, ranks: int) -> None:
-    """Whether ``ranks`` processes can share the heads of a decoder.
+    """Checks that ``ranks`` processes can shard the heads of a decoder.
 
-    Raises ValueError for latent attention, for experts, and for numbers of heads or widths that do not
-    divide.
+    Raises:
+        ValueError: the model has latent attention or experts, or heads or widths do not divide.
     """
     instead = "share the weights (dp_shard) or the tokens (cp) instead"
     if config.kv_lora_rank is not None:
@@ -92,22 +97,23 @@ def check_shares(config: DecoderConfig, ranks: int) -> None:
             raise ValueError(
                 f"{name} ({getattr(config, name)}) must be a multiple of tp ({ranks}); make tp smaller"
             )
-    words = config.vocab_size
-    if -(-words // ranks) * (ranks - 1) >= words:
+    vocab = config.vocab_size
+    if -(-vocab // ranks) * (ranks - 1) >= vocab:
         raise ValueError(
-            f"vocab_size ({words}) leaves some of tp={ranks} ranks without words; make tp smaller"
+            f"vocab_size ({vocab}) leaves some of tp={ranks} ranks without tokens; make tp smaller"
         )
     head_order(config.plan, config.num_key_value_heads, ranks)
 
 
 def head_order(plan: CachePlan, num_kv_heads: int, ranks: int) -> tuple[int, ...]:
-    """The KV heads in the order of the ranks: of equal parts of it, rank r has the r-th.
+    """The KV heads in the order of the ranks: of equal parts of it, rank r has part r.
 
-    0, 1, 2, ... unless the plan treats heads of a layer differently: then each rank has the same share of
-    every range of heads that all layers treat alike, ranges in order. With fewer heads than ranks each rank
-    has one, ranks / num_kv_heads neighbors the same.
+    The order is 0, 1, 2, ... unless the plan treats heads of a layer differently. Then each rank has the same
+    share of every range of heads that all layers treat alike, with the ranges in order. With fewer heads than
+    ranks each rank has one head, and ranks / num_kv_heads neighbors have the same one.
 
-    Raises ValueError where a share is not a whole number of heads.
+    Raises:
+        ValueError: a share is not a whole number of heads.
     """
     bounds = {b for row in plan.layers for part in (*row.keys, *row.values) for b in part.heads}
     starts = sorted(int(bound * num_kv_heads) for bound in {Fraction(0), *bounds})
@@ -141,19 +147,21 @@ def head_order(plan: CachePlan, num_kv_heads: int, ranks: int) -> tuple[int, ...
 
 
 class HeadOrder(NamedTuple):
-    """How one parameter of a shared model is ordered: index[i] is where slice i of dim ``dim`` stands in the
-    model of one process. For what has the shape of the parameter, such as moments of an optimizer, too.
+    """The order of one parameter of a sharded model.
+
+    index[i] is the position of slice i of dim ``dim`` in the model of one process. It also applies to tensors
+    with the shape of the parameter, such as the moments of an optimizer.
     """
 
     dim: int
     index: Tensor
 
     def shared(self, tensor: Tensor) -> Tensor:
-        """From the order of one process to that of the shared model; a DTensor keeps its placements."""
+        """From the order of one process to that of the sharded model; a DTensor keeps its placements."""
         return self._taken(tensor, self.index)
 
     def canonical(self, tensor: Tensor) -> Tensor:
-        """From the order of the shared model to that of one process; a DTensor keeps its placements."""
+        """From the order of the sharded model to that of one process; a DTensor keeps its placements."""
         return self._taken(tensor, self.index.argsort())
 
     def _taken(self, tensor: Tensor, index: Tensor) -> Tensor:
@@ -167,9 +175,13 @@ class HeadOrder(NamedTuple):
 
 
 def head_orders(model: Decoder, ranks: int) -> dict[str, HeadOrder]:
-    """The order of each parameter, by its name, that ``apply_tp`` has to reorder; mostly of none.
+    """The order of each parameter that ``apply_tp`` must permute, by its name; usually there is none.
 
-    model: before it is shared or after. Raises ValueError as ``head_order`` does.
+    Args:
+        model: the decoder, before it is sharded or after.
+
+    Raises:
+        ValueError: as ``head_order``.
     """
     config = model.config
     kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
@@ -199,15 +211,16 @@ def head_orders(model: Decoder, ranks: int) -> dict[str, HeadOrder]:
 
 
 def _index(order: tuple[int, ...], heads: range | tuple[int, ...], width: int) -> Tensor:
-    """Rows of a parameter that has ``width`` rows for each of ``heads``, these in the order of ``order``."""
+    """Rows of a parameter that has ``width`` rows for each of ``heads``, in the order ``order``."""
     places = [heads.index(head) for head in order if head in heads]
     return (torch.tensor(places)[:, None] * width + torch.arange(width)).flatten()
 
 
 class ColumnParallelLinear(nn.Linear):
-    """A projection into what the ranks share: each has some of the outputs, as in torch's ColwiseParallel.
+    """A projection into sharded features: each rank has some of the outputs, as in torch's ColwiseParallel.
 
-    rows: every rank has the projection whole and uses these rows.
+    Args:
+        rows: every rank has the projection whole and uses these rows.
     """
 
     def __init__(self, whole: nn.Linear, tp: DeviceMesh, rows: slice | None = None) -> None:
@@ -224,7 +237,7 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """A projection from what the ranks share: each has some of the inputs, as in torch's RowwiseParallel."""
+    """A projection from sharded features: each rank has some of the inputs, as in torch's RowwiseParallel."""
 
     def __init__(self, whole: nn.Linear, tp: DeviceMesh) -> None:
         super().__init__(whole.in_features, whole.out_features, whole.bias is not None, device="meta")
@@ -239,7 +252,7 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """Embeddings of which each rank has some words."""
+    """Embeddings with a part of the vocabulary on each rank."""
 
     def __init__(self, whole: nn.Embedding, tp: DeviceMesh) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
@@ -248,16 +261,17 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         ranks, rank = self.tp.size(), self.tp.get_local_rank()
-        words = -(-self.num_embeddings // ranks)
-        # Ids that are no words belong to the first or last rank, where looking them up fails.
-        elsewhere = (ids // words).clamp(0, ranks - 1) != rank
-        found = F.embedding((ids - rank * words).masked_fill(elsewhere, 0), local(self.weight))
+        entries = -(-self.num_embeddings // ranks)
+        # Ids outside the vocabulary belong to the first or last rank, where the lookup fails.
+        elsewhere = (ids // entries).clamp(0, ranks - 1) != rank
+        found = F.embedding((ids - rank * entries).masked_fill(elsewhere, 0), local(self.weight))
         return _summed(found.masked_fill(elsewhere[..., None], 0), self.tp)
 
 
 class VocabParallelHead(ColumnParallelLinear, OutputHead):
-    """Logits of some tokens of the vocabulary on each rank, then of all tokens on all; or their loss, for
-    which ranks exchange three numbers per position.
+    """Computes the logits of a part of the vocabulary on each rank, then gathers them on all; or the loss.
+
+    For the loss the ranks exchange three numbers per position.
     """
 
     def forward(
@@ -286,7 +300,7 @@ class VocabParallelHead(ColumnParallelLinear, OutputHead):
 
 
 def _summed(x: Tensor, tp: DeviceMesh) -> Tensor:
-    """The sum of the ranks' tensors, on all of them; the gradient of each tensor is that of the sum."""
+    """The sum of the ranks' tensors, on all ranks; the gradient of each tensor is that of the sum."""
     parts = DTensor.from_local(x, tp, [Partial()], run_check=False)
     return parts.redistribute(placements=[Replicate()]).to_local()
 
@@ -321,7 +335,7 @@ def _share_mlp(mlp: MLP, tp: DeviceMesh) -> None:
 
 
 def _enter(module: nn.Module, tp: DeviceMesh) -> None:
-    """The input of ``module`` gets the sum of the ranks' gradients, once for all projections of it."""
+    """Sums the ranks' gradients of the input of ``module``, once for all its projections."""
     module.register_forward_pre_hook(lambda _, inputs: (for_all_ranks(inputs[0], tp), *inputs[1:]))
 
 

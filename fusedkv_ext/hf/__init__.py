@@ -1,8 +1,8 @@
-"""Llama and Qwen3 of HuggingFace transformers on any cache plan.
+"""Llama and Qwen3 of Hugging Face transformers with any cache plan.
 
 Importing this package registers the model types ``fusedkv_llama`` and ``fusedkv_qwen3`` with the Auto
-classes, and the attention implementation "fusedkv". Nothing is patched. Releases of transformers, PEFT,
-accelerate and torch that were never tested with it give a warning.
+classes, and the attention implementation "fusedkv". Nothing is patched. Untested releases of transformers,
+PEFT, accelerate and torch give a warning.
 """
 
 from transformers import (

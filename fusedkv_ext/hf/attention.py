@@ -1,8 +1,8 @@
 """Attention of one layer of a plan in a transformers model.
 
-Tensors of transformers are (B, heads, T, D); ours (B, T, heads, D) are views of them. Layers hand their keys
-and values to later layers in one object per pass of the model, ``SharedKV``, never in a dict: FSDP2 rebuilds
-dicts and loses what a layer put in.
+Tensors of transformers are (B, heads, T, D); ours are views of them, (B, T, heads, D). Layers pass their keys
+and values to later layers in one object per forward pass, ``SharedKV``. It is not a dict: FSDP2 rebuilds
+dicts and loses what a layer puts in.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ __all__ = ["PlanAttention", "SharedKV"]
 
 
 class SharedKV(KVSharingDict):
-    """What layers hand to later layers within one pass of the model: layer -> (keys, values), each
-    (B, heads, T, D) as attention reads them, and "layer new" -> those of the tokens of this pass alone.
+    """The keys and values that layers pass to later layers within one forward pass.
 
-    steps: tokens of this pass. keep: how many of the last ones the layers that store nothing compute; None:
-    all. window_start: the position of the first token that masks of layers with a window speak of. cached: a
-    layer has stored what is new in the cache.
+    It maps layer -> (keys, values), each (B, heads, T, D) as attention reads them. "layer new" maps to those
+    of the tokens of this pass alone.
+
+    Attributes:
+        steps: tokens of this pass.
+        keep: the number of last tokens that the layers that store nothing compute; None means all.
+        window_start: the position of the first column of the masks of layers with a window.
+        cached: True once a layer has stored its new tokens in the cache.
     """
 
     steps: int = 0
@@ -51,10 +55,13 @@ class SharedKV(KVSharingDict):
 
 
 class PlanAttention(nn.Module):
-    """Mixin in front of an attention class of transformers: projects what the plan stores and reads the rest.
+    """Mixin for an attention class of transformers: projects what the plan stores and reads the rest.
 
-    ``_family``: the modeling module of transformers. Its functions are looked up at every call, so that what
-    patches them (liger-kernel) reaches this class too. ``k_heads``, ``v_heads``: how many the layer stores.
+    Attributes:
+        _family: the modeling module of transformers. Its functions are looked up at every call, so that
+            patches of it (liger-kernel) apply to this class too.
+        k_heads: the number of key heads that the layer stores.
+        v_heads: the number of value heads that it stores.
     """
 
     _family: Any
@@ -96,9 +103,10 @@ class PlanAttention(nn.Module):
         shared_kv_states: SharedKV | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the attention of transformers; ``shared_kv_states`` is made by the model, one for each pass.
+        """The interface of transformers' attention. The model creates ``shared_kv_states`` for each pass.
 
-        Raises ValueError for a keyword that it does not know, unless that is None.
+        Raises:
+            ValueError: a keyword is unknown and not None.
         """
         check_keywords(kwargs, f"{type(self).__name__} (plan {self.plan.name!r})")
         shared = SharedKV() if shared_kv_states is None else shared_kv_states
@@ -151,7 +159,7 @@ class PlanAttention(nn.Module):
         return (x if norm is None else norm(x)).transpose(1, 2)
 
     def _check_ranks(self, heads: int) -> None:
-        """Tensor parallelism gives each rank some of the heads, which must then be treated alike."""
+        """Checks that the plan treats all heads alike: under tensor parallelism a rank has some of them."""
         total = self.config.num_attention_heads
         if heads != total and (heads % self.num_key_value_groups or len(self._reads) > 1):
             check_parallel(self.plan, self.config.num_key_value_heads, tp_size=total // heads)
@@ -160,14 +168,14 @@ class PlanAttention(nn.Module):
         if name not in shared:
             raise ValueError(
                 f"layer {self.layer_idx} of plan {self.plan.name!r} needs keys and values of layer {name}, "
-                "which has not run before it; all layers of a plan run in one pass of the model"
+                "which has not run before it; run all layers of a plan in one pass of the model"
             )
         return shared[name]
 
     def _mixed(
         self, states: Tensor, mixes: tuple[WeightedSum, ...], index: int, shared: SharedKV, query: Tensor
     ) -> Tensor:
-        """(B, heads, S, D) to be stored: mixed with the sources' new tokens where the plan says so."""
+        """What is stored, (B, heads, S, D): mixed with the sources' new tokens if the plan says so."""
         if not mixes:
             return states
         available = [self._source(shared, f"{j} new")[index].transpose(1, 2) for j in self._sources]
@@ -196,7 +204,7 @@ class PlanAttention(nn.Module):
         window_start: int,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, H, D), and what the implementation gives beside it."""
+        """(B, S, H, D), and the second result of the attention implementation."""
         name = self.config._attn_implementation
         window = getattr(self, "sliding_window", None)
         dropout = self.attention_dropout if self.training else 0.0
@@ -209,7 +217,7 @@ class PlanAttention(nn.Module):
             if out is not None:
                 return out, None
         rows = query.shape[2]
-        if mask is None and 1 < rows < steps:  # the implementations would take them for the first rows
+        if mask is None and 1 < rows < steps:  # the implementations would align them with the first rows
             left = -1 if window is None else window - 1
             mask = visible(rows, steps, steps - rows, left, 0, query.device)[None, None]
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -222,10 +230,12 @@ class PlanAttention(nn.Module):
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def _masked_tokens(self, side: list[Tensor | None], mask: Tensor, start: int) -> list[Tensor | None]:
-        """Of a layer with a window: the tokens of each source that its mask has columns for.
+        """For a layer with a window: the tokens of each source that its mask has columns for.
 
-        start: the position of the first column. A source without a window keeps all tokens, and a static one
-        has free slots behind them.
+        A source without a window stores all tokens, and a static one has free slots after them.
+
+        Args:
+            start: the position of the first column.
         """
         wanted = mask.shape[-1]
         if any(x is not None and x.shape[1] < wanted for x in side):
@@ -245,9 +255,9 @@ class PlanAttention(nn.Module):
         mask: Tensor | None,
         window: int | None,
     ) -> Tensor | None:
-        """(B, S, H, D): causal attention over the tensors of the sources, one call per segment of heads.
+        """Causal attention over the tensors of the sources, one call per segment of heads: (B, S, H, D).
 
-        None where a mask says something else than which tokens of a sequence are there.
+        None if the mask is anything but a range of valid tokens per sequence.
         """
         ranges = None
         if mask is not None:

@@ -1,7 +1,7 @@
-"""What transformers' caches lack: layers whose keys and values have different numbers of heads.
+"""Cache layers for keys and values with different numbers of heads, which the caches of transformers lack.
 
-A cache of transformers has one layer per layer of the model, and layers that store nothing hold nothing. What
-differs here: some layers store keys only, values only, or fewer heads of one than of the other.
+A cache of transformers has one layer per layer of the model; layers that store nothing hold nothing. Here
+some layers store only keys, only values, or fewer heads of one than of the other.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ try:  # transformers 5.23 and later
 except ImportError:
     from collections import UserDict
 
-    class KVSharingDict(UserDict):  # a dict would be rebuilt by FSDP2, and what layers put in it lost
+    class KVSharingDict(UserDict):  # FSDP2 would rebuild a dict and lose what layers put in it
         """Keys and values by layer, which accelerate can move between devices."""
 
         def to(self, device: torch.device, non_blocking: bool = False) -> KVSharingDict:
@@ -53,15 +53,15 @@ except ImportError:
 
 _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with 5.23
 
-# Without it a layer that stores nothing has a layer in the cache that stays empty, but for those at the end.
+# Without it every layer that stores nothing has an empty layer in the cache, except those at the end.
 HAS_DUMMY_LAYER = hasattr(cache_utils, "DummyLayer")
 
 
 class UnevenDynamicLayer(DynamicLayer):
-    """A DynamicLayer whose keys (B, Gk, T, D) or values (B, Gv, T, D) may have no heads at all."""
+    """A DynamicLayer whose keys (B, Gk, T, D) or values (B, Gv, T, D) may have zero heads."""
 
     def get_seq_length(self) -> int:
-        """Tokens in the cache. The stock layer says 0 where keys have no heads."""
+        """The number of tokens in the cache. The stock layer returns 0 if keys have no heads."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
 
 
@@ -85,15 +85,17 @@ class UnevenStaticSlidingWindowLayer(_UnevenStatic, StaticSlidingWindowLayer):
 
 
 class EmptyDynamicLayer(DynamicLayer):
-    """Of a layer that stores nothing, where transformers (before 5.23) has no DummyLayer."""
+    """The layer of a model layer that stores nothing, for transformers without DummyLayer (before 5.23)."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing to remove. The stock layer fails here."""
+        """Removes nothing. The stock layer fails here."""
 
 
 class LayerCache(NamedTuple):
-    """What one layer of a model does with a cache of transformers; whoever made that needs to know nothing of
-    the plan. keywords: those that attention got, of which the cache of continuous batching wants some.
+    """The operations of one model layer on a cache of transformers; the cache need not know the plan.
+
+    Attributes:
+        keywords: the keywords that attention received; the cache of continuous batching needs some of them.
     """
 
     cache: Any
@@ -104,11 +106,13 @@ class LayerCache(NamedTuple):
     def store(self, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Adds new tokens, key (B, Gk, S, D) and value (B, Gv, S, D), and returns all that attention reads.
 
-        heads: KV heads of the layer on this rank, stored or not.
+        Args:
+            heads: KV heads of the layer on this rank, stored or not.
 
-        Raises ValueError where the cache already holds tokens of other numbers of heads.
+        Raises:
+            ValueError: the cache already has tokens with other numbers of heads.
         """
-        if not isinstance(self.cache, Cache):  # of continuous batching, which has blocks of all heads
+        if not isinstance(self.cache, Cache):  # that of continuous batching, which has blocks of all heads
             if self.keywords.get("block_table") is not None:
                 raise ValueError(
                     "continuous batching with block tables lets flash attention read the cache of one layer, "
@@ -134,14 +138,14 @@ class LayerCache(NamedTuple):
     def _store_padded(
         self, key: Tensor, value: Tensor, heads: tuple[int, int], **keywords: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores keys and values as the first of so many heads."""
+        """Stores keys and values as the first of ``heads`` heads."""
         missing = heads[0] - key.shape[1], heads[1] - value.shape[1]
         padded = (F.pad(x, (0, 0, 0, 0, 0, n)) for x, n in zip((key, value), missing, strict=True))
         keys, values = self.cache.update(*padded, self.layer, **keywords)
         return keys[:, : key.shape[1]], values[:, : value.shape[1]]
 
     def store_nothing(self) -> None:
-        """For a layer that stores nothing. Warns where the cache holds tokens for it all the same."""
+        """For a layer that stores nothing. Warns if the cache has tokens for it anyway."""
         held = self._prepared(0, 0) if isinstance(self.cache, Cache) else None
         if isinstance(held, DynamicLayer) and held.is_initialized and held.get_seq_length():
             warnings.warn(
@@ -153,8 +157,10 @@ class LayerCache(NamedTuple):
             )
 
     def _prepared(self, key_heads: int, value_heads: int) -> Any:
-        """This layer of the cache, fit for so many heads of keys and values unless something is stored there
-        already; None: the cache has none."""
+        """The cache layer, replaced by one for these numbers of key and value heads unless it has tokens.
+
+        None if the cache does not have this layer.
+        """
         cache, layer = self.cache, self.layer
         if key_heads == value_heads and (key_heads or HAS_DUMMY_LAYER):
             return cache.layers[layer] if layer < len(cache.layers) else None
@@ -176,8 +182,10 @@ class LayerCache(NamedTuple):
 
 
 def window_start(cache: Cache, steps: int) -> int:
-    """The position of the first column of the masks for layers with a window, before ``steps`` tokens are
-    added. transformers makes these masks for the first such layer of the cache."""
+    """The position of the first column of window masks, before ``steps`` tokens are added.
+
+    transformers creates these masks for the first such layer of the cache.
+    """
     sliding = getattr(cache, "is_sliding", ())
     if True not in sliding:
         return 0
@@ -185,21 +193,24 @@ def window_start(cache: Cache, steps: int) -> int:
 
 
 def cached_tokens(cache: Any) -> int | None:
-    """Tokens of each sequence in a cache; None without one that counts them."""
+    """The number of tokens of each sequence in a cache; None without a cache that counts them."""
     return int(cache.get_seq_length()) if isinstance(cache, Cache) else None
 
 
 def check_growth(cache: Any, stored: bool, expected: int | None) -> None:
-    """RuntimeError unless a pass of the model stored its tokens in ``cache``, which then holds ``expected``.
+    """Checks that a forward pass stored its tokens in ``cache``, which then holds ``expected``.
 
-    A transformers that hands its cache to layers under a name that they do not know would otherwise lose all
-    earlier tokens without an error.
+    If transformers passed its cache to the layers under an unknown name, all earlier tokens would be lost
+    without an error.
+
+    Raises:
+        RuntimeError: the cache has another number of tokens.
     """
     found = None if expected is None else cached_tokens(cache)
     if not stored or found != expected:
         what = f"it holds {found} tokens, not {expected}" if stored else "no layer was handed it"
         raise RuntimeError(
-            f"the cache did not grow: {what}. transformers {transformers.__version__} hands caches on in a "
+            f"the cache did not grow: {what}. transformers {transformers.__version__} passes caches on in a "
             f"way that fusedkv_ext does not know; install {' to '.join(TESTED['transformers'])}, or pass "
             "use_cache=False"
         )

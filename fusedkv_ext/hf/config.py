@@ -1,7 +1,7 @@
 """Configs of Llama and Qwen3 with a cache plan.
 
-``cache_plan`` decides. ``k_source_layers`` and ``v_source_layers`` show in config.json what it says, and are
-checked against it when they are read.
+``cache_plan`` is authoritative. ``k_source_layers`` and ``v_source_layers`` show it in config.json, and must
+agree with it when they are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _plan(text: str) -> CachePlan:
 
 
 class PlanConfig:
-    """What the configs of all model families share."""
+    """Common part of the configs of all model families."""
 
     # No remote code. TRL reads this of every config class that transformers does not have by name.
     auto_map: ClassVar[dict[str, str]] = {}
@@ -68,7 +68,11 @@ class PlanConfig:
 
     @property
     def plan(self) -> CachePlan:
-        """The cache plan. Raises ValueError if the config was made without one."""
+        """The cache plan.
+
+        Raises:
+            ValueError: the config has none.
+        """
         if self.cache_plan is None:
             raise ValueError(
                 f"{type(self).__name__} has no cache_plan; expected what CachePlan.to_dict gives, or the "
@@ -78,8 +82,10 @@ class PlanConfig:
 
     @property
     def kv_sharing_modes(self) -> list[str | None] | None:
-        """For the caches of transformers 5.23 and later: "store" where later layers read what a layer stores,
-        "reuse" where it stores nothing, else None."""
+        """For the caches of transformers 5.23 and later, per layer.
+
+        "store" if later layers read what the layer stores, "reuse" if it stores nothing, else None.
+        """
         if self.cache_plan is None:
             return None
         plan = self.plan
@@ -90,12 +96,12 @@ class PlanConfig:
 
     @property
     def num_kv_shared_layers(self) -> int:
-        """For the caches of transformers before 5.23: how many layers at the end store nothing."""
+        """For the caches of transformers before 5.23: the number of layers at the end that store nothing."""
         return 0 if self.cache_plan is None else self.plan.num_layers - self.plan.prefill_layers
 
 
 def _check_layer_types(config: Any, plan: CachePlan) -> None:
-    """Whether the layers' windows fit the plan and this version of transformers."""
+    """Checks that the layers' windows fit the plan and this version of transformers."""
     types = getattr(config, "layer_types", None)
     if types is None:
         return
@@ -110,7 +116,7 @@ def _check_layer_types(config: Any, plan: CachePlan) -> None:
 
 
 def _tp_plan(plan: CachePlan) -> dict[str, str]:
-    """Fusion weights are sharded as the KV heads that they weigh: on their first dim."""
+    """Fusion weights are sharded on their first dim, like the KV heads that they scale."""
     parts = [part for layer in plan.layers for part in (*layer.keys, *layer.values)]
     if any(part.heads != (0, 1) for part in parts):
         return {}  # ranks would hold different segments; attention refuses
@@ -126,10 +132,11 @@ def _tp_plan(plan: CachePlan) -> dict[str, str]:
 
 @strict
 class FusedKVLlamaConfig(PlanConfig, LlamaConfig):
-    """A LlamaConfig with ``cache_plan``: what ``CachePlan.to_dict`` gives, or the name of a plan.
+    """A LlamaConfig with ``cache_plan``: what ``CachePlan.to_dict`` returns, or the name of a plan.
 
-    Raises ValueError for a plan of another depth, shares of heads that are not whole, and source lists that
-    contradict the plan.
+    Raises:
+        ValueError: the plan has another depth, shares of heads are not whole, or source lists contradict the
+            plan.
     """
 
     model_type = "fusedkv_llama"
@@ -141,10 +148,11 @@ class FusedKVLlamaConfig(PlanConfig, LlamaConfig):
 
 @strict
 class FusedKVQwen3Config(PlanConfig, Qwen3Config):
-    """A Qwen3Config with ``cache_plan``: what ``CachePlan.to_dict`` gives, or the name of a plan.
+    """A Qwen3Config with ``cache_plan``: what ``CachePlan.to_dict`` returns, or the name of a plan.
 
-    Raises ValueError for a plan of another depth, shares of heads that are not whole, source lists that
-    contradict the plan, and a layer with full attention that reads the cache of one with a sliding window.
+    Raises:
+        ValueError: the plan has another depth, shares of heads are not whole, source lists contradict the
+            plan, or a layer with full attention reads the cache of one with a sliding window.
     """
 
     model_type = "fusedkv_qwen3"
@@ -158,10 +166,15 @@ _CONFIGS = {"llama": FusedKVLlamaConfig, "qwen3": FusedKVQwen3Config}
 
 
 def config_for(config: PreTrainedConfig, plan: CachePlan | str) -> FusedKVLlamaConfig | FusedKVQwen3Config:
-    """The config of the same model with the cache plan ``plan``, or the plan of that name.
+    """The config of the same model with another cache plan.
 
-    config: a LlamaConfig, a Qwen3Config, or one of ours, whose plan is replaced.
-    Raises ValueError for other models, a plan of another depth and shares of heads that are not whole.
+    Args:
+        config: a LlamaConfig, a Qwen3Config, or one of ours, whose plan is replaced.
+        plan: the cache plan, or the name of one.
+
+    Raises:
+        TypeError: ``config`` or ``plan`` has the wrong type.
+        ValueError: the model has another type, the plan another depth, or shares of heads are not whole.
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config must be a config of transformers, got {type(config).__name__}")
@@ -188,9 +201,11 @@ def head_dim_of(config: Any) -> int:
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes that one token of one sequence takes in the caches of all layers, stored as ``dtype``.
+    """Bytes of one token of one sequence in the caches of all layers.
 
-    config: one of ours, or a plain LlamaConfig or Qwen3Config, all of whose layers store.
+    Args:
+        config: one of ours, or a plain LlamaConfig or Qwen3Config, in which all layers store.
+        dtype: of the cache.
     """
     plan = (
         config.plan

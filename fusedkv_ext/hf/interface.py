@@ -1,10 +1,10 @@
 """The attention implementation "fusedkv" of transformers.
 
-Few query rows, those of decoding and of verifying a few guessed tokens, read the sources where they lie,
-with the weights folded into the query and the output: no fused key or value is ever made. More rows fuse once
-and attend densely (``dispatch.decode_max_rows`` is the rule). A mask of left padding or of a static cache's
-empty slots is read as what it says, tokens start..stop of each sequence; any other mask goes to SDPA as it
-is.
+With few query rows (decoding, verification of guessed tokens) the kernel reads the sources in place. The
+weights are folded into the query and the output, and no fused key or value is created. With more rows, keys
+and values are fused once for SDPA (``dispatch.decode_max_rows`` is the rule). A mask of left padding or of a
+static cache's empty slots is read as a range start..stop of tokens per sequence. Any other mask goes to SDPA
+unchanged.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def prefix(tensors: Sequence[Tensor | None], steps: int) -> list[Tensor | None]:
-    """(B, T, heads, D) -> the tokens there are, if there is no mask.
+    """(B, T, heads, D) -> the valid tokens, if there is no mask.
 
-    transformers leaves the mask out where a prompt of ``steps`` tokens goes into an empty static cache, whose
-    other slots it then ignores.
+    transformers leaves out the mask if a prompt of ``steps`` tokens goes into an empty static cache. The
+    other slots of the cache must then be ignored.
     """
     if steps == 1:
         return list(tensors)
@@ -49,15 +49,18 @@ def prefix(tensors: Sequence[Tensor | None], steps: int) -> list[Tensor | None]:
 
 
 def folds(head_dim: int) -> bool:
-    """Whether our kernels take this head dim: with another torch's own attention is the better one."""
+    """True if our kernels support this head dim; otherwise torch's own attention is better."""
     return native_head_dim(head_dim)
 
 
 def ranges_if_folding(query: Tensor, key: Tensor, mask: Tensor) -> Ranges | None:
-    """What a mask (B, 1, S, T) says, if these few rows, query (B, S, H, D), are to fold: tokens start..stop
-    of each sequence, of which the rows are the last and see those before them. key: any source (B, T, G, D).
+    """The token ranges of a mask (B, 1, S, T), if the rows of query (B, S, H, D) use the fold path.
 
-    None: more rows, a gradient, a graph of torch.compile (which cannot read a mask), or any other mask.
+    The rows are the last tokens of their range, and see those before them. None means more rows, a gradient,
+    a graph of torch.compile (which cannot read a mask), or any other mask.
+
+    Args:
+        key: any source (B, T, G, D).
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() and query.requires_grad:
         return None
@@ -75,7 +78,7 @@ def ranges_if_folding(query: Tensor, key: Tensor, mask: Tensor) -> Ranges | None
 
 
 def _ranges(mask: Tensor) -> Ranges:
-    """Empty where a mask says anything but start..stop."""
+    """The ranges start..stop; empty if the mask is not a range per sequence."""
     mask = mask[:, 0]
     steps, tokens = mask.shape[1:]
     index = torch.arange(tokens, device=mask.device)
@@ -103,8 +106,10 @@ def attend(
 ) -> Tensor:
     """Causal attention of the last tokens, query (B, S, H, D), over sources (B, T, G, D): (B, S, H, D).
 
-    ranges: the tokens start..stop of each sequence; None: all. They contain what a window hides. One call for
-    each run of sequences that begin and end alike.
+    There is one call for each run of sequences with equal ranges.
+
+    Args:
+        ranges: the tokens start..stop of each sequence, including those that a window hides; None means all.
     """
     options = {"softmax_scale": scaling, "causal": True}
     weights = (key_weights, value_weights)
@@ -134,8 +139,10 @@ def fusedkv_attention_forward(
 ) -> tuple[Tensor, None]:
     """ "fusedkv" in a plain model of transformers: (B, heads, tokens, D) in, (B, S, H, D) out.
 
-    Models of this package do not come here: they attend over several sources.
-    Raises ValueError for a keyword that it does not know (attention sinks, soft caps), unless that is None.
+    Models of this package do not use this function, because they attend over several sources.
+
+    Raises:
+        ValueError: a keyword is unknown (attention sinks, soft caps) and not None.
     """
     check_keywords(kwargs, 'attn_implementation="fusedkv"', also=_SDPA_KEYWORDS)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -156,6 +163,6 @@ def fusedkv_attention_forward(
 
 
 def register_attention() -> None:
-    """Makes ``attn_implementation="fusedkv"`` known to transformers, with the masks of "sdpa"."""
+    """Registers ``attn_implementation="fusedkv"`` with transformers, with the masks of "sdpa"."""
     AttentionInterface.register(NAME, fusedkv_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,7 +1,7 @@
-"""Reading a Hugging Face folder, with an error where transformers goes on with a model that is not whole.
+"""Reading of a Hugging Face folder, with errors for incomplete models.
 
-transformers fills tensors that a folder lacks with random numbers and takes an encoder for a language model,
-with a warning each; here both are errors, as are files that were downloaded in part.
+transformers initializes missing tensors with random numbers and accepts an encoder as a language model, each
+with a warning. Here both are errors, and so are partly downloaded files.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ MOST_PADDING = 4 / 3
 def load_config(folder: str | os.PathLike[str]) -> Any:
     """The config of a causal language model (transformers' PreTrainedConfig).
 
-    Raises FileNotFoundError without config.json, ValueError for a type that transformers does not know and
-    for a model that is no causal language model.
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: transformers does not know the type, or the model is not a causal language model.
     """
     transformers = need("transformers", "Reading a Hugging Face folder", "hf")
     folder = Path(folder)
@@ -49,10 +50,7 @@ def load_config(folder: str | os.PathLike[str]) -> Any:
     known = {model.__name__ for model in (classes if isinstance(classes, (list, tuple)) else (classes,))}
     if not known or (names and not known & set(names)) or getattr(config, "is_encoder_decoder", False):
         what = f"a {names[0]}" if names else f"of type {config.model_type!r}"
-        raise ValueError(
-            f"{folder} is not a causal language model but {what}; expected a model that predicts the next "
-            "token, such as LlamaForCausalLM"
-        )
+        raise ValueError(f"{folder} must be a causal language model, such as LlamaForCausalLM, got {what}")
     return config
 
 
@@ -65,11 +63,15 @@ def load_causal_lm(
 ) -> Any:
     """The model of a folder, in evaluation mode (transformers' PreTrainedModel). Nothing is downloaded.
 
-    dtype: of the weights; None: as stored. settings: further arguments of from_pretrained, such as
-    attn_implementation.
+    Args:
+        folder: a Hugging Face folder.
+        dtype: of the weights; None keeps the stored ones.
+        settings: further arguments of from_pretrained, such as attn_implementation.
 
-    Raises as ``load_config``; FileNotFoundError where the weights or a part of them are missing; ValueError
-    where a file is truncated, or a tensor of the model is missing or has another shape.
+    Raises:
+        FileNotFoundError: the weights or a part of them are missing.
+        ValueError: a file is truncated, or a tensor is missing or has another shape; otherwise as
+            ``load_config``.
     """
     transformers = need("transformers", "Reading a Hugging Face folder", "hf")
     safetensors = need("safetensors", "Reading a Hugging Face folder", "hf")
@@ -95,7 +97,7 @@ def load_causal_lm(
 
 
 def _check_parts(folder: Path) -> None:
-    """Raises FileNotFoundError when a file of weights that the index names is not there."""
+    """Raises FileNotFoundError if a file of weights that the index names is missing."""
     path = folder / INDEX
     if not path.is_file():
         if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
@@ -127,17 +129,23 @@ def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
 def load_tokenizer(
     folder: str | os.PathLike[str], vocab_size: int, file: str | os.PathLike[str] | None = None
 ) -> FileTokenizer:
-    """The tokenizer of a folder, which adds no special tokens by itself; vocab_size: of the model. file: a
-    tokenizer.json to take in its place.
+    """The tokenizer of a folder, without special tokens added automatically.
 
-    Raises FileNotFoundError where there is none, ValueError where it is of another model.
+    Args:
+        folder: a Hugging Face folder.
+        vocab_size: of the model.
+        file: a tokenizer.json that replaces the one of the folder.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        ValueError: the tokenizer belongs to another model.
     """
     if file is not None:
         named = FileTokenizer(file)
         if named.vocab_size > vocab_size:
             raise ValueError(
-                f"the tokenizer {file} has {named.vocab_size} tokens, the model {vocab_size}: it is that of "
-                "another model"
+                f"the tokenizer {file} must have at most the model's {vocab_size} tokens, got "
+                f"{named.vocab_size}; it belongs to another model"
             )
         return named
     folder = Path(folder)
@@ -147,14 +155,14 @@ def load_tokenizer(
         tokenizer = _converted(folder)
     if tokenizer.vocab_size > vocab_size or vocab_size > MOST_PADDING * tokenizer.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
-            "that of another model; name the right one: --tokenizer FILE"
+            f"the tokenizer in {folder} must fit the model's vocabulary of {vocab_size}, got "
+            f"{tokenizer.vocab_size} tokens; it belongs to another model: name another, --tokenizer FILE"
         )
     return tokenizer
 
 
 def _converted(folder: Path) -> FileTokenizer:
-    """From the older files, vocab.json and merges.txt or tokenizer.model, which transformers converts."""
+    """Converts the older files, vocab.json and merges.txt or tokenizer.model, with transformers."""
     transformers = need("transformers", "Reading a tokenizer", "hf")
     known = ("vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
     if not any((folder / name).is_file() for name in known):
@@ -174,9 +182,10 @@ def _converted(folder: Path) -> FileTokenizer:
 
 
 def save_like(model: Any, source: Path, target: Path) -> None:
-    """Writes a model made of that in ``source``, and what ``source`` has beside its weights: tokenizer,
-    templates, settings of generation. Those are copied as they lie, since transformers reads some that it
-    refuses to write.
+    """Writes a model that was derived from ``source``, with the small files of ``source``.
+
+    Those are the tokenizer, templates and generation settings. They are copied unchanged, because
+    transformers reads some that it refuses to write.
     """
     settings = model.generation_config
     if (source / GENERATION).is_file():
@@ -191,8 +200,10 @@ def save_like(model: Any, source: Path, target: Path) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copies what a folder has beside its weights: tokenizer, templates and the like. What ``target`` has
-    already stays, and conversion.json, which says how ``source`` was made, is left out.
+    """Copies all files of a folder but its weights: tokenizer, templates and the like.
+
+    Files that ``target`` already has are kept. conversion.json, which says how ``source`` was created, is
+    left out.
     """
     for path in sorted(source.iterdir()):
         known = path.name == CONVERSION or path.name.endswith(_WEIGHTS)
@@ -202,7 +213,7 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without progress bars and reports: what they say of a model that is not whole is an error here."""
+    """Without progress bars and reports: their warnings about incomplete models are errors here."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

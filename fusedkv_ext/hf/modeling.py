@@ -1,9 +1,9 @@
-"""Llama and Qwen3 on any cache plan: subclasses of transformers' models, whose loop over layers they run.
+"""Llama and Qwen3 with any cache plan: subclasses of transformers' models, which run their loop over layers.
 
-Each module is built once, with the names of transformers' own, so checkpoints of the plain model fit.
-``Model.forward`` puts one ``SharedKV`` among the keyword arguments that transformers hands to every layer.
-Layers after the last one that stores anything compute only the positions whose logits are wanted (the early
-exit of YOCO, arXiv:2405.05254).
+Each module is built once and has the name of transformers' own, so checkpoints of the plain model load.
+``Model.forward`` adds one ``SharedKV`` to the keyword arguments that transformers passes to every layer.
+Layers after the last one that stores compute only the positions whose logits are requested (the early exit of
+YOCO, arXiv:2405.05254).
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ __all__ = [
 
 
 class _Llama:
-    """Where the parts of a Llama come from. They are looked up when a model is made, so that whoever replaces
-    one in transformers' module (liger-kernel) reaches these models too."""
+    """The classes of a Llama's parts.
+
+    They are looked up when a model is created, so that replacements in transformers' module (liger-kernel)
+    apply here.
+    """
 
     _family, _prefix = modeling_llama, "Llama"
 
@@ -57,18 +60,18 @@ class _Llama:
 
 
 class _Qwen3(_Llama):
-    """Where the parts of a Qwen3 come from."""
+    """The classes of a Qwen3's parts."""
 
     _family, _prefix = modeling_qwen3, "Qwen3"
 
 
 class _PlanLayer:
-    """Mixin of decoder layers: runs the kept rows only, once all layers that store have run."""
+    """Mixin of decoder layers: computes only the kept rows once all layers that store have run."""
 
     _attention: type[nn.Module]
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        nn.Module.__init__(self)  # that of transformers' layer would make an attention of its own
+        nn.Module.__init__(self)  # transformers' own would create another attention
         self.hidden_size = config.hidden_size
         self.self_attn = self._attention(config, layer_idx)
         self.mlp = self._part("MLP")(config)
@@ -110,14 +113,19 @@ class _PlanPreTrained:
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        """Our own implementation unless another is asked for."""
+        """Selects our own implementation unless another is requested."""
         return super()._check_and_adjust_attn_implementation(attn_implementation or NAME, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A checkpoint of the plain model loads too: only fusion weights are missing
-        then, and start at the plan's initial values. Raises ValueError where the plan stores some heads of a
-        layer only: which ones of the plain model those should be is a question of conversion."""
+        """Same as in transformers. A checkpoint of the plain model loads too.
+
+        Then only fusion weights are missing; they start at the plan's initial values.
+
+        Raises:
+            ValueError: the plan stores only some heads of a layer. Which heads of the plain model these are
+                is a question of conversion.
+        """
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except RuntimeError as error:
@@ -136,8 +144,11 @@ class _PlanPreTrained:
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, before it loads any weight. Raises ValueError where the ranks cannot share the
-        plan."""
+        """Same as in transformers, before it loads any weight.
+
+        Raises:
+            ValueError: the ranks cannot shard the plan.
+        """
         if distributed_config is not None:
             sizes = {name: getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size")}
             check_parallel(model.config.plan, model.config.num_key_value_heads, **sizes)
@@ -158,7 +169,7 @@ class _PlanPreTrained:
 
 
 def _is_plain(folder: Any) -> bool:
-    """Whether a checkpoint is of a model of transformers and not of this package."""
+    """True if a checkpoint is of a model of transformers, not of this package."""
     if folder is None:  # from_pretrained(None, state_dict=...)
         return False
     fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
@@ -172,7 +183,7 @@ class _PlanModel(_PlanPreTrained):
 
     def __init__(self, config: Any) -> None:
         dropped = _dropped(config)  # raises where there is no plan, before anything large is made
-        PreTrainedModel.__init__(self, config)  # that of transformers' model would make layers of its own
+        PreTrainedModel.__init__(self, config)  # transformers' own would create other layers
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(self._layer(config, i) for i in range(config.num_hidden_layers))
@@ -195,10 +206,14 @@ class _PlanModel(_PlanPreTrained):
         rows_to_keep: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the model of transformers. rows_to_keep: compute that many last positions only, after the last
-        layer that stores anything; the result then has no others if there is such a layer.
+        """Same as the model of transformers.
 
-        Raises RuntimeError where transformers did not hand its cache on to the layers.
+        Args:
+            rows_to_keep: computes only that many last positions after the last layer that stores. If there is
+                such a layer, the result has no other positions.
+
+        Raises:
+            RuntimeError: transformers did not pass its cache to the layers.
         """
         shared = SharedKV()
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -226,7 +241,7 @@ class _PlanModel(_PlanPreTrained):
         return out
 
     def _exits_early(self, kwargs: dict[str, Any]) -> bool:
-        """Not where all positions of the hidden states are asked for, nor where masks have no rows to cut."""
+        """False if all positions of the hidden states are requested, or masks have no rows to cut."""
         wanted = ("output_hidden_states", "output_attentions")
         if any(kwargs.get(name) or getattr(self.config, name, False) for name in wanted):
             return False
@@ -234,7 +249,7 @@ class _PlanModel(_PlanPreTrained):
 
 
 def _dropped(config: Any) -> list[str]:
-    """Patterns of parameters that the plain model has and this one has not."""
+    """Patterns of parameters that the plain model has and this one does not."""
     plan, patterns = config.plan, []
     for i in range(plan.num_layers):
         for heads, names in (
@@ -252,14 +267,14 @@ class _PlanCausalLM(_PlanPreTrained):
     _model: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)  # that of transformers' model would make a plain one
+        PreTrainedModel.__init__(self, config)  # transformers' own would create a plain model
         self.model = self._model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _get_static_cache_init_shape(self) -> Any:
-        """None, that is when something is stored, where layers have unequal heads of keys and values."""
+        """None if layers have unequal key and value heads: allocate when something is stored."""
         attentions = [layer.self_attn for layer in self.model.layers]
         even = all(x.k_heads == x.v_heads for x in attentions)
         return super()._get_static_cache_init_shape() if even else None
@@ -277,8 +292,11 @@ class _PlanCausalLM(_PlanPreTrained):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As the model of transformers. With a number as ``logits_to_keep`` (``generate`` passes 1) layers
-        after the last one that stores anything compute those positions only."""
+        """Same as the model of transformers.
+
+        With a number as ``logits_to_keep`` (``generate`` passes 1) layers after the last one that stores
+        compute only those positions.
+        """
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             kwargs["rows_to_keep"] = logits_to_keep
         return super().forward(
@@ -305,7 +323,7 @@ class FusedKVLlamaDecoderLayer(_Llama, _PlanLayer, modeling_llama.LlamaDecoderLa
 
 
 class FusedKVLlamaPreTrainedModel(_Llama, _PlanPreTrained, modeling_llama.LlamaPreTrainedModel):
-    """What the Llama models of this package share."""
+    """Common part of the Llama models of this package."""
 
     config: FusedKVLlamaConfig
     config_class = FusedKVLlamaConfig
@@ -314,27 +332,27 @@ class FusedKVLlamaPreTrainedModel(_Llama, _PlanPreTrained, modeling_llama.LlamaP
 
 
 class FusedKVLlamaModel(_PlanModel, FusedKVLlamaPreTrainedModel, modeling_llama.LlamaModel):
-    """LlamaModel on a cache plan."""
+    """LlamaModel with a cache plan."""
 
     _layer = FusedKVLlamaDecoderLayer
 
 
 class FusedKVLlamaForCausalLM(_PlanCausalLM, FusedKVLlamaPreTrainedModel, modeling_llama.LlamaForCausalLM):
-    """LlamaForCausalLM on a cache plan."""
+    """LlamaForCausalLM with a cache plan."""
 
     _model = FusedKVLlamaModel
 
 
 class FusedKVLlamaForSequenceClassification(GenericForSequenceClassification, FusedKVLlamaPreTrainedModel):
-    """LlamaForSequenceClassification on a cache plan: reward models and other classifiers."""
+    """LlamaForSequenceClassification with a cache plan: reward models and other classifiers."""
 
 
 class FusedKVLlamaForTokenClassification(GenericForTokenClassification, FusedKVLlamaPreTrainedModel):
-    """LlamaForTokenClassification on a cache plan."""
+    """LlamaForTokenClassification with a cache plan."""
 
 
 class FusedKVLlamaForQuestionAnswering(GenericForQuestionAnswering, FusedKVLlamaPreTrainedModel):
-    """LlamaForQuestionAnswering on a cache plan."""
+    """LlamaForQuestionAnswering with a cache plan."""
 
     base_model_prefix = modeling_llama.LlamaForQuestionAnswering.base_model_prefix
 
@@ -350,7 +368,7 @@ class FusedKVQwen3DecoderLayer(_Qwen3, _PlanLayer, modeling_qwen3.Qwen3DecoderLa
 
 
 class FusedKVQwen3PreTrainedModel(_Qwen3, _PlanPreTrained, modeling_qwen3.Qwen3PreTrainedModel):
-    """What the Qwen3 models of this package share."""
+    """Common part of the Qwen3 models of this package."""
 
     config: FusedKVQwen3Config
     config_class = FusedKVQwen3Config
@@ -359,26 +377,26 @@ class FusedKVQwen3PreTrainedModel(_Qwen3, _PlanPreTrained, modeling_qwen3.Qwen3P
 
 
 class FusedKVQwen3Model(_PlanModel, FusedKVQwen3PreTrainedModel, modeling_qwen3.Qwen3Model):
-    """Qwen3Model on a cache plan."""
+    """Qwen3Model with a cache plan."""
 
     _layer = FusedKVQwen3DecoderLayer
 
 
 class FusedKVQwen3ForCausalLM(_PlanCausalLM, FusedKVQwen3PreTrainedModel, modeling_qwen3.Qwen3ForCausalLM):
-    """Qwen3ForCausalLM on a cache plan."""
+    """Qwen3ForCausalLM with a cache plan."""
 
     _model = FusedKVQwen3Model
 
 
 class FusedKVQwen3ForSequenceClassification(GenericForSequenceClassification, FusedKVQwen3PreTrainedModel):
-    """Qwen3ForSequenceClassification on a cache plan: reward models and other classifiers."""
+    """Qwen3ForSequenceClassification with a cache plan: reward models and other classifiers."""
 
 
 class FusedKVQwen3ForTokenClassification(GenericForTokenClassification, FusedKVQwen3PreTrainedModel):
-    """Qwen3ForTokenClassification on a cache plan."""
+    """Qwen3ForTokenClassification with a cache plan."""
 
 
 class FusedKVQwen3ForQuestionAnswering(GenericForQuestionAnswering, FusedKVQwen3PreTrainedModel):
-    """Qwen3ForQuestionAnswering on a cache plan."""
+    """Qwen3ForQuestionAnswering with a cache plan."""
 
     base_model_prefix = modeling_qwen3.Qwen3ForQuestionAnswering.base_model_prefix

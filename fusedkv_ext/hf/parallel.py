@@ -1,8 +1,8 @@
-"""Tensor and pipeline parallelism of transformers: which plans the ranks can share.
+"""Tensor and pipeline parallelism of transformers: checks that the ranks can shard a plan.
 
-transformers gives each rank some of the KV heads, in order, with the query heads that read them. Fusion
-weights per head are sharded alike (``base_model_tp_plan`` of our configs). Weights that all heads share stay
-whole on every rank, where they see the gradient of that rank's heads only (``shards.for_all_ranks``).
+transformers gives each rank consecutive KV heads and the query heads that read them. Fusion weights per head
+are sharded alike (``base_model_tp_plan`` of our configs). Weights that all heads share are replicated; each
+rank has the gradient of its own heads only (``shards.for_all_ranks``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ __all__ = ["check_parallel"]
 
 
 def check_parallel(plan: CachePlan, num_kv_heads: int, tp_size: int = 1, pp_size: int = 1) -> None:
-    """Whether ``tp_size`` ranks can share the heads of each layer, and ``pp_size`` the layers.
+    """Checks that ``tp_size`` ranks can shard the heads of each layer, and ``pp_size`` stages the layers.
 
-    Raises ValueError where ranks would hold parts of a KV head, where a plan treats KV heads of a layer
-    differently, and where layers of one stage would read caches of another.
+    Raises:
+        ValueError: a rank would hold part of a KV head, the plan treats KV heads of a layer differently, or a
+            stage would read caches of another.
     """
     if tp_size > 1:
         if num_kv_heads % tp_size:

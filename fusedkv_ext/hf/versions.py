@@ -1,4 +1,4 @@
-"""The releases that this package was tested with, and what differs between those of transformers."""
+"""Tested releases of transformers, PEFT, accelerate and torch; differences between those of transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OLD_CACHE = "past_key_values"
 _arguments = inspect.signature(modeling_llama.LlamaAttention.forward).parameters
 CACHE = "cache" if "cache" in _arguments else _OLD_CACHE
 
-# What transformers hands to attention beside the arguments that attention names.
+# Keywords that transformers passes to attention in addition to the arguments that attention names.
 _KEYWORDS = {
     "cache_position",  # which transformers itself ignores since 5.0
     "cu_seq_lens_k",
@@ -60,9 +60,12 @@ _KEYWORDS = {
 
 
 def check_keywords(kwargs: dict[str, Any], where: str, also: frozenset[str] = frozenset()) -> None:
-    """ValueError for a keyword that attention does not know and that is not None.
+    """Rejects unknown keywords of attention that are not None.
 
-    It may change the result: a cache under a new name, attention sinks, a soft cap.
+    They may change the result: a cache under a new name, attention sinks, a soft cap.
+
+    Raises:
+        ValueError: there is such a keyword.
     """
     for name in kwargs.keys() - _KEYWORDS - also:
         if kwargs[name] is not None:
@@ -92,7 +95,9 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
             if old is None:
                 kwargs[_OLD_CACHE] = cache
             elif cache is not None and cache is not old:
-                raise TypeError(f"{CACHE} and {_OLD_CACHE} are two names of one argument; pass {CACHE} alone")
+                raise TypeError(
+                    f"{CACHE} must be given once, got also {_OLD_CACHE}, its old name; pass {CACHE} alone"
+                )
         return forward(self, *args, **kwargs)
 
     signature = inspect.signature(forward)
@@ -102,7 +107,7 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def untested(name: str, found: str) -> str | None:
-    """What to say of release ``found`` of a package of ``TESTED``; None: it was tested.
+    """The warning about release ``found`` of a package of ``TESTED``; None if it was tested.
 
     Patch releases of a tested minor release count as tested.
     """
@@ -118,7 +123,7 @@ def untested(name: str, found: str) -> str | None:
 
 
 def warn_if_untested() -> None:
-    """A UserWarning for each installed package of ``TESTED`` whose release was never tested."""
+    """Gives a UserWarning for each installed package of ``TESTED`` whose release was not tested."""
     for name in TESTED:
         try:
             message = untested(name, version(name))

@@ -290,7 +290,7 @@ def test_without_a_seed_processes_draw_the_same_tokens(two: list[dict]) -> None:
 
 def test_errors_of_shared_models_say_what_to_do(two: list[dict]) -> None:
     for errors in (rank["errors"] for rank in two):
-        assert "share the heads first, and once" in errors["twice"]
+        assert "call apply_tp first, and once" in errors["twice"]
         assert "mesh of one dimension, got 2" in errors["mesh"]
 
 
@@ -338,7 +338,7 @@ LATENT = {
         ),
         ("skipv1", {}, 2, r"heads 0..0, which plan 'skipv1' treats alike, must be a multiple of tp \(2\)"),
         ("skipv1", {}, 4, r"plan 'skipv1' does not treat all KV heads alike.*num_key_value_heads=2 for tp=4"),
-        ("fusedkv", {"vocab_size": 5}, 4, r"vocab_size \(5\) leaves some of tp=4 ranks without words"),
+        ("fusedkv", {"vocab_size": 5}, 4, r"vocab_size \(5\) leaves some of tp=4 ranks without tokens"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(plan: str, changes: dict, ranks: int, message: str) -> None:

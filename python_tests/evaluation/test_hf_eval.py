@@ -225,12 +225,24 @@ BAD = {
     lose_a_tensor: ("plain", "lack model.layers.2.mlp.up_proj.weight", "the folder is not complete"),
     change_a_shape: ("plain", "model.norm.weight has shape (16,), the config wants (32,)"),
     lose_the_tokenizer: ("plain", "has no tokenizer: there is no tokenizer.json", "--tokenizer FILE"),
-    take_a_larger_tokenizer: ("plain", "has 357 tokens and the model 264", "--tokenizer FILE"),
+    take_a_larger_tokenizer: (
+        "plain",
+        "must fit the model's vocabulary of 264, got 357 tokens",
+        "--tokenizer FILE",
+    ),
     damage_the_tokenizer: ("plain", "is not a Hugging Face tokenizers file"),
-    become_a_model_without_a_head: ("plain", "is not a causal language model but a LlamaModel"),
+    become_a_model_without_a_head: (
+        "plain",
+        "must be a causal language model",
+        "got a LlamaModel",
+    ),
     become_unknown: ("plain", "config.json cannot be read", "of_tomorrow"),
-    become_an_encoder: ("plain", "is not a causal language model but a BertForMaskedLM"),
-    become_an_encoder_with_a_decoder: ("plain", "but a T5ForConditionalGeneration"),
+    become_an_encoder: (
+        "plain",
+        "must be a causal language model",
+        "got a BertForMaskedLM",
+    ),
+    become_an_encoder_with_a_decoder: ("plain", "got a T5ForConditionalGeneration"),
 }
 
 
@@ -259,7 +271,10 @@ def test_a_tokenizer_of_far_fewer_tokens_is_of_another_model(
     hf_folders.save_folder(hf_folders.tiny_llama(vocab_size=400), folder)
     arguments = ["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]
     assert main(arguments) == 1
-    assert "has 257 tokens and the model 400: it is that of another model" in capsys.readouterr().err
+    assert (
+        "must fit the model's vocabulary of 400, got 257 tokens; it belongs to another model"
+        in capsys.readouterr().err
+    )
     # Whoever names a tokenizer has decided.
     assert main([*arguments, "--tokenizer", str(folder / "tokenizer.json")]) == 0
 

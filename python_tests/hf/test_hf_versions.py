@@ -66,7 +66,7 @@ def test_the_cache_is_taken_under_the_name_of_this_release_and_under_the_old_one
         logits = model(ids[:, :1], **{name: DynamicCache(config=model.config)}).logits
         close(logits, expected[:, :1])
     if CACHE != "past_key_values":
-        with pytest.raises(TypeError, match="two names of one argument"):
+        with pytest.raises(TypeError, match="must be given once, got also"):
             model(ids, **{CACHE: DynamicCache(), "past_key_values": DynamicCache()})
     assert out.last_hidden_state.shape[:2] == (2, 3)
 
