@@ -1,11 +1,11 @@
-"""The derivative of fuse_kv, dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j, and of that.
+"""The derivatives of fuse_kv: dx_j = w_j (.) dout and dw_j = sum over tokens of dout (.) x_j, twice.
 
-Saves the weights and, only where these need a gradient, the sources, which the model keeps alive anyway.
-Never a fused tensor.
+Autograd saves the weights. It saves the sources, which the model keeps alive anyway, only if the weights need
+a gradient. It never saves a fused tensor.
 
-Forward mode (torch.func.jvp, torch.autograd.forward_ad) too: the operations are linear in each argument, so
-tangents are sums of the operation itself. torch.library.register_autograd has no place for them: it gives
-zeros.
+Forward mode (torch.func.jvp, torch.autograd.forward_ad) works too. The operations are linear in each
+argument, so tangents are sums of the operation itself. torch.library.register_autograd does not support
+tangents: it gives zeros.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Arguments = Sequence[Any]  # of an operation: tensors, lists of tensors, flags
 
 
 class _Derivative(NamedTuple):
-    """Of one operation. ``tangents``: those of its results, from its arguments and theirs."""
+    """The derivative of one operation. ``tangents``: those of its results, from its arguments and theirs."""
 
     save: Callable[[Any, Arguments, object], None]
     backward: Callable[..., Sequence[Any]]
@@ -37,8 +37,8 @@ class _Derivative(NamedTuple):
 class _FuseKV(_SingleLevelFunction):
     """One call in autograd's graph.
 
-    It is made within the operation's kernel. torch.func calls that once for each of its levels, as it calls
-    torch's own formulas; a torch.autograd.Function would look for the levels itself.
+    It is created within the operation's kernel. torch.func calls that once for each of its levels, as it
+    calls torch's own formulas; a torch.autograd.Function would look for the levels itself.
     """
 
     @staticmethod
@@ -77,7 +77,7 @@ class _FuseKV(_SingleLevelFunction):
 
 
 def _may_have_tangents() -> bool:
-    # A graph of torch.compile enters forward mode behind forward_ad's back, but always by torch.func.
+    # A graph of torch.compile enters forward mode without forward_ad, but always by torch.func.
     return in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
@@ -86,13 +86,13 @@ def _flat(arguments: Arguments) -> list[Any]:
 
 
 def _nested(flat: Iterable[Any], like: Sequence[int | None]) -> list[Any]:
-    """The inverse of ``_flat``; like: the lengths of the lists, None for what is no list."""
+    """The inverse of ``_flat``; like: the lengths of the lists, None for other arguments."""
     rest = iter(flat)
     return [next(rest) if length is None else [next(rest) for _ in range(length)] for length in like]
 
 
 def _kernel(op: Any, derivative: _Derivative) -> Callable[..., Any]:
-    """What runs for ``op`` before any backend: records, where there is something to record."""
+    """The kernel of ``op`` before any backend: it records a node if there is something to record."""
 
     def kernel(keys: Any, *arguments: Any) -> Any:
         def below() -> Any:
@@ -161,7 +161,7 @@ def _tangent(
     of_sources: Sequence[Tensor | None],
     of_weights: Tensor | None,
 ) -> Tensor | None:
-    """Of one sum: fuse(dx, w) + fuse(x, dw)."""
+    """The tangent of one sum: fuse(dx, w) + fuse(x, dw)."""
     moving = [j for j, x in enumerate(of_sources) if x is not None]
     parts = []
     if moving:
@@ -173,7 +173,7 @@ def _tangent(
 
 
 def _vectors(x: Tensor) -> Tensor:
-    """A tangent may have any strides."""
+    """A tensor with stride 1 in its last dim, as tangents may have any strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -183,12 +183,16 @@ def _save_backward(ctx: Any, inputs: Arguments, output: object) -> None:
     ctx.set_materialize_grads(False)
 
 
-_libraries: list[torch.library.Library] = []  # what they registered ends with them
+_libraries: list[torch.library.Library] = []  # registrations end with their library
 
 
 def register(namespace: str) -> None:
-    """Gives fuse_kv, fuse_kv_pair and fuse_kv_backward of a namespace, "fusedkv" or another with the same
-    schemas, their derivatives in both modes, and loops for torch.func.vmap."""
+    """Registers derivatives in both modes, and loops for torch.func.vmap.
+
+    They are those of fuse_kv, fuse_kv_pair and fuse_kv_backward of a namespace: "fusedkv", or another one
+        with
+    the same schemas.
+    """
     operations = getattr(torch.ops, namespace)
     fuse, fuse_pair, fuse_backward = (
         getattr(operations, name).default for name in ("fuse_kv", "fuse_kv_pair", "fuse_kv_backward")
@@ -256,7 +260,7 @@ def register(namespace: str) -> None:
 
 
 def _loop(op: Any) -> Callable[..., Any]:
-    """The rule of torch.func.vmap, jacfwd and jacrev: one call for each element of the batch."""
+    """The rule of torch.func.vmap, jacfwd and jacrev: one call per element of the batch."""
 
     def rule(info: Any, dims: Arguments, *arguments: Any) -> tuple[Any, Any]:
         def of(i: int, x: Any, dim: Any) -> Any:

@@ -91,7 +91,7 @@ def _check_schedule(call: AttentionCall) -> None:
     seqlens, left, invariant = call.cache_seqlens, call.left, call.batch_invariant
     fresh = make_schedule(seqlens, S, H, G, call.capacity, left, invariant)
     if not torch.equal(call.schedule[: B + 1], fresh[: B + 1]):
-        raise ValueError("schedule was made of other lengths or options; call decode_schedule again")
+        raise ValueError("schedule must be for these lengths and options; call decode_schedule again")
 
 
 def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -163,8 +163,8 @@ def _lengths(call: AttentionCall) -> Sequence[int]:
     if host is None or seqlens.device.type == "cpu" or debug.active:
         lengths = seqlens.tolist()
         if host is not None and list(host) != lengths:
-            raise ValueError(f"host_seqlens is {list(host)}; cache_seqlens holds {lengths}")
+            raise ValueError(f"host_seqlens must be {lengths} as cache_seqlens, got {list(host)}")
         return lengths
     if len(host) != len(seqlens):
-        raise ValueError(f"host_seqlens has {len(host)} entries; expected {len(seqlens)}")
+        raise ValueError(f"host_seqlens must have {len(seqlens)} entries, got {len(host)}")
     return host

@@ -1,7 +1,7 @@
 """Argument checks that belong to Python: types, devices, dtypes, broadcastable weights.
 
-Sizes, strides and the values inside lengths and block tables are checked by the native ops, which see them
-first.
+The native operations check sizes, strides and the contents of lengths and block tables, because they read
+them first.
 """
 
 from __future__ import annotations
@@ -27,45 +27,47 @@ _STRIDED = torch.strided
 def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
     """A dense torch.Tensor, or a TypeError that names the argument."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{_label(name, index)} is {type(x).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{_label(name, index)} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:
-        kind = "is a nested tensor" if x.is_nested else f"has layout {x.layout}"
-        raise TypeError(
-            f"{_label(name, index)} {kind}; expected a dense tensor (call .to_dense() or .to_padded_tensor())"
-        )
+        kind, remedy = f"layout {x.layout}", ".to_dense()"
+        if x.is_nested:
+            kind, remedy = "a nested tensor", ".to_padded_tensor()"
+        raise TypeError(f"{_label(name, index)} must be a dense tensor, got {kind}; call {remedy}")
     return x
 
 
 def check_flag(name: str, flag: object) -> bool:
-    """A tensor as a flag would mean a synchronization, or an error from deep inside torch."""
+    """A bool. A tensor as a flag would synchronize, or fail deep inside torch."""
     if flag is True or flag is False:
         return flag
     if not isinstance(flag, (bool, int, torch.SymBool)):
-        raise TypeError(f"{name} is {type(flag).__name__}; expected a bool")
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     return bool(flag)
 
 
 def as_list(name: str, tensors: object) -> list[Any]:
-    """A lone tensor or a sequence of 1 to 32 of whatever, as a list."""
+    """A tensor, or a sequence of 1 to 32 objects of any type, as a list."""
     if not isinstance(tensors, (list, tuple)):  # first: the cheaper question, and the usual answer
         if isinstance(tensors, Tensor):
             return [tensors]
-        raise TypeError(f"{name} is {type(tensors).__name__}; expected a tensor or a list of tensors")
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}")
     if not 1 <= len(tensors) <= MAX_SOURCES:
-        raise ValueError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_SOURCES}")
+        raise ValueError(f"{name} must hold 1 to {MAX_SOURCES} tensors, got {len(tensors)}")
     return list(tensors)
 
 
 def as_tensors(name: str, tensors: object) -> list[Tensor]:
-    """As ``as_list``, of dense tensors."""
+    """A tensor, or a sequence of 1 to 32 dense tensors, as a list."""
     if isinstance(tensors, Tensor):
         return [check_tensor(name, tensors)]
     return [check_tensor(name, x, j) for j, x in enumerate(as_list(name, tensors))]
 
 
 def plain_on_cpu(tensors: Sequence[object]) -> bool:
-    """Whether all are dense CPU tensors without a gradient: what ``check_inputs`` asks for, in one pass and
-    without its messages, for calls that take microseconds."""
+    """Whether all are dense CPU tensors without a gradient.
+
+    It asks what ``check_inputs`` checks, in one pass and without messages, for calls that take microseconds.
+    """
     grad = torch.is_grad_enabled()
     if in_forward_mode():
         return False
@@ -84,7 +86,11 @@ def check_inputs(
     instead: str,
     lists: Sequence[str] = (),
 ) -> None:
-    """All dense tensors, ``lists`` of them, or None where optional; on one device; without a gradient."""
+    """Checks that all arguments are dense tensors on one device and without a gradient.
+
+    Arguments in ``lists`` hold several tensors; those in ``optional`` may be None. ``instead`` is the remedy
+    for an input that requires grad.
+    """
     arguments = {**arguments, **{name: x for name, x in optional.items() if x is not None}}
     for name, x in arguments.items():
         if name in lists:
@@ -96,13 +102,17 @@ def check_inputs(
 
 
 def _each(arguments: Arguments) -> Iterator[tuple[str, int | None, Tensor]]:
-    """All tensors with the name of their argument and, in a list, their index there."""
+    """All tensors with the name of their argument and, in a list, their index."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, None, value
         elif value is not None:
             for j, x in enumerate(value):
                 yield name, j, x
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _label(name: str, index: int | None) -> str:
@@ -117,7 +127,7 @@ def check_same_device(arguments: Arguments) -> None:
             first, first_label = x.device, _label(name, j)
         elif x.device != first:
             raise ValueError(
-                f"{_label(name, j)} is on {x.device} and {first_label} on {first}; expected one device"
+                f"{_label(name, j)} must be on {first} as {first_label}, got a tensor on {x.device}"
             )
 
 
@@ -125,7 +135,7 @@ def check_rank4(arguments: Arguments) -> None:
     """All tensors have 4 dims, or a ValueError that names the first one that does not."""
     for name, j, x in _each(arguments):
         if x.dim() != 4:
-            raise ValueError(f"{_label(name, j)} has shape {tuple(x.shape)}; expected 4 dims")
+            raise ValueError(f"{_label(name, j)} must have 4 dims, got {tuple(x.shape)}")
 
 
 def check_not_negated(written: Mapping[str, Tensor]) -> None:
@@ -134,48 +144,53 @@ def check_not_negated(written: Mapping[str, Tensor]) -> None:
         return
     for name, x in written.items():
         if x.is_neg():
-            raise ValueError(f"{name} is a lazily negated view; expected memory to write to (.resolve_neg())")
+            raise ValueError(
+                f"{name} must be memory to write to, got a lazily negated view; call .resolve_neg()"
+            )
 
 
 def check_contents(cache_seqlens: Tensor, block_table: Tensor | None, cache: Tensor) -> None:
-    """Lengths and pages, for ``debug_checks``; the CPU op always checks them itself."""
+    """Checks lengths and pages of CUDA tensors, for ``debug_checks``; the CPU operations always do."""
     if not cache_seqlens.is_cuda:
         return
     capacity = cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
     for b, length in enumerate(cache_seqlens.tolist()):
         if not 0 <= length <= capacity:
-            raise ValueError(f"cache_seqlens[{b}] = {length}; expected 0 to {capacity}, what the cache holds")
+            raise ValueError(
+                f"cache_seqlens[{b}] must be from 0 to {capacity}, the tokens of the cache, got {length}"
+            )
         pages = [] if block_table is None else block_table[b, : -(-length // cache.shape[1])].tolist()
         for i, page in enumerate(pages):
             if not 0 <= page < cache.shape[0]:
                 raise ValueError(
-                    f"block_table[{b}, {i}] = {page}; expected a page from 0 to {cache.shape[0] - 1}"
+                    f"block_table[{b}, {i}] must be a page from 0 to {cache.shape[0] - 1}, got {page}"
                 )
 
 
 def check_sources(name: str, sources: Sequence[Tensor], like_name: str, like: Tensor) -> None:
-    """All of one shape (4 dims), all of the dtype of ``like``."""
+    """All have one shape (4 dims) and the dtype of ``like``."""
     for j, x in enumerate(sources):
-        if x.dim() != 4 or x.shape != sources[0].shape:
-            raise ValueError(
-                f"{name}[{j}] has shape {tuple(x.shape)}; expected 4 dims (B, T, G, D), all sources alike"
-            )
+        if x.dim() != 4:
+            raise ValueError(f"{name}[{j}] must have 4 dims (B, T, G, D), got {tuple(x.shape)}")
+        if x.shape != sources[0].shape:
+            expected = tuple(sources[0].shape)
+            raise ValueError(f"{name}[{j}] must have shape {expected} as {name}[0], got {tuple(x.shape)}")
         if x.dtype != like.dtype:
-            raise TypeError(f"{name}[{j}] is {x.dtype} and {like_name} is {like.dtype}; expected one dtype")
+            raise TypeError(f"{name}[{j}] must be {_dtype(like)} as {like_name}, got {_dtype(x)}")
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
     """The head dim is at least 1, or a ValueError."""
     if head_dim < 1:
-        raise ValueError(f"{name} has head dim {head_dim}; expected at least 1")
+        raise ValueError(f"{name} must have a head dim of at least 1, got {head_dim}")
 
 
 def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """q (B, S, H, D), keys (B, T, G, D), values (B, T, G, Dv), one floating dtype."""
+    """Checks q (B, S, H, D), keys (B, T, G, D) and values (B, T, G, Dv) of one floating dtype."""
     if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected 4 dims (B, S, H, D)")
+        raise ValueError(f"q must have 4 dims (B, S, H, D), got {tuple(q.shape)}")
     if q.dtype not in (*ATTENTION_DTYPES, torch.float64):
-        raise TypeError(f"q is {q.dtype}; expected float32, bfloat16, float16 or float64")
+        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {_dtype(q)}")
     check_sources("keys", keys, "q", q)
     check_sources("values", values, "q", q)
     (batch, _, heads, head_dim), key_shape, value_shape = q.shape, keys[0].shape, values[0].shape
@@ -183,32 +198,32 @@ def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor])
     check_head_dim("values[0]", value_shape[3])
     if key_shape[0] != batch or key_shape[3] != head_dim:
         raise ValueError(
-            f"keys[0] has shape {tuple(key_shape)}; expected (B, T, G, D) with B = {batch}, D = {head_dim}"
+            f"keys[0] must be (B, T, G, D) with B = {batch} and D = {head_dim}, got {tuple(key_shape)}"
         )
     if value_shape[:3] != key_shape[:3]:
         raise ValueError(
-            f"values[0] has shape {tuple(value_shape)}; expected keys[0]'s (B, T, G) = {tuple(key_shape[:3])}"
+            f"values[0] must have keys[0]'s (B, T, G) = {tuple(key_shape[:3])}, got {tuple(value_shape)}"
         )
     if heads < 1 or key_shape[2] < 1 or heads % key_shape[2]:
-        raise ValueError(f"q has {heads} heads and keys[0] has {key_shape[2]}; expected a multiple")
+        raise ValueError(f"q must have a multiple of keys[0]'s {key_shape[2]} heads, got {heads}")
 
 
 def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor | None:
-    """(B, T) integers, of which the last S are those of the rows of q; or None."""
+    """(B, T) integers, the last S of which are those of the rows of q; or None."""
     if document_ids is None:
         return None
     document_ids = check_tensor("document_ids", document_ids)
     if document_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"document_ids is {document_ids.dtype}; expected int32 or int64")
+        raise TypeError(f"document_ids must be int32 or int64, got {_dtype(document_ids)}")
     if document_ids.shape != key.shape[:2]:
         raise ValueError(
-            f"document_ids has shape {tuple(document_ids.shape)}; expected keys[0]'s (B, T) = "
-            f"{tuple(key.shape[:2])}"
+            f"document_ids must have keys[0]'s (B, T) = {tuple(key.shape[:2])}, got "
+            f"{tuple(document_ids.shape)}"
         )
     if q.shape[1] > key.shape[1]:
         raise ValueError(
-            f"q has {q.shape[1]} rows, keys[0] {key.shape[1]} tokens; with document_ids expected at most as "
-            "many rows, for those before the first token have no document"
+            f"q must have at most {key.shape[1]} rows with document_ids, as many as keys[0] has tokens, got "
+            f"{q.shape[1]}; rows before the first token have no document"
         )
     return document_ids
 
@@ -217,7 +232,7 @@ def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: 
     """Weights broadcast to contiguous (m, G, D), in the dtype of sums: float64 for float64, else float32."""
     weights = check_tensor(name, weights)
     if not weights.is_floating_point():
-        raise TypeError(f"{name} is {weights.dtype}; expected a floating dtype")
+        raise TypeError(f"{name} must have a floating dtype, got {_dtype(weights)}")
     shape = (m, heads, head_dim)
     sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if weights.shape == shape and weights.dtype == sum_dtype and weights.is_contiguous():
@@ -226,9 +241,7 @@ def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: 
         size != 1 and size != full
         for size, full in zip(reversed(weights.shape), reversed(shape), strict=False)
     ):
-        raise ValueError(
-            f"{name} has shape {tuple(weights.shape)}; expected one broadcastable to {shape} = (m, G, D)"
-        )
+        raise ValueError(f"{name} must be broadcastable to {shape} = (m, G, D), got {tuple(weights.shape)}")
     return weights.to(sum_dtype).expand(shape).contiguous()
 
 
@@ -238,14 +251,14 @@ def check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
     check_sources("sources", sources, "sources[0]", sources[0])
     check_head_dim("sources[0]", sources[0].shape[3])
     if sources[0].dtype not in (*ATTENTION_DTYPES, torch.float64):
-        raise TypeError(f"sources[0] is {sources[0].dtype}; expected float32, bfloat16, float16 or float64")
+        raise TypeError(f"sources[0] must be float32, bfloat16, float16 or float64, got {_dtype(sources[0])}")
     weights = canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
     check_same_device({"sources": sources, "weights": weights})
     return sources, weights
 
 
 def autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Under autocast, float tensors in its dtype."""
+    """Floating tensors in the dtype of autocast, if it is on."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return list(tensors)
@@ -254,7 +267,7 @@ def autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def autocast_like(q: Tensor, cache: Tensor) -> Tensor:
-    """Under autocast, queries in the dtype of a cache, which is not copied."""
+    """Queries in the dtype of a cache if autocast is on: the cache is not copied."""
     device_type = q.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return q
@@ -268,7 +281,7 @@ def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
 def rotary_table(name: str, x: Tensor) -> Tensor:
     """A floating table as contiguous float32, or a TypeError that names the argument."""
     if not x.is_floating_point():
-        raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
+        raise TypeError(f"{name} must have a floating dtype, got {_dtype(x)}")
     return x.float().contiguous()
 
 
@@ -289,12 +302,12 @@ def check_window(causal: object, window_size: object) -> tuple[int, int]:
     """(left, right) with the causal bound in it; -1 is unbounded."""
     causal = check_flag("causal", causal)
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
+        raise TypeError(f"window_size must be two ints (left, right), got {window_size!r}")
     left, right = window_size
     if not (_is_int(left) and _is_int(right)):
-        raise TypeError(f"window_size is {window_size!r}; expected two ints (left, right)")
+        raise TypeError(f"window_size must be two ints (left, right), got {window_size!r}")
     if left < -1 or right < -1:
-        raise ValueError(f"window_size is {window_size!r}; expected sizes >= 0, or -1 for unbounded")
+        raise ValueError(f"window_size must hold sizes >= 0, or -1 for unbounded, got {window_size!r}")
     # A window past every length is unbounded; kernels may then add positions to the rest without overflow.
     if left >= MAX_WINDOW:
         left = -1
@@ -312,39 +325,41 @@ def check_scale(softmax_scale: object, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"softmax_scale is {type(softmax_scale).__name__}; expected a float or None")
+        raise TypeError(f"softmax_scale must be a float or None, got {type(softmax_scale).__name__}")
     return float(softmax_scale)
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode AD is on, be it torch.func.jvp or a ``dual_level``."""
+    """Whether forward-mode AD is on, by torch.func.jvp or a ``dual_level``."""
     return forward_ad._current_level >= 0
 
 
 def may_differentiate(*tensors: Tensor | None) -> bool:
-    """Whether one of them has a gradient to get, or may have a tangent."""
+    """Whether one of the tensors requires grad in grad mode, or may have a tangent."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return True
     return in_forward_mode()
 
 
 def check_no_grad(op: str, arguments: Arguments, instead: str) -> None:
-    """Ops without a backward would drop gradients silently: refuse. Tangents too."""
+    """Refuses gradients and tangents, which operations without a backward would drop silently."""
     if torch.is_grad_enabled():
         for name, j, x in _each(arguments):
             if x.requires_grad:
                 raise ValueError(
-                    f"{_label(name, j)} requires grad, and {op} is not differentiable; {instead}"
+                    f"{_label(name, j)} must not require grad, as {op} is not differentiable; {instead}"
                 )
     check_no_tangent(op, arguments, instead)
 
 
 def check_no_tangent(op: str, arguments: Arguments, instead: str) -> None:
-    """Refuses what would give a tangent of zeros. Within several transforms of torch.func nobody sees the
-    tangents of the outer ones."""
+    """Refuses tangents, which would silently become zeros.
+
+    Within several transforms of torch.func, tangents of the outer ones are not visible.
+    """
     if in_forward_mode():
         for name, j, x in _each(arguments):
             if forward_ad.unpack_dual(x).tangent is not None or torch._C._functorch.is_gradtrackingtensor(x):
                 raise ValueError(
-                    f"{_label(name, j)} has a forward-mode tangent, and {op} gives none; {instead}"
+                    f"{_label(name, j)} must not have a forward-mode tangent, as {op} gives none; {instead}"
                 )

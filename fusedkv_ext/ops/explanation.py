@@ -1,4 +1,4 @@
-"""What a call of an attention function would do, and what it costs at least: nothing is run."""
+"""Explanations of attention calls: path, kernel and minimal cost, without running anything."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from fusedkv_ext.ops.visibility import visible_range
 __all__ = ["Explanation", "explain"]
 
 _PATHS = {
-    "fold": "reads the sources where they lie, weights folded into q and out",
-    "fuse-once": "fuses keys and values, then dense attention",
+    "fold": "reads the sources in place, weights folded into q and out",
+    "fuse-once": "fuses keys and values, then torch SDPA",
 }
-# Where no GPU says otherwise: an H100, 132 SMs and 227 KiB of shared memory per block.
+# Without a GPU: an H100, 132 SMs and 227 KiB of shared memory per block.
 _SM_COUNT, _SHARED_PER_BLOCK = 132, 227 * 1024
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`explain`; ``print`` shows it as a table.
+    """The result of :func:`explain`; ``print`` shows it as a table.
 
-    path: "fold" or "fuse-once". kernel: what runs. rows: query rows per KV head, S * H / G. splits: into how
-    many parts the keys of the longest sequence are cut (None: the dense kernel's own affair). blocks: of the
-    CUDA grid, as many as shared memory lets run at the same time. bytes: of memory read and written at least.
-    flops: of all products, those of masked scores left out. roof_us: bytes / bandwidth in microseconds, None
-    without a bandwidth. reason: the rule and the numbers that it was given.
+    Attributes:
+        path: "fold" or "fuse-once".
+        kernel: The kernel that runs.
+        rows: Query rows per KV head, S * H / G.
+        splits: Parts into which the keys of the longest sequence are split; None if SDPA decides.
+        blocks: Blocks of the CUDA grid, as many as shared memory lets run at the same time.
+        bytes: Minimal number of bytes read and written.
+        flops: FLOPs of all products without those of masked scores.
+        roof_us: bytes / bandwidth in microseconds; None without a bandwidth.
+        reason: The rule that decided, and the numbers it was given.
     """
 
     path: str
@@ -90,18 +95,27 @@ def explain(
     bandwidth: float | None = None,
     sm_count: int | None = None,
 ) -> Explanation:
-    """Says which way ``fused_kv_attn_func`` takes or, with ``cache_seqlens``, ``fused_kv_attn_with_kvcache``.
+    """The path of a call of ``fused_kv_attn_func``, or of ``fused_kv_attn_with_kvcache`` with cache_seqlens.
+
+    Meta tensors are sufficient, because only cache_seqlens is read. Sequences whose lengths are on meta count
+    as full, and documents as one. Memory is assumed to start at multiples of 16 bytes.
 
     Args:
-        q, keys, values and all others down to batch_invariant: as in those two, but ``causal`` is True by
-            default for both. Meta tensors will do, as no data is read but cache_seqlens; sequences whose
-            lengths are on meta count as full, and documents as one. Memory is taken to start at multiples
-            of 16 bytes.
-        device: whose rule to ask, "cpu" or "cuda"; default: q's.
-        bandwidth: of that device's memory in bytes per second, for ``roof_us``.
-        sm_count: of the GPU; default: the current one's, or an H100's where there is none.
+        q, keys, values, key_weights, value_weights: As in the two functions.
+        cache_seqlens, block_table, window_size, return_lse: As in the two functions.
+        document_ids, batch_invariant: As in the function that has them.
+        causal: As in the two functions; None is the default of the function explained, False without
+            ``cache_seqlens`` and True with it.
+        device: "cpu" or "cuda", the device whose rule applies; default: q's.
+        bandwidth: Memory bandwidth of that device in bytes per second, for ``roof_us``.
+        sm_count: Multiprocessors of the GPU; default: those of the current one, or of an H100 without a GPU.
 
-    Raises ValueError (shapes, devices, lengths) or TypeError (types, dtypes), naming the argument.
+    Returns:
+        The path and its cost.
+
+    Raises:
+        ValueError: A shape, device or length is wrong.
+        TypeError: A type or dtype is wrong.
     """
     device_type = _device_type(q, device)
     causal = cache_seqlens is not None if causal is None else causal
@@ -109,9 +123,9 @@ def explain(
         q, keys, values, key_weights, value_weights, cache_seqlens, block_table, causal, window_size
     )
     if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"bandwidth is {bandwidth!r}; expected bytes per second > 0, or None")
+        raise ValueError(f"bandwidth must be bytes per second > 0, or None, got {bandwidth!r}")
     if document_ids is not None and call.cache_seqlens is not None:
-        raise ValueError("document_ids is given with cache_seqlens; expected at most one of them")
+        raise ValueError("document_ids must not be passed with cache_seqlens, got both")
     call = call._replace(
         document_ids=checks.check_document_ids(document_ids, call.q, call.keys[0]),
         return_lse=return_lse,
@@ -145,8 +159,8 @@ def _device_type(q: Tensor, device: torch.device | str | None) -> str:
     checks.check_tensor("q", q)
     device_type = (q.device if device is None else torch.device(device)).type
     if device_type not in ("cpu", "cuda"):
-        where = "q is" if device is None else "device is"
-        raise ValueError(f"{where} {device_type}; expected cpu or cuda (give device= for other tensors)")
+        where = "q must be on" if device is None else "device must be"
+        raise ValueError(f"{where} cpu or cuda, got {device_type}; pass device= for other tensors")
     return device_type
 
 
@@ -165,7 +179,7 @@ def _checked(
     keys, values = checks.as_tensors("keys", keys), checks.as_tensors("values", values)
     left, right = checks.check_window(causal, window_size)
     if block_table is not None and cache_seqlens is None:
-        raise ValueError("block_table is given without cache_seqlens; expected both, or neither")
+        raise ValueError("block_table must be passed with cache_seqlens, got it alone")
     if block_table is not None:
         checks.check_tensor("block_table", block_table)
     checks.check_attention(q, *([_per_sequence(q, x, block_table) for x in side] for side in (keys, values)))
@@ -174,27 +188,29 @@ def _checked(
         checks.check_tensor("cache_seqlens", cache_seqlens)
         if cache_seqlens.shape != q.shape[:1]:
             raise ValueError(
-                f"cache_seqlens has shape {tuple(cache_seqlens.shape)}; expected (B,) = ({len(q)},)"
+                f"cache_seqlens must have shape (B,) = ({len(q)},), got {tuple(cache_seqlens.shape)}"
             )
     scale = checks.check_scale(None, q.shape[3])
     return AttentionCall(q, keys, values, *weights, cache_seqlens, block_table, scale, left, right)
 
 
 def _per_sequence(q: Tensor, cache: Tensor, block_table: Tensor | None) -> Tensor:
-    """Something with the shape that a check of (B, T, G, D) tensors expects: pages belong to no sequence."""
+    """A tensor of the shape that the checks of (B, T, G, D) expect, as pages belong to no sequence."""
     if block_table is None:
         return cache
     return torch.empty((*q.shape[:1], *cache.shape[1:]), dtype=cache.dtype, device="meta")
 
 
 def _spans(call: AttentionCall) -> Spans:
-    """Sequences count as full where there are no lengths, or none to be read."""
+    """The spans of all sequences; without readable lengths they count as full."""
     lengths, capacity = [call.capacity] * len(call.q), call.capacity
     if call.cache_seqlens is not None and not call.cache_seqlens.is_meta:
         lengths = call.cache_seqlens.tolist()
     for b, length in enumerate(lengths):
         if not 0 <= length <= capacity:
-            raise ValueError(f"cache_seqlens[{b}] = {length}; expected 0 to {capacity}, what the cache holds")
+            raise ValueError(
+                f"cache_seqlens[{b}] must be from 0 to {capacity}, the tokens of the cache, got {length}"
+            )
     hidden = call.q.shape[1] + call.left
     return [(max(n - hidden, 0) if call.left >= 0 else 0, n) for n in lengths]
 
@@ -222,9 +238,9 @@ def _decide(call: AttentionCall, device_type: str) -> tuple[bool, str]:
         return wanted is not None, many if wanted is None else f"{many}, but only this kernel {wanted}"
     tensors = (q, *keys, *values, call.key_weights, call.value_weights)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return False, "an input requires grad, and only fuse_kv and dense attention have a backward"
+        return False, "an input requires grad, and only fuse_kv and SDPA have a backward"
     if call.document_ids is not None:
-        return False, "document_ids, which only dense attention masks"
+        return False, "document_ids, which only SDPA masks"
     if dispatch.folds_dense(q, keys, values, call.right, device_type):
         return True, few
     if rows > most:
@@ -242,7 +258,7 @@ def _dense_kernel(call: AttentionCall) -> str:
 
 
 def _is_gathered(call: AttentionCall) -> bool:
-    """Whether the call brings sequences of all lengths together, to attend at once."""
+    """Whether the call gathers sequences of all lengths, to attend to all at once."""
     head_dims = (side.head_dim for side in _sides(call))
     return call.cache_seqlens is not None and not dispatch.native_head_dim(*head_dims)
 
@@ -258,7 +274,7 @@ def _fixed_splits(spans: Spans, size: int) -> int:
 
 
 def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tuple[str, int, int]:
-    """The kernel, about how many parts the longest sequence has, and the blocks of the grid."""
+    """The kernel, the approximate number of splits of the longest sequence, and the blocks of the grid."""
     shared = _SHARED_PER_BLOCK
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()

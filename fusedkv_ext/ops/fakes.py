@@ -1,5 +1,7 @@
-"""Ops in Python: shapes and dtypes of what they return, for torch.compile and meta tensors, and the refusal
-of CUDA tensors where there are no CUDA ops."""
+"""Python kernels of the operations: fakes, and the error for CUDA tensors without CUDA operations.
+
+A fake returns tensors of the right shapes and dtypes for torch.compile and meta tensors.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ _FAKES = {
 
 
 def register_fakes(namespace: str) -> None:
-    """Gives the operations of a namespace, "fusedkv" or another with the same schemas, their fakes."""
+    """Registers the fakes for a namespace: "fusedkv", or another one with the same schemas."""
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
 
@@ -96,7 +98,7 @@ def _refuse_cuda(*args: object) -> NoReturn:
     raise NotImplementedError(native.cuda_error())
 
 
-# The dispatcher's own error lists every backend of torch and does not know the reason. Registered here, it
+# The dispatcher's own error lists every backend of torch and does not know the reason. As a kernel the error
 # reaches compiled code and direct calls of torch.ops too.
 _refusals = torch.library.Library("fusedkv", "IMPL")
 if native.cuda_error() is not None and torch.backends.cuda.is_built():

@@ -1,13 +1,13 @@
-"""The operations of fusedkv_ext.
+"""The public operations.
 
-Words and shapes: B batch, S query length, T key/value length, H query heads, G key/value heads (H a multiple
-of G), D head dim, m sources (1 to 32), P pages. Layout as in flash-attn: q (B, S, H, D), k and v (B, T, G,
-D); the last dim is contiguous, other strides are free.
+Shapes: B batch, S query length, T key/value length, H query heads, G key/value heads (H a multiple of G), D
+head dim, m sources (1 to 32), P pages. The layout is that of flash-attn: q (B, S, H, D), k and v (B, T, G,
+D). The last dim is contiguous, other strides are free.
 
 Kernels take head dims that are multiples of 8 up to 256 (``dispatch.native_head_dim``). All operations take
-the others too, on every device and slower: attention then always fuses first and attends densely.
+other head dims too, on every device, but slower: attention then fuses first and calls torch's SDPA.
 
-The math: FusedKV, arXiv 2512.03870, K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j.
+FusedKV, arXiv 2512.03870: K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j.
 """
 
 from __future__ import annotations
@@ -40,15 +40,19 @@ __all__ = [
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     """``out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]`` (FusedKV, arXiv 2512.03870).
 
+    Differentiable in both arguments, in reverse and forward mode. The backward is deterministic and saves
+    only these two.
+
     Args:
         sources: m tensors (B, T, G, D) of one shape and dtype: float32, bfloat16, float16 or float64.
-        weights: broadcastable to (m, G, D), any floating dtype.
+        weights: Broadcastable to (m, G, D), any floating dtype.
 
     Returns:
-        (B, T, G, D) in the sources' dtype: summed in float32 (float64 for float64) and rounded once.
+        (B, T, G, D) in the sources' dtype, summed in float32 (float64 for float64) and rounded once.
 
-    Differentiable in both, in reverse and forward mode. The backward is deterministic and saves only these.
-    Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
+    Raises:
+        ValueError: A shape, device or stride is wrong.
+        TypeError: A type or dtype is wrong.
     """
     return fuse.fuse(*checks.check_fusion(sources, weights))
 
@@ -61,25 +65,29 @@ def fuse_kv_backward(
     grad_sources: Sequence[Tensor] | None = None,
     needs_weights: bool = True,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The gradients of :func:`fuse_kv` for those who add them up over layers themselves.
+    """The gradients of :func:`fuse_kv`, for callers that accumulate them over layers themselves.
 
-    dsources[j] = weights[j] * grad and dweights[j] = sum over b, t of grad * sources[j]    (FusedKV, arXiv
-    2512.03870). A source that L layers fuse has L gradients: with ``grad_sources`` each is added to the
-    buffers in place, in one pass and without a temporary.
+    ``dsources[j] = weights[j] * grad``, and ``dweights[j]`` is the sum of ``grad * sources[j]`` over b and t
+    (FusedKV, arXiv 2512.03870). A source that L layers fuse has L gradients. With ``grad_sources`` each is
+    added to the buffers in place, in one pass and without a temporary. Two runs give the same bits. Autograd
+    records nothing.
 
     Args:
         grad: (B, T, G, D), the gradient of fuse_kv's result, in the sources' dtype.
-        sources, weights: as in :func:`fuse_kv`.
-        grad_sources: m buffers (B, T, G, D), contiguous, apart from each other and what is read, float32 or
-            the sources' dtype, to which the sources' gradients are added. None: new tensors.
-        needs_weights: False returns None for the weights' gradient and does not read the sources.
+        sources: As in :func:`fuse_kv`.
+        weights: As in :func:`fuse_kv`.
+        grad_sources: m contiguous buffers (B, T, G, D), float32 or the sources' dtype, to which the sources'
+            gradients are added. They share no memory with each other or with other arguments. If None, new
+            tensors are returned.
+        needs_weights: If False, the weights' gradient is None and the sources are not read.
 
     Returns:
-        The m gradients of the sources (``grad_sources`` where given, else in the sources' dtype) and that of
+        The m gradients of the sources (``grad_sources`` if given, else in the sources' dtype), and that of
         the weights in their own shape and dtype.
 
-    Two runs give the same bits. Nothing is recorded for autograd; a forward-mode tangent raises ValueError.
-    Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
+    Raises:
+        ValueError: A shape, device or stride is wrong, or an argument has a forward-mode tangent.
+        TypeError: A type or dtype is wrong.
     """
     grad = checks.check_tensor("grad", grad)
     sources, canonical = checks.check_fusion(sources, weights)
@@ -115,28 +123,32 @@ def fused_kv_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over K = sum_j a_j (.) K_j and V = sum_j b_j (.) V_j, for training and prefill.
 
+    Differentiable in q, keys, values and both weights. Under autocast q, keys and values are cast to its
+    dtype.
+
     Args:
         q: (B, S, H, D) float32, bfloat16, float16 or float64.
-        keys: m_k tensors (B, T, G, D), or one; values: m_v tensors (B, T, G, Dv), or one. Their counts may
-            differ.
-        key_weights, value_weights: broadcastable to (m_k, G, D) and (m_v, G, Dv); None: all ones.
-        softmax_scale: default 1 / sqrt(D).
-        causal: query row i (position i + T - S: aligned bottom-right) sees no later key.
-        window_size: (left, right), the row at p sees keys p - left .. p + right; -1 is unbounded.
-        return_lse: also return the log-sum-exp of the scores.
-        document_ids: (B, T) int32 or int64, the document of every key; those of the rows are the last S, so
-            S <= T. Of the keys that the other arguments show it a row sees those of its own document.
-        recompute_fusion: the backward fuses K and V again instead of keeping them from the forward. Same bits
-            of every gradient. No effect under torch.compile and within other saved-tensor hooks, as those of
-            activation checkpointing: they decide by themselves what is kept.
+        keys: m_k tensors (B, T, G, D), or one.
+        values: m_v tensors (B, T, G, Dv), or one; m_v need not be m_k.
+        key_weights: Broadcastable to (m_k, G, D); None: all ones.
+        value_weights: Broadcastable to (m_v, G, Dv); None: all ones.
+        softmax_scale: Default 1 / sqrt(D).
+        causal: Whether a query row sees no later key. Row i has position i + T - S (bottom-right alignment).
+        window_size: (left, right); the row at p sees keys p - left to p + right, -1 is unbounded.
+        return_lse: Whether to return the log-sum-exp of the scores too.
+        document_ids: (B, T) int32 or int64, the document of every key; the last S are those of the rows, so
+            S <= T. A row sees keys of its own document only.
+        recompute_fusion: Whether the backward fuses K and V again instead of saving them. All gradients have
+            the same bits. No effect under torch.compile and within other saved-tensor hooks, such as
+            activation checkpointing, which choose what to save.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, without a
-        gradient. A row that sees no key gives zeros and -inf.
+        gradient. Fully masked rows give zeros and -inf.
 
-    Differentiable in q, keys, values and both weights. Under autocast q, keys and values are cast to its
-    dtype.
-    Raises ValueError (shapes, devices, strides) or TypeError (types, dtypes), naming the argument.
+    Raises:
+        ValueError: A shape, device or stride is wrong.
+        TypeError: A type or dtype is wrong.
     """
     recompute_fusion = checks.check_flag("recompute_fusion", recompute_fusion)
     call = attention_call(
@@ -188,35 +200,41 @@ def fused_kv_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
+    Two equal calls give the same bits. With few rows (``decode_max_rows``), ``return_lse`` or
+    ``batch_invariant``, this holds for every number of CPU threads. With many rows torch's SDPA computes, and
+    its last bits may depend on the threads. Head dims that no kernel takes count as many rows.
+
+    With few rows, and always in a CUDA graph, a CUDA call waits for nothing. It can be captured, and replayed
+    with other lengths.
+
     Args:
-        q: (B, S, H, D) float32, bfloat16 or float16: the LAST S tokens of each sequence. Rows of a sequence
-            shorter than S (left padding) give zeros and lse = -inf.
-        key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table; value_caches:
-            m_v with Dv.
-        key_weights, value_weights: as in :func:`fused_kv_attn_func`.
+        q: (B, S, H, D) float32, bfloat16 or float16, the LAST S tokens of each sequence. Rows before the
+            start of a shorter sequence (left padding) give zeros and lse = -inf.
+        key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table.
+        value_caches: m_v tensors, as key_caches with Dv for D.
+        key_weights, value_weights: As in :func:`fused_kv_attn_func`.
         cache_seqlens: (B,) int32, valid tokens of each sequence, those S included.
         block_table: (B, max_pages) int32, the page of each page_size tokens; unused entries hold anything.
-        softmax_scale, causal (default True), window_size, return_lse: as in :func:`fused_kv_attn_func`.
-        schedule: what :func:`decode_schedule` made of these very lengths, S, H, G, capacity, left window and
-            batch_invariant, once for all layers of a step. None: it is made anew. A right one does not change
-            the result; one of other lengths gives wrong results, and no error without ``debug_checks``.
-        batch_invariant: a sequence gets the same bits in any batch: its splits are fixed, not fitted to the
-            batch (on the CPU they always are), which costs more work on the GPU. Like ``return_lse`` it makes
-            calls with many rows fold too, which is slow for prompts.
-        host_seqlens: the numbers in cache_seqlens, if the host has them: with many rows a CUDA call then does
-            not wait for the device. CUDA trusts them (``debug_checks`` compares).
+        softmax_scale, window_size, return_lse: As in :func:`fused_kv_attn_func`.
+        causal: As in :func:`fused_kv_attn_func`, but True by default.
+        schedule: The result of :func:`decode_schedule` for the same lengths, S, H, G, capacity, left window
+            and ``batch_invariant``, shared by all layers of a step. If None, a schedule is computed for this
+            call. A schedule built for other lengths silently gives wrong results; ``debug_checks`` detects
+            it.
+        batch_invariant: Whether a sequence gets the same bits in any batch. Its splits are then fixed instead
+            of fitted to the batch (on the CPU they always are), which costs more work on the GPU. As with
+            ``return_lse``, calls with many rows then fold too, which is slow for prompts.
+        host_seqlens: The numbers in cache_seqlens, if the host has them. With many rows a CUDA call then does
+            not wait for the device. CUDA calls trust them; ``debug_checks`` compares.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives
         zeros and -inf.
 
-    Two equal calls give the same bits; with few rows (``decode_max_rows``), ``return_lse`` or
-    ``batch_invariant`` also for every number of CPU threads. With many rows torch's SDPA computes, whose last
-    bits may depend on it. With few rows, and in a CUDA graph always, a CUDA call waits for nothing: it can be
-    captured, and replayed with other lengths. Head dims that no kernel takes count as many rows.
-
-    Not differentiable: an input that requires grad raises ValueError under grad mode. Raises ValueError
-    (shapes, devices, strides, lengths, pages) or TypeError (types, dtypes), naming the argument.
+    Raises:
+        ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode
+            (the operation is not differentiable).
+        TypeError: A type or dtype is wrong.
     """
     call = cached_attention_call(
         q,
@@ -248,19 +266,25 @@ def decode_schedule(
     window_size: tuple[int, int] = (-1, -1),
     batch_invariant: bool = False,
 ) -> Tensor:
-    """How :func:`fused_kv_attn_with_kvcache` cuts a step's work: made once, used by all of its layers.
+    """How :func:`fused_kv_attn_with_kvcache` splits a step's work: computed once, shared by all layers.
+
+    Calls that share a schedule must run one after another. It must be recomputed when lengths change.
 
     Args:
-        cache_seqlens: (B,) int32, as the layers get it. Read on the device, so nobody waits for it.
-        query_length, num_heads, num_kv_heads: S, H and G of the calls.
-        capacity: tokens that a sequence may have: the caches' second dim, or page_size * max_pages.
-        window_size, batch_invariant: as in the calls.
+        cache_seqlens: (B,) int32, as the layers get it. Read on the device, so the host does not wait.
+        query_length: S of the calls.
+        num_heads: H of the calls.
+        num_kv_heads: G of the calls.
+        capacity: Tokens that a sequence can have: the caches' second dim, or page_size * max_pages.
+        window_size, batch_invariant: As in the calls.
 
     Returns:
-        int32 tensor on the same device, to be passed on as it is; empty on the CPU, which needs none. Calls
-        that share it must run one after another, and it must be made again when lengths change.
+        An int32 tensor on the same device, to be passed on as it is. It is empty on the CPU, which needs
+        none.
 
-    Raises ValueError (sizes, shapes) or TypeError (dtypes), naming the argument.
+    Raises:
+        ValueError: A size or shape is wrong.
+        TypeError: A dtype is wrong.
     """
     checks.check_tensor("cache_seqlens", cache_seqlens)
     left, _ = checks.check_window(True, window_size)

@@ -1,6 +1,6 @@
 """fuse_kv with head dims that its kernels do not take.
 
-It works channel by channel, so the channels of a token may be cut anew, into heads of 8.
+The sum works channel by channel, so the channels of a token can be regrouped into heads of 8.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _WIDTH = 8
 
 
 def in_eights(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """(..., G, D) -> (..., ceil(G D / 8), 8), the rest zeros.
+    """(..., G, D) -> (..., ceil(G D / 8), 8), padded with zeros.
 
-    A view where the heads of a token lie together and G D is a multiple of 8, else a copy.
+    A view if the heads of a token are contiguous and G D is a multiple of 8, else a copy.
     """
     return [_in_eights(x) for x in tensors]
 
@@ -31,7 +31,7 @@ def _in_eights(x: Tensor) -> Tensor:
 
 
 def from_eights(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """What ``in_eights`` made of (..., G, D), as it was: a view."""
+    """The inverse of ``in_eights`` for a tensor that was (..., G, D): a view."""
     return x.flatten(-2)[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
 
 
@@ -43,20 +43,21 @@ def fuse_backward_in_eights(
     buffers: list[Tensor] | None,
     needs_weights: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """``backward``, which takes the other arguments, on channels cut anew.
+    """Runs ``backward``, which takes the other arguments, on regrouped channels.
 
-    Returns the gradients of the sources, new or added to ``buffers``, and that of the weights.
+    Returns:
+        The gradients of the sources, new or added to ``buffers``, and that of the weights.
     """
     shape = sources[0].shape[2:]
     if grad.shape != sources[0].shape:
         raise ValueError(
-            f"grad has shape {tuple(grad.shape)}; expected sources[0]'s {tuple(sources[0].shape)}"
+            f"grad must have shape {tuple(sources[0].shape)} as sources[0], got {tuple(grad.shape)}"
         )
     for j, x in enumerate(buffers or ()):
         if x.shape != grad.shape or not x.is_contiguous():
             raise ValueError(
-                f"grad_sources[{j}] has shape {tuple(x.shape)} and strides {x.stride()}; expected a "
-                f"contiguous {tuple(grad.shape)}"
+                f"grad_sources[{j}] must be a contiguous {tuple(grad.shape)}, got shape {tuple(x.shape)} and "
+                f"strides {x.stride()}"
             )
     cut = None if buffers is None else in_eights(buffers)
     grad, weights = in_eights([grad, weights])

@@ -29,7 +29,7 @@ except ImportError as error:
 
 
 def _load_cuda_ops() -> str | None:
-    """Loads ``_C_cuda.so``; returns why there are no CUDA ops, and what to do, or None."""
+    """Loads ``_C_cuda.so``. Returns None, or why there are no CUDA operations and what to do."""
     rebuild = f"rebuild with `FUSEDKV_CUDA=1 {_BUILD}` in the source tree"
     torch_name = f"torch {torch.__version__}"
     if torch.version.cuda is None:
@@ -44,7 +44,7 @@ def _load_cuda_ops() -> str | None:
 
 
 def _warn_without_cuda_ops() -> None:
-    """Shows what the build warned of, as pip hides the output of a successful build, where it matters."""
+    """Repeats the warning of the build on a machine with a GPU, because pip hides a build's output."""
     info = _C.build_info()
     expected = info["warning"] or not info["cuda_reason"]
     if _cuda_error and expected and torch.version.cuda and torch.cuda.device_count():
@@ -67,7 +67,7 @@ _NATIVE_ERROR = re.compile(r"fusedkv (ValueError|TypeError): (.*)")
 
 
 def build_info() -> dict[str, Any]:
-    """What is loaded: torch, CUDA and its code at build time, CPU SIMD levels, why CUDA ops are absent."""
+    """Properties of the loaded modules: torch, CUDA and its code, SIMD targets, why CUDA ops are absent."""
     return {
         **_C.build_info(),
         "cpu_level": _C.cpu_level(),
@@ -78,46 +78,51 @@ def build_info() -> dict[str, Any]:
 
 
 def cuda_error() -> str | None:
-    """Why there are no CUDA ops, and what to do; None if there are."""
+    """Why there are no CUDA operations, and what to do; None if there are."""
     return _cuda_error
 
 
 def cpu_levels() -> list[str]:
-    """SIMD levels of this build that this CPU runs, best first; the last one is ``"portable"``."""
+    """SIMD targets of this build that this CPU runs, best first; the last is ``"portable"``."""
     return _C.cpu_levels()
 
 
 def cpu_level() -> str:
-    """The SIMD level that the CPU kernels use."""
+    """The SIMD target that the CPU kernels use."""
     return _C.cpu_level()
 
 
 def set_cpu_level(level: str) -> None:
-    """Use ``level`` from now on (for tests). Raises ``ValueError`` if this CPU does not run it."""
+    """Selects the SIMD target that the CPU kernels use from now on (for tests).
+
+    Raises:
+        ValueError: This CPU does not run it.
+    """
     if not _C.set_cpu_level(level):
-        raise ValueError(f"level is {level!r}; expected one of {_C.cpu_levels()}")
+        raise ValueError(f"level must be one of {_C.cpu_levels()}, got {level!r}")
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> bool:
-    """Asks the system for huge pages in the memory of a CPU tensor that is still to be written.
+    """Asks the system for huge pages in the memory of a CPU tensor that is not written yet.
 
-    Returns False, and nothing changes, where there is nothing to ask for: less than 2 MiB, or not Linux.
+    Returns:
+        False if there is nothing to ask for: less than 2 MiB, or not Linux. Nothing changes then.
     """
     return _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def workspace_allocations() -> int:
-    """How often the scratch memory of a CPU thread has had to grow; constant once decoding has warmed up."""
+    """How often the scratch memory of a CPU thread has grown; constant once decoding has warmed up."""
     return _C.workspace_allocations()
 
 
 def kept_memory_bytes() -> int:
-    """Bytes of large CPU results of :func:`fuse_kv` that were freed and are kept for the next ones."""
+    """Bytes of large CPU results of :func:`fuse_kv` that were freed and are kept for reuse."""
     return _C.kept_memory_bytes()
 
 
 def release_kept_memory() -> None:
-    """Gives that memory back to the system."""
+    """Returns that memory to the system."""
     _C.release_kept_memory()
 
 

@@ -1,8 +1,8 @@
-"""Tensors that the backward makes again instead of keeping them: fused keys and values, whole layers.
+"""Activation recomputation: fused K/V, masks or whole layers are recomputed in the backward instead of saved.
 
-Attention saves K and V for its backward. Where they are fused, that is as much memory per layer as their own
-cache would take, for tensors that a pass over the sources brings back. Hooks on what autograd saves replace
-each view of a fused tensor by its geometry; the first view that the backward asks for fuses again.
+Attention saves K and V for its backward. If they are fused, that is as much memory per layer as a cache of
+its own, for tensors that one pass over the sources restores. Saved-tensor hooks replace each view of a fused
+tensor by its geometry. The first view that the backward asks for fuses again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Fuse = Callable[[], Sequence[Tensor]]
 
 
 class _View(NamedTuple):
-    """What remains of a saved view of a fused tensor."""
+    """The geometry of a saved view of a fused tensor."""
 
     owner: _Refuse
     index: int  # of the fused tensor
@@ -32,10 +32,10 @@ class _View(NamedTuple):
 
 
 class _Refuse:
-    """Packs views of fused tensors, and makes those tensors again when the first of them is unpacked.
+    """Packs views of fused tensors, and recomputes the tensors when the first view is unpacked.
 
-    They are freed when as many views have been unpacked as were packed: once a backward, however many views
-    and calls share them.
+    They are freed when as many views have been unpacked as were packed. So they are recomputed once per
+    backward, however many views and calls share them.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class _Refuse:
 
     @staticmethod
     def unpack(x: Tensor | _View) -> Tensor:
-        return x if isinstance(x, Tensor) else x.owner.made(x)
+        return x if isinstance(x, Tensor) else x.owner.recompute(x)
 
-    def made(self, x: _View) -> Tensor:
+    def recompute(self, x: _View) -> Tensor:
         fused = self._fused
         if not fused:
-            # The check that autograd makes of tensors that it saves.
+            # As autograd checks tensors that it saves.
             if any(tensor._version != version for tensor, version in self._inputs):
                 raise RuntimeError(
                     "a source, a weight or the document_ids of fused_kv_attn_func, from which the backward "
-                    "makes tensors again, was modified by an inplace operation between forward and backward"
+                    "recomputes tensors, was modified by an inplace operation between forward and backward"
                 )
             with torch.no_grad():
                 fused = self._fused = self._fuse()
@@ -79,17 +79,17 @@ class _Refuse:
 
 @contextmanager
 def recomputed(fuse: Fuse, fused: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Within it, what autograd saves of the tensors ``fused`` is dropped, and ``fuse()`` makes them again.
+    """A context in which autograd does not save the tensors ``fused``: ``fuse()`` recomputes them.
+
+    Contexts nest. They have no effect within other saved-tensor hooks: those of activation checkpointing drop
+    or move everything that is saved, and inner hooks would hide it from them. They have none in forward mode
+    either, because recomputed tensors would have lost their tangents.
 
     Args:
-        fuse: returns tensors with the values, shapes and strides of ``fused``.
-        fused: one that is itself an input, or a view of one, is saved as ever.
-        inputs: what ``fuse`` reads, detached, so that it holds no graph. Modifying one before the backward
+        fuse: Returns tensors with the values, shapes and strides of ``fused``.
+        fused: The tensors. One that is an input itself, or a view of one, is saved as usual.
+        inputs: What ``fuse`` reads, detached, so that it holds no graph. Modifying one before the backward
             makes the backward raise RuntimeError.
-
-    These contexts nest. Within other saved-tensor hooks nothing happens: those of activation checkpointing
-    drop or move all that is saved, and the inner hooks would hide it from them. Nor in forward mode: what is
-    made again would have lost its tangents.
     """
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     outer = None if top is None else getattr(top[0], "__self__", None)
@@ -104,10 +104,11 @@ def recomputed(fuse: Fuse, fused: Sequence[Tensor], inputs: Sequence[Tensor]) ->
 def run_again(
     function: Callable[..., tuple[Tensor | None, ...]], how: Checkpointing, *inputs: Any
 ) -> tuple[Tensor | None, ...]:
-    """``function(*inputs)``, of which autograd keeps the inputs only: the backward runs it again.
+    """Runs ``function(*inputs)`` so that autograd saves the inputs only; the backward runs it again.
 
-    Inputs may be tensors within tuples, results may not: reentrant checkpointing sees to the gradients of
-    lone tensors alone, so inputs travel flat.
+    Inputs may hold tensors within tuples, results may not: reentrant checkpointing gives gradients to
+        separate
+    tensors only, so inputs are passed flat.
     """
     from torch.utils import _pytree as pytree  # torch imports it with its compiler; not at start-up
     from torch.utils.checkpoint import checkpoint

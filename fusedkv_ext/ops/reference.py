@@ -1,12 +1,11 @@
 """Oracle of the operations: the formulas in plain torch, written to be read, not to be fast.
 
-Every function has the name and the signature of the operation that it describes, plus ``dtype``: the dtype
-in which everything is computed and returned (default: the dtype of the inputs). ``dtype=torch.float64``
-gives the values that a kernel is judged by; the default gives the error that the same math has in the
-working dtype.
+Every function has the name and the signature of its operation, plus ``dtype``: the dtype in which everything
+is computed and returned (default: the dtype of the inputs). ``dtype=torch.float64`` gives the exact values.
+The default gives the error of the same math in the working dtype.
 
-Words: B batch, S query length, T key/value length, H query heads, G key/value heads, D head dim, m number
-of sources. Imports torch only, calls no kernel of this package.
+Shapes: B batch, S query length, T key/value length, H query heads, G key/value heads, D head dim, m number of
+sources. This module imports torch only and calls no kernel of this package.
 """
 
 from __future__ import annotations
@@ -29,10 +28,17 @@ Tensors = Tensor | Sequence[Tensor]
 
 
 def fuse_kv(sources: Tensors, weights: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """``out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]``    (FusedKV, arXiv 2512.03870).
+    """``out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]`` (FusedKV, arXiv 2512.03870).
 
-    sources: m tensors (B, T, G, D), or one; weights: broadcastable to (m, G, D). Returns (B, T, G, D).
     Differentiable.
+
+    Args:
+        sources: m tensors (B, T, G, D), or one.
+        weights: Broadcastable to (m, G, D).
+        dtype: Of the computation and the result.
+
+    Returns:
+        (B, T, G, D).
     """
     sources = _as_list(sources)
     dtype = dtype or sources[0].dtype
@@ -60,15 +66,23 @@ def fused_kv_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over fused keys K = sum_j a_j (.) K_j and fused values V = sum_j b_j (.) V_j.
 
-    out = softmax(scale q K^T + mask) V, lse = log sum exp(scale q K^T + mask), query head h reading
-    key/value head h // (H / G). Query row i stands at position p = i + T - S; it sees key j when p - left
-    <= j <= p + right (-1: no bound; causal: right = 0) and, with document_ids, document_ids[p] =
-    document_ids[j]. A row that sees nothing gives zeros and lse = -inf.
+    out = softmax(scale q K^T + mask) V and lse = log sum exp(scale q K^T + mask). Query head h reads
+    key/value head h // (H / G). Query row i has position p = i + T - S. It sees key j if p - left <= j <= p +
+    right (-1: no bound; causal: right = 0) and, with document_ids, document_ids[p] = document_ids[j]. A fully
+    masked row gives zeros and lse = -inf. Differentiable in q, keys, values and both weights.
 
-    q: (B, S, H, D); keys: m_k tensors (B, T, G, D); values: m_v tensors (B, T, G, Dv); weights
-    broadcastable to (m_k, G, D) and (m_v, G, Dv), None: all ones; document_ids: (B, T), S <= T. Returns
-    (B, S, H, Dv) and, with ``return_lse``, (B, H, S), both in ``dtype``. Differentiable in q, keys, values
-    and both weights.
+    Args:
+        q: (B, S, H, D).
+        keys: m_k tensors (B, T, G, D).
+        values: m_v tensors (B, T, G, Dv).
+        key_weights: Broadcastable to (m_k, G, D); None: all ones.
+        value_weights: Broadcastable to (m_v, G, Dv); None: all ones.
+        softmax_scale, causal, window_size, return_lse: As in the operation.
+        document_ids: (B, T), with S <= T.
+        dtype: Of the computation and the results.
+
+    Returns:
+        (B, S, H, Dv) and, with ``return_lse``, (B, H, S).
     """
     keys, values = _as_list(keys), _as_list(values)
     outs, lses = [], []
@@ -102,15 +116,24 @@ def fused_kv_attn_with_kvcache(
     return_lse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of the last S tokens of each sequence over its cache; ``fused_kv_attn_func`` row by row.
+    """Attention of the last S tokens of each sequence over its cache: ``fused_kv_attn_func`` row by row.
 
-    Sequence b has n = cache_seqlens[b] valid tokens; query row i stands at position p = i + n - S. Rows
-    with p < 0 are padding of a sequence shorter than S: zeros and lse = -inf, like a sequence of length 0.
+    Sequence b has n = cache_seqlens[b] valid tokens. Query row i has position p = i + n - S. Rows with p < 0
+    are padding of a sequence shorter than S: zeros and lse = -inf, as for a sequence of length 0.
 
-    q: (B, S, H, D); caches: m tensors (B, T, G, D), or pages (P, page_size, G, D) with block_table (B,
-    max_pages): token t of sequence b lies in page block_table[b, t // page_size], slot t % page_size. Slots
-    and table entries beyond n are never looked at. Returns (B, S, H, Dv) and, with ``return_lse``, (B, H,
-    S).
+    Args:
+        q: (B, S, H, D).
+        key_caches, value_caches: m tensors (B, T, G, D), or pages (P, page_size, G, D). Slots beyond n are
+            never read.
+        key_weights, value_weights: As in ``fused_kv_attn_func``.
+        cache_seqlens: (B,).
+        block_table: (B, max_pages): token t of sequence b is in page block_table[b, t // page_size], slot
+            t % page_size. Entries beyond n are never read.
+        softmax_scale, causal, window_size, return_lse: As in the operation.
+        dtype: Of the computation and the results.
+
+    Returns:
+        (B, S, H, Dv) and, with ``return_lse``, (B, H, S).
     """
     key_caches, value_caches = _as_list(key_caches), _as_list(value_caches)
     outs, lses = [], []
@@ -147,12 +170,11 @@ def append_kvcache(
     rotary_interleaved: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place; p <
-    0 is skipped.
+    """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place.
 
-    With rotary_cos and rotary_sin (max_len, r/2), r <= D, row p of the tables rotates the first r channels
-    of the key: (x, y) -> (x cos - y sin, x sin + y cos), where channel j pairs with j + r/2, or 2j with 2j
-    + 1 if interleaved. The caches are as in ``fused_kv_attn_with_kvcache``.
+    Tokens with p < 0 are skipped. The caches are as in ``fused_kv_attn_with_kvcache``. With rotary_cos and
+    rotary_sin (max_len, r/2), r <= D, row p of the tables rotates the first r channels of the key: (x, y) ->
+    (x cos - y sin, x sin + y cos). Channel j pairs with j + r/2, or 2j with 2j + 1 if interleaved.
     """
     dtype = dtype or key.dtype
     steps = key.shape[1]

@@ -1,11 +1,12 @@
-"""Rotary position embedding (RoPE): frequencies with their scaling rules, tables, and the rotation itself.
+"""Rotary position embedding (RoPE): frequencies and their scaling rules, tables, and the rotation.
 
-Two conventions pair the r = rotary_dim channels: *half-split* (Llama, Qwen, HF) rotates channels d and
+Two conventions pair the r = rotary_dim channels. *Half-split* (Llama, Qwen, HF) rotates channels d and
 d + r/2 together, *interleaved* (GPT-J, and the notation of the papers) channels 2d and 2d + 1. Scaling rules
 and the names of their parameters are those of HF's ``rope_scaling``: linear (arXiv:2306.15595), llama3
 (Llama 3.1, arXiv:2407.21783), yarn (arXiv:2309.00071).
 
-Angles are computed in fp64, cos and sin kept in fp32: angles in fp32 are off by up to 2e-3 at position 32768.
+Angles are computed in fp64, and cos and sin are stored in fp32: fp32 angles are off by up to 2e-3 at position
+32768.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ _REPEATED = frozenset({"rope_theta", "partial_rotary_factor"})
 class RotaryEmbedding(nn.Module):
     """Cos and sin of one RoPE, computed on demand.
 
-    It has no parameters and no buffers: dtype conversions of a model, meta-device construction and
-    checkpoints leave it alone.
+    The module has no parameters and no buffers, so dtype conversions of a model, meta-device construction and
+    checkpoints do not affect it.
 
-    head_dim: D. theta: the base. scaling: a HF ``rope_scaling`` dict (``rope_type`` or the older ``type``) or
-    None. interleaved: the pairing convention, kept here for those who rotate. rotary_dim: number of leading
-    channels that are rotated (partial rotary), even, default D.
+    Args:
+        head_dim: D.
+        theta: The base of the frequencies.
+        scaling: A dict like HF's ``rope_scaling`` (``rope_type`` or the older ``type``), or None.
+        interleaved: The pairing convention, stored here for callers that rotate.
+        rotary_dim: Number of leading channels that are rotated (partial rotary), even; default D.
 
-    Raises ValueError or TypeError for an unknown rule and for missing, unknown or impossible parameters.
+    Raises:
+        ValueError: The rule is unknown, or a parameter is missing, unknown or out of range.
+        TypeError: ``scaling`` is no mapping.
     """
 
     def __init__(
@@ -79,9 +85,13 @@ class RotaryEmbedding(nn.Module):
         self._tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin of integer ``positions`` (...): fp32 (..., rotary_dim/2), on their device.
+        """Cos and sin of positions. Both carry yarn's attention factor.
 
-        Both carry yarn's attention factor. Negative positions (left padding) are allowed.
+        Args:
+            positions: Integers (...); negative ones (left padding) are allowed.
+
+        Returns:
+            Two fp32 tensors (..., rotary_dim/2) on the device of ``positions``.
         """
         angles = positions.to(_angle_dtype(positions.device))[..., None] * self._inv_freq_on(positions.device)
         return (
@@ -92,9 +102,9 @@ class RotaryEmbedding(nn.Module):
     forward = cos_sin
 
     def tables(self, max_len: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Cos and sin of positions 0..max_len-1: fp32 (max_len, rotary_dim/2), contiguous.
+        """Cos and sin of positions 0 to max_len - 1: fp32 (max_len, rotary_dim/2), contiguous.
 
-        Calls share the tables of a device, which grow by doubling; what was returned before stays valid.
+        Calls share the tables of a device, which grow by doubling. Earlier results stay valid.
         """
         if max_len < 0:
             raise ValueError(f"max_len must not be negative, got {max_len}")
@@ -122,11 +132,18 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotates the first r channels of ``x`` (B, S, H, D) and passes the others through; returns x's dtype.
+    """Rotates the first r channels of ``x``, copies the others (RoFormer, arXiv:2104.09864). Differentiable.
 
-    cos, sin: (S, r/2), or (B, S, r/2) where sequences differ. The arithmetic is done in fp32, or in fp64
-    for fp64 input. Differentiable. Source: RoFormer, arXiv:2104.09864. Raises ValueError for shapes that do
-    not fit.
+    Args:
+        x: (B, S, H, D).
+        cos, sin: (S, r/2), or (B, S, r/2) if sequences differ.
+        interleaved: Whether pairs are (2d, 2d + 1) instead of (d, d + r/2).
+
+    Returns:
+        A tensor of the shape and dtype of ``x``, computed in fp32, or in fp64 for fp64 input.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
     half = cos.shape[-1]
     if cos.shape != sin.shape or cos.dim() not in (2, 3) or cos.shape[-2] != x.shape[1]:
@@ -200,8 +217,11 @@ def _llama3(
     high_freq_factor: float,
     original_max_position_embeddings: float,
 ) -> Tensor:
-    """Keeps frequencies that turn more than high_freq_factor times within the original context, divides those
-    that turn less than low_freq_factor times by ``factor``, and interpolates between."""
+    """Scales frequencies by how often they turn within the original context.
+
+    Those that turn more than high_freq_factor times are kept, those that turn less than low_freq_factor times
+    are divided by ``factor``, and those between are interpolated.
+    """
     if low_freq_factor >= high_freq_factor:
         raise ValueError(
             "scaling['low_freq_factor'] must be below scaling['high_freq_factor'], got "
@@ -213,8 +233,10 @@ def _llama3(
 
 
 def _yarn(inv_freq: Tensor, dim: int, theta: float, parameters: dict[str, Any]) -> Tensor:
-    """As llama3, but the ramp is linear in the channel index, between the channels that turn beta_fast (32)
-    and beta_slow (1) times within the original context (arXiv:2309.00071, section 3.2)."""
+    """As llama3, but the ramp is linear in the channel index (arXiv:2309.00071, section 3.2).
+
+    It lies between the channels that turn beta_fast (32) and beta_slow (1) times within the original context.
+    """
     context = parameters["original_max_position_embeddings"]
 
     def channel(turns: float) -> float:
@@ -231,8 +253,11 @@ def _yarn(inv_freq: Tensor, dim: int, theta: float, parameters: dict[str, Any]) 
 
 
 def _yarn_attention_factor(parameters: dict[str, Any]) -> float:
-    """Factor on cos and sin, so that its square acts on the scores: as given, else 0.1 ln(factor) + 1, or
-    with both mscales DeepSeek's quotient of two such terms (a zero counts as absent, as in HF)."""
+    """The factor on cos and sin, so that its square acts on the scores.
+
+    It is the given one, else 0.1 ln(factor) + 1. With both mscales it is DeepSeek's quotient of two such
+    terms; a zero counts as absent, as in HF.
+    """
     factor = parameters["factor"]
     if "attention_factor" in parameters:
         return float(parameters["attention_factor"])
@@ -242,5 +267,5 @@ def _yarn_attention_factor(parameters: dict[str, Any]) -> float:
 
 
 def _grown(factor: float, mscale: float) -> float:
-    """0.1 mscale ln(factor) + 1, and 1 where the context does not grow (arXiv:2309.00071, section 3.4)."""
+    """0.1 mscale ln(factor) + 1, or 1 if the context does not grow (arXiv:2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,19 +1,19 @@
-"""Sharding rules of torch.ops.fusedkv, so that operations take DTensors: importing this registers them.
+"""Sharding rules of torch.ops.fusedkv for DTensors; importing this module registers them.
 
-A rule says, for one dimension of a device mesh, how inputs and outputs may lie; torch tries all combinations
-over the dimensions and moves tensors to the cheapest that fits. Exact are
+A rule lists, for one dimension of a device mesh, possible placements of inputs and outputs. torch tries all
+combinations over the dimensions and moves tensors to the cheapest one that fits. These placements are exact:
 
-    fuse_kv                  whole, by sequences, by tokens, by KV heads; weights lie whole or by KV heads
-    its gradients            alike; those of weights that lie whole are then sums over processes (Partial)
+    fuse_kv                  whole, by sequences, by tokens, by KV heads; weights whole or by KV heads
+    its gradients            as fuse_kv; gradients of whole weights are then sums over processes (Partial)
     attention over a cache   whole, by sequences, by KV heads with their query heads; by query heads if G = 1
     append_kvcache           as attention; in place, so nothing is moved: see ``_in_place``
 
-Weights, lengths and block tables go with what they belong to. A page pool is whole where sequences are
-shared. Heads have no rule where KV heads do not divide, nor do tokens of a cache, nor channels: those tensors
-are gathered.
+Weights, lengths and block tables are placed as the tensors they belong to. A page pool is whole if sequences
+are sharded. There is no rule for heads if KV heads do not divide, for tokens of a cache, or for channels:
+those tensors are gathered.
 
 ``fused_kv_attn_func`` with gradients or many rows is fuse_kv, then torch's SDPA, which has rules on CUDA and
-none on the CPU: there call it through ``torch.distributed.tensor.experimental.local_map``.
+none on the CPU. On the CPU call it through ``torch.distributed.tensor.experimental.local_map``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WEIGHT_HEADS = 1  # of (m, G, D)
 
 
 def register_rules(namespace: str) -> None:
-    """Gives the operations of a namespace, "fusedkv" or another with the same schemas, their rules."""
+    """Registers the rules for a namespace: "fusedkv", or another one with the same schemas."""
     for name, rule in _RULES.items():
         op = getattr(getattr(torch.ops, namespace), name).default
         register_sharding(op)(rule)
@@ -187,17 +187,17 @@ def _append_kvcache(
 
 
 def _of_weights(dim: int | None) -> Placement:
-    """Weights (m, G, D) of sources that lie along ``dim``."""
+    """The placement of weights (m, G, D) whose sources are placed along ``dim``."""
     return Shard(_WEIGHT_HEADS) if dim == _HEADS else _WHOLE
 
 
 def _of_weights_grad(dim: int | None) -> Placement:
-    """Their gradient, a sum over sequences and tokens."""
+    """The placement of their gradient, a sum over sequences and tokens."""
     return _SUM if dim in (_BATCH, _TOKENS) else _of_weights(dim)
 
 
 def _of_cache(dim: int | None, block_table: DTensorSpec | None) -> Placement:
-    """Sequences of a page pool lie anywhere in it."""
+    """The placement of a cache: a page pool has the sequences in any order."""
     return _WHOLE if dim == _BATCH and block_table is not None else _sharded(dim)
 
 
@@ -207,7 +207,7 @@ def _of_lengths(dim: int | None, block_table: DTensorSpec | None) -> list[Placem
 
 
 def _parts(specs: Sequence[DTensorSpec]) -> int:
-    """Into how many parts heads are cut. Chunks of H and of G belong together if these are whole KV heads."""
+    """The number of parts of the heads. Chunks of H and of G belong together if these are whole KV heads."""
     mesh = specs[0].mesh
     heads = Shard(_HEADS)
     return math.prod(
@@ -216,16 +216,16 @@ def _parts(specs: Sequence[DTensorSpec]) -> int:
 
 
 def _in_place(name: str, rules: list[Rule], specs: Sequence[DTensorSpec]) -> list[Rule]:
-    """These rules, if one fits the tensors as they lie: what is written to must not be a moved copy.
+    """The rules, if one fits the tensors as they are placed: a written tensor must not be a moved copy.
 
-    Where none fits, torch would move some tensor, perhaps that one. The error leaves ``ops`` as ValueError.
+    If none fits, torch would move some tensor, perhaps that one. The error leaves ``ops`` as ValueError.
     """
     for i in range(specs[0].mesh.ndim):
         placed = [spec.placements[i] for spec in specs]
         if not any(placed == inputs for _, inputs in rules):
             raise ValueError(
-                f"fusedkv ValueError: {name} writes in place, so no tensor is moved; its tensors are placed "
-                f"{placed} along mesh dim {i}; expected one of {[inputs for _, inputs in rules]}"
+                f"fusedkv ValueError: {name} writes in place and moves no tensor; its tensors must be placed "
+                f"along mesh dim {i} as one of {[inputs for _, inputs in rules]}, got {placed}"
             )
     return rules
 

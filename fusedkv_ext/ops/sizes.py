@@ -1,7 +1,7 @@
 """Sizes that a graph of torch.compile or torch.export leaves open.
 
-A question about an open size becomes a guard: another answer compiles again, and an export refuses it. What
-is asked here adds no guard. Outside of graphs all sizes are plain ints.
+A comparison of an open size becomes a guard: another answer compiles again, and an export refuses it. The
+functions here add no guard. Outside of graphs all sizes are plain ints.
 """
 
 from __future__ import annotations

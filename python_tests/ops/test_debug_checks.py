@@ -48,5 +48,8 @@ def test_a_block_checks_the_lengths_that_the_host_gives() -> None:
     """With many rows; on the CPU, where they are always compared, so that only the path is the same."""
     q, cache = torch.randn(1, 33, 1, 16), torch.randn(1, 40, 1, 16)
     lengths = torch.tensor([40], dtype=torch.int32)
-    with fkv.debug_checks(), pytest.raises(ValueError, match=r"host_seqlens is \[39\]; cache_seqlens holds"):
+    with (
+        fkv.debug_checks(),
+        pytest.raises(ValueError, match=r"host_seqlens must be \[40\] as cache_seqlens, got \[39\]"),
+    ):
         fkv.fused_kv_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, host_seqlens=[39])

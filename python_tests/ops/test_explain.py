@@ -298,29 +298,37 @@ def test_an_explanation_is_frozen() -> None:
 
 
 ERRORS = [
-    (dict(device="mps"), ValueError, "device is mps; expected cpu or cuda"),
-    (dict(device=None), ValueError, "q is meta; expected cpu or cuda"),
-    (dict(bandwidth=0), ValueError, "bandwidth is 0; expected bytes per second > 0"),
-    (dict(cache_seqlens=None), ValueError, "block_table is given without cache_seqlens"),
+    (dict(device="mps"), ValueError, "device must be cpu or cuda, got mps"),
+    (dict(device=None), ValueError, "q must be on cpu or cuda, got meta"),
+    (dict(bandwidth=0), ValueError, "bandwidth must be bytes per second > 0, or None, got 0"),
+    (dict(cache_seqlens=None), ValueError, "block_table must be passed with cache_seqlens"),
     (
         dict(cache_seqlens=torch.ones(2)),
         ValueError,
-        r"cache_seqlens has shape \(2,\); expected \(B,\) = \(3,\)",
+        r"cache_seqlens must have shape \(B,\) = \(3,\), got \(2,\)",
     ),
     (
         dict(cache_seqlens=torch.tensor([1, 4801, 0])),
         ValueError,
-        r"cache_seqlens\[1\] = 4801; expected 0 to 4800",
+        r"cache_seqlens\[1\] must be from 0 to 4800, the tokens of the cache, got 4801",
     ),
-    (dict(document_ids=torch.zeros(3, 9)), ValueError, "document_ids is given with cache_seqlens"),
-    (dict(window_size=4), TypeError, "window_size is 4; expected two ints"),
-    (dict(q=torch.empty(3, 32, 128)), ValueError, r"q has shape \(3, 32, 128\); expected 4 dims"),
-    (dict(q=torch.empty(3, 1, 32, 64, dtype=BF16)), ValueError, r"keys\[0\] has shape"),
-    (dict(q=torch.empty(3, 1, 30, 128, dtype=BF16)), ValueError, "q has 30 heads and keys.0. has 8"),
-    (dict(q=torch.empty(3, 1, 32, 128)), TypeError, "one dtype"),
-    (dict(q=3), TypeError, "q is int; expected a torch.Tensor"),
-    (dict(keys=[]), ValueError, "keys holds 0 tensors"),
-    (dict(key_weights=torch.ones(3, 1, 1)), ValueError, "key_weights has shape"),
+    (dict(document_ids=torch.zeros(3, 9)), ValueError, "document_ids must not be passed with cache_seqlens"),
+    (dict(window_size=4), TypeError, "window_size must be two ints .* got 4"),
+    (dict(q=torch.empty(3, 32, 128)), ValueError, r"q must have 4 dims \(B, S, H, D\), got \(3, 32, 128\)"),
+    (
+        dict(q=torch.empty(3, 1, 32, 64, dtype=BF16)),
+        ValueError,
+        r"keys\[0\] must be \(B, T, G, D\) with B = ",
+    ),
+    (
+        dict(q=torch.empty(3, 1, 30, 128, dtype=BF16)),
+        ValueError,
+        "q must have a multiple of keys.0.'s 8 heads, got 30",
+    ),
+    (dict(q=torch.empty(3, 1, 32, 128)), TypeError, "must be float32 as q, got bfloat16"),
+    (dict(q=3), TypeError, "q must be .* got int"),
+    (dict(keys=[]), ValueError, "keys must hold 1 to 32 tensors, got 0"),
+    (dict(key_weights=torch.ones(3, 1, 1)), ValueError, "key_weights must be broadcastable to "),
 ]
 
 

@@ -115,9 +115,11 @@ def test_buffers_for_gradients_have_to_fit() -> None:
     sources, grad = [torch.randn(1, 4, 2, 5)] * 2, torch.randn(1, 4, 2, 5)
     weights = torch.ones(2, 1, 1)
     for buffer in (torch.zeros(1, 4, 2, 4), torch.zeros(1, 2, 4, 5).transpose(1, 2)):
-        with pytest.raises(ValueError, match=r"grad_sources\[1\] has shape .*contiguous"):
+        with pytest.raises(
+            ValueError, match=r"grad_sources\[1\] must have shape .* as sources\[0\], got .*contiguous"
+        ):
             fkv.fuse_kv_backward(grad, sources, weights, grad_sources=[torch.zeros_like(grad), buffer])
-    with pytest.raises(ValueError, match=r"grad has shape \(1, 4, 5, 2\)"):
+    with pytest.raises(ValueError, match=r"grad must have shape .* got \(1, 4, 5, 2\)"):
         fkv.fuse_kv_backward(grad.mT, sources, weights)
 
 
@@ -234,9 +236,7 @@ def test_no_channels_are_refused(op: str) -> None:
         "append_kvcache": (x, x, x, x),
     }
     options = {"cache_seqlens": torch.tensor([2], dtype=torch.int32)} if op == "append_kvcache" else {}
-    with pytest.raises(
-        ValueError, match="head dim 0; expected at least 1|must have a head dim of at least 1, got 0"
-    ):
+    with pytest.raises(ValueError, match="must have a head dim of at least 1, got 0"):
         getattr(fkv, op)(*arguments[op], **options)
 
 

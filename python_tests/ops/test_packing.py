@@ -198,7 +198,10 @@ def test_num_target_tokens_is_what_the_sum_is_divided_by() -> None:
             r"int32 or int64 of .* ids, \(2, 18\)",
         ),
         ({"document_ids": torch.zeros(2, 18)}, "must be int32 or int64 .* got torch.float32"),
-        ({"document_ids": torch.zeros(2, 18, dtype=torch.long, device="meta")}, "document_ids is on meta"),
+        (
+            {"document_ids": torch.zeros(2, 18, dtype=torch.long, device="meta")},
+            "document_ids must be on .* got a tensor on meta",
+        ),
         ({"num_target_tokens": 3.0}, "num_target_tokens must be above 0, and needs labels"),
         (
             {"num_target_tokens": 0.0, "labels": torch.zeros(2, 18, dtype=torch.long)},
