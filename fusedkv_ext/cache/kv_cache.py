@@ -10,13 +10,13 @@ padded on the left: a row before the start of its sequence is not stored, and at
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedkv_ext.cache.page_table import PageTable, brief
 from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.ops import cached, native
 from fusedkv_ext.ops.call import AppendCall
@@ -36,96 +36,6 @@ class KV(NamedTuple):
 
     key: Tensor | None
     value: Tensor | None
-
-
-class PageTable:
-    """Which pages hold which sequence: bookkeeping on the host, no keys and no values.
-
-    A page may belong to several sequences (after a reorder); its reference count says to how many. Whoever
-    writes into a page must be its only owner, so ``extend`` replaces a shared last page by a copy of its own.
-    """
-
-    def __init__(self, batch_size: int, page_size: int, max_pages: int, num_pages: int) -> None:
-        self.page_size = page_size
-        self.num_pages = num_pages
-        self.rows = torch.full((batch_size, max_pages), -1, dtype=torch.int32)
-        self.pages: list[list[int]] = [[] for _ in range(batch_size)]
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._owners = [0] * num_pages
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def extend(self, old: list[int], new: list[int]) -> tuple[list[tuple[int, int]], bool]:
-        """Makes room for lengths ``new``; returns copies to make (from page, to page) and if rows changed."""
-        held = [len(pages) for pages in self.pages]
-        growth = [-(-length // self.page_size) - count for count, length in zip(held, new, strict=True)]
-        tails = self._shared_tails(old, new)
-        # Of k writers of a page with r owners the last one may keep it if nobody else is left.
-        spare = sum(writers == self._owners[page] for page, writers in Counter(tails.values()).items())
-        needed = sum(growth) + len(tails) - spare
-        if needed > len(self._free):
-            raise CacheFullError(
-                f"the page pool is full: lengths {_brief(new)} need {needed} more pages of {self.page_size} "
-                f"tokens, {len(self._free)} of {self.num_pages} are free; free(b) finished sequences, crop, "
-                "or make a cache with more num_pages"
-            )
-        copies = []
-        for b, page in tails.items():
-            if self._owners[page] > 1:
-                self._owners[page] -= 1
-                own = self._take()
-                copies.append((page, own))
-                self._set(b, len(self.pages[b]) - 1, own)
-        for b, count in enumerate(growth):
-            for _ in range(count):
-                self.pages[b].append(-1)
-                self._set(b, len(self.pages[b]) - 1, self._take())
-        return copies, bool(copies) or any(growth)
-
-    def truncate(self, b: int, length: int) -> bool:
-        """Gives back the pages beyond ``length`` tokens; returns whether there were any."""
-        keep = -(-length // self.page_size)
-        dropped = self.pages[b][keep:]
-        del self.pages[b][keep:]
-        for page in dropped:
-            self._release(page)
-        if dropped:
-            self.rows[b, keep:] = -1
-        return bool(dropped)
-
-    def reorder(self, index: list[int]) -> None:
-        """Sequence b becomes what sequence index[b] was; a sequence taken twice shares its pages."""
-        chosen = [list(self.pages[i]) for i in index]
-        for page in (page for pages in chosen for page in pages):
-            self._owners[page] += 1
-        for page in (page for pages in self.pages for page in pages):
-            self._release(page)
-        self.pages = chosen
-        self.rows.copy_(self.rows[index])
-
-    def _shared_tails(self, old: list[int], new: list[int]) -> dict[int, int]:
-        """Sequences that are about to write into a last page which is not theirs alone, and that page."""
-        return {
-            b: pages[-1]
-            for b, pages in enumerate(self.pages)
-            if new[b] > old[b] and old[b] % self.page_size and self._owners[pages[-1]] > 1
-        }
-
-    def _set(self, b: int, column: int, page: int) -> None:
-        self.pages[b][column] = page
-        self.rows[b, column] = page
-
-    def _take(self) -> int:
-        page = self._free.pop()
-        self._owners[page] = 1
-        return page
-
-    def _release(self, page: int) -> None:
-        self._owners[page] -= 1
-        if self._owners[page] == 0:
-            self._free.append(page)
 
 
 class KVCache:
@@ -487,7 +397,7 @@ class KVCache:
         )
         if min(limits) < 0:
             raise ValueError(
-                f"length must not be negative, got {_brief(limits)}; it is the number of tokens to keep"
+                f"length must not be negative, got {brief(limits)}; it is the number of tokens to keep"
             )
         self._truncate([min(pair) for pair in zip(self._lengths, limits, strict=True)])
 
@@ -531,7 +441,7 @@ class KVCache:
         )
         return (
             f"KVCache({self.plan.name}, layers {list(self.plan.storage_layers)}, {kind}, "
-            f"max_len={self.max_len}, lengths={_brief(self._lengths)}, {self.dtype}, {self.nbytes} bytes)"
+            f"max_len={self.max_len}, lengths={brief(self._lengths)}, {self.dtype}, {self.nbytes} bytes)"
         )
 
     def _truncate(self, lengths: list[int]) -> None:
@@ -592,8 +502,3 @@ def _check_positive(name: str, size: int) -> None:
 
 def _yes(tensor: Tensor | None) -> str:
     return "no" if tensor is None else "yes"
-
-
-def _brief(numbers: Sequence[int]) -> str:
-    """The first few numbers, for messages."""
-    return "[" + ", ".join(map(str, numbers[:8])) + (", ...]" if len(numbers) > 8 else "]")

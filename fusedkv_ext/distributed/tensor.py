@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
-from fusedkv_ext.layers.decoder import MLP, Decoder, DecoderConfig, OutputHead
+from fusedkv_ext.layers.attention import FusedKVAttention
+from fusedkv_ext.layers.decoder import Decoder, DecoderConfig, OutputHead
+from fusedkv_ext.layers.mlp import MLP
+from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.layers.shards import for_all_ranks, local
 from fusedkv_ext.ops.head_loss import Head, VocabShard, head_losses
 from fusedkv_ext.plan import CachePlan

@@ -1,9 +1,9 @@
 """Attention of one layer of a cache plan: FusedKV (arXiv 2512.03870) and every other row of the plan's table.
 
-A layer projects and stores the KV heads that the plan gives it, reads the others from its source layers, and
-mixes with its fusion weights: before it stores where it names itself among the sources, when it reads where
-it does not. Keys are stored after RoPE. Keys and values travel as arguments and return values, so the module
-works inside anybody's block, under activation checkpointing and under FSDP.
+A layer projects and stores the KV heads that the plan gives it, and reads the others from its source layers.
+If it names itself among the sources, it mixes with its fusion weights before it stores; else when it reads.
+Keys are stored after RoPE. Keys and values are arguments and return values, so the module works inside any
+block, under activation checkpointing and under FSDP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed, mixes_any
-from fusedkv_ext.layers.shards import local
+from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.functional import fused_kv_attn_func
@@ -25,33 +25,7 @@ from fusedkv_ext.ops.packing import document_positions
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
 
-__all__ = ["FusedKVAttention", "RMSNorm"]
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in the dtype of the input (arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.shared = False  # by ranks, under tensor parallelism
-        self.of_heads = False  # and each sees its own heads only
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # read once: a module finds its parameters by name
-        if self.shared:
-            weight = local(weight, self.of_heads)
-        if x.dtype is weight.dtype:
-            return torch.rms_norm(x, weight.shape, weight, self.eps)
-        # Under autocast: bf16 rows and an fp32 weight, which would lose its last bits in bf16.
-        return torch.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+__all__ = ["FusedKVAttention"]
 
 
 _NOTHING = KV(None, None)
@@ -60,19 +34,27 @@ _NOTHING = KV(None, None)
 class FusedKVAttention(nn.Module):
     """Causal self-attention of layer ``layer`` (from 0) of ``plan``; it projects only what the layer stores.
 
-    Parameters, named as in HF's Qwen3: ``q_proj``, ``o_proj``; ``k_proj``, ``v_proj`` where the plan stores
-    (for the stored heads only); ``q_norm``, and ``k_norm`` where keys are stored, if ``qk_norm``;
-    ``kv_fusion`` (``FusionWeights``, fp32) where the plan has fusion weights.
+    Parameters have the names of HF's Qwen3: ``q_proj``, ``o_proj``; ``k_proj`` and ``v_proj`` of the stored
+    heads, if there are any; ``q_norm``, and ``k_norm`` if keys are stored, with ``qk_norm``; ``kv_fusion``
+    (``FusionWeights``, fp32) if the plan has fusion weights.
 
     Args:
-        qk_norm: RMSNorm over the head dim of queries and keys, before RoPE.
-        bias: of the q, k, v and o projections.
-        rope: makes the positions when ``forward`` gets no ``position_embeddings``, and says how channels pair
-            up. None: half-split pairs, and without ``position_embeddings`` no positions at all.
-        sliding_window: a token sees that many tokens, itself included (as in HF). None: all before it.
-        recompute_fusion: see ``fused_kv_attn_func``.
+        plan: The cache plan.
+        layer: The layer of the plan, from 0.
+        hidden_size: Channels of the hidden state.
+        num_attention_heads: H.
+        num_key_value_heads: G.
+        head_dim: D.
+        qk_norm: Whether queries and keys pass an RMSNorm over the head dim before RoPE.
+        rms_norm_eps: Epsilon of these norms.
+        bias: Whether the q, k, v and o projections have biases.
+        rope: Computes positions if ``forward`` gets no ``position_embeddings``, and defines how channels pair
+            up. If None, pairs are half-split, and without ``position_embeddings`` there are no positions.
+        sliding_window: Tokens that a token sees, itself included (as in HF); None: all before it.
+        recompute_fusion: As in ``fused_kv_attn_func``.
 
-    Raises ValueError if heads do not divide, shares of heads are not whole, or ``sliding_window`` is below 1.
+    Raises:
+        ValueError: Heads do not divide, shares of heads are not whole, or ``sliding_window`` is below 1.
     """
 
     def __init__(
@@ -103,7 +85,7 @@ class FusedKVAttention(nn.Module):
         self.source_layers = plan.source_layers(layer)
         self.num_sources = len(self.source_layers)
         self.recompute_fusion = recompute_fusion
-        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.window_size = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
         self._resolve(heads, kv_heads)
 
@@ -123,7 +105,7 @@ class FusedKVAttention(nn.Module):
             rotary_dim = None if rope is None else rope.rotary_dim
             self.kv_fusion = FusionWeights(plan, layer, kv_heads, head_dim, self.interleaved, rotary_dim)
 
-        # Keys are mixed after RoPE: layers that mix, and their sources, cannot leave rotating to the cache.
+        # Keys are mixed after RoPE, so layers that mix and their sources cannot leave it to the cache.
         self.needs_positions = rope is not None and any(
             layer in (i, *plan.source_layers(i)) and mixes_any(plan, i, kv_heads)
             for i in range(plan.num_layers)
@@ -140,10 +122,14 @@ class FusedKVAttention(nn.Module):
         self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
 
     def shard_heads(self, heads: int, kv_heads: int, first: int | None = None) -> None:
-        """From now on the projections give ``heads`` query heads and ``kv_heads`` KV heads: those of this
-        rank under tensor parallelism. The caller has cut the parameters.
+        """From now on the projections return ``heads`` query heads and ``kv_heads`` KV heads.
 
-        first: see ``FusionWeights.shard_heads``.
+        They are those of this rank under tensor parallelism. The caller has sharded the parameters.
+
+        Args:
+            heads: Query heads of this rank.
+            kv_heads: KV heads of this rank.
+            first: As in ``FusionWeights.shard_heads``.
         """
         self._resolve(heads, kv_heads)
         for norm in (self.q_norm, self.k_norm):
@@ -154,7 +140,7 @@ class FusedKVAttention(nn.Module):
 
     @property
     def mixes_before_storing(self) -> bool:
-        """Whether this layer needs its sources' new tokens even when a cache holds them already."""
+        """Whether this layer needs the new tokens of its sources even if a cache has them."""
         return bool(self._keys.mixes or self._values.mixes)
 
     def forward(
@@ -172,26 +158,28 @@ class FusedKVAttention(nn.Module):
 
         Args:
             x: (B, S, hidden).
-            sources: KV of the layers ``source_layers``, in that order, T tokens each: what they returned.
-                With a cache only a layer with ``mixes_before_storing`` needs them (of the S new tokens);
-                others read the cache. Under context parallelism x has this rank's tokens, KV all of them.
+            sources: KV of the layers ``source_layers``, in that order, T tokens each, as these layers
+                returned them. With a cache only a layer with ``mixes_before_storing`` needs them (of the S
+                new tokens); others read the cache. Under context parallelism x has this rank's tokens, KV all
+                of them.
             position_embeddings: cos and sin, (S, rotary_dim / 2) or (B, S, rotary_dim / 2).
-            cache: ``cache.advance(S)`` must have made room; this layer's keys and values are appended. Not
-                differentiable.
-            last: compute the output of the last ``last`` rows only (keys and values are made for all S).
-            document_ids: (B, T) integers, see ``fused_kv_attn_func``; positions from ``rope`` then begin anew
-                where they change. Not with a cache.
-            fusion: what ``kv_fusion()`` returns, from a caller that has fetched it already.
+            cache: A cache in which ``cache.advance(S)`` has made room; this layer's keys and values are
+                appended. Not differentiable.
+            last: Compute the output of the last ``last`` rows only. Keys and values are computed for all S.
+            document_ids: (B, T) integers, see ``fused_kv_attn_func``. Positions from ``rope`` restart where
+                they change. Not with a cache.
+            fusion: The result of ``kv_fusion()``, from a caller that has fetched it already.
 
         Returns:
-            out (B, S or last, hidden), and the KV that this layer stores of its S tokens. With a cache and
-            without ``position_embeddings`` that is KV(None, None), unless a layer with
-            ``mixes_before_storing`` wants it: the cache has it.
+            out (B, S or last, hidden), and the KV that this layer stores of its S tokens. That is KV(None,
+            None) with a cache and without ``position_embeddings``, unless a layer with
+            ``mixes_before_storing`` wants it.
 
-        Raises ValueError for wrong shapes, missing sources or a cache of another plan.
+        Raises:
+            ValueError: A shape is wrong, sources are missing, or the cache is for another plan.
         """
         check_call(self, x, sources, cache, last, document_ids)
-        modules = self._modules  # as attributes each would be looked for in three places, at every token
+        modules = self._modules  # attributes would be looked up in three places each, at every token
         rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
             if cache is None or self.needs_positions:
@@ -245,7 +233,7 @@ class FusedKVAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None,
         fusion: FusionTensors | None,
     ) -> KV:
-        """What this layer stores of the tokens x: projected, normalized, rotated, mixed."""
+        """Keys and values that this layer stores of the tokens x: projected, normalized, rotated, mixed."""
         key = value = None
         k_proj, v_proj = self._modules.get("k_proj"), self._modules.get("v_proj")
         if k_proj is not None:
@@ -299,7 +287,7 @@ class FusedKVAttention(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _attend_cached(self, q: Tensor, cache: KVCache) -> Tensor:
-        """As ``_attend``, over what the cache holds."""
+        """As ``_attend``, over the cache."""
         outs = []
         for q_heads, keys, values in self._reads:
             part = q if q_heads is None else q[:, :, q_heads]
@@ -324,7 +312,7 @@ class FusedKVAttention(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:
-        """As ``kv_fusion()`` has them, without the cost of a call at every token."""
+        """Fusion weights, as ``kv_fusion()`` returns them, without the cost of a module call per token."""
         if keys.segment is None and values.segment is None:
             return None, None
         fusion = self._modules.get("kv_fusion")
@@ -342,7 +330,7 @@ def check_call(
     last: int | None,
     document_ids: Tensor | None,
 ) -> None:
-    """The checks of ``forward``'s arguments, for every attention of a plan."""
+    """Checks the arguments of ``forward``, for all attention modules."""
     hidden, plan = attention.hidden_size, attention.plan
     if x.dim() != 3 or x.shape[-1] != hidden:
         raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.generation.generate import generate
 from fusedkv_ext.generation.sampling import Sampling
-from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
+from fusedkv_ext.layers.attention import FusedKVAttention
 from fusedkv_ext.layers.decoder_config import DecoderConfig
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.layers.latent_attention import LatentAttention
+from fusedkv_ext.layers.mlp import MLP
 from fusedkv_ext.layers.moe import Experts, MoE
+from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.layers.shards import common_seed
 from fusedkv_ext.ops.head_loss import Head, head_losses
 from fusedkv_ext.ops.packing import IGNORED, check_packing, document_positions, next_tokens
@@ -32,19 +34,6 @@ from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "OutputHead"]
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def _attention(
@@ -156,7 +145,7 @@ class DecoderModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.exit_layer = plan.prefill_layers - 1
         self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
         # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
@@ -260,7 +249,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = DecoderModel(config)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
-        self.tp: Any = None  # the DeviceMesh of processes that share the heads (parallel/tensor.py)
+        self.tp: Any = None  # the DeviceMesh of processes that share the heads (distributed/tensor.py)
         self.reset_parameters()
         self.tie_weights()
 

@@ -1,4 +1,4 @@
-"""Sizes of a decoder, what they may be, and the way they are written down."""
+"""Sizes of a decoder: their checks and their serialization."""
 
 from __future__ import annotations
 
@@ -31,30 +31,40 @@ POSITIVE_FIELDS = (
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder; field names and meanings as in HF's Qwen3Config and Qwen3MoeConfig, plus ``plan``.
+    """Sizes of a decoder, with field names and meanings of HF's Qwen3Config and Qwen3MoeConfig, and ``plan``.
 
-    head_dim: default hidden_size / num_attention_heads. plan: a CachePlan, or the name of one, made for
-    num_hidden_layers. sliding_window: tokens that a sliding layer sees, itself included. layer_types: one of
-    "full_attention", "sliding_attention" per layer; default: all sliding if sliding_window is given, else all
-    full. A full layer may not read the cache of a sliding one, of which serving stacks keep the window only;
-    it may mix with a sliding one before it stores, which takes the new tokens alone.
-    rope_interleaved: RoPE pairs channels 2j and 2j+1 instead of j and j + D/2. initializer_range:
-    standard deviation of initial matrices. attention_bias: of the q, k, v and o projections.
-    recompute_fusion: training keeps no fused keys and values for the backward, which fuses again.
+    Multi-head latent attention: with ``kv_lora_rank`` all layers have it, and the names and meanings of
+    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim are those of HF's
+    DeepseekV3Config (see ``LatentAttention``). Only q_lora_rank may be left out. head_dim is then
+    qk_rope_head_dim. num_key_value_heads, qk_norm and recompute_fusion have no effect.
 
-    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: with kv_lora_rank all layers
-    have multi-head latent attention; names and meanings as in HF's DeepseekV3Config, see ``LatentAttention``.
-    Only q_lora_rank may be left out. head_dim is then qk_rope_head_dim, attention_bias that of the
-    projections named there; num_key_value_heads, qk_norm and recompute_fusion mean nothing.
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers: As in HF.
+        num_attention_heads, num_key_value_heads, rms_norm_eps, tie_word_embeddings: As in HF.
+        head_dim: Default hidden_size / num_attention_heads.
+        plan: A CachePlan for num_hidden_layers, or its label, such as "fusedkv" or "cla:factor=3".
+        rope_theta, rope_scaling: Base and scaling of RoPE.
+        rope_interleaved: Whether RoPE pairs channels 2j and 2j + 1 instead of j and j + D/2.
+        max_position_embeddings: Longest sequence.
+        qk_norm: Whether queries and keys are normalized.
+        attention_bias: Whether the q, k, v and o projections have biases.
+        sliding_window: Tokens that a sliding layer sees, itself included.
+        layer_types: "full_attention" or "sliding_attention" for each layer; default: all sliding with a
+            sliding_window, else all full. A full layer may not read the cache of a sliding one, which keeps
+            its window only. It may mix with a sliding one before it stores, which takes the new tokens alone.
+        initializer_range: Standard deviation of initial matrices.
+        recompute_fusion: Whether the backward recomputes fused keys and values.
+        num_experts: Experts per feed-forward network; 0 is a dense one.
+        num_experts_per_tok: Experts per token.
+        moe_intermediate_size: Of one expert; default intermediate_size / num_experts_per_tok, which has as
+            many products per token as the dense network.
+        norm_topk_prob: See ``MoE`` (HF's default is False, its Qwen3 checkpoints have True).
+        router_aux_loss_coef: Weight of ``balance_loss`` in the training loss.
+        decoder_sparse_step, mlp_only_layers: Layer i, from 0, has experts if i + 1 is a multiple of
+            decoder_sparse_step and i is not in mlp_only_layers.
 
-    num_experts: experts per feed-forward network, 0 for a dense one. num_experts_per_tok: experts that each
-    token goes through. moe_intermediate_size: of one expert; default intermediate_size /
-    num_experts_per_tok, as many products per token as the dense network has. norm_topk_prob: see ``MoE``
-    (HF's default is False, its Qwen3 checkpoints have True). router_aux_loss_coef: weight of ``balance_loss``
-    in the training loss. Layer i, from 0, has experts if i + 1 is a multiple of decoder_sparse_step and i is
-    not in mlp_only_layers.
-
-    Raises ValueError naming the field that cannot be.
+    Raises:
+        ValueError: A field is impossible; the message names it.
     """
 
     vocab_size: int
@@ -184,7 +194,7 @@ class DecoderConfig:
         return sparse and layer not in self.mlp_only_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON; with the version of this format."""
+        """Numbers, strings, lists and dicts, ready for JSON, with the version of this format."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             "model_type": MODEL_TYPE,
@@ -196,14 +206,18 @@ class DecoderConfig:
         }
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """What a KVCache of that dtype holds of one token of one sequence, all layers together."""
+        """Bytes of a KVCache of that dtype per token and sequence, all layers together."""
         if self.kv_lora_rank is not None:
             return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, dtype)
         return self.plan.bytes_per_token(self.num_key_value_heads, self.head_dim, dtype)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DecoderConfig:
-        """The inverse of ``to_dict``. Raises ValueError for a newer format, missing and unknown fields."""
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: The format is newer, or fields are missing or unknown.
+        """
         data = dict(data)
         version = data.pop("format", None)
         if data.pop("model_type", MODEL_TYPE) != MODEL_TYPE or not isinstance(version, int):

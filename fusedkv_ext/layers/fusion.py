@@ -1,10 +1,10 @@
-"""The learnable part of a cache plan: fusion weights, and how optimizers should treat them.
+"""The learnable part of a cache plan: fusion weights, and their parameter groups for optimizers.
 
     K_i = sum_j a_ij (.) K_j        V_i = sum_j b_ij (.) V_j        (FusedKV, arXiv:2512.03870)
 
-Keys are fused after RoPE, so a_ij must be equal on the two channels of each RoPE pair; the parameters hold
-one number per pair and are expanded here. Parameters stay fp32 whatever the model's dtype: their updates
-are smaller than the resolution of bf16 around 1.
+Keys are fused after RoPE, so a_ij must be equal on the two channels of each RoPE pair. The parameters hold
+one number per pair and are expanded here. They stay fp32 whatever the model's dtype: their updates are
+smaller than the resolution of bf16 around 1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ from fusedkv_ext.plan import CachePlan, Fusion, Segment
 
 
 class FusedSegment(NamedTuple):
-    """One segment that has weights: "key" or "value", its sources and what the weights look like, whose KV
-    heads, how many channels, of which rotated, and the names of the parameters."""
+    """One segment with weights.
+
+    Attributes:
+        side: "key" or "value".
+        segment: The segment of the plan, with its sources.
+        fusion: Granularity, initial values and ties of the weights.
+        start, stop: Its KV heads, start to stop - 1.
+        dim: Channels per head.
+        rotary_dim: Channels that RoPE rotates.
+        names: Parameter names, one per source.
+    """
 
     side: str
     segment: Segment
@@ -39,8 +48,7 @@ class FusedSegment(NamedTuple):
 
 
 class FusionTensors(NamedTuple):
-    """Fusion weights of one layer, ready for the operations: fp32 (m, g, D) or None for each resolved
-    segment."""
+    """Fusion weights of one layer for the operations: fp32 (m, g, D) or None per resolved segment."""
 
     keys: tuple[Tensor | None, ...]
     values: tuple[Tensor | None, ...]
@@ -49,18 +57,25 @@ class FusionTensors(NamedTuple):
 class FusionWeights(nn.Module):
     """Fusion weights of one layer of a plan.
 
-    One fp32 nn.Parameter per side and source, named ``key_0``, ``key_1``, ``value_0``, ... in the order of
-    the segment's sources, or ``key_s1_0`` (second key segment, first source) where a side has several fused
-    segments. Shapes, with g the segment's KV heads, C = D - rotary_dim/2 where pairs are tied and else D:
+    There is one fp32 nn.Parameter per side and source, named ``key_0``, ``key_1``, ``value_0``, ... in the
+    order of the segment's sources. If a side has several fused segments, names are ``key_s1_0`` (second key
+    segment, first source). Shapes, with g the segment's KV heads, and C = D - rotary_dim/2 if pairs are tied,
+    else D:
 
         channel (g, C)    shared_channel (1, C)    head (g, 1)    scalar (1, 1)
 
-    plan, layer: whose weights these are. num_kv_heads, head_dim: G, D. interleaved, rotary_dim: the
-    convention and the number of rotated channels of RoPE (rope.py), which say what a pair is; rotary_dim
-    defaults to D. Channels beyond rotary_dim have no pair and weights of their own. value_dim: channels of a
-    value, none of them in pairs, where they are not D as the keys' (latent attention).
+    Args:
+        plan: The cache plan.
+        layer: The layer of the plan, from 0.
+        num_kv_heads: G.
+        head_dim: D.
+        interleaved: The pairing convention of RoPE (rope.py).
+        rotary_dim: Channels that RoPE rotates, by default D. The others have no pair and weights of their
+            own.
+        value_dim: Channels of a value, if they are not D as the keys' (latent attention); none are in pairs.
 
-    Raises ValueError for a head share that is not a whole number of heads and for an impossible rotary_dim.
+    Raises:
+        ValueError: A head share is not a whole number of heads, or rotary_dim is impossible.
     """
 
     def __init__(
@@ -82,7 +97,7 @@ class FusionWeights(nn.Module):
             "key": (head_dim, rotary_dim),
             "value": (head_dim, rotary_dim) if value_dim is None else (value_dim, 0),
         }
-        self._of_heads = False  # this rank has the weights of some heads; what all share is one for all ranks
+        self._of_heads = False  # whether this rank has the weights of some heads only
         self._rows: slice | None = None  # of the parameters per head; None: all
         self._expanded: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
         self._resolve(num_kv_heads)
@@ -98,17 +113,19 @@ class FusionWeights(nn.Module):
         keys = self._fused("key", num_kv_heads, row.keys)
         values = self._fused("value", num_kv_heads, row.values)
         self.fused_segments: tuple[FusedSegment, ...] = (*keys.values(), *values.values())
-        # Those of each resolved segment; None where it has no weights.
+        # Those of each resolved segment; None if it has no weights.
         self._keys = [keys.get(segment.key) for segment in self._segments]
         self._values = [values.get(segment.value) for segment in self._segments]
 
     def shard_heads(self, num_kv_heads: int, first: int | None = None) -> None:
-        """From now on the weights are of ``num_kv_heads`` KV heads, those of this rank under tensor
-        parallelism.
+        """From now on the weights are of ``num_kv_heads`` KV heads, those of a tensor-parallel rank.
 
-        first: parameters per head are whole, and rows from ``first`` on are used (of plans whose segments
-        have all heads); None: they have these heads' rows only. Parameters that all heads share are whole,
-        and what is whole gets the gradients of all ranks.
+        Parameters that all heads share stay whole. Whole parameters get the gradients of all ranks.
+
+        Args:
+            num_kv_heads: KV heads of this rank.
+            first: If given, parameters per head are whole, and rows from ``first`` on are used (for plans
+                whose segments have all heads). If None, they have only the rows of these heads.
         """
         self._resolve(num_kv_heads)
         self._of_heads = True
@@ -138,14 +155,16 @@ class FusionWeights(nn.Module):
         return rows, fused.dim - (fused.rotary_dim // 2 if fusion.tied else 0)
 
     def key_weights(self, segment_index: int = 0) -> Tensor | None:
-        """Weights on the keys of ``plan.segments(layer, G)[segment_index]``: fp32 (m, g, D), contiguous, or
-        None: ones.
+        """Weights on the keys of ``plan.segments(layer, G)[segment_index]``.
 
-        g counts the heads of that resolved segment, m its key sources in the segment's order. With gradients
-        off the expanded tensor is kept until a parameter changes, so that decoding does not rebuild it for
-        every token; do not write to it. (Writing through ``parameter.data`` and optimizers with
-        ``fused=True`` go unseen by PyTorch's version counters. ``train()``, ``eval()`` and a call with
-        gradients forget what is kept; after anything else call ``clear_cache()``.)
+        With gradients off the expanded tensor is kept until a parameter changes, so that decoding does not
+        rebuild it for every token. PyTorch's version counters miss writes through ``parameter.data`` and
+        optimizers with ``fused=True``. ``train()``, ``eval()`` and a call with gradients clear what is kept;
+        otherwise call ``clear_cache()``.
+
+        Returns:
+            Contiguous fp32 (m, g, D), not to be written to, or None: all ones. g counts the heads of that
+            resolved segment, m its key sources in the segment's order.
         """
         return self._weights("key", segment_index, self._keys[segment_index])
 
@@ -159,7 +178,7 @@ class FusionWeights(nn.Module):
         parameters = [self._local(self._parameters[name], fused) for name in fused.names]
         state = None
         if torch.is_grad_enabled():
-            self._expanded.clear()  # a step of the optimizer may follow, and fused ones count no version
+            self._expanded.clear()  # an optimizer step may follow, and fused ones count no version
         else:
             state = _state(parameters)
         kept = self._expanded.get((side, segment_index))
@@ -171,14 +190,14 @@ class FusionWeights(nn.Module):
             expanded = expanded[:, start - fused.start : stop - fused.start].contiguous()
         if fused.fusion.multiplier != 1:
             expanded = expanded * fused.fusion.multiplier
-        if not fused.fusion.learnable:  # whatever else has asked for gradients of all parameters
+        if not fused.fusion.learnable:  # even if something turned on gradients of all parameters
             expanded = expanded.detach()
         if state is not None:
             self._expanded[side, segment_index] = (state, expanded)
         return expanded
 
     def expansion(self, fused: FusedSegment) -> Tensor:
-        """The matrix (D, C) that makes the weights of one head's channels of a row of a parameter, fp32."""
+        """The matrix (D, C) that maps a row of a parameter to one head's weights, fp32."""
         rows = torch.eye(self._parameter_shape(fused)[1])
         return self._spread(rows, fused).expand(len(rows), fused.dim).mT
 
@@ -209,8 +228,12 @@ class FusionWeights(nn.Module):
     def reset_parameters(
         self, generator: torch.Generator | None = None, names: Collection[str] | None = None
     ) -> None:
-        """Sets the initial values of the plan; ``generator`` draws those of N(0, 1). names: of the parameters
-        to set; None: all."""
+        """Sets the initial values of the plan.
+
+        Args:
+            generator: Draws those from N(0, 1); None: torch's global generator.
+            names: Parameters to set; None: all.
+        """
         for fused in self.fused_segments:
             init, multiplier = fused.fusion.init, fused.fusion.multiplier
             for j, name in enumerate(fused.names):
@@ -222,26 +245,29 @@ class FusionWeights(nn.Module):
                     self.get_parameter(name).fill_(init[j] / multiplier)
 
     def forward(self) -> FusionTensors:
-        """``key_weights`` and ``value_weights`` of all resolved segments, by a call of the module: only calls
-        reach the hooks of FSDP2 and of offloading, which fetch the parameters."""
+        """``key_weights`` and ``value_weights`` of all resolved segments.
+
+        This is a call of the module, because only calls reach the hooks of FSDP2 and of offloading, which
+        fetch the parameters.
+        """
         segments = range(len(self._segments))
         return FusionTensors(
             tuple(self.key_weights(s) for s in segments), tuple(self.value_weights(s) for s in segments)
         )
 
     def freeze_constants(self) -> None:
-        """Weights that the plan does not learn need no gradient: for loaders, which make new parameters."""
+        """Turns off gradients of weights that the plan does not learn, for loaders of new parameters."""
         for fused in self.fused_segments:
             if not fused.fusion.learnable:
                 for name in fused.names:
                     self.get_parameter(name).requires_grad_(False)
 
     def clear_cache(self) -> None:
-        """Forgets the expanded weights that were kept. ``train()`` and ``eval()`` do so too."""
+        """Drops the expanded weights. ``train()`` and ``eval()`` do so too."""
         self._expanded.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have parameters of their own, which what was kept knows nothing of."""
+        """Copies and pickles have parameters of their own, so they take no expanded weights."""
         return {**self.__dict__, "_expanded": {}}
 
     def train(self, mode: bool = True) -> FusionWeights:
@@ -249,7 +275,7 @@ class FusionWeights(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
-        """Moves like any module but never below fp32, whatever ``.bfloat16()`` or ``.to(dtype)`` ask."""
+        """Moves like any module but never below fp32, even for ``.bfloat16()`` and ``.to(dtype)``."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -266,9 +292,9 @@ class FusionWeights(nn.Module):
 
 
 def _state(parameters: list[nn.Parameter]) -> list[tuple[int, int, int]] | None:
-    """What changes whenever a parameter does: identity, storage, version.
+    """A value that changes whenever a parameter does: identity, storage, version.
 
-    None where that cannot be known (inference tensors, tensor subclasses such as DTensor) or need not be (a
+    None if that cannot be known (inference tensors, tensor subclasses such as DTensor) or need not be (a
     compiled graph contains the expansion).
     """
     if torch.compiler.is_compiling():
@@ -284,12 +310,19 @@ def _state(parameters: list[nn.Parameter]) -> list[tuple[int, int, int]] | None:
 def param_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: weight decay on matrices only.
 
-    Excluded from decay: fusion weights (they are matrices by shape, but decay would pull every fused key
-    and value towards zero), norms and biases (fewer than two dimensions), and embeddings, also where the
-    output head shares them. Parameters that need no gradient are left out. Groups have ``params``,
-    ``weight_decay``, ``name`` ("decay", "no_decay") and, when given, ``lr``; empty groups are dropped.
-    Their order is that of ``model.named_parameters()``, so that an optimizer state fits the same model
-    again.
+    Excluded from decay are norms and biases (fewer than two dimensions), embeddings, even if the output head
+    shares them, and fusion weights. Those are matrices by shape, but decay would pull every fused key and
+    value towards zero. Parameters without a gradient are left out. The order is that of
+    ``model.named_parameters()``, so that an optimizer state fits the same model again.
+
+    Args:
+        model: The model.
+        weight_decay: Of the group "decay".
+        lr: The learning rate to write into the groups, if given.
+
+    Returns:
+        Groups with ``params``, ``weight_decay``, ``name`` ("decay", "no_decay") and perhaps ``lr``; none is
+        empty.
     """
     exempt = {id(p) for p in _exempt(model)}
     groups: dict[str, dict[str, Any]] = {

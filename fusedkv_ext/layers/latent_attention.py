@@ -3,14 +3,14 @@
     c = norm(W_dkv x)        k_pe = RoPE(W_kr x)        stored: [k_pe ; c], one for all heads
     k_h = [k_pe ; W_uk,h c]        v_h = W_uv,h c        q_h = [RoPE(q_pe,h) ; q_nope,h]
 
-The plan's sources are taken by latents (plan/latent.py): layer i attends with the sum or the composition of
-what its source layers stored, and up-projections W_uk, W_uv of its own. There are two ways to compute that:
+The plan's sources are taken as latents (plan/latent.py). Layer i attends with the sum or the concatenation of
+what its source layers stored, and has up-projections W_uk, W_uv of its own. There are two ways to compute it:
 
-* up-projected: keys and values of all heads are made, then dense attention. Training and prompts.
-* absorbed (section 2.1.2): q_nope . W_uk c = (W_uk^T q_nope) . c, and P (W_uv c) = W_uv (P c), so the latent
-  itself is key and value of all heads, read once per token: attention with one KV head. Decoding.
+* up-projected: keys and values of all heads are computed, then SDPA. For training and prompts.
+* absorbed (section 2.1.2): q_nope . W_uk c = (W_uk^T q_nope) . c, and P (W_uv c) = W_uv (P c). So the latent
+  itself is key and value of all heads, read once per token: attention with one KV head. For decoding.
 
-k_pe comes first because RoPE and the tied fusion weights act on the leading channels everywhere here.
+k_pe comes first because RoPE and tied fusion weights act on the leading channels everywhere in this package.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedkv_ext.cache.kv_cache import KV, KVCache, as_heads
-from fusedkv_ext.layers.attention import RMSNorm, check_call
+from fusedkv_ext.layers.attention import check_call
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
+from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.checks import check_no_grad
@@ -53,20 +54,28 @@ class _Part(NamedTuple):
 class LatentAttention(nn.Module):
     """Causal multi-head latent attention of layer ``layer`` (from 0) of ``plan``.
 
-    Parameters, named as in HF's DeepseekV3: ``q_proj``, or ``q_a_proj``, ``q_a_layernorm`` and ``q_b_proj``
-    with a ``q_lora_rank``; ``kv_a_proj_with_mqa`` and ``kv_a_layernorm`` where the layer stores, for what it
+    Parameters have the names of HF's DeepseekV3: ``q_proj``, or ``q_a_proj``, ``q_a_layernorm`` and
+    ``q_b_proj`` with a ``q_lora_rank``; ``kv_a_proj_with_mqa`` and ``kv_a_layernorm`` for what the layer
     stores (rows [c ; k_pe]); ``kv_b_proj`` (per head [k ; v]) and ``o_proj`` in every layer; ``kv_fusion``
-    (``FusionWeights``, fp32) where the plan has fusion weights.
+    (``FusionWeights``, fp32) if the plan has fusion weights.
 
     Args:
-        kv_lora_rank: r, channels of the latent. q_lora_rank: of the queries' latent; None: queries have none.
-        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: channels per head of keys without positions (n), of
-            the rotated key (d), and of values.
-        bias: of q_a_proj, kv_a_proj_with_mqa and o_proj.
-        rope: of d channels. None: no positions, unless ``forward`` gets ``position_embeddings``.
-        sliding_window: a token sees that many tokens, itself included. None: all before it.
+        plan: The cache plan.
+        layer: The layer of the plan, from 0.
+        hidden_size: Channels of the hidden state.
+        num_attention_heads: H.
+        kv_lora_rank: r, channels of the latent.
+        qk_nope_head_dim: n, channels per head of keys without positions.
+        qk_rope_head_dim: d, channels of the rotated key.
+        v_head_dim: v, channels per head of values.
+        q_lora_rank: Channels of the queries' latent; None: queries have none.
+        rms_norm_eps: Epsilon of the norms.
+        bias: Whether q_a_proj, kv_a_proj_with_mqa and o_proj have biases.
+        rope: Of d channels. If None, there are no positions unless ``forward`` gets ``position_embeddings``.
+        sliding_window: Tokens that a token sees, itself included; None: all before it.
 
-    Raises ValueError for a plan that cannot be said on latents and for sizes that cannot be, naming them.
+    Raises:
+        ValueError: The plan is not supported on latents, or a size is impossible.
     """
 
     def __init__(
@@ -95,7 +104,7 @@ class LatentAttention(nn.Module):
         if sliding_window is not None and sliding_window < 1:
             raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
         self.plan, self.layer, self.hidden_size = plan, layer, hidden_size
-        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.num_heads, self.nope_dim, self.rope_dim = num_attention_heads, qk_nope_head_dim, qk_rope_head_dim
         self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
         if rope is not None:
@@ -129,7 +138,7 @@ class LatentAttention(nn.Module):
             weights_plan = row.weights_plan(plan.name, layer, plan.num_layers)
             widths = (1, qk_rope_head_dim + kv_lora_rank, self.interleaved, rotary_dim, kv_lora_rank)
             self.kv_fusion = FusionWeights(weights_plan, layer, *widths)
-        # k_pe is rotated before it is stored: the step's positions are wanted as cos and sin.
+        # k_pe is rotated before it is stored, which needs cos and sin of the step's positions.
         self.needs_positions = rope is not None
         # Per query row, head and cached token absorbing costs 4 read - 2 (n + v) FLOP more, if that is more;
         # up-projecting costs 2 read (n + v) once per head and token.
@@ -137,7 +146,7 @@ class LatentAttention(nn.Module):
         self.absorbs_up_to = read * per_head / more if more > 0 else float("inf")
 
     def _resolve(self, kv_lora_rank: int) -> LatentLayer:
-        """Which channels of which layers this one stores, mixes and reads."""
+        """The channels of the layers that this one stores, mixes and reads."""
         rows = latent_layers(self.plan)
         row = rows[self.layer]
 
@@ -165,7 +174,7 @@ class LatentAttention(nn.Module):
 
     @property
     def mixes_before_storing(self) -> bool:
-        """Whether this layer needs its sources' new tokens even when a cache holds them already."""
+        """Whether this layer needs the new tokens of its sources even if a cache has them."""
         return self._mix is not None
 
     def forward(
@@ -181,9 +190,9 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, KV]:
         """Attends from the S rows of x, which are the last S tokens of each sequence.
 
-        Arguments and result as those of ``FusedKVAttention.forward``; of the KV ``key`` is the latent that
+        Arguments and result are those of ``FusedKVAttention.forward``. In the KV, ``key`` is the latent that
         this layer stores of its S tokens, [k_pe ; c] (B, S, 1, channels), and ``value`` is None. cos and sin
-        are (S, d / 2) or (B, S, d / 2); the cache is one with ``rope_dim``.
+        are (S, d / 2) or (B, S, d / 2). The cache has a ``rope_dim``.
         """
         check_call(self, x, sources, cache, last, document_ids)
         if cache is not None and cache.rope_dim != self.rope_dim:
@@ -238,7 +247,7 @@ class LatentAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None,
         fusion: FusionTensors | None,
     ) -> Tensor | None:
-        """What this layer stores of the tokens x: [k_pe ; c], rotated and mixed."""
+        """The latent that this layer stores of the tokens x: [k_pe ; c], rotated and mixed."""
         if self.kv_a_proj_with_mqa is None:
             return None
         c, k_pe = self.kv_a_proj_with_mqa(x).unsqueeze(2).split(self._stored, dim=-1)
@@ -255,7 +264,7 @@ class LatentAttention(nn.Module):
         return _fused([available[j] for j in self._mix.sources], fusion and fusion.keys[0])
 
     def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """(B, S, H, n) and, rotated, (B, S, H, d)."""
+        """Queries (B, S, H, n) and, rotated, (B, S, H, d)."""
         if self.q_lora_rank is None:
             q = self.q_proj(x)
         else:
@@ -267,7 +276,7 @@ class LatentAttention(nn.Module):
         return x if position_embeddings is None else apply_rotary(x, *position_embeddings, self.interleaved)
 
     def _read_weights(self, fusion: FusionTensors | None) -> tuple[Tensor | None, Tensor | None]:
-        """Fusion weights of keys (m, 1, d + r) and values (m, 1, r) when they are read; None: all ones."""
+        """Fusion weights of keys (m, 1, d + r) and values (m, 1, r) to read with; None: all ones."""
         if fusion is None or self._mix is not None:
             return None, None
         return fusion.keys[0], fusion.values[0]
@@ -280,7 +289,7 @@ class LatentAttention(nn.Module):
     def _keys_and_values(
         self, stored: Callable[[int], Tensor], fusion: FusionTensors | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys (B, T, H, d + n) and values (B, T, H, v) of what layers have stored, (B, T, 1, channels)."""
+        """Keys (B, T, H, d + n) and values (B, T, H, v) of stored latents (B, T, 1, channels)."""
 
         def pick(parts: list[_Part]) -> list[Tensor]:
             return [stored(j)[..., start:stop] for j, start, stop in parts]
@@ -320,7 +329,7 @@ class LatentAttention(nn.Module):
     def _attend_cached(
         self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
     ) -> Tensor:
-        """Up-projected, over what the cache holds."""
+        """Up-projected, over the cache."""
         tokens = max(cache.lengths)
         k, v = self._keys_and_values(lambda j: _tokens(cache, j, 0, tokens), fusion)
         q = torch.cat((q_pe, q_nope), dim=-1)
@@ -343,7 +352,7 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(
         self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
     ) -> Tensor:
-        """Absorbed, over what the cache holds: the latent is key and value of all heads."""
+        """Absorbed, over the cache: the latent is key and value of all heads."""
         up_key, up_value = self._up_projections()
         q_latent = torch.einsum("bshn,hnc->bshc", q_nope, up_key)
         q = torch.cat((q_pe, q_latent), dim=-1)
@@ -372,7 +381,11 @@ class LatentAttention(nn.Module):
 def check_sizes(
     kv_lora_rank: int, qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int, q_lora_rank: int | None
 ) -> None:
-    """ValueError, naming the size, unless they are positive and the rotated channels make pairs."""
+    """Checks that sizes are positive and rotated channels form pairs.
+
+    Raises:
+        ValueError: A size is not; the message names it.
+    """
     sizes = {
         "kv_lora_rank": kv_lora_rank,
         "qk_nope_head_dim": qk_nope_head_dim,
@@ -389,7 +402,7 @@ def check_sizes(
 
 
 def _fused(latents: Sequence[Tensor], weights: Tensor | None) -> Tensor:
-    """sum_j weights_j (.) latents_j of tensors (B, T, 1, C), weights (m, 1, C); None: all ones."""
+    """sum_j weights_j (.) latents_j of tensors (B, T, 1, C) with weights (m, 1, C); None: all ones."""
     if len(latents) == 1 and weights is None:
         return latents[0]
     heads = [as_heads(latent) for latent in latents]
@@ -401,13 +414,15 @@ def _fused(latents: Sequence[Tensor], weights: Tensor | None) -> Tensor:
 
 
 def _tokens(cache: KVCache, layer: int, first: int, end: int) -> Tensor:
-    """Tokens first..end-1 of all sequences, as the layer stored them, (B, end - first, 1, channels); anything
-    where a sequence is shorter."""
+    """Tokens first to end - 1 of all sequences, as the layer stored them: (B, end - first, 1, channels).
+
+    Tokens beyond a sequence's length hold anything.
+    """
     stored, table = cache.keys(layer), cache.block_table
     if table is None:
         return stored[:, first:end]
     tokens = torch.arange(first, end, device=stored.device)
-    # Entries of the table that are not used are -1: the last page, and as good as any.
+    # Unused entries of the table are -1: the last page, which is as good as any.
     return stored[table[:, tokens // stored.shape[1]].long(), tokens % stored.shape[1]]
 
 
@@ -419,12 +434,21 @@ def _attend_blocks(
     scale: float,
     left: int,
 ) -> list[Tensor]:
-    """P V_e for each of ``values``, with P = softmax(scale sum_j q_j K_j^T) causal, within ``left`` tokens.
+    """P V_e for each of ``values``; P = softmax(scale sum_j q_j K_j^T), causal and within ``left`` tokens.
 
-    For what the kernel does not take: wide or odd head dims, one query per source. queries: (B, S, H, D_j) of
-    the last S tokens; keys, values: where their D_j and D_e channels lie in the cache. Returns (B, S, H,
-    D_e), fp32 (fp64 for fp64); rows that see nothing are zero. Online softmax (arXiv 1805.02867) over blocks
-    of tokens.
+    For calls that the kernel does not take: wide or odd head dims, one query per source. Online softmax
+        (arXiv
+    1805.02867) over blocks of tokens.
+
+    Args:
+        queries: (B, S, H, D_j) of the last S tokens.
+        keys, values: The channels D_j and D_e in the cache.
+        cache: The cache.
+        scale: Of the scores.
+        left: Tokens before its own that a row sees; -1 is unbounded.
+
+    Returns:
+        (B, S, H, D_e) for each of ``values``, fp32 (fp64 for fp64). Fully masked rows are zero.
     """
     dtype = torch.promote_types(queries[0].dtype, torch.float32)
     _, steps, heads, _ = queries[0].shape
@@ -442,7 +466,7 @@ def _attend_blocks(
         blocks = {}
         for j in {part.layer for part in (*keys, *values)}:
             blocks[j] = _tokens(cache, j, first, first + len(tokens)).squeeze(2).to(dtype)
-            if ragged:  # slots beyond a sequence hold anything, NaN too, which no zero weight makes zero
+            if ragged:  # slots beyond a sequence may hold NaN, which a zero weight does not make zero
                 blocks[j] = blocks[j].masked_fill((tokens >= lengths)[:, :, None], 0)
         scores = sum(q @ blocks[j][..., a:b].mT for q, (j, a, b) in zip(rows, keys, strict=True))
         scores = scores.masked_fill(~visible, float("-inf"))
@@ -457,11 +481,11 @@ def _attend_blocks(
 
 
 def _span(cache: KVCache, steps: int, left: int) -> tuple[int, int]:
-    """First token that some row may see, and one past the last."""
+    """The first token that some row may see, and one past the last."""
     begin = 0 if left < 0 else max(min(cache.lengths) - steps - left, 0)
     return begin, max(*cache.lengths, 1)
 
 
 def _capturing(cache: KVCache) -> bool:
-    """Whether a CUDA graph is being captured, which will serve other lengths than the host knows now."""
+    """Whether a CUDA graph is being captured, which will run with lengths that the host does not know."""
     return cache.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

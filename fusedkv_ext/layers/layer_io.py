@@ -1,7 +1,7 @@
-"""Rows of a cache plan in whole heads: which heads of which layers a layer stores, mixes and reads.
+"""Rows of a cache plan in whole heads: the heads of the layers that a layer stores, mixes and reads.
 
-Resolved once when a layer is made, so that a step of the model only picks tensors. Tensors are (B, T, g, D),
-of the g heads that their layer stores.
+They are resolved once when a layer is made, so that a step of the model only indexes tensors. Tensors are
+(B, T, g, D) with the g heads that their layer stores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightedSum(NamedTuple):
 
 
 class SidePlan(NamedTuple):
-    """Keys or values of one layer in whole heads, resolved once: a step then only picks tensors."""
+    """Keys or values of one layer in whole heads."""
 
     num_stored: int
     mixes: tuple[WeightedSum, ...]  # the heads to store, segment after segment; empty: as they are projected
@@ -71,7 +71,7 @@ class SidePlan(NamedTuple):
 
 
 def mixes_any(plan: CachePlan, layer: int, num_kv_heads: int) -> bool:
-    """Whether layer ``layer`` mixes what it projects with its sources before it stores it."""
+    """Whether layer ``layer`` mixes its projections with its sources before it stores them."""
     return any(SidePlan.resolve(plan, layer, num_kv_heads, side).mixes for side in ("key", "value"))
 
 
@@ -80,7 +80,10 @@ def mixed(
 ) -> Tensor:
     """The heads that a layer stores, each segment summed over its sources.
 
-    available: of the sources and the layer itself. weights: by resolved segment, if there are any.
+    Args:
+        available: Tensors of the sources and of the layer itself.
+        mixes: The sums, segment after segment.
+        weights: Fusion weights by resolved segment, if there are any.
     """
     parts = []
     for mix in mixes:

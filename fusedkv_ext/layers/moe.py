@@ -2,8 +2,8 @@
 
     out = sum over the top k experts e of  p_e * down_e(silu(gate_e(x)) * up_e(x)),   p = softmax(router(x))
 
-Rows are sorted by expert, so that each expert is one matrix product over its rows; none is ever dropped.
-Parameters carry the names of HF's Qwen3Moe (transformers 5), all experts stacked into one tensor.
+Rows are sorted by expert, so that each expert is one matrix product over its rows. No row is ever dropped.
+Parameters have the names of HF's Qwen3Moe (transformers 5), with all experts stacked into one tensor.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ __all__ = ["Experts", "MoE", "balance_loss"]
 def balance_loss(probabilities: Tensor, experts: Tensor, context: Any = None) -> Tensor:
     """How unevenly each sequence uses the experts: mean over the sequences of E * sum_e f_e P_e.
 
+    f_e is the share of a sequence's S * k choices that fell on expert e, and P_e its mean probability (arXiv
+    2101.03961, eq. 4 to 6, for k = 1; with top k arXiv 2412.19437, eq. 17 to 20). The loss is 1 if all
+    experts are used alike and at most E / k. Its gradient goes through P. It is a mean over sequences, so it
+    does not depend on how a batch is split.
+
+    HF's load_balancing_loss_func sums f over the k choices, which makes it k times as large, and takes f and
+    P over the whole batch.
+
     Args:
         probabilities: (B, S, E), the router's softmax.
         experts: (B, S, k) integers, the chosen experts.
-        context: a ContextParallel whose ranks have S of each sequence's tokens each. The result is then what
-            this rank's tokens add: the sum over the ranks is the loss.
-
-    f_e is the share of a sequence's S * k choices that fell on e, P_e its mean probability (arXiv 2101.03961,
-    eq. 4 to 6, for k = 1; with top k arXiv 2412.19437, eq. 17 to 20). It is 1 where all are used alike, E / k
-    at most, and its gradient goes through P. The mean is over sequences so that it does not depend on how a
-    batch is cut into parts or over devices. (HF's load_balancing_loss_func sums f over the k choices, which
-    makes it k times as large, and takes f and P over the whole batch.)
+        context: A ContextParallel whose ranks have S tokens of each sequence each. The result is then this
+            rank's part, and the sum over the ranks is the loss.
     """
     count, chosen = probabilities.shape[-1], experts.shape[-1]
     used = torch.zeros_like(probabilities).scatter(-1, experts, 1.0).mean(dim=-2) / chosen
@@ -58,15 +60,19 @@ class Experts(nn.Module):
             weight.normal_(0.0, std, generator=generator)
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """(N, hidden) -> (N, hidden): the rows before ends[0] through expert 0, those before ends[1] through
-        1, ...
+        """Runs the rows before ends[0] through expert 0, those before ends[1] through expert 1, and so on.
 
-        ends: (E,) int32, ascending, the last one N. Computed and returned in the dtype of rows.
+        Args:
+            rows: (N, hidden), sorted by expert.
+            ends: (E,) int32, ascending, the last one N.
+
+        Returns:
+            (N, hidden), computed in the dtype of ``rows``.
         """
-        # torch's grouped product wants strides of whole 16 bytes. In bfloat16 it is one kernel on GPUs of
-        # SM90 and later, without a look at `ends` from the host. Elsewhere it loops too, it has no float64,
-        # and torch.compile takes it in bfloat16 alone: there a loop of our own does as well. Graphs have that
-        # loop as one operation, for how many rows an expert gets is no number that they know.
+        # torch's grouped product needs strides that are multiples of 16 bytes. In bfloat16 it is one kernel
+        # on GPUs of SM90 and later, and the host does not read `ends`. Elsewhere it loops too, it has no
+        # float64, and torch.compile takes it in bfloat16 only: there our own loop is as good. Graphs have
+        # that loop as one operation, because they do not know how many rows an expert gets.
         aligned = all(size % 8 == 0 for size in self.down_proj.shape[1:])
         looped = _looped_in_graph if torch.compiler.is_compiling() else _looped
         products = _grouped if rows.dtype is torch.bfloat16 and aligned else looped
@@ -146,8 +152,12 @@ _grouped_outer.register_autograd(_outer_backward, setup_context=_save)
 class MoE(nn.Module):
     """Top-k routing over SwiGLU experts; ``gate`` is the router, (E, hidden).
 
-    hidden_size, moe_intermediate_size: of each expert. num_experts_per_tok: k, at most num_experts = E.
-    norm_topk_prob: the k probabilities are divided by their sum.
+    Args:
+        hidden_size: Channels of the hidden state.
+        moe_intermediate_size: Intermediate channels of each expert.
+        num_experts: E.
+        num_experts_per_tok: k, at most E.
+        norm_topk_prob: Whether the k probabilities are divided by their sum.
     """
 
     def __init__(
@@ -161,15 +171,15 @@ class MoE(nn.Module):
         super().__init__()
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
-        self.context: Any = None  # a ContextParallel, from parallel.context.apply_cp
+        self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(num_experts, hidden_size, moe_intermediate_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, S, hidden) -> the same, and in training mode the ``balance_loss`` of this layer, else None.
 
-        Each token is routed by itself: nothing depends on the others. Softmax and balance in fp32 (fp64 for
-        fp64). Among equal probabilities torch.topk picks.
+        Tokens are routed independently. Softmax and balance loss are computed in fp32 (fp64 for fp64).
+        torch.topk breaks ties.
         """
         logits = self.gate(x)
         k, dtype = self.num_experts_per_tok, torch.promote_types(logits.dtype, torch.float32)
@@ -182,7 +192,7 @@ class MoE(nn.Module):
         sorted_experts, order = experts.flatten().sort(stable=True)
         each = torch.arange(self.num_experts, device=x.device)
         ends = torch.searchsorted(sorted_experts, each, right=True, out_int32=True)
-        # In the router's dtype, which under autocast is not that of x; autocast knows no grouped product.
+        # In the router's dtype, which under autocast is not that of x; autocast has no grouped product.
         rows = x.flatten(0, 1).to(logits.dtype).index_select(0, order // k)
         rows = self.experts(rows, ends)
         outs = torch.zeros_like(rows).index_copy(0, order, rows).unflatten(0, (*x.shape[:2], k))

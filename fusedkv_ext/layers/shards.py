@@ -1,4 +1,4 @@
-"""Parameters that ranks share under tensor parallelism: this rank's part, and where its gradient goes.
+"""Parameters that ranks share under tensor parallelism: this rank's part, and its gradient.
 
 Importing torch.distributed takes a while, so nothing here does before a parameter is a DTensor.
 """
@@ -14,10 +14,12 @@ __all__ = ["common_seed", "for_all_ranks", "local"]
 
 
 def local(parameter: Any, summed: bool = False) -> Tensor:
-    """This rank's part of a parameter that is a DTensor; any other as it is.
+    """This rank's part of a parameter that is a DTensor; any other parameter as it is.
 
-    summed: the rank uses it for its own heads only, so that the gradient of a parameter which every rank has
-    whole is the sum over the ranks.
+    Args:
+        parameter: The parameter.
+        summed: Whether the rank uses it for its own heads only. The gradient of a parameter that every rank
+            has whole is then the sum over the ranks.
     """
     if not _is_shared(parameter):
         return parameter
@@ -34,7 +36,7 @@ def _is_shared(parameter: Any) -> bool:
 
 
 def for_all_ranks(weights: Tensor, mesh: Any) -> Tensor:
-    """``weights``, equal on all ranks of the DeviceMesh ``mesh``, whose gradient is the sum over these."""
+    """``weights``, equal on all ranks of the DeviceMesh ``mesh``, with the sum of their gradients."""
     if not weights.requires_grad:
         return weights
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -44,8 +46,10 @@ def for_all_ranks(weights: Tensor, mesh: Any) -> Tensor:
 
 
 def common_seed(mesh: Any) -> int:
-    """A number for all ranks of the DeviceMesh ``mesh``, which ask together: the first one draws it from
-    torch's global generator."""
+    """A seed for all ranks of the DeviceMesh ``mesh``, which call this together.
+
+    The first rank draws it from torch's global generator.
+    """
     import torch.distributed as dist
 
     seed = torch.randint(2**63 - 1, (1,)).to(mesh.device_type)

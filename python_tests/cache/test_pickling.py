@@ -13,7 +13,7 @@ from tiny import PLANS, tiny_config, tiny_decoder, tiny_run
 from torch import Tensor
 
 import fusedkv_ext as fkv
-from fusedkv_ext.cache.kv_cache import PageTable
+from fusedkv_ext.cache.page_table import PageTable
 from fusedkv_ext.generation.sampling import Sampling
 
 LATENT = dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, head_dim=None)

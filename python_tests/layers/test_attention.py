@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedkv_ext.cache.kv_cache import KV, KVCache
-from fusedkv_ext.layers.attention import FusedKVAttention, RMSNorm
+from fusedkv_ext.layers.attention import FusedKVAttention
+from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.testing import assert_near

@@ -247,7 +247,7 @@ def test_what_an_append_reads_is_not_what_it_writes(argument: str, device: torch
     angles = torch.rand(8, 8, device=device)
     arguments = {"key": new, "value": new, "query": new, "cache_seqlens": lengths(device)}
     arguments |= {"rotary_cos": angles, "rotary_sin": angles}
-    fkv.append_kvcache(**arguments, key_cache=keys, value_cache=values)  # value is key, and sin is cos
+    fkv.rope_append_kvcache(**arguments, key_cache=keys, value_cache=values)  # value is key, and sin is cos
     if argument == "cache_seqlens":
         values.view(torch.int32).flatten()[:2] = lengths(device)
         arguments[argument] = values.view(torch.int32).flatten()[:2]
@@ -258,7 +258,7 @@ def test_what_an_append_reads_is_not_what_it_writes(argument: str, device: torch
     with pytest.raises(
         ValueError, match=f"{argument} must not share memory with value_cache, which is written"
     ):
-        fkv.append_kvcache(**arguments, key_cache=keys, value_cache=values)
+        fkv.rope_append_kvcache(**arguments, key_cache=keys, value_cache=values)
     assert_same_bits(values, before)
 
 
