@@ -40,7 +40,7 @@ FAST: dict[str, str] = {
     "training/test_data.py": ALL,
     "training/test_saving.py": r"flipped|format|holds",
     "training/test_train.py": r"bit_for_bit\[change0|clipping|wrong_settings|cosine|toml|every_key",
-    "evaluation/test_eval.py": r"buckets|uniform|judged|strided|wrong",
+    "evaluation/test_eval.py": r"buckets|uniform|target|strided|wrong",
     "evaluation/test_retrieval.py": r"named|plain_forward",
     # hf, conversion
     "hf/test_hf_config.py": ALL,
