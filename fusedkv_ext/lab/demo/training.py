@@ -67,7 +67,7 @@ class TrainingDone:
 def train(
     trainers: Mapping[str, DecoderTrainer], folders: Mapping[str, Path], progress: Progress, deadline: float
 ) -> TrainingDone:
-    """One step of each model in turn; ends before the planned number of steps when `deadline` passes."""
+    """One step of each model in turn, at least one; ends before the planned number when `deadline` passes."""
     planned = next(iter(trainers.values())).config.run.steps
     log_every, valid_every = max(1, planned // 200), max(1, planned // 8)
     results: dict[str, list[StepResult]] = {name: [] for name in trainers}
@@ -80,7 +80,7 @@ def train(
             logs[name] = MetricsLog(folder / "metrics.jsonl")
             stack.callback(logs[name].close)
             progress.task(name, planned)
-        while done < planned and time.monotonic() < deadline:
+        while done < planned and (done == 0 or time.monotonic() < deadline):
             done += 1
             for name, trainer in trainers.items():
                 before = trainer.seconds
