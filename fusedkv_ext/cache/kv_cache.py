@@ -1,10 +1,10 @@
-"""The key/value cache of a plan: memory for what storage layers store, contiguous or in pages, nothing else.
+"""The key/value cache of a plan: memory for the tensors of storage layers, contiguous or in pages.
 
-Layers that only read own no memory: their attention is handed the tensors of their source layers. The cache
-knows lengths and pages; which layer reads what is the plan's business, and attention asks it.
+Layers that only read own no memory: their attention gets the tensors of their source layers. The cache knows
+lengths and pages. The plan knows which layer reads what, and attention asks it.
 
-Everything is right-aligned. A step brings S rows, the last S tokens of each sequence, so ragged prompts are
-padded on the left: a row before the start of its sequence is not stored, and attention gives zeros for it.
+Everything is right-aligned. A step has S rows, the last S tokens of each sequence, so ragged prompts are
+padded on the left. A row before the start of its sequence is not stored, and attention gives zeros for it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["KV", "KVCache"]
 
 
 class KV(NamedTuple):
-    """What one layer stores: ``key`` (B, T, Gk, D) after RoPE and ``value`` (B, T, Gv, D).
+    """The tensors that one layer stores: ``key`` (B, T, Gk, D) after RoPE and ``value`` (B, T, Gv, D).
 
-    Only the heads that the layer stores; None on a side of which it stores none. Latent attention stores one
-    tensor for both: ``key`` is then [k_pe ; c], (B, T, 1, channels), and ``value`` None.
+    They have only the heads that the layer stores, and are None if it stores none. Latent attention stores
+    one tensor for both: ``key`` is then [k_pe ; c], (B, T, 1, channels), and ``value`` None.
     """
 
     key: Tensor | None
@@ -45,25 +45,35 @@ class KVCache:
 
     * contiguous (``page_size`` None): keys (B, max_len, Gk, D), values (B, max_len, Gv, D), ``block_table``
       None;
-    * paged: keys (P, page_size, Gk, D), values (P, page_size, Gv, D) with P = ``num_pages``, by default
-      enough for all sequences at full length. One ``block_table`` (B, ceil(max_len / page_size)) int32 serves
-      all layers: token t of sequence b lies in page block_table[b, t // page_size], slot t % page_size.
-      Unused entries are -1.
+    * paged: keys (P, page_size, Gk, D), values (P, page_size, Gv, D) with P = ``num_pages``. One
+        ``block_table``
+      (B, ceil(max_len / page_size)) int32 serves all layers: token t of sequence b is in page
+      block_table[b, t // page_size], slot t % page_size. Unused entries are -1;
+    * latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c], with
+        the
+      rotated channels k_pe and the channels of the latent c that the layer stores (plan/latent.py). ``keys``
+      is all of it, ``values`` its view of c.
 
-    * of latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c], of
-      as many of the rope_dim rotated channels k_pe and the r = ``head_dim`` channels of the latent c as the
-      layer stores (plan/latent.py). ``keys`` is all of it, ``values`` its view of c.
-
-    A step is: ``advance(n)``, once, which makes room; then every layer, in order, appends its S = max(n) new
+    A step calls ``advance(n)`` once, which makes room. Then every layer, in order, appends its S = max(n) new
     rows and attends. ``seq_lens`` (B,) int32 on ``device`` counts the valid tokens, the new ones included.
 
     Args:
-        dtype: of keys and values; default ``torch.get_default_dtype()``.
-        num_pages: fewer pages than the default let more sequences share one pool than fit at full length.
-        rope_dim: keep latents; num_kv_heads is then 1 and head_dim is kv_lora_rank.
+        plan: The cache plan.
+        batch_size: B.
+        max_len: Tokens that each sequence can have.
+        num_kv_heads: G.
+        head_dim: D.
+        dtype: Of keys and values; default ``torch.get_default_dtype()``.
+        device: Default: torch's.
+        page_size: Tokens per page; None: a contiguous cache.
+        num_pages: P; by default enough for all sequences at full length. With fewer, more sequences share one
+            pool than fit at full length.
+        rope_dim: Keep latents with that many rotated channels; num_kv_heads is then 1 and head_dim
+            kv_lora_rank.
 
-    Raises ValueError for sizes below one, for ``num_pages`` without ``page_size``, and for a plan that cannot
-    be said on latents.
+    Raises:
+        ValueError: A size is below one, ``num_pages`` has no ``page_size``, or the plan is not supported on
+            latents.
     """
 
     def __init__(
@@ -102,7 +112,7 @@ class KVCache:
         self._table: PageTable | None = None
         self._schedules: dict[tuple[int, ...], Tensor] = {}
         self._rotary: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
-        # Made under inference mode these would be inference tensors, which nobody may change outside of it.
+        # Under inference mode these would be inference tensors, which cannot be changed outside of it.
         with torch.inference_mode(False):
             slots: tuple[int, int] = (batch_size, max_len)
             if page_size is not None:
@@ -140,7 +150,7 @@ class KVCache:
         self.device = self.seq_lens.device
 
     def _latents(self) -> list[Tensor | None]:
-        """The values of a cache of latents: the channels of the keys that positions do not rotate."""
+        """The values of a cache of latents: the channels of the keys that RoPE does not rotate."""
         starts = [layer.stores_rope * (self.rope_dim or 0) for layer in latent_layers(self.plan)]
         return [
             x[..., start:] if x is not None and x.shape[-1] > start else None
@@ -148,8 +158,10 @@ class KVCache:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: no views, which would become tensors of their own, and nothing that
-        is made when it is first asked for."""
+        """The state for copies and pickles.
+
+        It has no views, which would become tensors of their own, and nothing that is computed on first use.
+        """
         values = self._values if self.rope_dim is None else None
         return {**self.__dict__, "_values": values, "_schedules": {}, "_rotary": {}}
 
@@ -159,16 +171,24 @@ class KVCache:
             self._values = self._latents()
 
     def keys(self, layer: int) -> Tensor:
-        """The key cache of a layer, whole. ValueError if the layer stores no keys."""
+        """The whole key cache of a layer.
+
+        Raises:
+            ValueError: The layer stores no keys.
+        """
         return _stored(self._keys, layer, "keys", self.plan)
 
     def values(self, layer: int) -> Tensor:
-        """The value cache of a layer, whole. ValueError if the layer stores no values."""
+        """The whole value cache of a layer.
+
+        Raises:
+            ValueError: The layer stores no values.
+        """
         return _stored(self._values, layer, "values", self.plan)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Valid tokens of each sequence: ``seq_lens``, but on the host, where nobody waits for them."""
+        """Valid tokens of each sequence: ``seq_lens`` on the host, without waiting for the device."""
         return tuple(self._lengths)
 
     @property
@@ -178,18 +198,23 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values, used or not; without ``seq_lens`` and ``block_table``."""
+        """Bytes allocated for keys and values, without ``seq_lens`` and ``block_table``."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._owned)
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
-        """Makes room for the next step: ``n`` new tokens per sequence, one number or one per sequence, (B,).
+        """Makes room for the next step.
 
-        Numbers may differ only for sequences that are empty: the S = max(n) rows of a step end at the end of
-        each sequence, so the first S - n[b] rows of an empty one are padding, while they would overwrite the
-        last tokens of any other. A tensor on a device is waited for; better give numbers from the host.
+        Numbers may differ only between empty sequences. The S = max(n) rows of a step end at the end of each
+        sequence. So the first S - n[b] rows of an empty sequence are padding, but they would overwrite the
+        last tokens of any other. The host waits for a tensor on a device, so numbers from the host are
+        better.
 
-        Raises ValueError for a wrong shape, negative numbers or differing ones as above, and CacheFullError
-        when ``max_len`` or the page pool does not suffice; the cache is then as before.
+        Args:
+            n: New tokens per sequence: one number, or one per sequence, (B,).
+
+        Raises:
+            ValueError: The shape is wrong, or numbers are negative or differ as above.
+            CacheFullError: ``max_len`` or the page pool does not suffice; the cache is unchanged.
         """
         counts = [n] * self.batch_size if isinstance(n, int) else self._per_sequence("n", n)
         step = max(counts)
@@ -316,10 +341,15 @@ class KVCache:
         return AppendCall(key, value, key_cache, value_cache, *tables, query)
 
     def append_latent(self, layer: int, latent: Tensor) -> None:
-        """Stores the rows of this step in a cache of latents: (B, S, 1, C), [k_pe ; c] with k_pe after RoPE.
+        """Stores the rows of this step in a cache of latents.
 
-        Raises ValueError if the layer stores no latent, or if S is not the number of rows that ``advance``
-        made room for.
+        Args:
+            layer: The layer, from 0.
+            latent: (B, S, 1, C), [k_pe ; c] with k_pe after RoPE.
+
+        Raises:
+            ValueError: The layer stores no latent, or S is not the number of rows that ``advance`` made room
+                for.
         """
         self._check_rows(layer, latent)
         # The op always takes a second side: here it has no heads.
@@ -335,18 +365,20 @@ class KVCache:
             )
 
     def rotary_tables(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
-        """Cos and sin of all positions, contiguous fp32 (max_len, rotary_dim / 2); looked up once a cache."""
+        """Cos and sin of all positions, fp32 (max_len, rotary_dim / 2); computed once per cache."""
         tables = self._rotary.get(rope)
         if tables is None:
             tables = self._rotary[rope] = rope.tables(self.max_len, self.device)
         return tables
 
     def positions(self, steps: int) -> Tensor:
-        """Positions of the last S = ``steps`` tokens, int64: (S,) if S > 1 and all are equally long, else
-        (B, S).
+        """Positions of the last S = ``steps`` tokens.
 
-        Padding rows, which lie before the start of their sequence, have negative positions. Those of a decode
-        step, S = 1, always come from ``seq_lens``: a CUDA graph would hold on to numbers from the host.
+        Padding rows, before the start of their sequence, have negative positions. Those of a decode step, S =
+        1, are computed from ``seq_lens``, because a CUDA graph would keep numbers from the host.
+
+        Returns:
+            int64 (S,) if S > 1 and all sequences have one length, else (B, S).
         """
         shortest, longest = min(self._lengths), max(self._lengths)
         if shortest == longest and steps > 1:
@@ -354,20 +386,26 @@ class KVCache:
         return self.seq_lens[:, None] + torch.arange(-steps, 0, device=self.device)
 
     def begin_step(self) -> None:
-        """Forgets the schedules, so that the next attention makes new ones. ``advance`` does so too.
+        """Drops the schedules, so that the next attention computes new ones. ``advance`` does so too.
 
-        Inside a step that is captured in a CUDA graph call it first (``Decoder`` does): schedules are then
-        made in the graph, at each replay, from the lengths that it finds.
+        Call it first inside a step that is captured in a CUDA graph (``Decoder`` does). Schedules are then
+        computed in the graph, at each replay, from the lengths at that time.
         """
         self._schedules.clear()
 
     def schedule(
         self, query_length: int, num_heads: int, num_kv_heads: int, window_size: tuple[int, int] = (-1, -1)
     ) -> Tensor | None:
-        """``decode_schedule`` of ``seq_lens``, made once a step for all layers that ask for the same.
+        """``decode_schedule`` of ``seq_lens``, computed once a step for all layers with the same arguments.
 
-        query_length, num_heads, num_kv_heads: S, H and G of the calls, which are not ``batch_invariant``.
-        None on the CPU, which needs none.
+        Args:
+            query_length: S of the calls, which are not ``batch_invariant``.
+            num_heads: H of the calls.
+            num_kv_heads: G of the calls.
+            window_size: As in the calls.
+
+        Returns:
+            The schedule; None on the CPU, which needs none.
         """
         if self.device.type == "cpu":
             return None
@@ -387,10 +425,13 @@ class KVCache:
         return self._schedules[key]
 
     def crop(self, length: int | Sequence[int] | Tensor) -> None:
-        """Keeps the first ``length`` tokens of each sequence, forgets the rest and frees its pages.
+        """Keeps the first ``length`` tokens of each sequence, drops the rest and frees its pages.
 
-        One number for all, or one per sequence, (B,); a shorter sequence stays as it is. Raises ValueError
-        for a wrong shape or a negative number.
+        Args:
+            length: One number, or one per sequence, (B,). A shorter sequence is unchanged.
+
+        Raises:
+            ValueError: The shape is wrong, or a number is negative.
         """
         limits = (
             [length] * self.batch_size if isinstance(length, int) else self._per_sequence("length", length)
@@ -402,23 +443,27 @@ class KVCache:
         self._truncate([min(pair) for pair in zip(self._lengths, limits, strict=True)])
 
     def free(self, b: int) -> None:
-        """Empties sequence b and gives its pages back; its place can take a new prompt.
+        """Empties sequence b and frees its pages; a new prompt can take its place.
 
-        Raises ValueError for a b that is not a sequence.
+        Raises:
+            ValueError: There is no sequence b.
         """
         if not 0 <= b < self.batch_size:
             raise ValueError(f"b must be in 0..{self.batch_size - 1}, got {b}")
         self._truncate([0 if i == b else length for i, length in enumerate(self._lengths)])
 
     def reset(self) -> None:
-        """Empties all sequences. The memory stays allocated."""
+        """Empties all sequences. The memory remains allocated."""
         self._truncate([0] * self.batch_size)
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
-        """Sequence b becomes what sequence ``index[b]`` was, as beam search wants; indices may repeat.
+        """Sequence b becomes the former sequence ``index[b]``, as in beam search; indices may repeat.
 
-        A contiguous cache copies; a paged one shares pages and copies a page when one of its owners writes
-        into it. Raises ValueError for a wrong shape or an index out of range.
+        A contiguous cache copies. A paged one shares pages, and copies a page when one of its owners writes
+        into it.
+
+        Raises:
+            ValueError: The shape is wrong, or an index is out of range.
         """
         order = self._per_sequence("index", index)
         for b, i in enumerate(order):
@@ -453,7 +498,7 @@ class KVCache:
         self._sync_lengths()
 
     def _per_sequence(self, name: str, numbers: Sequence[int] | Tensor) -> list[int]:
-        """The numbers on the host (waits for the device if they are there)."""
+        """The numbers on the host. Waits for the device if they are there."""
         if isinstance(numbers, Tensor) and (numbers.is_floating_point() or numbers.dim() != 1):
             raise ValueError(
                 f"{name} must be an int or a 1-D integer tensor, got {numbers.dtype} {tuple(numbers.shape)}"
@@ -482,7 +527,7 @@ class KVCache:
 
 
 def as_heads(latent: Tensor) -> Tensor:
-    """(B, T, 1, C) as (B, T, C / g, g), a view: g channels are few enough for all operations."""
+    """(B, T, 1, C) as (B, T, C / g, g), a view: all operations take a head dim g of at most 256."""
     return latent.flatten(2).unflatten(-1, (-1, math.gcd(latent.shape[-1], 256)))
 
 

@@ -43,7 +43,7 @@ class PageTable:
         held = [len(pages) for pages in self.pages]
         growth = [-(-length // self.page_size) - count for count, length in zip(held, new, strict=True)]
         tails = self._shared_tails(old, new)
-        # Of k writers of a page with r owners the last one may keep it if nobody else is left.
+        # If all r owners of a page write, the last one may keep it.
         spare = sum(writers == self._owners[page] for page, writers in Counter(tails.values()).items())
         needed = sum(growth) + len(tails) - spare
         if needed > len(self._free):

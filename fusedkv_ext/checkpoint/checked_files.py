@@ -1,7 +1,7 @@
-"""Files of weights and states: bytes that have changed on the disk are found, and a full disk is called that.
+"""Files of weights and states with checksums, which detect changed bytes; a full disk is reported as such.
 
-The checksum is CRC-32: it finds every change of up to 32 neighboring bits and misses one in 4 billion of
-the others. It is no protection against somebody who forges both.
+The checksum is CRC-32. It detects every change of up to 32 neighboring bits, and misses one in 4 billion of
+the others. It does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ _BLOCK = 1 << 22
 
 
 class SummedFile:
-    """A file open for writing from its begin to its end, with the checksum of what was written so far.
+    """A file that is written from start to end, with the checksum of the bytes so far.
 
-    error: of the disk; libraries lose it behind one of their own.
+    Attributes:
+        error: The error of the disk, which libraries hide behind one of their own.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -62,8 +63,11 @@ class SummedFile:
 
 @contextmanager
 def writing(path: Path) -> Iterator[SummedFile]:
-    """The file, opened anew. Raises OSError with its name where the disk does not take it, whatever error the
-    writer has made of that."""
+    """Opens the file for writing.
+
+    Raises:
+        OSError: The disk fails, whatever error the writer made of that; it has the name of the file.
+    """
     file = None
     with naming(path):
         try:
@@ -78,8 +82,7 @@ def writing(path: Path) -> Iterator[SummedFile]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the disk that name no file get the name of what is being written; those of safetensors become
-    OSError, too."""
+    """Adds the name of the file to disk errors without one, and turns those of safetensors into OSError."""
     try:
         yield
     except OSError as error:
@@ -103,8 +106,15 @@ def write_sums(folder: Path, sums: Mapping[str, int]) -> None:
 def verify(folder: Path, names: Iterable[str], advice: str) -> None:
     """Reads files of a folder to their ends and compares them with their checksums.
 
-    A folder without checksums, of an earlier version, is not checked. advice: what to do about damage.
-    Raises ValueError, naming the file, for one that has changed or has no checksum among those there are.
+    A folder without checksums, of an earlier version, is not checked.
+
+    Args:
+        folder: The folder.
+        names: The files.
+        advice: What to do about damage.
+
+    Raises:
+        ValueError: A file has changed, or has no checksum although others do; the message names it.
     """
     path = folder / CHECKSUMS
     try:
@@ -134,9 +144,10 @@ def stamp(path: Path) -> None:
 
 
 def verify_stamp(path: Path, advice: str) -> None:
-    """Compares a safetensors file with the checksum in it; one without, as others write them, is not checked.
+    """Compares a safetensors file with the checksum in it; one of another writer has none.
 
-    Raises ValueError, naming the file, where they differ.
+    Raises:
+        ValueError: They differ; the message names the file.
     """
     with path.open("rb") as file:
         if found := _find_stamp(file):

@@ -1,7 +1,7 @@
-"""Tensors in the format of torch.distributed.checkpoint: written by any number of processes, read by any
-other.
+"""Tensors in the format of torch.distributed.checkpoint: written and read by any number of processes.
 
-Importing this module imports torch.distributed.checkpoint; who reads or writes such a folder does it then.
+Importing this module imports torch.distributed.checkpoint; callers import it when they read or write such a
+folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _METADATA = ".metadata"
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of .metadata, which is a pickle: makes what a checkpoint consists of and runs no other code."""
+    """Unpickles .metadata: constructs the classes of a checkpoint and runs no other code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "pathlib":  # of the machine that wrote it
@@ -54,7 +54,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Says what `read` has found out about a folder where all processes of a group hear of it."""
+    """Raises what `read` found out about a folder on all processes of a group."""
 
     def __init__(self, folder: Path, metadata: Metadata, problem: ValueError | None) -> None:
         super().__init__(folder)
@@ -70,7 +70,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _SummedFiles(FileSystem):
-    """Torch's own files, and the checksums of those that were written, by name."""
+    """Torch's file system, with the checksums of the files that were written, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,15 +93,15 @@ class _SummedFiles(FileSystem):
 
 @dataclass(frozen=True)
 class _Written(WriteResult):
-    """What a process tells the first one of a tensor, with the checksum of the file that it is in."""
+    """A process's report of a written tensor to the first process, with the checksum of its file."""
 
     checksum: int
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes a folder that `read` reads, with the checksum of each file; files are in torch's format.
+    """Writes a folder for `read`, with the checksum of each file; the files are in torch's format.
 
-    An error of the disk comes as OSError with the name of the file.
+    An error of the disk is raised as OSError with the name of the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,8 +126,10 @@ class Writer(dcp.FileSystemWriter):
 def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Shapes (``size``) and dtypes (``properties.dtype``) of the tensors in a folder, by name.
 
-    Raises ValueError, naming the file and what to do, where some of it is missing or cut off. The tensors'
-    bytes are not read, so not compared with their checksums.
+    The bytes of the tensors are not read, so not compared with their checksums.
+
+    Raises:
+        ValueError: A file is missing or truncated; the message names it and says what to do.
     """
     metadata = _metadata(folder)
     _check_files(folder, metadata)
@@ -135,12 +137,17 @@ def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Copies tensors out of a folder into the given ones of the same names; of a DTensor each process reads
-    its part.
+    """Copies tensors of a folder into the given ones by name; a process reads its part of a DTensor.
 
-    group: of the processes that read together; an error of one is an error of all. None: this one by itself.
-    Every file is compared with its checksum first, the processes of a group each some files.
-    Raises ValueError where the folder is damaged or has no tensor of that name, shape and dtype.
+    Every file is compared with its checksum first. The processes of a group check some files each.
+
+    Args:
+        folder: The folder.
+        tensors: The tensors to fill.
+        group: The processes that read together: an error of one is an error of all. None: this one alone.
+
+    Raises:
+        ValueError: The folder is damaged, or has no tensor of that name, shape and dtype.
     """
     metadata, problem = Metadata({}), None
     try:
@@ -165,7 +172,8 @@ def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
             cause = first_cause(error)
             if isinstance(cause, ValueError):
                 raise cause from error
-            # What torch says of a broken file is how to make it run code.
+            # Do not forward torch's message: it suggests weights_only=False, which would execute code from
+            # the file.
             said = f": {cause}" if isinstance(cause, OSError) else ""
             raise ValueError(
                 f"{folder} cannot be read ({type(cause).__name__}{said}); {_advice(folder)}"
@@ -173,7 +181,7 @@ def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """What went wrong first, of an error that torch.distributed.checkpoint collected from the processes."""
+    """The first error among those that torch.distributed.checkpoint collected from the processes."""
     if isinstance(error, CheckpointException) and error.failures:
         return error.failures[min(error.failures)][0]
     return error
@@ -193,7 +201,7 @@ def _metadata(folder: Path) -> Metadata:
         raise ValueError(
             f"{path} is damaged and cannot be read ({type(error).__name__}: {error}); {_advice(folder)}"
         ) from error
-    if not sound:  # what is no tensor would be unpickled on reading
+    if not sound:  # other objects would be unpickled on reading
         raise ValueError(f"{path} lists other things than tensors; no checkpoint of this package does")
     checked_files.verify(folder, [_METADATA], _advice(folder))
     metadata.storage_meta = StorageMeta()
@@ -201,7 +209,7 @@ def _metadata(folder: Path) -> Metadata:
 
 
 def _check_files(folder: Path, metadata: Metadata) -> list[str]:
-    """Names of the files, which are there at their full lengths."""
+    """The names of the files, which exist with their full lengths."""
     sizes: dict[str, int] = {}
     for part in metadata.storage_data.values():
         sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
@@ -218,12 +226,12 @@ def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor])
     for name, tensor in tensors.items():
         entry = metadata.state_dict_metadata.get(name)
         if entry is None:
-            raise ValueError(f"{folder} has no {name}; it was written of another model or optimizer")
+            raise ValueError(f"{folder} has no {name}; it was written for another model or optimizer")
         found, wanted = (tuple(entry.size), entry.properties.dtype), (tuple(tensor.shape), tensor.dtype)
         if found != wanted:
             raise ValueError(
                 f"{folder}: {name} has shape {found[0]} and dtype {found[1]}, expected {wanted[0]} and "
-                f"{wanted[1]}; it was written of another model"
+                f"{wanted[1]}; it was written for another model"
             )
 
 

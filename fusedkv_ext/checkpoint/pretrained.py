@@ -1,8 +1,8 @@
-"""Saving and loading a decoder: a folder with ``config.json`` and ``model.safetensors``. Checkpoints of
-training runs, with ``config.json`` and ``state/``, are loaded too.
+"""Saving and loading a decoder: a folder with ``config.json`` and ``model.safetensors``.
 
-The weights file carries the config as well, so it is complete by itself, and its replacement is the moment at
-which a new checkpoint takes the place of an old one: whenever the process is killed, the folder loads.
+Checkpoints of training runs, with ``config.json`` and ``state/``, are loaded too. The weights file contains
+the config as well, so it is complete by itself. A new checkpoint takes effect when the weights file is
+replaced: whenever the process is killed, the folder loads.
 """
 
 from __future__ import annotations
@@ -33,11 +33,19 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
-    """Writes ``model`` into ``folder``, which is made if it is not there; a checkpoint in it is replaced.
+    """Writes ``model`` into ``folder``, which is created if necessary; a checkpoint in it is replaced.
 
-    Atomic: until the new one is complete on disk the old one loads. A tied head is not stored twice. The
-    weights file carries its checksum, which ``load_pretrained`` compares.
-    Raises ImportError without the safetensors package, OSError, naming the file, if it cannot be written.
+    The write is atomic: until the new checkpoint is complete on disk the old one loads. A tied head is not
+        stored
+    twice. The weights file has its checksum in it, which ``load_pretrained`` compares.
+
+    Args:
+        model: The decoder.
+        folder: The folder.
+
+    Raises:
+        ImportError: The safetensors package is missing.
+        OSError: The checkpoint cannot be written; the message names the file.
     """
     safetensors = _safetensors()
     folder = Path(folder)
@@ -52,7 +60,7 @@ def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
             new_config.write_text(config + "\n", encoding="utf-8")
             safetensors.torch.save_file(tensors, new_weights, metadata=metadata)
             checked_files.stamp(new_weights)
-            new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors lets nobody else read it
+            new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors creates it for the owner only
             for path in (new_config, new_weights):
                 _sync(path)
         # While the files change places there is no config.json, and loading takes the one inside the weights.
@@ -74,16 +82,20 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Decoder:
-    """The decoder that ``save_pretrained`` wrote into ``folder``, or that of a checkpoint of a training run,
-    whatever the number of processes that wrote it.
+    """The decoder of a folder: one of ``save_pretrained``, or a checkpoint of a training run.
 
-    dtype: None keeps the stored ones; otherwise that of all but the fusion weights, which stay fp32. device:
-    default CPU.
+    The number of processes that wrote the checkpoint does not matter.
 
-    Raises ImportError without the safetensors package (for a checkpoint of a run, torch.distributed),
-    FileNotFoundError where there is no checkpoint, and ValueError for a config or a weights file that cannot
-    be: missing, truncated, from a newer version, tensors missing, unexpected or of a wrong shape. ValueError,
-    too, where the bytes of a file do not have the checksum with which it was written.
+    Args:
+        folder: The folder.
+        device: Default CPU.
+        dtype: Of all but the fusion weights, which remain fp32; None keeps the stored dtypes.
+
+    Raises:
+        ImportError: The safetensors package is missing, or torch.distributed for a checkpoint of a run.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The config or a weights file is missing, truncated or of a newer version; tensors are
+            missing, unexpected or of a wrong shape; or a file differs from its checksum.
     """
     folder = Path(folder)
     if (folder / STATE).is_dir():
@@ -97,13 +109,15 @@ def load_pretrained(
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether ``load_pretrained`` looks for a model in this folder."""
+    """Whether ``load_pretrained`` finds weights in this folder."""
     return (folder / WEIGHTS).is_file() or (folder / STATE).is_dir()
 
 
 def allocate(folder: Path, device: torch.device | str = "cpu") -> Decoder:
-    """The decoder of a folder in the dtypes stored there, its weights not read yet. Raises as
-    ``load_pretrained``."""
+    """The decoder of a folder in the stored dtypes, with its weights not read yet.
+
+    Errors are those of ``load_pretrained``.
+    """
     if (folder / STATE).is_dir():
         path, config = folder / STATE, _read_config(folder, {})
         found = {
@@ -125,7 +139,7 @@ def allocate(folder: Path, device: torch.device | str = "cpu") -> Decoder:
 
 @contextmanager
 def open_weights(folder: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
-    """The open weights file of a folder, for safetensors' get_slice and get_tensor onto ``device``."""
+    """The open weights file of a folder; safetensors' get_slice and get_tensor read onto ``device``."""
     safetensors = _safetensors()
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no {WEIGHTS} and no folder {STATE}")
@@ -137,8 +151,13 @@ def open_weights(folder: Path, device: torch.device | str = "cpu") -> Iterator[A
 
 
 def verify_weights(folder: Path) -> None:
-    """Reads the weights file of a folder and compares it with the checksum that ``save_pretrained`` put into
-    it. Raises ValueError where they differ; the file of another program has none."""
+    """Compares the weights file of a folder with the checksum that ``save_pretrained`` put into it.
+
+    The file of another program has none.
+
+    Raises:
+        ValueError: They differ.
+    """
     checked_files.verify_stamp(folder / WEIGHTS, f"restore {folder} from a copy")
 
 
@@ -166,7 +185,7 @@ def filled(model: Decoder, tensors: dict[str, Tensor]) -> Decoder:
 
 
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
-    """Whether the config.json of a folder is of a model of transformers: it names a model_type not ours."""
+    """Whether the config.json of a folder has a model_type of transformers instead of ours."""
     path = Path(folder) / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -176,7 +195,7 @@ def is_huggingface(folder: str | os.PathLike[str]) -> bool:
 
 
 def stored_tensors(model: Decoder) -> dict[str, Tensor]:
-    """What a folder holds of a model, by name: a tied head once."""
+    """The tensors of a model that a folder stores, by name: a tied head once."""
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors[HEAD]

@@ -1,10 +1,10 @@
-"""Steps of device work that are recorded once and then launched as a whole: CUDA graphs.
+"""CUDA graph capture and replay of the decode step.
 
 A decode step of a small batch is hundreds of kernels of a few microseconds each, less than the host needs to
-launch them one by one. Replaying a graph is one launch (CUDA C++ Programming Guide, "CUDA Graphs").
+launch them. Replaying a graph is one launch (CUDA C++ Programming Guide, "CUDA Graphs").
 
-What a step may do follows from that: its kernels run again, its Python does not. It reads lengths, pages and
-positions from tensors that stay where they are, never from numbers on the host, and it waits for nothing.
+A replay runs the kernels again, but not the Python code. So a captured step reads lengths, pages and
+positions from tensors that stay in place, never from numbers on the host, and it waits for nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["CAPTURES", "graphed", "pays_off"]
 
 Step = Callable[[Tensor], Tensor]
 
-# Capturing takes as long as a few steps: one to warm up, one to record, and the instantiation.
+# A capture takes as long as a few steps: the warm-up, the capture itself, and the instantiation.
 MIN_STEPS = 16
 
 _one_at_a_time = threading.Lock()
 
 
 def pays_off(model: nn.Module, device: torch.device, steps: int) -> bool:
-    """Whether ``steps`` steps of ``model`` are better captured than launched one by one.
+    """Whether ``steps`` steps of ``model`` are faster captured than launched one by one.
 
-    Not where hooks wait to be called: a replayed graph calls none.
+    False if modules have forward hooks, because a replayed graph calls none.
     """
     return (
         device.type in CAPTURES
@@ -45,8 +45,11 @@ def pays_off(model: nn.Module, device: torch.device, steps: int) -> bool:
 def graphed(step: Step, ids: Tensor, required: bool = False) -> Step:
     """``step`` as a graph for tensors like ``ids``; its result is overwritten by the next call.
 
-    Running ``step`` twice on the same ids must change nothing more than running it once. If it cannot be
-    captured the step itself comes back, with a warning; with ``required`` the RuntimeError passes.
+    Args:
+        step: Running it twice on the same ids must have the effect of running it once.
+        ids: The input to capture with.
+        required: Whether RuntimeError passes if the capture fails. If not, a warning is given, and the step
+            itself is returned.
     """
     static = ids.clone()
     try:
@@ -66,9 +69,9 @@ def graphed(step: Step, ids: Tensor, required: bool = False) -> Step:
 
 
 class Inputs(TorchDispatchMode):
-    """Keeps the tensors that operations read, or write, without having made them.
+    """Keeps the tensors alive that operations read or write without having created them.
 
-    A graph knows addresses only: a table that its owner replaces by a longer one would be freed under it.
+    A graph knows addresses only. A table that its owner replaces by a longer one would be freed under it.
     """
 
     def __init__(self) -> None:
@@ -90,14 +93,14 @@ class Inputs(TorchDispatchMode):
 
 
 def _capture_cuda(step: Step, ids: Tensor) -> Callable[[], Tensor]:
-    """Records ``step(ids)``; the function that comes back runs it and returns its result."""
+    """Captures ``step(ids)``; returns a function that replays it and returns its result."""
     current, side = torch.cuda.current_stream(ids.device), _side_stream(ids.device)
     graph = torch.cuda.CUDAGraph()
     side.wait_stream(current)
     try:
         # Around all of it: a capture that fails would leave its stream the current one.
         with torch.cuda.stream(side):
-            step(ids)  # what is made on first use (handles, workspaces, tables) must not be made in the graph
+            step(ids)  # creates what is created on first use: handles, workspaces, tables
             # Other threads may allocate meanwhile.
             capture = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
             with capture, Inputs() as inputs:
@@ -116,9 +119,9 @@ def _replay(graph: torch.cuda.CUDAGraph, out: Tensor, kept: dict[int, Tensor]) -
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device, kept: cuBLAS has a workspace for every stream that it has seen."""
+    """One stream per device, kept: cuBLAS has a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
-# Kinds of devices that can record a step, and how: (step, ids) -> a function that runs it again on ids.
+# Device types that can capture a step, and how: (step, ids) -> a function that replays it on ids.
 CAPTURES: dict[str, Callable[[Step, Tensor], Callable[[], Tensor]]] = {"cuda": _capture_cuda}

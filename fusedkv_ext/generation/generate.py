@@ -1,6 +1,6 @@
 """Generation: prompts of unequal length in, tokens out, greedy or sampled, with a cache or, slowly, without.
 
-Prompts are padded on the left, so that new tokens of all sequences stand in the same columns.
+Prompts are padded on the left, so that new tokens of all sequences are in the same columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CausalLM", "generate"]
 
 
 class CausalLM(Protocol):
-    """What ``generate`` needs of a model; ``Decoder`` has it."""
+    """The interface of a model that ``generate`` needs; ``Decoder`` has it."""
 
     def __call__(
         self,
@@ -56,7 +56,21 @@ def generate(
     pad_token_id: int = 0,
     cuda_graph: bool | None = None,
 ) -> Tensor:
-    """``Decoder.generate``, for any causal model. ``max_len`` bounds prompt and new tokens together."""
+    """``Decoder.generate`` for any causal model.
+
+    Args:
+        model: The model.
+        ids, max_new_tokens: As in ``Decoder.generate``.
+        vocab_size: Token ids are below it.
+        max_len: Bound of prompt and new tokens together.
+        device: Of the model.
+        sampling: How tokens are chosen; None: greedy.
+        seed, stop, stream, use_cache, attention_mask, page_size: As in ``Decoder.generate``.
+        pad_token_id, cuda_graph: As in ``Decoder.generate``.
+
+    Returns:
+        As ``Decoder.generate``.
+    """
     rows = _rows(ids, attention_mask, vocab_size, device)
     width = ids.shape[1] if isinstance(ids, Tensor) else max(map(len, rows), default=0)
     if max_new_tokens < 0:
@@ -87,7 +101,7 @@ def generate(
         else:
             source = _Uncached(model, rows)
         new = _decode(source, choose, max_new_tokens, stops, pad_token_id, stream)
-    # Copied out here the result is an ordinary tensor, which autograd takes as inputs and labels.
+    # Copied outside of inference mode the result is an ordinary tensor, which autograd accepts.
     return torch.cat((prompts, new.clone()), dim=1)
 
 
@@ -99,7 +113,7 @@ def _decode(
     pad_token_id: int,
     stream: Callable[[Tensor], None] | None,
 ) -> Tensor:
-    """Token by token until max_new_tokens, or until every sequence has met a stop token: (B, new)."""
+    """Token by token, until max_new_tokens or until every sequence has a stop token: (B, new)."""
     new: list[Tensor] = []
     finished = stop_ids = None
     while len(new) < max_new_tokens:
@@ -120,7 +134,7 @@ def _decode(
 
 @contextmanager
 def _eval_mode(model: CausalLM) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it was in."""
+    """Evaluation mode within the context; afterwards every module is in its earlier mode."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -132,10 +146,10 @@ def _eval_mode(model: CausalLM) -> Iterator[None]:
 
 
 class _Cached:
-    """Logits of the next token: the prompts once, then one token per sequence and call.
+    """Logits of the next token: the prompts in the first call, then one token per sequence and call.
 
-    A decode step is split in two: on the host the cache makes room, adding pages where needed, and what is
-    left is work of the device on tensors that stay where they are, as a CUDA graph wants it.
+    A decode step has two parts. On the host the cache makes room and adds pages. The rest is device work on
+    tensors that stay in place, as a CUDA graph needs it.
     """
 
     def __init__(
@@ -165,14 +179,14 @@ class _Cached:
         self.cache.advance(1)
         ids = token[:, None]
         if self.capture_next:
-            # Warming up stores the keys and values of these ids where the step itself will store them again.
+            # The warm-up stores keys and values of these ids where the step itself stores them again.
             self.step = graphs.graphed(self.step, ids, self.graph_required)
             self.capture_next = False
         return self.step(ids)[:, -1]
 
 
 class _Uncached:
-    """The same by definition: every sequence alone, all of its tokens again for each new one."""
+    """The definition of the right logits: every sequence alone, all of its tokens again for each new one."""
 
     def __init__(self, model: CausalLM, rows: list[Tensor]) -> None:
         self.model, self.rows = model, rows

@@ -1,9 +1,9 @@
 """A compact Qwen3-style decoder on top of any cache plan: RMSNorm, RoPE, QK-norm, SwiGLU.
 
-Parameters carry the names of HF's Qwen3, so that checkpoints travel. Two things differ from a plain decoder:
-layers hand keys and values to later layers as return values, and a prompt does not run through all of it.
-Layers that store nothing see only the positions whose logits are wanted, and the last layer that stores makes
-keys and values for all positions but attends only from those (YOCO's early exit, arXiv 2405.05254).
+Parameters have the names of HF's Qwen3, so that checkpoints are exchangeable. Two things differ from a plain
+decoder. Layers hand keys and values to later layers as return values. And a prompt skips part of the layers
+(YOCO's early exit, arXiv 2405.05254): layers that store nothing see only the positions whose logits are
+wanted. The last layer that stores computes keys and values for all positions, but attends from those only.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def _attention(
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does.
 
-    activation_checkpointing: None, or how training keeps the layer's inputs only and runs it again in the
-    backward.
+    The third result is the layer's ``balance_loss``, None for a dense network and in evaluation mode.
 
-    Third result: the layer's ``balance_loss``, None for a dense network and in evaluation mode.
+    Attributes:
+        activation_checkpointing: None, or how training saves the layer's inputs only and runs it again in the
+            backward.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
@@ -132,8 +133,8 @@ class DecoderLayer(nn.Module):
 class DecoderModel(nn.Module):
     """Embeddings, layers and the final norm: token ids (B, S) -> hidden states (B, S or keep, hidden).
 
-    Second result: the mean ``balance_loss`` of the layers with experts, None where no layer has one. It is
-    returned, like keys and values, and not left on a module, which FSDP and checkpointing would lose.
+    The second result is the mean ``balance_loss`` of the layers with experts, None if no layer has any. Like
+    keys and values it is returned, not stored on a module: FSDP and checkpointing would lose it there.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -148,9 +149,9 @@ class DecoderModel(nn.Module):
         self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.exit_layer = plan.prefill_layers - 1
         self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
-        # Whose KV each layer takes as arguments: without a cache, and with one (only mixing layers need any).
+        # The layers whose KV each layer takes: without a cache, and with one (only for layers that mix).
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
-        # Layers whose keys, and whose values, later layers take. Latents are keys, whatever they are read as.
+        # Layers whose keys, and whose values, later layers read. Latents are keys, even if read as values.
         latent = config.kv_lora_rank is not None
         sides = (self._sources.__getitem__,) * 2 if latent else (plan.key_sources, plan.value_sources)
         self._taken_sides = [
@@ -162,7 +163,7 @@ class DecoderModel(nn.Module):
         ]
 
     def _taken(self, layer: int, kv: KV) -> KV:
-        """What later layers take of it: nobody else is to hold keys, or values, that are not read."""
+        """The part of ``kv`` that later layers read: nothing else may keep keys or values alive."""
         keys, values = self._taken_sides
         return KV(kv.key if layer in keys else None, kv.value if layer in values else None)
 
@@ -179,7 +180,7 @@ class DecoderModel(nn.Module):
         if cache is not None:
             cache.begin_step()
         if cache is None or self._needs_positions:
-            # What layers share is made here, once a step and, with a cache, from the lengths on the device.
+            # Shared by all layers: computed once a step and, with a cache, from the lengths on the device.
             if cache is not None:
                 positions = cache.positions(steps)
             elif document_ids is not None:
@@ -239,9 +240,9 @@ class OutputHead(nn.Linear):
 class Decoder(nn.Module):
     """A causal language model whose cache follows ``config.plan``.
 
-    State-dict names are those of HF's Qwen3ForCausalLM, with experts those of its Qwen3MoeForCausalLM, with
-    latent attention those of DeepseekV3ForCausalLM's attention, plus ``self_attn.kv_fusion.*`` and minus
-    projections of what the plan does not store.
+    State-dict names are those of HF's Qwen3ForCausalLM; with experts those of its Qwen3MoeForCausalLM, with
+    latent attention those of DeepseekV3ForCausalLM's attention. ``self_attn.kv_fusion.*`` is added, and
+    projections of tensors that the plan does not store are absent.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -258,7 +259,7 @@ class Decoder(nn.Module):
         return self.config.plan
 
     def tie_weights(self) -> None:
-        """Makes the head and the embeddings one parameter again, if the config says so."""
+        """Makes the head and the embeddings one parameter again, if the config ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -294,33 +295,34 @@ class Decoder(nn.Module):
 
         Args:
             ids: (B, S) integers; with a cache the next S tokens of each sequence.
-            labels: (B, S), usually ids themselves: position t predicts labels[t + 1], -100 is left out.
-                The loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0
-                without any target token. In training mode a model with experts adds router_aux_loss_coef
-                times its mean ``balance_loss``; in evaluation mode the loss is the cross-entropy alone. Not
-                together with ``logits_to_keep``.
+            labels: (B, S), usually ids themselves: position t predicts labels[t + 1], -100 is left out. The
+                loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0 without
+                any target token. In training mode a model with experts adds router_aux_loss_coef times its
+                mean ``balance_loss``. Not together with ``logits_to_keep``.
             document_ids: (B, S) int32 or int64, the document of each token of packed sequences. A token sees
-                its own document only, positions begin anew where the ids change, and the first token of a
-                document is no target: the is that of separate documents. Not with a cache.
-            num_target_tokens: what the sum of the cross-entropies is divided by; default: the target
-                tokens of this call. For a batch in parts of unequal counts: the mean of these counts.
-            cache: from ``make_cache``; it is advanced and filled. Not differentiable: call under
+                its own document only, positions restart where the ids change, and the first token of a
+                document is no target: the loss is that of separate documents. Not with a cache.
+            num_target_tokens: The divisor of the sum of the cross-entropies; default: the target tokens of
+                this call. For a batch in parts of unequal counts: the mean of these counts.
+            cache: From ``make_cache``; it is advanced and filled. Not differentiable: call under
                 ``torch.no_grad`` or ``torch.inference_mode``.
-            logits_to_keep: logits of the last that many positions only, 0 for all. Layers that only read then
-                run for these positions alone, which changes nothing but rounding.
-            lengths: with a cache whose sequences are empty, the number of tokens of each row, the rest on its
-                left being padding; the longest must be S. None: S each.
-            advance: with a cache, make room for the S tokens first. False where the caller has done so, with
-                ``cache.advance``: what remains is work of the device alone, to be captured in a CUDA graph.
-            return_logits: False, with labels: the loss alone, without ever holding the logits of all tokens
+            logits_to_keep: Number of last positions with logits, 0 for all. Layers that only read then run
+                for these positions alone, which changes only rounding.
+            lengths: With a cache whose sequences are empty, the number of tokens of each row, left-padded to
+                S, which the longest must have. None: S each.
+            advance: With a cache, whether to make room for the S tokens. If False, the caller has called
+                ``cache.advance``, and the rest is device work, which a CUDA graph can capture.
+            return_logits: False, with labels: the loss alone, without the logits of all tokens
                 (``ops.head_loss``).
 
         Returns:
             logits (B, S or logits_to_keep, vocab), (logits, loss), or loss. Under context parallelism logits
             of this rank's tokens and the loss of all.
 
-        Raises ValueError for shapes, dtypes or combinations other than these, for positions beyond
-        max_position_embeddings, and CacheFullError.
+        Raises:
+            ValueError: A shape, dtype or combination is wrong, or a position is beyond
+                max_position_embeddings.
+            CacheFullError: The tokens do not fit into the cache.
         """
         self._check(ids, labels, cache, logits_to_keep, lengths, advance)
         if document_ids is not None:
@@ -386,8 +388,10 @@ class Decoder(nn.Module):
     def make_cache(
         self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None
     ) -> KVCache:
-        """An empty KVCache for this model: its device, and its dtype or, within autocast, that one. Under
-        tensor parallelism: for the KV heads of this rank."""
+        """An empty KVCache for this model, on its device and in its dtype or, within autocast, in that one.
+
+        Under tensor parallelism it has the KV heads of this rank.
+        """
         config, weight = self.config, self.model.embed_tokens.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         latent = config.kv_lora_rank is not None
@@ -426,28 +430,29 @@ class Decoder(nn.Module):
 
         Args:
             ids: (B, S), or a list of 1-D prompts of any lengths. No prompt may be empty.
-            temperature, top_k, top_p: see ``Sampling``; temperature 0 is greedy.
-            sampling: these three as one value, which then must not be given themselves.
-            seed: of the sampling; None draws from torch's global generator, under tensor parallelism from
-                that of the first rank.
-            stop: token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
+            temperature, top_k, top_p: See ``Sampling``; temperature 0 is greedy.
+            sampling: These three as one value, which then must not be given themselves.
+            seed: Of the sampling. None draws from torch's global generator, under tensor parallelism that of
+                the first rank.
+            stop: Token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
                 ends when all are finished.
-            stream: called after each step with its tokens, (B,).
+            stream: Called after each step with its tokens, (B,).
             use_cache: False runs every sequence alone and from its start for each token: slow, and the
                 definition of the right result.
-            attention_mask: (B, S), 0 marks padding in ``ids``, wherever it stands; it is moved to the left.
-            page_size: use a paged cache with pages of that many tokens.
-            cuda_graph: capture the decode step in a CUDA graph and replay it: the same tokens, without the
-                host's time for launching kernels. None: on CUDA, from 17 new tokens on, which pay
-                for the capture, if no module has forward hooks, which a replay would not call; should the
-                capture fail, a warning and a launch per kernel. True: always, and RuntimeError if it fails.
-                (Under tensor parallelism None is False: capturing the messages between GPUs is untested.)
+            attention_mask: (B, S), 0 marks padding in ``ids`` at any place; it is moved to the left.
+            page_size: Tokens per page of a paged cache; None: a contiguous one.
+            cuda_graph: Whether to capture the decode step in a CUDA graph and replay it: the same tokens,
+                without the host's time for launching kernels. True: always, and RuntimeError if it fails.
+                None: on CUDA from 17 new tokens on, if no module has forward hooks, which a replay would not
+                call; a failed capture warns. (Under tensor parallelism None is False: capturing the messages
+                between GPUs is untested.)
 
         Returns:
-            (B, S + new) int64: the prompts padded on the left to S (the longest prompt's length, or the width
-            of ``ids``), then at most ``max_new_tokens`` new tokens. An empty batch returns as it came.
+            (B, S + new) int64: the prompts left-padded to S (the longest prompt's length, or the width of
+            ``ids``), then at most ``max_new_tokens`` new tokens. An empty batch is returned as it came.
 
-        Raises ValueError for arguments that cannot be, naming them.
+        Raises:
+            ValueError: An argument is impossible; the message names it.
         """
         if self.model.context is not None:
             raise ValueError("under context parallelism no rank has all tokens: generate with another model")

@@ -123,7 +123,7 @@ class DecoderConfig:
             raise ValueError(
                 f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
             )
-        if self.kv_lora_rank is not None:  # raises if the plan cannot be said on such latents
+        if self.kv_lora_rank is not None:  # raises if the plan is not supported on such latents
             self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, torch.float32)
         self._check_layer_types()
         check_windows(self.plan, self.layer_types, latent=self.kv_lora_rank is not None)

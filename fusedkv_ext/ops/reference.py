@@ -283,12 +283,12 @@ def _attend(
     visible = _visible(rows, tokens, causal, window_size, q.device)
     if document_ids is not None:
         visible = visible & (document_ids[tokens - rows :, None] == document_ids[None, :])
-    blind = ~visible.any(-1)
+    masked = ~visible.any(-1)
     scores = scale * (q @ k.transpose(1, 2))
-    # A blind row is given finite scores first and its zeros afterwards, which keeps NaN out of its gradient.
-    scores = scores.masked_fill(~visible, -math.inf).masked_fill(blind[:, None], 0.0)
-    out = (torch.softmax(scores, dim=-1) @ v).masked_fill(blind[:, None], 0.0)
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(blind, -math.inf)
+    # A fully masked row gets finite scores first and zeros afterwards, to keep NaN out of its gradient.
+    scores = scores.masked_fill(~visible, -math.inf).masked_fill(masked[:, None], 0.0)
+    out = (torch.softmax(scores, dim=-1) @ v).masked_fill(masked[:, None], 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(masked, -math.inf)
     return out.transpose(0, 1), lse
 
 
