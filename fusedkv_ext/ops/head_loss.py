@@ -13,7 +13,7 @@ T^2 keeps the gradient's size independent of T (Hinton et al., arXiv:1503.02531,
 
 Why not ``torch.nn.functional.linear_cross_entropy`` (torch 2.13): its chunked path returns the loss in the
 dtype of the hidden states, so 8 bits of it in bf16, keeps the gradient of the head in that dtype too, and has
-neither a teacher nor a vocabulary that ranks share. docs/training.md has both measured.
+neither a teacher nor a vocabulary that ranks share. docs/training.md has both measured in fp32.
 """
 
 from __future__ import annotations
@@ -337,14 +337,19 @@ def _losses_to_gradients(
             kl += part_kl
         if not task.with_grad:
             continue
-        y.exp_().mul_(p_weight)
+        y.exp_()
+        if p_weight != 1:
+            y.mul_(p_weight)
         if x is not None:
             y.sub_(x, alpha=task.kl_weight * task.temperature)
             if task.temperature != 1:
                 y.add_(ours)
         one = torch.full_like(found, -task.ce_weight)
         y.scatter_add_(1, targets, one if elsewhere is None else one.masked_fill_(elsewhere, 0))
-        ours.copy_(y.mul_(weights))
+        if ours.dtype == exact:
+            torch.mul(y, weights, out=ours)
+        else:
+            ours.copy_(y.mul_(weights))
     return ce, kl
 
 
