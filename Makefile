@@ -69,7 +69,7 @@ help:
 	@echo "make performance-doc  make the tables of docs/performance.md and README.md from benchmarks/results"
 	@echo "make docs          that, docs/methods.md from the registry, docs/experiments.md, docs/scale.md from formulas"
 	@echo "make site          the documentation with an API reference as a site in build/site, in strict mode; it fetches mkdocs (120 MB on disk)"
-	@echo "make lint          ruff on Python, clang-format on csrc, codespell, sentence lengths and retired words of documents"
+	@echo "make lint          ruff and mypy on Python, clang-format on csrc, codespell, sentence lengths and retired words of documents"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
 	@echo "make floor         compile the binding layer against the headers of the oldest torch, which it fetches (80 MB, once)"
@@ -205,6 +205,7 @@ site: $(MKDOCS)
 lint: $(DEPS)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	@$(BIN)/codespell $(SPELLED)
 	@$(BIN)/python scripts/prose_check.py

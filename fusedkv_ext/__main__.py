@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import cast
 
 from fusedkv_ext.cli.main import main
 
@@ -20,4 +21,4 @@ if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
-sys.exit(code)
+sys.exit(cast("int | str | None", code))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -126,7 +126,8 @@ def assert_close(
         WrongResult: If a result misses the criterion. It is an AssertionError.
     """
     if isinstance(got, Tensor):
-        complaint = compare(got, exact, same_maths, name, terms).complaint
+        wanted, beside = cast(Tensor, exact), cast(Tensor, same_maths)
+        complaint = compare(got, wanted, beside, name, terms).complaint
         if complaint is not None:
             raise WrongResult(complaint)
         return
@@ -176,6 +177,7 @@ def assert_same_bits(first: Outputs, second: Outputs) -> None:
         for a, b in zip(first, second, strict=True):
             assert_same_bits(a, b)
         return
+    assert isinstance(second, Tensor)
     kinds = [(x.dtype, tuple(x.shape)) for x in (first, second)]
     if kinds[0] != kinds[1]:
         raise WrongResult(f"dtype and shape must be {kinds[1]}, got {kinds[0]}")

@@ -328,7 +328,8 @@ class KVCache:
         query: Tensor | None,
     ) -> AppendCall:
         """The operation takes both sides: one that is not stored has the rows of ``like`` and no heads."""
-        key_cache = value_cache = self._no_heads
+        key_cache: Any = self._no_heads
+        value_cache: Any = self._no_heads
         if key is None:
             key = like[:, :, :0]
         else:

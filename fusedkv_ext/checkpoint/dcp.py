@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -77,14 +77,14 @@ class _SummedFiles(FileSystem):
         self.sums: dict[str, int] = {}
 
     @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[IO[bytes]]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # a file, whatever class it has
         if mode != "wb":
             with super().create_stream(path, mode) as file:
                 yield file
             return
-        with checked_files.writing(Path(path)) as file:
-            yield file
-        self.sums[Path(path).name] = file.checksum
+        with checked_files.writing(Path(path)) as summed:
+            yield summed
+        self.sums[Path(path).name] = summed.checksum
 
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
@@ -106,7 +106,7 @@ class Writer(dcp.FileSystemWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, sync_files=True)
-        self.fs = _SummedFiles()
+        self.fs: _SummedFiles = _SummedFiles()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         def with_sums(done: Future[list[WriteResult]]) -> list[WriteResult]:
@@ -133,7 +133,7 @@ def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     """
     metadata = _metadata(folder)
     _check_files(folder, metadata)
-    return metadata.state_dict_metadata
+    return cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
 
 
 def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -224,7 +224,7 @@ def _check_files(folder: Path, metadata: Metadata) -> list[str]:
 
 def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        entry = metadata.state_dict_metadata.get(name)
+        entry = cast("TensorStorageMetadata | None", metadata.state_dict_metadata.get(name))
         if entry is None:
             raise ValueError(f"{folder} has no {name}; it was written for another model or optimizer")
         found, wanted = (tuple(entry.size), entry.properties.dtype), (tuple(tensor.shape), tensor.dtype)

@@ -201,9 +201,9 @@ def run(args: argparse.Namespace) -> int:
     if args.search:
         _storage_layers(args, config.num_hidden_layers)
     scored = args.eval or args.calibrate
-    tokenizer = load_tokenizer(args.model, config.vocab_size, args.tokenizer) if scored else None
+    tokenizer: Any = load_tokenizer(args.model, config.vocab_size, args.tokenizer) if scored else None
     context = min(2048, config.max_position_embeddings)
-    windows = None
+    windows: Any = None
     if args.calibrate:
         _check_calibration(args, config.max_position_embeddings)
         windows = calibration_windows(
@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
         )
     text = None if scored is None else read_text(scored).ids(tokenizer)
     model = load_causal_lm(args.model, device=resolve_device(args.device))
-    before = after = None
+    before: Any = None
     if text is not None:
         before = perplexity(model, text, context=context, max_tokens=args.eval_tokens)
         say(f"original: perplexity {before.perplexity:.2f} over {before.tokens:,} tokens")

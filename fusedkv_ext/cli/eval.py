@@ -212,7 +212,7 @@ def _losses(
     from fusedkv_ext.evaluation.perplexity import window_losses
 
     stride = context if args.stride is None else args.stride
-    settings = {"context": context, "max_tokens": args.max_tokens or None}
+    settings: dict[str, Any] = {"context": context, "max_tokens": args.max_tokens or None}
     losses = None
     if "perplexity" in args.tasks:
         losses = window_losses(subject.model, ids, stride=stride, **settings)

@@ -107,7 +107,7 @@ def _decode(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
 def _decode_paged(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
     """The caches cut into pages of 8 that lie in reverse order."""
     page = 8
-    pages, order = [], None
+    pages, order = [], torch.empty(0)
     for cache in (*x.sources, *x.values):
         padded = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, -cache.shape[1] % page))
         flat = padded.unflatten(1, (-1, page)).flatten(0, 1)
@@ -166,7 +166,7 @@ def checks(device: torch.device | str = "cpu") -> Iterator[Check]:
 def judged(op: str, dtype: torch.dtype, device: torch.device, results: list[list[Tensor]]) -> Check:
     """The outputs of one call, of the oracle and of the same math in torch, as a Check of the worst one."""
     triples = zip(*results, strict=True)
-    found = [compare(*triple, name=f"output {i}") for i, triple in enumerate(triples)]
+    found = [compare(x, y, z, name=f"output {i}") for i, (x, y, z) in enumerate(triples)]
     worst = max(found, key=lambda x: (x.complaint is not None, x.error / (x.allowed or 1.0)))
     which = str(dtype).removeprefix("torch.")
     return Check(op, which, str(device), worst.error, worst.allowed, worst.complaint)

@@ -142,6 +142,12 @@ def reads(
             yield Read(layer, side, segment, heads, fusion, fused.get(segment))
 
 
+def _fusion(read: Read) -> FusionWeights:
+    """The fusion weights of a segment that has some."""
+    assert read.fusion is not None
+    return read.fusion
+
+
 def _solve(
     read: Read, second_moments: SecondMoments, metrics: list[Tensor], ridge: float, rounds: int
 ) -> tuple[list[Tensor], Tensor]:
@@ -174,17 +180,17 @@ def _solve(
         weights = weights_of(read, second_moments)
         before, maps = total(maps, weights), best_maps(weights)
     else:
-        weights = set_weights(read.fusion, fused, errors(maps), ridge)
+        weights = set_weights(_fusion(read), fused, errors(maps), ridge)
         before = total(maps, weights)
         if read.side == "key" and len(sources) > 1:
             maps = [
                 _common_phase(second_moments, read, head, m, ridge)
                 for head, m in zip(read.heads, metrics, strict=True)
             ]
-            weights = set_weights(read.fusion, fused, errors(maps), ridge)
+            weights = set_weights(_fusion(read), fused, errors(maps), ridge)
         for _ in range(rounds):
             maps = best_maps(weights)
-            weights = set_weights(read.fusion, fused, errors(maps), ridge)
+            weights = set_weights(_fusion(read), fused, errors(maps), ridge)
     variance = sum(float(e.c) for e in errors(maps))
     return maps, torch.tensor([variance, before, total(maps, weights)], dtype=torch.float64)
 
@@ -196,8 +202,9 @@ def weights_of(read: Read, second_moments: SecondMoments) -> Tensor:
         return torch.ones(
             len(read.heads), len(read.segment.sources), second_moments.head_dim, dtype=torch.float64
         )
-    rows = torch.stack([read.fusion.get_parameter(name).detach().double().cpu() for name in fused.names], 1)
-    expanded = rows * fused.fusion.multiplier @ read.fusion.expansion(fused).double().cpu().mT
+    fusion = _fusion(read)
+    rows = torch.stack([fusion.get_parameter(name).detach().double().cpu() for name in fused.names], 1)
+    expanded = rows * fused.fusion.multiplier @ fusion.expansion(fused).double().cpu().mT
     return expanded.expand(len(read.heads), -1, -1)
 
 

@@ -29,6 +29,7 @@ from fusedkv_ext.conversion.refit import REFITTED, refit
 from fusedkv_ext.conversion.second_moments import SecondMoments, collect
 from fusedkv_ext.hf.config import PlanConfig, cache_bytes_per_token, config_for
 from fusedkv_ext.hf.loading import CONVERSION, save_like
+from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training.data.tokenizer import FileTokenizer
 
@@ -219,7 +220,7 @@ def _copy(model: PreTrainedModel, converted: PreTrainedModel, pooling: str) -> N
             f"the model must be a whole Llama or Qwen3, got one without {', '.join(missing[:3])}"
         )
     for module in converted.modules():
-        if hasattr(module, "clear_cache"):
+        if isinstance(module, FusionWeights):
             module.clear_cache()
 
 

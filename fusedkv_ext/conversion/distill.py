@@ -11,7 +11,7 @@ numbers are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def _matched(backbone: nn.Module, match: str | None) -> Sequence[nn.Module]:
     if match == "hidden":
         return list(layers)
     try:
-        return [layer.self_attn.o_proj for layer in layers]
+        return [cast(Any, layer).self_attn.o_proj for layer in layers]
     except AttributeError as error:
         raise ValueError(
             f"the layers of {type(backbone).__name__} have no self_attn.o_proj; match hidden states instead"

@@ -7,7 +7,7 @@ last hidden states still have a cosine similarity above a threshold with the ori
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def _sharing_attention(
     """SDPA in which a layer attends to the keys and values of another."""
     if kv_sharing is not None:
         kv_sharing.caches.append((key, value))
-        key, value = kv_sharing.caches[kv_sharing.sources[module.layer_idx]]
+        key, value = kv_sharing.caches[kv_sharing.sources[cast(int, module.layer_idx)]]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -69,7 +69,6 @@ def kvsharer(
         threshold: for the mean cosine similarity of the flattened last hidden states of each text; 0.5 in the
             paper.
         similar_first: True reverses the order, for comparison.
-        progress: receives a line per pair.
 
     Raises:
         ValueError: ``storage_layers`` is out of range.

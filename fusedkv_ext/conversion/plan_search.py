@@ -58,7 +58,6 @@ class SourceTable:
         model: the plain model.
         metric: see ``least_squares.fit``.
         weighted: True weights the cost of a layer by the relative size of its attention output.
-        ridge: see ``least_squares.fit``.
         rounds: alternations between weights and maps, for values; 0 leaves out the maps.
     """
 
@@ -173,7 +172,6 @@ def search(
         budget: instead, the largest fraction of the plain model's cache.
         separate: True lets the keys and the values of a layer stop storing independently. Then n storage
             layers mean as many tensors as n layers have.
-        progress: receives a line per step.
 
     Raises:
         ValueError: not exactly one of ``storage_layers`` and ``budget`` is given, or the budget leaves
@@ -191,6 +189,7 @@ def search(
                 cost -= sum(_side_cost(table, side, storing[side]) for side in sides)
                 if best is None or cost < best[0]:
                     best = cost, i, sides
+        assert best is not None, "the budget leaves at least layer 0, so that a layer may stop storing"
         for side in best[2]:
             storing[side].remove(best[1])
     return _found(table, storing, {})
@@ -202,7 +201,6 @@ def search_prefix(table: SourceTable, storage_layers: int, *, per_reader: bool =
     Args:
         table: the explained fractions.
         storage_layers: see ``search``.
-        budget: see ``search``.
         per_reader: True lets each reading layer have its own sources; otherwise all share one pair for keys
             and one for values.
     """
@@ -210,11 +208,9 @@ def search_prefix(table: SourceTable, storage_layers: int, *, per_reader: bool =
     readers = range(n, table.num_layers)
     shared: dict[str, tuple[int, ...]] = {}
     for side in SIDES if readers and not per_reader else ():
-        choices = [(j,) for j in range(n)] + list(combinations(range(n), 2))
-        shared[side] = max(
-            choices,
-            key=lambda c, side=side: sum(table.weights[i] * table.explained(side, i, c) for i in readers),
-        )
+        choices: list[tuple[int, ...]] = [*((j,) for j in range(n)), *combinations(range(n), 2)]
+        totals = [sum(table.weights[i] * table.explained(side, i, c) for i in readers) for c in choices]
+        shared[side] = choices[totals.index(max(totals))]
     return _found(table, {side: set(range(n)) for side in SIDES}, shared)
 
 
@@ -223,10 +219,10 @@ def prefix_costs(table: SourceTable, *, per_reader: bool = False) -> list[tuple[
     rows = []
     for n in range(1, table.num_layers):
         shares = search_prefix(table, n, per_reader=per_reader).explained
-        means = [
+        keys, values = (
             sum(v for (_, s), v in shares.items() if s == side) / (table.num_layers - n) for side in SIDES
-        ]
-        rows.append((n, *means))
+        )
+        rows.append((n, keys, values))
     return rows
 
 
@@ -238,7 +234,7 @@ def _storage_layers(
             "exactly one of storage_layers and budget (a fraction of the cache) must be given, got "
             f"storage_layers={storage_layers} and budget={budget}"
         )
-    wanted = Fraction(storage_layers) if budget is None else Fraction(str(budget)) * layers
+    wanted = Fraction(storage_layers or 0) if budget is None else Fraction(str(budget)) * layers
     wanted = Fraction(math.floor(2 * wanted), 2) if separate else Fraction(math.floor(wanted))
     if not 1 <= wanted <= layers:
         given = f"storage_layers={storage_layers}" if budget is None else f"budget={budget}"

@@ -36,7 +36,7 @@ def pool(
         weight: (G * D, hidden), the value projection of all heads.
         output: (hidden, H * D), the output projection, with H / G query heads per KV head.
         stored: indices of the heads that are stored.
-        heads: G.
+        num_kv_heads: G.
         method: the name of a method.
 
     Returns:

@@ -174,7 +174,8 @@ def refit(
     """
     if unknown := set(projections) - set(REFITTED):
         raise ValueError(f"projections must be among {', '.join(REFITTED)}, got {', '.join(sorted(unknown))}")
-    wanted, left = set(layers), {}
+    wanted = set(layers)
+    left: dict[int, dict[str, float]] = {}
     if not wanted:
         return left
     one_so_far = True  # the two models are equal so far, and so are their streams

@@ -55,11 +55,10 @@ class SecondMoments:
 
     def __post_init__(self) -> None:
         layers, heads, dim = self.num_layers, self.num_kv_heads, self.head_dim
-        zeros = {"dtype": torch.float64}
-        self.keys = torch.zeros(heads, layers * dim, layers * dim, **zeros)
+        self.keys = torch.zeros(heads, layers * dim, layers * dim, dtype=torch.float64)
         self.values = torch.zeros_like(self.keys)
-        self.queries = torch.zeros(layers, heads, dim, dim, **zeros)
-        self.shares = torch.zeros(layers, **zeros)
+        self.queries = torch.zeros(layers, heads, dim, dim, dtype=torch.float64)
+        self.shares = torch.zeros(layers, dtype=torch.float64)
 
     def covariance(self, side: str, head: int, rows: int, columns: int) -> Tensor:
         """E[x_rows x_columns^T] of one KV head for the side "key" (centered) or "value": (D, D) float64."""

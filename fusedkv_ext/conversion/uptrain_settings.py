@@ -144,7 +144,8 @@ class UptrainSettings:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"uptrain has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**chosen)
 
     def resumed(self, given: Mapping[str, Any]) -> UptrainSettings:
         """These settings of a run that goes on, with those of `given` that only say how often to report.

@@ -396,7 +396,7 @@ def uptrain(
         shutil.rmtree(partial_folder(out), ignore_errors=True)  # of a run without a checkpoint
     if not text:
         raise ConfigError("text: name at least one text file")
-    this = load(folder, text, out, chosen, progress, facts)
+    this = load(folder, [str(path) for path in text], out, chosen, progress, facts)
     if facts is not None and newest is not None:
         this.restore(newest, facts)
         progress.line(f"resuming {this.folder} at step {this.trainer.step}")
@@ -409,7 +409,9 @@ def _path(path: str | Path) -> str:
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with paths that mean the same from any folder: a run may be resumed elsewhere."""
-    changed = {name: _path(settings[name]) for name in ("teacher", "tokenizer") if settings.get(name)}
+    changed: dict[str, Any] = {
+        name: _path(settings[name]) for name in ("teacher", "tokenizer") if settings.get(name)
+    }
     if settings.get("valid_text"):
         changed["valid_text"] = tuple(_path(path) for path in settings["valid_text"])
     return {**settings, **changed}
@@ -443,7 +445,7 @@ def load(
     }
     if facts is not None:
         _check_identity(facts["identity"], identity)
-    teacher = None
+    teacher: Any = None
     if teacher_folder is not None and (settings.distill or facts is None):
         teacher = _exact(load_causal_lm(teacher_folder), device)
     changed = None if conversion is None else conversion.get("changed")

@@ -49,6 +49,6 @@ def parallelize(
         if compile:
             # The checkpoint stays outside of the graph. Within, it would save DTensors' DeviceMesh, which
             # AOTAutograd rejects (tp). It would also need a single graph, which attention breaks (cp).
-            layer._run = torch.compile(layer._run)
+            layer._run = torch.compile(layer._run)  # type: ignore[method-assign]
     if mesh is not None:
         shard_weights(model, mesh.fsdp, precision)

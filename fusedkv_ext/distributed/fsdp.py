@@ -34,7 +34,7 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
     policy = whole
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    fusions = [
+    fusions: list[torch.nn.Module] = [
         layer.self_attn.kv_fusion for layer in model.model.layers if layer.self_attn.kv_fusion is not None
     ]
     if fusions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -64,7 +65,8 @@ def load_sharded(
         verify_weights(folder)
         with open_weights(folder, device) as file, torch.no_grad():
             for name, part in parts.items():
-                part.to_local().copy_(file.get_slice(name)[_place(part)])
+                shard = cast(DTensor, part)
+                shard.to_local().copy_(file.get_slice(name)[_place(shard)])
     for name, order in head_orders(model, tp.size()).items():
         parts[name] = order.shared(parts[name])
     model = filled(model, parts)

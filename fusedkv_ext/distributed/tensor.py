@@ -17,7 +17,7 @@ a token. With them a token took a CPU two to three times as long (four layers, t
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from fusedkv_ext.layers.attention import FusedKVAttention
 from fusedkv_ext.layers.decoder import Decoder, DecoderConfig, OutputHead
+from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.layers.mlp import MLP
 from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.layers.shards import for_all_ranks, local
@@ -67,8 +68,8 @@ def apply_tp(model: Decoder, tp: DeviceMesh) -> None:
             parameter = model.get_parameter(name)
             parameter.copy_(order.shared(parameter))
     for layer in model.model.layers:
-        _share_attention(layer.self_attn, tp)
-        _share_mlp(layer.mlp, tp)
+        _share_attention(cast(FusedKVAttention, layer.self_attn), tp)
+        _share_mlp(cast(MLP, layer.mlp), tp)
     model.model.embed_tokens, model.lm_head = (
         VocabParallelEmbedding(model.model.embed_tokens, tp),
         VocabParallelHead(model.lm_head, tp),
@@ -156,7 +157,7 @@ class HeadOrder(NamedTuple):
     """
 
     dim: int
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
 
     def shared(self, tensor: Tensor) -> Tensor:
         """From the order of one process to that of the sharded model; a DTensor keeps its placements."""
@@ -170,7 +171,7 @@ class HeadOrder(NamedTuple):
         index = index.to(tensor.device)
         if not isinstance(tensor, DTensor):
             return tensor.index_select(self.dim, index)
-        whole = tensor.detach().full_tensor().index_select(self.dim, index)
+        whole = cast(DTensor, tensor.detach()).full_tensor().index_select(self.dim, index)
         mesh = tensor.device_mesh
         taken = torch.empty_like(tensor)
         return taken.copy_(DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False))
@@ -234,7 +235,7 @@ class ColumnParallelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._own(self.weight), None if self.bias is None else self._own(self.bias))
 
-    def _own(self, parameter: nn.Parameter) -> Tensor:
+    def _own(self, parameter: Tensor) -> Tensor:
         return local(parameter) if self.rows is None else local(parameter, summed=True)[self.rows]
 
 
@@ -322,7 +323,12 @@ def _share_attention(attention: FusedKVAttention, tp: DeviceMesh) -> None:
     fusion = attention.kv_fusion
     for fused in () if fusion is None else fusion.fused_segments:
         for name in fused.names:
-            _distribute(fusion, name, tp, Replicate() if fused.shared or first is not None else Shard(0))
+            _distribute(
+                cast(FusionWeights, fusion),
+                name,
+                tp,
+                Replicate() if fused.shared or first is not None else Shard(0),
+            )
     attention.shard_heads(heads // ranks, max(kv_heads // ranks, 1), first)
     _enter(attention, tp)
 

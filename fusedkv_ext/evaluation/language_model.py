@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
         settings: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        if ends := self.ends() | ({stop} - {None}):
+        if ends := self.ends() | (set() if stop is None else {stop}):
             settings |= {"eos_token_id": sorted(ends), "pad_token_id": min(ends)}
         device = next(self.model.parameters()).device
         with torch.random.fork_rng(enabled=seed is not None):
@@ -110,7 +110,9 @@ class LanguageModel(nn.Module):
     def ends(self) -> set[int]:
         """Tokens that end a text, from generation_config.json."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
-        return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+        if ends is None:
+            return set()
+        return set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
 class _Streamer:

@@ -212,9 +212,12 @@ def make_questions(
     haystack = Haystack(documents, tokenizer)
     grid = []
     # Each place once; 1 and 1.0 are one depth, and draw the same.
-    for place in itertools.product(*map(dict.fromkeys, (tasks, lengths, map(float, depths)))):
+    for place in itertools.product(
+        dict.fromkeys(tasks), dict.fromkeys(lengths), dict.fromkeys(map(float, depths))
+    ):
         draws = [_draw(seed, place, index, keys) for index in range(examples)]
         room = max(len(tokenizer.encode(value)) for draw in draws for value in draw.values)
         made = tuple(_example(haystack, draw, STYLES[style], place, room) for draw in draws)
-        grid.append(Questions(*place, made))
+        task, length, depth = place
+        grid.append(Questions(task, length, depth, made))
     return grid

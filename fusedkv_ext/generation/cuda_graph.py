@@ -13,6 +13,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,11 @@ class Inputs(TorchDispatchMode):
         self._made = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
-        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and x not in self._made:

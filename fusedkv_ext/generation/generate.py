@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ def generate(
     generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
     choose = functools.partial(sampling or Sampling(), generator=generator)
 
+    source: _Cached | _Uncached
     with _eval_mode(model), torch.inference_mode():
         if use_cache:
             source = _Cached(model, rows, max_new_tokens, page_size, cuda_graph)
@@ -166,10 +167,13 @@ class _Cached:
         self.prompts = _left_padded(rows, longest, 0, rows[0].device)
         # The last token is never fed back, so it needs no room.
         self.cache = model.make_cache(len(rows), longest + max_new_tokens - 1, page_size=page_size)
-        self.step = functools.partial(model, cache=self.cache, logits_to_keep=1, advance=False)
+        self.step: Callable[[Tensor], Tensor] = functools.partial(
+            model, cache=self.cache, logits_to_keep=1, advance=False
+        )
         self.graph_required = cuda_graph is True
         self.capture_next = self.graph_required or (
-            cuda_graph is None and graphs.pays_off(model, self.prompts.device, max_new_tokens - 1)
+            cuda_graph is None
+            and graphs.pays_off(cast(nn.Module, model), self.prompts.device, max_new_tokens - 1)
         )
 
     def __call__(self, token: Tensor | None) -> Tensor:

@@ -211,6 +211,6 @@ def check_growth(cache: Any, stored: bool, expected: int | None) -> None:
         what = f"it holds {found} tokens, not {expected}" if stored else "no layer was handed it"
         raise RuntimeError(
             f"the cache did not grow: {what}. transformers {transformers.__version__} passes caches on in a "
-            f"way that fusedkv_ext does not know; install {' to '.join(TESTED['transformers'])}, or pass "
-            "use_cache=False"
+            "way that fusedkv_ext does not know; install "
+            f"{' to '.join(map(str, TESTED['transformers']))}, or pass use_cache=False"
         )

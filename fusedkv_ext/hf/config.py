@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from fusedkv_ext.hf.cache import HAS_DUMMY_LAYER
 from fusedkv_ext.plan import CachePlan, check_windows
+from fusedkv_ext.plan.latent import WHOLE
 
 __all__ = ["FusedKVLlamaConfig", "FusedKVQwen3Config", "PlanConfig", "cache_bytes_per_token", "config_for"]
 
@@ -118,7 +119,7 @@ def _check_layer_types(config: Any, plan: CachePlan) -> None:
 def _tp_plan(plan: CachePlan) -> dict[str, str]:
     """Fusion weights are sharded on their first dim, like the KV heads that they scale."""
     parts = [part for layer in plan.layers for part in (*layer.keys, *layer.values)]
-    if any(part.heads != (0, 1) for part in parts):
+    if any(part.heads != WHOLE for part in parts):
         return {}  # ranks would hold different segments; attention refuses
     names = {
         f"{side}_{j}"

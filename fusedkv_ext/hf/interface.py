@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,17 +111,20 @@ def attend(
     Args:
         ranges: the tokens start..stop of each sequence, including those that a window hides; None means all.
     """
-    options = {"softmax_scale": scaling, "causal": True}
     weights = (key_weights, value_weights)
+
+    def attention(*tensors: Any, **options: Any) -> Tensor:
+        return cast(Tensor, fused_kv_attn_func(*tensors, softmax_scale=scaling, causal=True, **options))
+
     if ranges is None:
         size = (-1, -1) if window is None else (window - 1, 0)
-        return fused_kv_attn_func(query, keys, values, *weights, **options, window_size=size)
+        return attention(query, keys, values, *weights, window_size=size)
     outs, first = [], 0
     for (start, stop), run in groupby(ranges):
         rows = slice(first, first + len(list(run)))
         first = rows.stop
         parts = ([x[rows, start:stop] for x in side] for side in (keys, values))
-        outs.append(fused_kv_attn_func(query[rows], *parts, *weights, **options))
+        outs.append(attention(query[rows], *parts, *weights))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -151,7 +154,8 @@ def fusedkv_attention_forward(
     if causal and not dropout and not biased and folds(q.shape[3]) and folds(v.shape[3]):
         ranges = None
         if attention_mask is None:
-            k, v = prefix([k, v], q.shape[1])
+            visible: list[Any] = list(prefix([k, v], q.shape[1]))
+            k, v = visible
         else:
             ranges = ranges_if_folding(q, k, attention_mask)
         if attention_mask is None or ranges is not None:

@@ -141,7 +141,7 @@ def load_tokenizer(
         ValueError: the tokenizer belongs to another model.
     """
     if file is not None:
-        named = FileTokenizer(file)
+        named = FileTokenizer(Path(file))
         if named.vocab_size > vocab_size:
             raise ValueError(
                 f"the tokenizer {file} must have at most the model's {vocab_size} tokens, got "

@@ -8,6 +8,7 @@ rank has the gradient of its own heads only (``shards.for_all_ranks``).
 from __future__ import annotations
 
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.plan.latent import WHOLE
 
 __all__ = ["check_parallel"]
 
@@ -26,7 +27,7 @@ def check_parallel(plan: CachePlan, num_kv_heads: int, tp_size: int = 1, pp_size
                 "holds whole KV heads; use fewer ranks, or FSDP"
             )
         for i, layer in enumerate(plan.layers):
-            if any(part.heads != (0, 1) for part in (*layer.keys, *layer.values)):
+            if any(part.heads != WHOLE for part in (*layer.keys, *layer.values)):
                 raise ValueError(
                     f"layer {i} of plan {plan.name!r} does not treat all KV heads alike, and tensor "
                     "parallelism gives each rank some of them; use FSDP, or a plan without shares of heads"

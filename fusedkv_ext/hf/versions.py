@@ -72,7 +72,7 @@ def check_keywords(kwargs: dict[str, Any], where: str, also: frozenset[str] = fr
             raise ValueError(
                 f"{where} does not know the keyword argument {name!r}, which may change the result; leave it "
                 'out, use another attn_implementation such as "eager", or install a tested release of '
-                f"transformers ({' to '.join(TESTED['transformers'])})"
+                f"transformers ({' to '.join(map(str, TESTED['transformers']))})"
             )
 
 
@@ -102,7 +102,7 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     signature = inspect.signature(forward)
     parameters = [x.replace(name=CACHE) if x.name == _OLD_CACHE else x for x in signature.parameters.values()]
-    renamed.__signature__ = signature.replace(parameters=parameters)
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return renamed
 
 

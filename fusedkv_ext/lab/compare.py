@@ -266,7 +266,8 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
 
     def wait_for_end() -> None:
-        parent.join()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=wait_for_end, daemon=True).start()
@@ -281,7 +282,7 @@ def curves(
         rate = best_rate(entry, budget, results)
         if rate is None:
             continue
-        points: dict[int, list[float]] = {}
+        points: dict[float, list[float]] = {}
         for key in (RunKey(entry, rate, seed) for seed in budget.all_seeds):
             if results[key]["valid_loss"] is None:
                 continue  # it would bend the mean where it ends

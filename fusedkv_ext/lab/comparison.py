@@ -24,7 +24,7 @@ def cache_bytes_per_token(config: TrainConfig, dtype: torch.dtype = torch.bfloat
     """Of the plan of a configuration, all layers, one sequence."""
     model, plan = config.model, resolve_plan(config.model)
     if model.kv_lora_rank is not None:
-        return plan.latent_bytes_per_token(model.kv_lora_rank, model.qk_rope_head_dim, dtype)
+        return plan.latent_bytes_per_token(model.kv_lora_rank, model.qk_rope_head_dim or 0, dtype)
     return plan.bytes_per_token(model.num_key_value_heads, model.head_dim, dtype)
 
 

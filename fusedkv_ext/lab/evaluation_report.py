@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusedkv_ext.evaluation.needles import GUESS_NLL
 from fusedkv_ext.evaluation.perplexity import Difference, Perplexity, Positions
@@ -13,6 +13,11 @@ from fusedkv_ext.lab.reporting import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def _percent(depth: float | None) -> str:
+    """The depth of a cell, which unlike a total has one."""
+    return f"{(depth or 0.0) * 100:g}%"
 
 
 def _number(value: float, error: float | None, digits: int = 3, sign: str = "") -> str:
@@ -87,7 +92,7 @@ def retrieval_table(results: Mapping[str, Retrieval]) -> str:
     total = first.totals[0]
     lines = range(len(first.totals))
     rows = [row(name, result, result.totals[i]) for i in lines for name, result in results.items()]
-    depths = dict.fromkeys(f"at {cell.depth * 100:g}%" for cell in first.cells)
+    depths = dict.fromkeys(f"at {_percent(cell.depth)}" for cell in first.cells)
     head = ("model", "task", "tokens", "exact", "choice", "nats", "gain", *depths)
     return (
         f"Retrieval: {total.examples} examples a line. exact: greedy answer right. choice: right value most "
@@ -127,7 +132,7 @@ def retrieval_grids(scores: Mapping[str, Retrieval]) -> Figure:
     width = 1.4 + len(scores) * (0.9 + 0.55 * len(lengths))
     height = 0.6 + len(tasks) * (0.7 + 0.3 * len(depths))
     figure, grid = figures.new_figure(width, height, nrows=len(tasks), ncols=len(scores), squeeze=False)
-    image = None
+    image: Any = None
     for row, task in enumerate(tasks):
         for column, (name, retrieval) in enumerate(scores.items()):
             axes = grid[row, column]
@@ -139,7 +144,7 @@ def retrieval_grids(scores: Mapping[str, Retrieval]) -> Figure:
                     shade = "black" if value > 0.5 else "white"
                     axes.text(x, y, f"{value:.0%}", ha="center", va="center", color=shade, fontsize=7)
             axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-            axes.set_yticks(range(len(depths)), [f"{depth * 100:g}%" for depth in depths])
+            axes.set_yticks(range(len(depths)), [_percent(depth) for depth in depths])
             axes.tick_params(length=0, labelsize=7)
             axes.set_title(f"{name}\n{task}", loc="left", fontsize=8)
     chance = first.cells[0].chance

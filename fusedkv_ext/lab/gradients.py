@@ -48,8 +48,9 @@ def projection_norms(model: nn.Module) -> dict[str, list[float | None]]:
     model: a Decoder after the backward.
     """
     found = {}
+    layers: Any = model.model
     for name in PROJECTIONS:
-        modules = [getattr(layer.self_attn, name, None) for layer in model.model.layers]
+        modules = [getattr(layer.self_attn, name, None) for layer in layers.layers]
         norms = [None if module is None else module.weight.grad.norm() for module in modules]
         there = [norm for norm in norms if norm is not None]
         numbers = iter(torch.stack(there).tolist() if there else [])  # one transfer from the device
@@ -94,7 +95,7 @@ class Gradients:
         """Mean of the ratios of the shallow layers, spread over seeds; None where no ratio exists."""
         pairs = zip(self.means[plan][projection], self.means[0][projection], strict=True)
         shallow = self.shallow_layers
-        ratios = [[own[i] / base[i] for i in shallow if own[i] and base[i]] for own, base in pairs]
+        ratios = [[x / y for i in shallow if (x := own[i]) and (y := base[i])] for own, base in pairs]
         return Spread.of([Spread.of(layers).mean for layers in ratios]) if all(ratios) else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,7 +172,8 @@ def run_gradients(
             f"no step is recorded after the warm-up: run.steps {config.run.steps}, --every {every}, "
             f"optim.warmup_steps {config.optim.warmup_steps}; train longer or record more often"
         )
-    series, means, bits = [], [], []
+    series, means = [], []
+    bits: list[list[float]] = []
     conditions: dict[str, Any] = {}
     shown = without_seed(config)
     del shown["model"]["plan"]
@@ -220,7 +222,7 @@ def read_gradients(path: Path, result: Any) -> Gradients:
         entries = getattr(found, what)
         for entry in entries if len(entries) == len(found.plans) else [None]:
             rows = [entry.get(name) if isinstance(entry, dict) else None for name in PROJECTIONS]
-            if not all(finite_rows(row, layers, holes=True) and len(row) == length for row in rows):
+            if not all(row and finite_rows(row, layers, holes=True) and len(row) == length for row in rows):
                 raise ValueError(
                     f"{path}: {what!r} must have {length} rows of {layers} norms for each projection of the "
                     f"{len(found.plans)} plans {', '.join(map(str, found.plans))}"

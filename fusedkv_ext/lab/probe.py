@@ -137,7 +137,8 @@ def check_plan(plan: CachePlan) -> tuple[list[int], list[int]]:
 
 def learned_weights(model: Decoder, readers: Sequence[int]) -> dict[str, Matrix]:
     """The scalars of both sides, as used."""
-    fusions = [model.model.layers[i].self_attn.kv_fusion for i in readers]
+    layers: Any = model.model.layers
+    fusions = [layers[i].self_attn.kv_fusion for i in readers]
     return {
         "keys": [fusion.key_weights().detach()[:, 0, 0].tolist() for fusion in fusions],
         "values": [fusion.value_weights().detach()[:, 0, 0].tolist() for fusion in fusions],
@@ -222,7 +223,7 @@ def read_probe(path: Path, result: Any) -> Probe:
                 f"{len(probe.source_layers)} weights for each of {len(probe.seeds)} seeds"
             )
         sizes = probe.rms.get(side)
-        if not finite_rows(sizes, len(probe.source_layers)) or len(sizes) != len(probe.seeds):
+        if not sizes or not finite_rows(sizes, len(probe.source_layers)) or len(sizes) != len(probe.seeds):
             raise ValueError(
                 f"{path}: 'rms' must have {len(probe.source_layers)} numbers for the {side} of each of "
                 f"{len(probe.seeds)} seeds"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusedkv_ext.lab.figures import color, line_style, new_figure, tidy
 from fusedkv_ext.lab.gradients import PROJECTIONS, Gradients
@@ -34,7 +34,7 @@ def probe_maps(probe: Probe) -> Figure:
     weights = [x for picture in pictures.values() for row in picture for x in row]
     limit = max(map(abs, weights)) or 1.0
     signed = min(weights) < 0
-    image = None
+    image: Any = None
     for axes, side in zip(panels, SIDES, strict=True):
         image = axes.imshow(
             pictures[side],

@@ -134,14 +134,15 @@ def finish(
             result = loop.run(this, progress, should_stop=should_stop)
             if not result.finished:
                 raise Stopped
-            losses = (result.valid_loss, result.valid_bits_per_byte)
+            losses = [result.valid_loss, result.valid_bits_per_byte]
         conditions = {
             "text": str(trainer.data.info),
             "device": str(trainer.device),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }
-        return FinishedRun(trainer.model, *losses, trainer.data, conditions)
+        loss, bits_per_byte = losses
+        return FinishedRun(trainer.model, loss, bits_per_byte, trainer.data, conditions)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class FusedKVAttention(nn.Module):
         # The query heads of each resolved segment; None: all of them in one call.
         segments, group = self.plan.segments(self.layer, kv_heads), heads // kv_heads
         bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
-        q_heads: list[slice | None] = [None] if len(bounds) == 1 else bounds
+        q_heads: Sequence[slice | None] = [None] if len(bounds) == 1 else bounds
         self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
 
     def shard_heads(self, heads: int, kv_heads: int, first: int | None = None) -> None:
@@ -179,7 +179,9 @@ class FusedKVAttention(nn.Module):
             ValueError: A shape is wrong, sources are missing, or the cache is for another plan.
         """
         check_call(self, x, sources, cache, last, document_ids)
-        modules = self._modules  # attributes would be looked up in three places each, at every token
+        modules: dict[str, Any] = (
+            self._modules
+        )  # attributes would be looked up in three places each, at every token
         rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
             if cache is None or self.needs_positions:
@@ -235,9 +237,11 @@ class FusedKVAttention(nn.Module):
     ) -> KV:
         """Keys and values that this layer stores of the tokens x: projected, normalized, rotated, mixed."""
         key = value = None
-        k_proj, v_proj = self._modules.get("k_proj"), self._modules.get("v_proj")
+        modules: dict[str, Any] = self._modules
+        k_proj, v_proj = modules.get("k_proj"), modules.get("v_proj")
+        available: Any  # every tensor that a mix takes is there
         if k_proj is not None:
-            key = self._rotated(k_proj(x), self._modules.get("k_norm"), position_embeddings)
+            key = self._rotated(k_proj(x), modules.get("k_norm"), position_embeddings)
             if self._keys.mixes:
                 available = (*(source.key for source in sources), key)
                 key = mixed(available, self._keys.mixes, fusion and fusion.keys)
@@ -268,15 +272,16 @@ class FusedKVAttention(nn.Module):
         document_ids: Tensor | None,
     ) -> Tensor:
         """One call per resolved segment, on its heads: (B, S, H, D)."""
-        available = (*sources, kv)
-        attend = fused_kv_attn_func if self.context is None else self.context.attend
+        available: Any = (*sources, kv)  # every tensor that a segment reads is there
+        weights: Any = fusion
+        attend: Any = fused_kv_attn_func if self.context is None else self.context.attend
         outs = [
             attend(
                 q if q_heads is None else q[:, :, q_heads],
                 [heads.of(available[heads.index].key) for heads in keys.tensors],
                 [heads.of(available[heads.index].value) for heads in values.tensors],
-                None if keys.segment is None else fusion.keys[keys.segment],
-                None if values.segment is None else fusion.values[values.segment],
+                None if keys.segment is None else weights.keys[keys.segment],
+                None if values.segment is None else weights.values[values.segment],
                 causal=True,
                 window_size=self.window_size,
                 document_ids=document_ids,
@@ -315,7 +320,7 @@ class FusedKVAttention(nn.Module):
         """Fusion weights, as ``kv_fusion()`` returns them, without the cost of a module call per token."""
         if keys.segment is None and values.segment is None:
             return None, None
-        fusion = self._modules.get("kv_fusion")
+        fusion: Any = self._modules.get("kv_fusion")
         return (
             None if keys.segment is None else fusion.key_weights(keys.segment),
             None if values.segment is None else fusion.value_weights(values.segment),
@@ -323,7 +328,7 @@ class FusedKVAttention(nn.Module):
 
 
 def check_call(
-    attention: nn.Module,
+    attention: Any,  # FusedKVAttention or LatentAttention
     x: Tensor,
     sources: Sequence[KV],
     cache: KVCache | None,

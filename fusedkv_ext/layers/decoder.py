@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def _attention(
 ) -> FusedKVAttention | LatentAttention:
     """The attention of one layer: of latents if the config has a kv_lora_rank."""
     sliding = config.layer_types[layer] == "sliding_attention"
-    shared = {
+    shared: dict[str, Any] = {
         "rms_norm_eps": config.rms_norm_eps,
         "bias": config.attention_bias,
         "rope": rope,
@@ -49,15 +49,9 @@ def _attention(
     }
     place = (config.plan, layer, config.hidden_size, config.num_attention_heads)
     if config.kv_lora_rank is not None:
-        return LatentAttention(
-            *place,
-            kv_lora_rank=config.kv_lora_rank,
-            q_lora_rank=config.q_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            **shared,
-        )
+        names = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        shared |= {name: getattr(config, name) for name in names}
+        return LatentAttention(*place, **shared)
     return FusedKVAttention(
         *place,
         config.num_key_value_heads,
@@ -81,6 +75,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
         super().__init__()
         self.self_attn = _attention(config, layer, rope)
+        self.mlp: MoE | MLP
         if config.has_experts(layer):
             self.mlp = MoE(
                 config.hidden_size,
@@ -107,15 +102,19 @@ class DecoderLayer(nn.Module):
         fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV, Tensor | None]:
         inputs = (x, tuple(sources), fusion)
-        options = {
+        options: dict[str, Any] = {
             "position_embeddings": position_embeddings,
             "cache": cache,
             "last": last,
             "document_ids": document_ids,
         }
-        run, how = partial(self._run, **options), self.activation_checkpointing
-        keeps_all = how is None or cache is not None or not torch.is_grad_enabled()
-        x, key, value, balance = run(*inputs) if keeps_all else run_again(run, how, *inputs)
+        run: Callable[..., Any] = partial(self._run, **options)
+        how = self.activation_checkpointing
+        if how is None or cache is not None or not torch.is_grad_enabled():
+            x, key, value, balance = run(*inputs)
+        else:
+            again: Callable[..., Any] = run_again
+            x, key, value, balance = again(run, how, *inputs)
         return x, KV(key, value), balance
 
     def _run(
@@ -144,7 +143,8 @@ class DecoderModel(nn.Module):
             config.head_dim, config.rope_theta, config.rope_scaling, interleaved=config.rope_interleaved
         )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, self.rope) for i in range(plan.num_layers))
+        layers = [DecoderLayer(config, i, self.rope) for i in range(plan.num_layers)]
+        self.layers = cast("Sequence[DecoderLayer]", nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.exit_layer = plan.prefill_layers - 1
@@ -153,7 +153,9 @@ class DecoderModel(nn.Module):
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
         # Layers whose keys, and whose values, later layers read. Latents are keys, even if read as values.
         latent = config.kv_lora_rank is not None
-        sides = (self._sources.__getitem__,) * 2 if latent else (plan.key_sources, plan.value_sources)
+        sides: tuple[Callable[[int], tuple[int, ...]], ...] = (plan.key_sources, plan.value_sources)
+        if latent:
+            sides = (self._sources.__getitem__,) * 2
         self._taken_sides = [
             {j for i in range(plan.num_layers) for j in sources(i) if j != i} for sources in sides
         ]
@@ -191,7 +193,7 @@ class DecoderModel(nn.Module):
                 ids, positions = self.context.take(ids), self.context.take(positions, -1)
             position_embeddings = self.rope.cos_sin(positions)
         wanted = self._sources if cache is None else self._cached_sources
-        read_later = set().union(*wanted)
+        read_later: set[int] = set().union(*wanted)
         x = self.embed_tokens(ids)
         kvs: list[KV | None] = []
         balances: list[Tensor] = []
@@ -269,7 +271,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, RMSNorm):
                 module.reset_parameters()
@@ -336,23 +338,24 @@ class Decoder(nn.Module):
         if labels is None and not return_logits:
             raise ValueError("return_logits=False leaves the loss alone, which needs labels")
         hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep, document_ids=document_ids)
-        logits = None
+        logits: Any = None
         if return_logits or not isinstance(self.lm_head, OutputHead):  # another head gives logits only
             logits = self.lm_head(hidden)
         if labels is None:
             return logits
         context, targets = self.model.context, next_tokens(labels, document_ids)
-        if num_target_tokens is None:
-            num_target_tokens = (targets != IGNORED).sum().clamp(min=1)
+        count: Any = num_target_tokens
+        if count is None:
+            count = (targets != IGNORED).sum().clamp(min=1)
         if context is not None:
             targets = context.take(targets)
         if logits is None:
-            loss = self.lm_head(hidden, targets, num_target_tokens)
+            loss = self.lm_head(hidden, targets, count)
         else:
             rows = logits.flatten(0, 1)
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             loss = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-            loss = loss / num_target_tokens
+            loss = loss / count
         if balance is not None:
             loss = loss + self.config.router_aux_loss_coef * balance
         loss = loss if context is None else context.sum(loss)
@@ -399,8 +402,8 @@ class Decoder(nn.Module):
             config.plan,
             batch_size,
             max_len,
-            1 if latent else self.model.layers[0].self_attn.num_kv_heads,
-            config.kv_lora_rank if latent else config.head_dim,
+            1 if latent else cast(FusedKVAttention, self.model.layers[0].self_attn).num_kv_heads,
+            config.head_dim if config.kv_lora_rank is None else config.kv_lora_rank,
             dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
             device=weight.device,
             page_size=page_size,

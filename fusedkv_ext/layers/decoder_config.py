@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -73,8 +73,8 @@ class DecoderConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int | None = None
-    plan: CachePlan | str = "fusedkv"
+    head_dim: int = None  # type: ignore[assignment]  # __init__ below says what may be given
+    plan: CachePlan = "fusedkv"  # type: ignore[assignment]
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     rope_interleaved: bool = False
@@ -84,7 +84,7 @@ class DecoderConfig:
     qk_norm: bool = True
     attention_bias: bool = False
     sliding_window: int | None = None
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[str, ...] = None  # type: ignore[assignment]
     initializer_range: float = 0.02
     recompute_fusion: bool = False
     kv_lora_rank: int | None = None
@@ -94,11 +94,49 @@ class DecoderConfig:
     v_head_dim: int | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None
+    moe_intermediate_size: int = None  # type: ignore[assignment]
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.001
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+
+    if TYPE_CHECKING:  # fields hold what was filled in; these are the arguments
+
+        def __init__(
+            self,
+            vocab_size: int,
+            hidden_size: int,
+            intermediate_size: int,
+            num_hidden_layers: int,
+            num_attention_heads: int,
+            num_key_value_heads: int,
+            head_dim: int | None = None,
+            plan: CachePlan | str = "fusedkv",
+            rope_theta: float = 10000.0,
+            rope_scaling: dict[str, Any] | None = None,
+            rope_interleaved: bool = False,
+            rms_norm_eps: float = 1e-6,
+            tie_word_embeddings: bool = False,
+            max_position_embeddings: int = 32768,
+            qk_norm: bool = True,
+            attention_bias: bool = False,
+            sliding_window: int | None = None,
+            layer_types: Sequence[str] | None = None,
+            initializer_range: float = 0.02,
+            recompute_fusion: bool = False,
+            kv_lora_rank: int | None = None,
+            q_lora_rank: int | None = None,
+            qk_nope_head_dim: int | None = None,
+            qk_rope_head_dim: int | None = None,
+            v_head_dim: int | None = None,
+            num_experts: int = 0,
+            num_experts_per_tok: int = 2,
+            moe_intermediate_size: int | None = None,
+            norm_topk_prob: bool = True,
+            router_aux_loss_coef: float = 0.001,
+            decoder_sparse_step: int = 1,
+            mlp_only_layers: Sequence[int] = (),
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for name in POSITIVE_FIELDS:
@@ -124,7 +162,7 @@ class DecoderConfig:
                 f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
             )
         if self.kv_lora_rank is not None:  # raises if the plan is not supported on such latents
-            self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, torch.float32)
+            self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim or 0, torch.float32)
         self._check_layer_types()
         check_windows(self.plan, self.layer_types, latent=self.kv_lora_rank is not None)
         self._check_experts()
@@ -208,7 +246,7 @@ class DecoderConfig:
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of a KVCache of that dtype per token and sequence, all layers together."""
         if self.kv_lora_rank is not None:
-            return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim, dtype)
+            return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim or 0, dtype)
         return self.plan.bytes_per_token(self.num_key_value_heads, self.head_dim, dtype)
 
     @classmethod

@@ -9,7 +9,7 @@ smaller than the resolution of bf16 around 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -175,7 +175,8 @@ class FusionWeights(nn.Module):
     def _weights(self, side: str, segment_index: int, fused: FusedSegment | None) -> Tensor | None:
         if fused is None:
             return None
-        parameters = [self._local(self._parameters[name], fused) for name in fused.names]
+        own: dict[str, Any] = self._parameters
+        parameters = [self._local(own[name], fused) for name in fused.names]
         state = None
         if torch.is_grad_enabled():
             self._expanded.clear()  # an optimizer step may follow, and fused ones count no version
@@ -291,7 +292,7 @@ class FusionWeights(nn.Module):
         return f"layer {self.layer}: " + ", ".join(shapes)
 
 
-def _state(parameters: list[nn.Parameter]) -> list[tuple[int, int, int]] | None:
+def _state(parameters: Sequence[Tensor]) -> list[tuple[int, int, int]] | None:
     """A value that changes whenever a parameter does: identity, storage, version.
 
     None if that cannot be known (inference tensors, tensor subclasses such as DTensor) or need not be (a

@@ -16,7 +16,7 @@ k_pe comes first because RoPE and tied fusion weights act on the leading channel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +237,10 @@ class LatentAttention(nn.Module):
             return positions[:, -steps:] if self.context is None else self.context.take(positions)
         if self.context is not None:
             return self.context.positions(steps * self.context.size, x.device)
-        tokens = steps if self.kv_a_proj_with_mqa is not None else sources[0].key.shape[1]
+        tokens = steps
+        if self.kv_a_proj_with_mqa is None:
+            latent: Any = sources[0].key
+            tokens = latent.shape[1]
         return torch.arange(tokens - steps, tokens, device=x.device)
 
     def _latent(
@@ -259,7 +262,7 @@ class LatentAttention(nn.Module):
         latent = torch.cat(parts, dim=-1)
         if self._mix is None:
             return latent
-        available = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
+        available: dict[int, Any] = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
         available[self.layer] = latent
         return _fused([available[j] for j in self._mix.sources], fusion and fusion.keys[0])
 
@@ -317,14 +320,18 @@ class LatentAttention(nn.Module):
         document_ids: Tensor | None,
     ) -> Tensor:
         """Up-projected, without a cache: (B, S, H, v)."""
-        available = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
+        available: dict[int, Any] = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}
         available[self.layer] = latent
         k, v = self._keys_and_values(available.__getitem__, fusion)
         q = torch.cat((q_pe, q_nope), dim=-1)
-        options = {"softmax_scale": self.scale, "causal": True, "window_size": self.window_size}
+        options: dict[str, Any] = {
+            "softmax_scale": self.scale,
+            "causal": True,
+            "window_size": self.window_size,
+        }
         if self.context is not None:
             return self.context.attend(q, [k], [v], document_ids=document_ids, **options)
-        return fused_kv_attn_func(q, k, v, document_ids=document_ids, **options)
+        return cast(Tensor, fused_kv_attn_func(q, k, v, document_ids=document_ids, **options))
 
     def _attend_cached(
         self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None
@@ -346,7 +353,7 @@ class LatentAttention(nn.Module):
         schedule: Tensor | None = None,
     ) -> AttentionCall:
         window = (self.scale, self.window_size[0], 0)
-        state = (cache.seq_lens, block_table, *window, schedule, False, cache.lengths)
+        state: tuple[Any, ...] = (cache.seq_lens, block_table, *window, schedule, False, cache.lengths)
         return AttentionCall(q, keys, values, *weights, *state)
 
     def _attend_absorbed(
@@ -374,7 +381,7 @@ class LatentAttention(nn.Module):
                 outs = _attend_blocks(queries, self._key_parts, self._value_parts, cache, self.scale, left)
             if value_weights is not None:
                 outs = [b * out for b, out in zip(value_weights, outs, strict=True)]
-            out = torch.cat(outs, dim=-1) if self._cut else sum(outs)
+            out = torch.cat(outs, dim=-1) if self._cut else sum(outs[1:], outs[0])
         return torch.einsum("bshc,hvc->bshv", out.to(q.dtype), up_value)
 
 
@@ -455,6 +462,8 @@ def _attend_blocks(
     rows = [q.to(dtype).flatten(1, 2) * scale for q in queries]  # (B, S H, D_j): all heads read the same
     lengths = cache.seq_lens[:, None]
     position = (lengths + torch.arange(-steps, 0, device=cache.device)).repeat_interleave(heads, dim=1)
+    first_seen: Any
+    end_seen: Any
     first_seen, end_seen = visible_range(position, cache.max_len, left, 0)
     begin, end = (0, cache.max_len) if _capturing(cache) else _span(cache, steps, left)
     ragged = _capturing(cache) or end > min(cache.lengths)
@@ -468,7 +477,7 @@ def _attend_blocks(
             blocks[j] = _tokens(cache, j, first, first + len(tokens)).squeeze(2).to(dtype)
             if ragged:  # slots beyond a sequence may hold NaN, which a zero weight does not make zero
                 blocks[j] = blocks[j].masked_fill((tokens >= lengths)[:, :, None], 0)
-        scores = sum(q @ blocks[j][..., a:b].mT for q, (j, a, b) in zip(rows, keys, strict=True))
+        scores: Any = sum(q @ blocks[j][..., a:b].mT for q, (j, a, b) in zip(rows, keys, strict=True))
         scores = scores.masked_fill(~visible, float("-inf"))
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
         weights, decay = torch.exp(scores - new_peak), torch.exp(peak - new_peak)

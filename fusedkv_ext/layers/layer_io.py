@@ -22,7 +22,7 @@ class HeadSlice(NamedTuple):
     """Some of the stored heads of one layer."""
 
     layer: int
-    index: int  # of the layer among (*source_layers, this layer)
+    index: int  # type: ignore[assignment]  # of the layer among (*source_layers, this layer)
     heads: slice | None  # None: all that the layer stores
 
     def of(self, stored: Tensor) -> Tensor:
@@ -88,7 +88,8 @@ def mixed(
     parts = []
     for mix in mixes:
         tensors = [heads.of(available[heads.index]) for heads in mix.tensors]
-        weight = None if mix.segment is None else weights[mix.segment]
+        # Weights are given where the plan has some.
+        weight = None if mix.segment is None else weights[mix.segment]  # type: ignore[index]
         if len(tensors) == 1 and weight is None:
             parts.append(tensors[0])
         else:

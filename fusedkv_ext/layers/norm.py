@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # read once: a module looks its parameters up by name
+        weight: Tensor = self.weight  # read once: a module looks its parameters up by name
         if self.shared:
             weight = local(weight, self.of_heads)
         if x.dtype is weight.dtype:

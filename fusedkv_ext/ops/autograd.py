@@ -109,12 +109,13 @@ def _kernel(op: Any, derivative: _Derivative) -> Callable[..., Any]:
         if not (grad_mode and torch._C._any_requires_grad(*arguments) or _may_have_tangents()):
             return below()
         with enable_single_level_autograd_function():
-            return _FuseKV.apply(derivative, from_node, arguments, *_flat(arguments))
+            apply: Callable[..., Any] = _FuseKV.apply  # type: ignore[attr-defined]
+            return apply(derivative, from_node, arguments, *_flat(arguments))
 
     return kernel
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+def _save(ctx: Any, inputs: Arguments, output: object) -> None:
     """inputs: sources and weights of one sum, or of two."""
     sides = [(inputs[i], inputs[i + 1]) for i in range(0, len(inputs), 2)]
     kept = [sources if weights.requires_grad else [] for sources, weights in sides]
@@ -166,7 +167,7 @@ def _tangent(
     parts = []
     if moving:
         own = weights if len(moving) == len(sources) else torch.stack([weights[j] for j in moving])
-        parts.append(fuse([_vectors(of_sources[j]) for j in moving], own))
+        parts.append(fuse([_vectors(x) for x in of_sources if x is not None], own))
     if of_weights is not None:
         parts.append(fuse(sources, of_weights.contiguous()))
     return sum(parts[1:], parts[0]) if parts else None

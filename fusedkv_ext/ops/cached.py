@@ -42,7 +42,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Attention of the last S tokens of each sequence: out, and lse if the call wants it."""
     q, keys, values = call.q, call.keys, call.values
     if debug.active:
-        checks.check_contents(call.cache_seqlens, call.block_table, keys[0])
+        checks.check_contents(call.seqlens, call.block_table, keys[0])
         _check_schedule(call)
     if call.return_lse or call.batch_invariant:
         folds = native_head_dim(q.shape[3], values[0].shape[3])
@@ -88,7 +88,7 @@ def _check_schedule(call: AttentionCall) -> None:
     if call.schedule is None or not call.schedule.is_cuda:
         return
     (B, S, H, _), G = call.q.shape, call.keys[0].shape[2]
-    seqlens, left, invariant = call.cache_seqlens, call.left, call.batch_invariant
+    seqlens, left, invariant = call.seqlens, call.left, call.batch_invariant
     fresh = make_schedule(seqlens, S, H, G, call.capacity, left, invariant)
     if not torch.equal(call.schedule[: B + 1], fresh[: B + 1]):
         raise ValueError("schedule must be for these lengths and options; call decode_schedule again")
@@ -101,12 +101,12 @@ def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     own. If the host has no lengths, as in a graph, all slots of the caches are fused.
     """
     call.check()
-    q, lengths, left = call.q, call.cache_seqlens, call.left
+    q, lengths, left = call.q, call.seqlens, call.left
     B, S = q.shape[:2]
     if call.batch_invariant and B > 1:
         alone = [call.sequences(slice(b, b + 1))._replace(batch_invariant=False) for b in range(B)]
-        out, lse = zip(*map(_gather, alone), strict=True)
-        return torch.cat(out), torch.cat(lse) if call.return_lse else None
+        outs, lses = zip(*map(_gather, alone), strict=True)
+        return torch.cat(outs), torch.cat(lses) if call.return_lse else None
     longest = capacity = call.capacity
     if not in_graph(q, q.device.type):
         longest = min(max(0, *_lengths(call)), capacity) if B else 0
@@ -150,7 +150,7 @@ def _prefill_length(call: AttentionCall, length: int) -> Tensor:
     def last_tokens(caches: Sequence[Tensor], weights: Tensor | None) -> Tensor:
         if call.block_table is None:
             return fuse_side([x[:, length - tokens : length] for x in caches], weights)
-        return fuse_cached(caches, weights, call.cache_seqlens, call.block_table, tokens)
+        return fuse_cached(caches, weights, call.seqlens, call.block_table, tokens)
 
     k, v = (last_tokens(*side) for side in call.sides)
     out = sdpa_attention(call.fused(q[:, S - new :], k, v))
@@ -159,7 +159,7 @@ def _prefill_length(call: AttentionCall, length: int) -> Tensor:
 
 def _lengths(call: AttentionCall) -> Sequence[int]:
     """The lengths on the host. Waits for the device only if the caller has not given ``host_seqlens``."""
-    seqlens, host = call.cache_seqlens, call.host_seqlens
+    seqlens, host = call.seqlens, call.host_seqlens
     if host is None or seqlens.device.type == "cpu" or debug.active:
         lengths = seqlens.tolist()
         if host is not None and list(host) != lengths:

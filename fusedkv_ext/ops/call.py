@@ -8,7 +8,7 @@ kernels, the native operation, SDPA and :func:`explain`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -61,6 +61,12 @@ class AttentionCall(NamedTuple):
         return None if self.block_table is None else self.keys[0].shape[1]
 
     @property
+    def seqlens(self) -> Tensor:
+        """``cache_seqlens`` of a call over caches."""
+        assert self.cache_seqlens is not None
+        return self.cache_seqlens
+
+    @property
     def capacity(self) -> int:
         """Tokens that each sequence can have."""
         tokens = self.keys[0].shape[1]
@@ -76,13 +82,14 @@ class AttentionCall(NamedTuple):
 
     def sequences(self, rows: slice) -> AttentionCall:
         """The same call for some sequences of a cached batch."""
-        paged = self.block_table is not None
+        table = self.block_table
+        paged = table is not None
         return self._replace(
             q=self.q[rows],
             keys=self.keys if paged else [x[rows] for x in self.keys],
             values=self.values if paged else [x[rows] for x in self.values],
-            cache_seqlens=self.cache_seqlens[rows],
-            block_table=self.block_table[rows] if paged else None,
+            cache_seqlens=self.seqlens[rows],
+            block_table=None if table is None else table[rows],
             host_seqlens=None if self.host_seqlens is None else list(self.host_seqlens)[rows],
         )
 
@@ -187,7 +194,7 @@ def cached_attention_call(
         checks.check_tensor("schedule", schedule)
         checks.check_same_device({"q": q, "schedule": schedule})
     cache = (cache_seqlens, block_table)
-    options = (scale, left, right, schedule, batch_invariant, host_seqlens, return_lse)
+    options: tuple[Any, ...] = (scale, left, right, schedule, batch_invariant, host_seqlens, return_lse)
     return AttentionCall(q, keys, values, key_weights, value_weights, *cache, *options)
 
 

@@ -228,6 +228,11 @@ def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor |
     return document_ids
 
 
+def _heads(x: Tensor) -> tuple[int, int]:
+    heads, head_dim = x.shape[2:]
+    return heads, head_dim
+
+
 def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: int, like: Tensor) -> Tensor:
     """Weights broadcast to contiguous (m, G, D), in the dtype of sums: float64 for float64, else float32."""
     weights = check_tensor(name, weights)
@@ -252,7 +257,7 @@ def check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
     check_head_dim("sources[0]", sources[0].shape[3])
     if sources[0].dtype not in (*ATTENTION_DTYPES, torch.float64):
         raise TypeError(f"sources[0] must be float32, bfloat16, float16 or float64, got {_dtype(sources[0])}")
-    weights = canonical_weights("weights", weights, len(sources), *sources[0].shape[2:], sources[0])
+    weights = canonical_weights("weights", weights, len(sources), *_heads(sources[0]), sources[0])
     check_same_device({"sources": sources, "weights": weights})
     return sources, weights
 
@@ -290,10 +295,10 @@ def attention_weights(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both fusion weights as contiguous float32 (m, G, D), None where they are None."""
     if key_weights is not None:
-        key_weights = canonical_weights("key_weights", key_weights, len(keys), *keys[0].shape[2:], keys[0])
+        key_weights = canonical_weights("key_weights", key_weights, len(keys), *_heads(keys[0]), keys[0])
     if value_weights is not None:
         value_weights = canonical_weights(
-            "value_weights", value_weights, len(values), *values[0].shape[2:], values[0]
+            "value_weights", value_weights, len(values), *_heads(values[0]), values[0]
         )
     return key_weights, value_weights
 

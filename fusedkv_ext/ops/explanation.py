@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -277,7 +277,7 @@ def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tup
     """The kernel, the approximate number of splits of the longest sequence, and the blocks of the grid."""
     shared = _SHARED_PER_BLOCK
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties()
+        properties: Any = torch.cuda.get_device_properties()
         sm_count = sm_count or properties.multi_processor_count
         shared = properties.shared_memory_per_block_optin
     keys, values = _sides(call)

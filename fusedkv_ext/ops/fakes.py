@@ -5,8 +5,8 @@ A fake returns tensors of the right shapes and dtypes for torch.compile and meta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,13 +67,13 @@ def _fake_attn_schedule(cache_seqlens: Tensor, *args: int) -> Tensor:
 
 
 def _fake_append_kvcache(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *args: object
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any
 ) -> Tensor:
     query = args[-1]
     return key.new_empty(0) if query is None else query.new_empty(query.shape)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "fuse_kv": _fake_fuse_kv,
     "fuse_kv_pair": _fake_fuse_kv_pair,
     "fuse_kv_backward": _fake_fuse_kv_backward,

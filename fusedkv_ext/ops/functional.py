@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,16 +93,17 @@ def fuse_kv_backward(
     grad = checks.check_tensor("grad", grad)
     sources, canonical = checks.check_fusion(sources, weights)
     needs_weights = checks.check_flag("needs_weights", needs_weights)
-    inputs = {"grad": grad, "sources": sources, "weights": canonical}
+    inputs: dict[str, Any] = {"grad": grad, "sources": sources, "weights": canonical}
     checks.check_same_device(inputs)
     checks.check_no_tangent("fuse_kv_backward", inputs, "use fuse_kv with torch.func.vjp")
-    arguments = [grad.detach().contiguous(), [x.detach() for x in sources], canonical.detach()]
-    results = None
+    detached = (grad.detach().contiguous(), [x.detach() for x in sources], canonical.detach())
+    results: Any = None
     if grad_sources is not None:
         results = checks.as_tensors("grad_sources", grad_sources)
         checks.check_same_device({"grad": grad, "grad_sources": results})
         checks.check_no_grad("fuse_kv_backward", {"grad_sources": results}, "pass buffers that need none")
-    results, grad_weights = fuse.fuse_backward(*arguments, results, needs_weights)
+    grad_weights: Any
+    results, grad_weights = fuse.fuse_backward(*detached, results, needs_weights)
     if not needs_weights:
         return results, None
     return results, grad_weights.sum_to_size(weights.shape).to(weights.dtype)
@@ -253,7 +255,7 @@ def fused_kv_attn_with_kvcache(
         host_seqlens=host_seqlens,
     )
     out, lse = cached.attend(call)
-    return (out, lse) if call.return_lse else out
+    return (out, cast(Tensor, lse)) if call.return_lse else out
 
 
 def decode_schedule(

@@ -98,7 +98,7 @@ def chunk_rows(rows: int, vocab_size: int, device_type: str) -> int:
     return max(1, min(rows, logits // vocab_size))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def head_losses(
     hidden: Tensor,
     head: Head,
@@ -244,7 +244,7 @@ class _HeadLoss(torch.autograd.Function):
         needs = [task.with_grad and needed for needed in ctx.needs_input_grad[:3]]
         task.with_grad = any(needs)
         grads = [
-            torch.zeros_like(tensor, dtype=exact) if needed else None
+            torch.zeros_like(tensor, dtype=exact) if needed and tensor is not None else None
             for tensor, needed in zip((hidden, weight, bias), needs, strict=True)
         ]
         ce, kl = (torch.zeros((), dtype=exact, device=device) for _ in range(2))

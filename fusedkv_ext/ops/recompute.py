@@ -25,10 +25,10 @@ class _View(NamedTuple):
     """The geometry of a saved view of a fused tensor."""
 
     owner: _Refuse
-    index: int  # of the fused tensor
+    index: int  # type: ignore[assignment]  # of the fused tensor
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Refuse:

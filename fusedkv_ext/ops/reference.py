@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,8 +210,12 @@ def rope_append_kvcache(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``append_kvcache``, and row i of ``query`` (B, S, H, D) rotated like key i, in a new tensor."""
-    tables = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
-    state = {"cache_seqlens": cache_seqlens, "block_table": block_table}
+    tables: dict[str, Any] = {
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+    }
+    state: dict[str, Any] = {"cache_seqlens": cache_seqlens, "block_table": block_table}
     append_kvcache(key, value, key_cache, value_cache, **state, **tables, dtype=dtype)
     dtype = dtype or query.dtype
     rotated, steps = query.to(dtype, copy=True), query.shape[1]

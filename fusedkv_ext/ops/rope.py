@@ -70,8 +70,8 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"rotary_dim must be even and in 2..head_dim={head_dim}, got {rotary_dim}")
         if not (math.isfinite(theta) and theta > 1):
             raise ValueError(f"theta must be a finite number above 1, got {theta!r}")
-        if parameters.pop("rope_theta", theta) != theta:
-            raise ValueError(f"theta={theta!r} contradicts scaling's rope_theta={scaling['rope_theta']!r}")
+        if (found := parameters.pop("rope_theta", theta)) != theta:
+            raise ValueError(f"theta={theta!r} contradicts scaling's rope_theta={found!r}")
         self.head_dim, self.rotary_dim, self.theta = head_dim, rotary_dim, float(theta)
         self.rule, self.interleaved = rule, interleaved
         inv_freq, self.attention_factor = _frequencies(rule, parameters, rotary_dim, self.theta)

@@ -6,7 +6,8 @@ here.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,8 @@ def _sdpa(call: AttentionCall, first: int, end_row: int) -> Tensor:
     square = causal and always(S == T)
     lower_right = causal and not square and _masks_lower_right(q, k, v)
     masked = documents is not None or (not (square or lower_right) and (left >= 0 or right >= 0))
-    mask, keeping = None, nullcontext()
+    mask: Any = None
+    keeping: AbstractContextManager[None] = nullcontext()
     if lower_right:
         from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: not at start-up
 

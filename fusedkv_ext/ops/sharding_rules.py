@@ -144,7 +144,7 @@ def _attn_with_kvcache(
 
     def rule(dim: int | None, q_dim: int | None, lse_dim: int | None) -> Rule:
         inputs = [_sharded(q_dim), *[_of_cache(dim, block_table)] * len(caches)]
-        inputs += [_of_weights(dim)] * len(weights) + _of_lengths(dim, block_table) + rest
+        inputs += [*[_of_weights(dim)] * len(weights), *_of_lengths(dim, block_table), *rest]
         return [_sharded(q_dim), _sharded(lse_dim)], inputs
 
     rules = [rule(None, None, None)]

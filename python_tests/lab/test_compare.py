@@ -96,7 +96,7 @@ def test_files_are_methods_by_their_name(tmp_path: Path) -> None:
 
 
 def test_options_out_of_range_are_found_before_anything_is_trained(small: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="skip must be a share between 0 and 1"):
+    with pytest.raises(ConfigError, match="skip must be between 0 and 1"):
         parse("skipv1:skip=2").config(small)
 
 

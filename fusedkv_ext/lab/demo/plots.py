@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def fusion_weights(sources: Sequence[FusedSource]) -> Figure:
     changes = [(item.values - item.start).flatten() for item in sources]
     # The 99.5th percentile: a single outlier must not bleach the rest.
     limit = max(float(change.abs().float().quantile(0.995)) for change in changes) or 1.0
-    image = None
+    image: Any = None
     for axes, (side, source, start) in zip(grid[:, 0], panels, strict=True):
         rows = [item for item in sources if (item.side, item.source, item.start) == (side, source, start)]
         rows.sort(key=lambda item: item.layer)

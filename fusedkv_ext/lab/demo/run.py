@@ -41,6 +41,7 @@ def _fused_sources(model: Decoder) -> list[plots.FusedSource]:
                 weights = weights_of(number)
                 if weights is None:
                     continue
+                assert segment.fusion is not None  # it has weights
                 init = segment.fusion.init
                 starts = (0.0,) * len(segment.sources) if isinstance(init, str) else init
                 for source, start, values in zip(

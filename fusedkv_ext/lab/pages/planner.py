@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -64,8 +65,8 @@ def shapes_table(_: str = "") -> str:
     rows = []
     for name in ("332m", "1.5b", "4b", "70b"):
         c = _shape(name, "vanilla")
-        sizes = (c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads)
-        sizes += (c.num_key_value_heads, c.head_dim, c.vocab_size)
+        sizes = [c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads]
+        sizes += [c.num_key_value_heads, c.head_dim, c.vocab_size]
         parameters = (f"{count(all_shapes(_shape(name, method))) / 1e9:.3f}" for method in METHODS)
         rows.append((f"`{name}`", *(f"{size:,}" for size in sizes), *parameters))
     return table((*titles, *_columns("G parameters")), rows, numbers=True)
@@ -117,8 +118,8 @@ def serving_table(name: str) -> str:
 
 def servers_table(_: str = "") -> str:
     """Weights, messages, and products at a context of 8192 tokens."""
-    titles = ("", "GPUs of a server", "plan", "weights GB", "of which a step reads", "MB received per token")
-    titles += ("TFLOP of an 8k prompt", "GFLOP of a token at 8k")
+    titles = ["", "GPUs of a server", "plan", "weights GB", "of which a step reads", "MB received per token"]
+    titles += ["TFLOP of an 8k prompt", "GFLOP of a token at 8k"]
     rows = []
     for name in ("1.5b", "4b", "70b"):
         tp = choose.server(_shape(name, "vanilla"), CHUNK, MEMORY, CHUNK).tp
@@ -186,7 +187,7 @@ def recipes(_: str = "") -> str:
     return "\n".join(map(str, RECIPES))
 
 
-BLOCKS = {
+BLOCKS: dict[str, Callable[[str], str]] = {
     "shapes": shapes_table,
     "findings": findings,
     "training": training_table,

@@ -81,10 +81,10 @@ def serving_row(label: str, server: Server, gpu_memory: float, bandwidth: float 
     fit = server.sequences(gpu_memory)
     row: Row = {"plan": label, "context": server.context, "kv_heads": server.config.num_key_value_heads}
     row |= {"num_parameters": count(all_shapes(server.config)), "sequences": fit, "fits": fit > 0}
-    names = ("weights", "prefill", "cache", "cache_per_token", "cache_read", "weights_read", "messages")
-    row["bytes"] = {name: getattr(server, name) for name in names}
-    names = ("prefill_products", "prefill_attention", "decode_products", "decode_attention")
-    row["flops"] = {name: getattr(server, name) for name in names}
+    sizes = ("weights", "prefill", "cache", "cache_per_token", "cache_read", "weights_read", "messages")
+    row["bytes"] = {name: getattr(server, name) for name in sizes}
+    products = ("prefill_products", "prefill_attention", "decode_products", "decode_attention")
+    row["flops"] = {name: getattr(server, name) for name in products}
     if bandwidth is not None:
         steps = {n: (server.weights_read + n * server.cache_read) / bandwidth for n in (1, fit)}
         row["step_seconds"] = {"one": steps[1], "all": steps[fit] if fit else None}

@@ -114,6 +114,7 @@ def fusion_shapes(config: DecoderConfig, layer: int, tp: int = 1) -> list[Shape]
 
 def _fusion_shape(config: DecoderConfig, segment: Segment, tp: int) -> Shape:
     fusion = segment.fusion
+    assert fusion is not None
     heads = shared(segment_heads(config, segment), _holders(config, tp))
     rows = 1 if fusion.granularity in ("shared_channel", "scalar") else heads
     if fusion.granularity not in ("channel", "shared_channel"):
