@@ -266,10 +266,11 @@ class KVCache:
             ValueError: The sides are not those that the layer stores, or S is not the number of rows that
                 ``advance`` made room for.
         """
-        stored = self._check_sides(layer, key, value)
-        if stored is not None:
+        sides = self._sides(layer, key, value)
+        if sides is not None:
             cos, sin = (None, None) if rotary is None else rotary
-            cached.append(self._append_call(layer, key, value, stored, cos, sin, rotary_interleaved, None))
+            lengths, table = self.seq_lens, self.block_table
+            cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved))
 
     def rope_append(
         self,
@@ -294,52 +295,39 @@ class KVCache:
         Raises:
             ValueError: As ``append``.
         """
-        stored = self._check_sides(layer, key, value)
+        sides = self._sides(layer, key, value)
         cos, sin = rotary
-        if stored is None or query.shape[1] != stored.shape[1]:
-            if stored is not None:
+        if sides is None or query.shape[1] != sides[0].shape[1]:
+            if sides is not None:
                 self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
-            key, value, stored = None, None, query
-        call = self._append_call(layer, key, value, stored, cos, sin, rotary_interleaved, query)
-        return cached.append(call)
+            none = query[:, :, :0]
+            sides = (none, none, self._no_heads, self._no_heads)
+        lengths, table = self.seq_lens, self.block_table
+        return cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, query))
 
-    def _check_sides(self, layer: int, key: Tensor | None, value: Tensor | None) -> Tensor | None:
-        """One of the sides to store; None if there is none."""
-        key_cache, value_cache = self._keys[layer], self._values[layer]
+    def _sides(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Keys, values and their caches, checked, as the operation takes them; None if none is stored.
+
+        A side that the layer does not store has no heads.
+        """
+        key_cache: Any = self._keys[layer]
+        value_cache: Any = self._values[layer]
         if (key is None) != (key_cache is None) or (value is None) != (value_cache is None):
             raise ValueError(
                 f"layer {layer} stores keys: {_yes(key_cache)}, values: {_yes(value_cache)}, but got "
                 f"key: {_yes(key)}, value: {_yes(value)}"
             )
-        stored = value if key is None else key
-        if stored is not None:
-            self._check_rows(layer, stored)
-        return stored
-
-    def _append_call(
-        self,
-        layer: int,
-        key: Tensor | None,
-        value: Tensor | None,
-        like: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        interleaved: bool,
-        query: Tensor | None,
-    ) -> AppendCall:
-        """The operation takes both sides: one that is not stored has the rows of ``like`` and no heads."""
-        key_cache: Any = self._no_heads
-        value_cache: Any = self._no_heads
         if key is None:
-            key = like[:, :, :0]
-        else:
-            key_cache = self._keys[layer]
-        if value is None:
-            value = like[:, :, :0]
-        else:
-            value_cache = self._values[layer]
-        tables = (self.seq_lens, self.block_table, cos, sin, interleaved)
-        return AppendCall(key, value, key_cache, value_cache, *tables, query)
+            if value is None:
+                return None
+            key, key_cache = value[:, :, :0], self._no_heads
+        elif value is None:
+            value, value_cache = key[:, :, :0], self._no_heads
+        if key.shape[1] != self._step:
+            self._check_rows(layer, key)
+        return key, value, key_cache, value_cache
 
     def append_latent(self, layer: int, latent: Tensor) -> None:
         """Stores the rows of this step in a cache of latents.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedkv_ext.ops import checks, debug
 from fusedkv_ext.ops.call import AppendCall, AttentionCall
-from fusedkv_ext.ops.dispatch import folds_cached, in_graph, native_head_dim
+from fusedkv_ext.ops.dispatch import device_type_of, folds_cached, in_graph, native_head_dim
 from fusedkv_ext.ops.fuse import fuse_cached, fuse_side
 from fusedkv_ext.ops.native import run_op
 from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_lse
@@ -35,6 +35,8 @@ def attend_layer(call: AttentionCall) -> Tensor:
     if checks.may_differentiate(call.q, call.key_weights, call.value_weights):
         inputs = {"q": call.q, "key_weights": call.key_weights, "value_weights": call.value_weights}
         checks.check_no_grad("attention over a cache", inputs, "pass .detach()ed tensors")
+    if not debug.active and folds_cached(call.q, call.keys, call.values, device_type_of(call.q)):
+        return call.fold()[0]  # nearly every call of a step: without another look at its options
     return attend(call)[0]
 
 
@@ -47,7 +49,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if call.return_lse or call.batch_invariant:
         folds = native_head_dim(q.shape[3], values[0].shape[3])
     else:
-        folds = folds_cached(q, keys, values, "cpu" if q.is_cpu else q.device.type)  # the flag is cheaper
+        folds = folds_cached(q, keys, values, device_type_of(q))
     if folds:
         return call.fold()
     if native_head_dim(q.shape[3], values[0].shape[3]):
@@ -66,7 +68,7 @@ def append(call: AppendCall) -> Tensor:
         checks.check_no_grad("append_kvcache", inputs, "append .detach()ed tensors")
     if debug.active:
         checks.check_contents(call.cache_seqlens, call.block_table, call.key_cache)
-    return call.run()
+    return run_op("append_kvcache", *call)
 
 
 def make_schedule(

@@ -72,9 +72,18 @@ class AttentionCall(NamedTuple):
         tokens = self.keys[0].shape[1]
         return tokens if self.block_table is None else tokens * self.block_table.shape[1]
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Runs the native kernel, which reads the sources without fusing them: out and lse."""
-        return run_op("attn_with_kvcache", *self[:12])
+    def fold(self, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs the native kernel, which reads the sources without fusing them.
+
+        Args:
+            lengths: (B,) int32, the number of tokens, for a call without a cache.
+
+        Returns:
+            out and lse.
+        """
+        if lengths is None:
+            return run_op("attn_with_kvcache", *self[:12])
+        return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:12])
 
     def check(self) -> None:
         """Runs the checks of the native operation: its messages without its work, on no query rows."""
@@ -113,10 +122,6 @@ class AppendCall(NamedTuple):
     rotary_interleaved: bool = False
     query: Tensor | None = None
 
-    def run(self) -> Tensor:
-        """Writes the new tokens into the caches; returns the rotated queries, empty without ``query``."""
-        return run_op("append_kvcache", *self)
-
 
 def attention_call(
     q: Tensor,
@@ -124,7 +129,6 @@ def attention_call(
     values: Tensors,
     key_weights: Tensor | None,
     value_weights: Tensor | None,
-    *,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
@@ -155,7 +159,6 @@ def cached_attention_call(
     value_caches: Tensors,
     key_weights: Tensor | None,
     value_weights: Tensor | None,
-    *,
     cache_seqlens: Tensor,
     block_table: Tensor | None,
     softmax_scale: float | None,
@@ -214,13 +217,15 @@ def append_call(
 
     Types, devices and gradients are checked here, sizes and contents by the native operation.
     """
-    tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "query": query}
-    optional = [x for x in tables.values() if x is not None]
+    optional = [x for x in (block_table, rotary_cos, rotary_sin, query) if x is not None]
     if not checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
+        tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        tables["query"] = query
         caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
         arguments = {"key": key, "value": value, **caches}
         checks.check_inputs("append_kvcache", arguments, tables, "append .detach()ed tensors")
-    checks.check_not_negated({"key_cache": key_cache, "value_cache": value_cache})
+    checks.check_not_negated("key_cache", key_cache)
+    checks.check_not_negated("value_cache", value_cache)
     if rotary_cos is not None:
         rotary_cos = checks.rotary_table("rotary_cos", rotary_cos)
     if rotary_sin is not None:

@@ -53,7 +53,7 @@ def as_list(name: str, tensors: object) -> list[Any]:
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}")
     if not 1 <= len(tensors) <= MAX_SOURCES:
         raise ValueError(f"{name} must hold 1 to {MAX_SOURCES} tensors, got {len(tensors)}")
-    return list(tensors)
+    return tensors if isinstance(tensors, list) else list(tensors)
 
 
 def as_tensors(name: str, tensors: object) -> list[Tensor]:
@@ -138,15 +138,10 @@ def check_rank4(arguments: Arguments) -> None:
             raise ValueError(f"{_label(name, j)} must have 4 dims, got {tuple(x.shape)}")
 
 
-def check_not_negated(written: Mapping[str, Tensor]) -> None:
-    """No tensor is a lazily negated view, which has no memory to write to; or a ValueError that names it."""
-    if torch.compiler.is_compiling():
-        return
-    for name, x in written.items():
-        if x.is_neg():
-            raise ValueError(
-                f"{name} must be memory to write to, got a lazily negated view; call .resolve_neg()"
-            )
+def check_not_negated(name: str, written: Tensor) -> None:
+    """The tensor is no lazily negated view, which has no memory to write to; or a ValueError."""
+    if written.is_neg() and not torch.compiler.is_compiling():
+        raise ValueError(f"{name} must be memory to write to, got a lazily negated view; call .resolve_neg()")
 
 
 def check_contents(cache_seqlens: Tensor, block_table: Tensor | None, cache: Tensor) -> None:
@@ -228,18 +223,14 @@ def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor |
     return document_ids
 
 
-def _heads(x: Tensor) -> tuple[int, int]:
-    heads, head_dim = x.shape[2:]
-    return heads, head_dim
-
-
-def canonical_weights(name: str, weights: object, m: int, heads: int, head_dim: int, like: Tensor) -> Tensor:
+def canonical_weights(name: str, weights: object, sources: Sequence[Tensor]) -> Tensor:
     """Weights broadcast to contiguous (m, G, D), in the dtype of sums: float64 for float64, else float32."""
     weights = check_tensor(name, weights)
     if not weights.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {_dtype(weights)}")
-    shape = (m, heads, head_dim)
-    sum_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    _, _, heads, head_dim = sources[0].shape
+    shape = (len(sources), heads, head_dim)
+    sum_dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
     if weights.shape == shape and weights.dtype == sum_dtype and weights.is_contiguous():
         return weights
     if weights.dim() > 3 or any(
@@ -257,7 +248,7 @@ def check_fusion(sources: Any, weights: Any) -> tuple[list[Tensor], Tensor]:
     check_head_dim("sources[0]", sources[0].shape[3])
     if sources[0].dtype not in (*ATTENTION_DTYPES, torch.float64):
         raise TypeError(f"sources[0] must be float32, bfloat16, float16 or float64, got {_dtype(sources[0])}")
-    weights = canonical_weights("weights", weights, len(sources), *_heads(sources[0]), sources[0])
+    weights = canonical_weights("weights", weights, sources)
     check_same_device({"sources": sources, "weights": weights})
     return sources, weights
 
@@ -295,11 +286,9 @@ def attention_weights(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both fusion weights as contiguous float32 (m, G, D), None where they are None."""
     if key_weights is not None:
-        key_weights = canonical_weights("key_weights", key_weights, len(keys), *_heads(keys[0]), keys[0])
+        key_weights = canonical_weights("key_weights", key_weights, keys)
     if value_weights is not None:
-        value_weights = canonical_weights(
-            "value_weights", value_weights, len(values), *_heads(values[0]), values[0]
-        )
+        value_weights = canonical_weights("value_weights", value_weights, values)
     return key_weights, value_weights
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from fusedkv_ext.ops import native
 from fusedkv_ext.ops.sizes import is_open
 
-__all__ = ["MAX_HEAD_DIM", "decode_max_rows", "folds_cached", "folds_dense", "in_graph", "native_head_dim"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "decode_max_rows",
+    "device_type_of",
+    "folds_cached",
+    "folds_dense",
+    "in_graph",
+    "native_head_dim",
+]
 
 MAX_HEAD_DIM: int = native.build_info()["max_head_dim"]
 # Query rows per KV head that every kernel folds: those of one task of the CPU.
@@ -29,6 +37,11 @@ def native_head_dim(head_dim: int, value_dim: int = 8) -> bool:
     if head_dim % 8 or value_dim % 8:
         return False
     return 0 < head_dim <= MAX_HEAD_DIM and 0 < value_dim <= MAX_HEAD_DIM
+
+
+def device_type_of(x: Tensor) -> str:
+    """``x.device.type``; asking for the CPU first is cheaper."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def decode_max_rows(device_type: str, dtype: torch.dtype, sources: int, head_dim: int) -> int:

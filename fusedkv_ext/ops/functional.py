@@ -159,21 +159,21 @@ def fused_kv_attn_func(
         values,
         key_weights,
         value_weights,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        return_lse=return_lse,
-        document_ids=document_ids,
+        softmax_scale,
+        causal,
+        window_size,
+        return_lse,
+        document_ids,
     )
-    q, keys, values, *weights = call[:5]
-    differentiates = checks.may_differentiate(q, *keys, *values, *weights)
+    q, keys, values = call.q, call.keys, call.values
+    differentiates = checks.may_differentiate(q, *keys, *values, call.key_weights, call.value_weights)
     if call.return_lse:
-        names = {"q": q, "keys": keys, "key_weights": weights[0], "value_weights": weights[1]}
-        checks.check_no_tangent("return_lse", names, "leave return_lse out")
+        weights = {"key_weights": call.key_weights, "value_weights": call.value_weights}
+        checks.check_no_tangent("return_lse", {"q": q, "keys": keys, **weights}, "leave return_lse out")
     folds = document_ids is None and not differentiates
     if folds and folds_dense(q, keys, values, call.right, q.device.type):
         lengths = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
-        out, lse = call._replace(cache_seqlens=lengths).fold()
+        out, lse = call.fold(lengths)
         return (out, lse) if call.return_lse else out
     k, v = fuse.fuse_both(*call.sides)
     fused = call.fused(q, k, v, call.document_ids)
@@ -244,15 +244,15 @@ def fused_kv_attn_with_kvcache(
         value_caches,
         key_weights,
         value_weights,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        return_lse=return_lse,
-        schedule=schedule,
-        batch_invariant=batch_invariant,
-        host_seqlens=host_seqlens,
+        cache_seqlens,
+        block_table,
+        softmax_scale,
+        causal,
+        window_size,
+        return_lse,
+        schedule,
+        batch_invariant,
+        host_seqlens,
     )
     out, lse = cached.attend(call)
     return (out, cast(Tensor, lse)) if call.return_lse else out

@@ -105,5 +105,4 @@ def _weights_of(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     """Weights (m, G, D) in the dtype of sums; None: all ones."""
     if weights is None:
         weights = sources[0].new_ones(())
-    heads, head_dim = sources[0].shape[2:]
-    return canonical_weights("weights", weights, len(sources), heads, head_dim, sources[0])
+    return canonical_weights("weights", weights, sources)

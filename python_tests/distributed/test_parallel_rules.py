@@ -105,7 +105,7 @@ def test_appending_writes_to_the_caches_of_each_process(ranks: list[dict]) -> No
 def test_what_would_write_to_a_moved_copy_is_refused(ranks: list[dict]) -> None:
     for rank in ranks:
         for name, message in rank["refused"].items():
-            assert message.startswith(name) and "in place, so no tensor is moved" in message
+            assert message.startswith(name) and "in place and moves no tensor" in message
 
 
 def test_attention_with_gradients_by_local_map(ranks: list[dict]) -> None:
