@@ -43,11 +43,13 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods get. seeds: how many, from `run.seed` on. rates: learning rates, the first one is run
-    with all seeds.
+    """The common budget of all methods.
 
-    equal: "width": the same sizes for all; "parameters": the FFN of each is widened or narrowed until the
-    model has as many parameters as the first method's.
+    Attributes:
+        seeds: the number of seeds, from `run.seed` on.
+        rates: learning rates; the first seed runs with all of them.
+        equal: "width" gives all methods the same sizes; "parameters" widens or narrows each FFN until the
+            model has as many parameters as the first method's.
     """
 
     config: TrainConfig
@@ -191,10 +193,17 @@ def load(budget: Budget) -> TokenData:
 def run_all(
     entries: Sequence[Entry], budget: Budget, root: Path, *, jobs: int, threads: int
 ) -> Iterator[tuple[RunKey, dict[str, Any], int]]:
-    """Trains everything that is missing below `root`; yields (run, result, runs left that are known of).
+    """Trains all missing runs below `root`.
 
-    jobs: runs at a time, each with `threads` threads. One at a time they run in this process or, under
-    torchrun, in all of its processes together; several each in a process of its own.
+    With one job, runs are in this process or, under torchrun, in all of its processes together. With several,
+    each run has a process of its own.
+
+    Args:
+        jobs: the number of concurrent runs.
+        threads: the threads of each run.
+
+    Yields:
+        (run, result, number of known remaining runs).
     """
     if jobs > 1 and session.world_size() > 1:
         raise ConfigError(f"under torchrun runs follow one another: --jobs must be 1, got {jobs}")

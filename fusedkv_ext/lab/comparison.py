@@ -181,10 +181,10 @@ CLAIMS = (
 
 
 def verdicts(result: Result) -> list[dict[str, Any]]:
-    """For each claim whose two methods are in the result: the paired difference, and if it holds.
+    """For each claim about two methods of the result: the paired difference, and the verdict.
 
-    holds: "yes" if the mean difference has the claimed sign and is larger than its standard error times the
-    two-sided 95 % quantile of Student's t, "no" the same with the other sign, else "not decided".
+    The verdict is "yes" if the mean difference has the claimed sign and exceeds its standard error times the
+    two-sided 95 % quantile of Student's t. It is "no" for the opposite sign, else "not decided".
     """
     rows = {row["label"]: row for row in result["rows"]}
     found = []

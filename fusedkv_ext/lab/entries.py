@@ -19,9 +19,10 @@ from fusedkv_ext.training.trainer import resolve_plan
 
 @dataclass(frozen=True)
 class Entry:
-    """A method and the options in which it differs from the method's defaults, as (name, value) pairs.
+    """A method with its non-default options as (name, value) pairs.
 
-    method: a name of the registry, or the path of a plan's JSON file, which ends in `.json`.
+    Attributes:
+        method: a name of the registry, or the path of a plan's JSON file, which ends in `.json`.
     """
 
     method: str

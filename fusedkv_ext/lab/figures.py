@@ -39,9 +39,10 @@ def need_matplotlib() -> None:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many last parts of all as it takes to tell them apart.
+    """The last part of each path, or as many last parts as needed to distinguish them.
 
-    Raises ConfigError when two are the same path.
+    Raises:
+        ConfigError: two paths are the same.
     """
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
@@ -90,10 +91,11 @@ def _smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def loss_curves(curves: Mapping[str, Sequence[Record]], unit: str = "bits") -> Figure:
-    """Training loss (thin as recorded, thick as running mean) and validation loss (dots) over training
-    tokens.
+    """Training loss (thin: recorded, thick: running mean) and validation loss (dots) over training tokens.
 
-    curves: name -> metrics records. unit: "bits" per byte of text, or "nats" per token.
+    Args:
+        curves: name -> metrics records.
+        unit: "bits" per byte of text, or "nats" per token.
     """
     figure, axes = new_figure(7.2, 4.4)
     field = "bits_per_byte" if unit == "bits" else "loss"

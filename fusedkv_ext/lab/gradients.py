@@ -42,10 +42,10 @@ Norms = dict[str, list[list[float | None]]]  # per projection: [recorded step or
 
 
 def projection_norms(model: nn.Module) -> dict[str, list[float | None]]:
-    """L2 norm of the gradient of each layer's q_proj, k_proj and v_proj weight; None where a layer has no
-    such projection.
+    """L2 norm of the gradient of each layer's q_proj, k_proj and v_proj weight; None for a missing one.
 
-    model: a Decoder after the backward.
+    Args:
+        model: a Decoder after the backward.
     """
     found = {}
     layers: Any = model.model
@@ -156,10 +156,13 @@ def run_gradients(
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> Gradients:
-    """Trains each method with each seed, in out/METHOD/seed-N, and records the norms of every `every`-th
-    step. Goes on where it was stopped.
+    """Trains each method with each seed, in out/METHOD/seed-N, and records norms of every `every`-th step.
 
-    Raises runs.Stopped, and ConfigError for settings that cannot be or differ from those of `out`.
+    A stopped run is resumed.
+
+    Raises:
+        Stopped: the run was interrupted.
+        ConfigError: settings are invalid, or differ from those of `out`.
     """
     if len(entries) < 2:
         raise ConfigError(f"--methods needs at least two, got {', '.join(entry.label for entry in entries)}")

@@ -1,14 +1,14 @@
-"""The dense-fusion probe: which source layers learned weights choose (FusedKV, arXiv:2512.03870, figure 2).
+"""The dense-fusion probe: source layers that learned weights choose (FusedKV, arXiv:2512.03870, figure 2).
 
-Every layer above the first n weighs the keys and the values of all n storage layers with one learnable scalar
-each, 1/n at the start. Where the weights go says which layers are worth reading. As a number: the center of
-mass of a row,
+Every layer above the first n fuses the keys and the values of all n storage layers, with one learnable scalar
+each that starts at 1/n. The learned weights show which layers are worth reading. A row is summarized by its
+center of mass:
 
     c_i = sum_j |w_ij| j / sum_j |w_ij|        j: source layers, from 0
 
-The sign of a weight does not count: a source with a negative weight is used, too. A weight is not yet a
-contribution: values of one layer may be longer than those of another. So the center is also given with each
-weight times the root mean square of what its source stores ("scaled").
+The sign of a weight does not count, because a source with a negative weight is used too. A weight is not yet
+a contribution, because the values of one layer may be larger than those of another. So there is a second
+center, "scaled": each weight times the root mean square of what its source stores.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ Matrix = list[list[float]]  # [reconstruction layer][source layer]
 
 
 def center_of_mass(weights: Sequence[float], positions: Sequence[float]) -> float:
-    """Mean of the positions, each weighted by the absolute value of its weight.
+    """The mean of the positions, weighted by the absolute values of the weights.
 
-    Raises ValueError when all weights are zero.
+    Raises:
+        ValueError: all weights are zero.
     """
     masses = [abs(weight) for weight in weights]
     if not sum(masses):
@@ -118,7 +119,8 @@ class Probe:
 def check_plan(plan: CachePlan) -> tuple[list[int], list[int]]:
     """(source layers, reconstruction layers) of a plan that the probe can show.
 
-    Raises ConfigError unless all layers that store nothing weigh the same source layers with scalars.
+    Raises:
+        ConfigError: not all layers that store nothing weigh the same source layers with scalars.
     """
     readers = [i for i in range(plan.num_layers) if plan.reads_only(i)]
     segments = [getattr(plan.layers[i], side) for i in readers for side in SIDES]
@@ -166,10 +168,11 @@ def stored_rms(model: Decoder, ids: Tensor, sources: Sequence[int]) -> dict[str,
 def run_probe(
     config: TrainConfig, num_seeds: int, out: Path, progress: Progress, should_stop: Callable[[], bool]
 ) -> Probe:
-    """Trains one model per seed, in out/seed-N, and reads its weights. Goes on where it was stopped.
+    """Trains one model per seed, in out/seed-N, and reads its weights. A stopped run is resumed.
 
-    Raises runs.Stopped, and ConfigError for a model that the probe cannot show or another one than that of
-    `out`.
+    Raises:
+        Stopped: the run was interrupted.
+        ConfigError: the probe cannot show the model, or `out` belongs to another one.
     """
     sources, readers = check_plan(resolve_plan(config.model))
     if config.model.kv_lora_rank is not None:

@@ -17,8 +17,10 @@ def names() -> list[str]:
 def find(name_or_path: str | Path) -> Path:
     """The TOML file of a name that `names` lists, else the file of that path.
 
-    Raises ConfigError when there is neither. A file of your own with the name of a configuration that comes
-    with the package is reached as `./name`.
+    A file of your own with the name of a packaged configuration is `./name`.
+
+    Raises:
+        ConfigError: there is neither.
     """
     if str(name_or_path) in names():
         return _FOLDER / f"{name_or_path}.toml"

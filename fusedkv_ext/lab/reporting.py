@@ -1,6 +1,7 @@
-"""Tables and files of results, and the parts of documents that are made from them: what stands between
-`<!-- generated: KIND [FILE] -->` and `<!-- end -->`. Tests check that the committed documents are what the
-data gives.
+"""Tables and files of results, and the generated parts of documents.
+
+Those parts are between `<!-- generated: KIND [FILE] -->` and `<!-- end -->`. Tests check that the committed
+documents match the data.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool
 
 
 def aligned(rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:
-    """Rows of cells as lines, the first of them a header: the first column flush left, the others right.
+    """Rows of cells as lines, a header first; the first column is left-aligned, the others right-aligned.
 
-    rule: a line of dashes below the header.
+    Args:
+        rows: the rows.
+        rule: adds a line of dashes below the header.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -45,10 +48,14 @@ def write(path: Path, text: str) -> Path:
 
 
 def filled(text: str, blocks: Mapping[str, Callable[[str], str]]) -> str:
-    """A document with its generated parts made anew.
+    """A document with its generated parts filled in.
 
-    blocks: KIND -> function of FILE ("" where the mark names none) that returns lines.
-    Raises ValueError for a KIND that is not among them.
+    Args:
+        text: the document.
+        blocks: KIND -> function of FILE ("" if the mark names none) that returns lines.
+
+    Raises:
+        ValueError: a KIND is unknown.
     """
 
     def part(match: re.Match[str]) -> str:

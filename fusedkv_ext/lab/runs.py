@@ -105,11 +105,14 @@ def finish(
     should_stop: Callable[[], bool],
     observe: Observer | None = None,
 ) -> FinishedRun:
-    """Trains the run in `folder` to its end: from its beginning, from its newest checkpoint, or not at all
-    when it is done.
+    """Trains the run in `folder` to its end, from its newest checkpoint if there is one.
 
-    observe: see `Trainer.observe`. Raises Stopped when should_stop() said so before the end, and ConfigError
-    when the folder holds a run with another configuration or another process is training it.
+    Args:
+        observe: see `Trainer.observe`.
+
+    Raises:
+        Stopped: should_stop() returned True before the end.
+        ConfigError: the folder has a run with another configuration, or another process is training it.
     """
     if should_stop():
         raise Stopped
@@ -214,7 +217,7 @@ def check_result(result: Any, path: Path, kind: str, required: Mapping[str, type
 
 
 def finite_rows(rows: Any, width: int, holes: bool = False) -> bool:
-    """Whether rows is a list of lists of that many finite numbers; holes: None is one, too."""
+    """True if rows is a list of lists of ``width`` finite numbers; with holes None is allowed too."""
 
     def good(x: Any) -> bool:
         return (holes and x is None) or (isinstance(x, (int, float)) and math.isfinite(x))

@@ -2,7 +2,7 @@
 
     python -m fusedkv_ext.lab.pages.experiments ROOT
 
-makes them anew from ROOT/benchmarks/results/experiments.
+generates them from ROOT/benchmarks/results/experiments.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
 
 
 def made(text: str, results: Path) -> str:
-    """The document with its generated parts made anew from the files of the folder ``results``."""
+    """The document with its generated parts, from the files of the folder ``results``."""
     return filled_from_results(text, BLOCKS, results)
 
 
 def main(root: Path) -> None:
-    """Makes the pages of the repository at ``root`` and their pictures anew."""
+    """Generates the pages of the repository at ``root`` and their pictures."""
     from fusedkv_ext.lab.figures import save
 
     for path in (root / name for name in DOCUMENTS):

@@ -2,7 +2,7 @@
 
     python -m fusedkv_ext.lab.pages.methods ROOT
 
-makes them anew from the registry.
+generates them from the registry.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BLOCKS = {"methods-table": methods_table, "methods-descriptions": descriptions}
 
 
 def main(root: Path) -> None:
-    """Makes the page of the repository at ``root`` anew."""
+    """Generates the page of the repository at ``root``."""
     path = root / DOCUMENT
     path.write_text(filled(path.read_text(encoding="utf-8"), BLOCKS), encoding="utf-8")
     print(f"wrote {path}")

@@ -2,7 +2,7 @@
 
     python -m fusedkv_ext.lab.pages.planner ROOT
 
-makes them anew from the formulas.
+generates them from the formulas.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
 
 
 def main(root: Path) -> None:
-    """Makes the page of the repository at ``root`` anew."""
+    """Generates the page of the repository at ``root``."""
     path = root / DOCUMENT
     path.write_text(filled(path.read_text(encoding="utf-8"), BLOCKS), encoding="utf-8")
     print(f"wrote {path}")

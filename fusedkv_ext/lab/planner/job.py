@@ -18,12 +18,17 @@ CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 class Job:
     """One training step of a decoder on a cluster.
 
-    layout: its dp_shard must be given. batch: sequences that a data rank runs at once (its micro-batch).
-    context: tokens of a sequence. accumulate: micro-batches per optimizer step. precision: "bf16": fp32
-    weights that are gathered, and computed with, in bf16; "fp32". checkpointing: activation checkpointing of
-    each layer.
+    Attributes:
+        config: the decoder.
+        layout: processes along each dimension; its dp_shard must be given.
+        batch: the micro-batch, sequences that a data rank runs at once.
+        context: tokens of a sequence.
+        accumulate: micro-batches per optimizer step.
+        precision: "bf16" gathers fp32 weights, and computes, in bf16; or "fp32".
+        checkpointing: activation checkpointing of each layer.
 
-    Raises ValueError naming what cannot be.
+    Raises:
+        ValueError: a field is invalid; the message names it.
     """
 
     config: DecoderConfig

@@ -76,8 +76,15 @@ def training_table(rows: Sequence[Row]) -> str:
 
 
 def serving_row(label: str, server: Server, gpu_memory: float, bandwidth: float | None = None) -> Row:
-    """Of one GPU of a server. bandwidth: of its memory, in byte/s, gives the seconds that reading takes in a
-    step of one sequence and of all that fit."""
+    """The row of one GPU of a server.
+
+    Args:
+        label: the name of the plan.
+        server: the server.
+        gpu_memory: bytes of memory of a GPU.
+        bandwidth: of the memory, in byte/s. The row then has the seconds of reading in a step, for one
+            sequence and for all that fit.
+    """
     fit = server.sequences(gpu_memory)
     row: Row = {"plan": label, "context": server.context, "kv_heads": server.config.num_key_value_heads}
     row |= {"num_parameters": count(all_shapes(server.config)), "sequences": fit, "fits": fit > 0}

@@ -1,7 +1,8 @@
-"""Serving on paper: memory of one GPU, what a token reads, messages and products.
+"""Estimates of serving: memory of one GPU, bytes read per token, messages and FLOPs.
 
-A server is tp GPUs that share the heads of a decoder. Letters as in weights.py; S: tokens in the cache, e:
-bytes of an element of the weights, c: of the cache; heads and widths in formulas are those of one GPU.
+A server is tp GPUs that shard the heads of a decoder. Letters are those of weights.py. S: tokens in the
+cache; e: bytes of an element of the weights; c: of the cache. Heads and widths in formulas are those of one
+GPU.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ __all__ = ["Server"]
 
 @dataclass(frozen=True)
 class Server:
-    """tp GPUs that decode sequences of ``context`` tokens. element, cache_element: bytes of a weight and
-    activation, and of what the cache holds. chunk: tokens of a prompt that are read at once; 0: all.
+    """tp GPUs that decode sequences of ``context`` tokens.
 
-    Raises ValueError for decoders that tp GPUs cannot share, or that have no formulas.
+    Attributes:
+        element: bytes of an element of weights and activations.
+        cache_element: bytes of an element of the cache.
+        chunk: tokens of a prompt that are processed at once; 0 means all.
+
+    Raises:
+        ValueError: tp GPUs cannot shard the decoder, or it has no formulas.
     """
 
     config: DecoderConfig
@@ -77,8 +83,11 @@ class Server:
 
     @property
     def prefill(self) -> int:
-        """Working memory while s = min(chunk, S) tokens of a prompt are read: s (3 I + 4 h) e in the
-        feed-forward network or s (2 h + 4 H D + 4 k D) e in attention, and 4 S D for cos and sin."""
+        """Working memory while s = min(chunk, S) tokens of a prompt are processed.
+
+        It is s (3 I + 4 h) e in the feed-forward network or s (2 h + 4 H D + 4 k D) e in attention, and 4 S D
+        for cos and sin.
+        """
         config, tp = self.config, self.tp
         heads = shared(config.num_attention_heads, tp) + shared(config.num_key_value_heads, tp)
         mlp = 3 * shared(config.intermediate_size, tp) + 4 * config.hidden_size
