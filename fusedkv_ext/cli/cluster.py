@@ -1,4 +1,4 @@
-"""The part of `fusedkv plan` that is asked for with --cluster."""
+"""The part of `fusedkv plan` for --cluster."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    """Raises ConfigError for the first of these options that was given."""
+    """Raises ConfigError if one of these options was given."""
     for name in names:
         if getattr(args, name) != args.parser.get_default(name):
             raise ConfigError(f"--{name.replace('_', '-')} {why}")

@@ -1,8 +1,8 @@
-"""fusedkv compare: train several methods under one budget, and print what each reaches and costs.
+"""fusedkv compare: train several methods with one budget, and print the result and cost of each.
 
-Methods are names that `fusedkv plan` lists, with options as in cla:factor=3, or JSON files of plans; `all`
-stands for every method of the list and its variants, which takes hours. Every run is kept below --out: the
-same command again goes on where it was, and does not repeat what is done.
+Methods are names that `fusedkv plan` lists, with options as in cla:factor=3, or JSON files of plans. `all`
+stands for every method of the list and its variants, which takes hours. Every run is stored below --out: the
+same command resumes where it stopped, and does not repeat finished runs.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _write(result: Result, curves: dict[str, list[tuple[float, float]]], out: Pa
 
 
 def _text(result: Result) -> str:
-    """The table, and what its columns are."""
+    """The table, and the meaning of its columns."""
     from fusedkv_ext.lab.comparison import text_table
 
     seeds = "one seed" if result["seeds"] == 1 else f"mean ± standard deviation of {result['seeds']} seeds"

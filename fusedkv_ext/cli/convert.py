@@ -1,9 +1,9 @@
 """fusedkv convert: give a trained Llama or Qwen3 another cache plan, calibrated in closed form on text.
 
 MODEL is a Hugging Face folder, or a model of its Hub as ORG/NAME or ORG/NAME@REVISION. The result is such a
-folder. Layers that lose their own keys and values read those of the plan's source layers. With --calibrate,
-their fusion weights and the output projections of their attention and feed-forward networks are solved for by
-least squares. No training; `fusedkv uptrain` goes on from there.
+folder. Layers without keys and values of their own read those of the plan's source layers. With --calibrate,
+least squares solves for their fusion weights and the output projections of their attention and feed-forward
+networks. There is no training; `fusedkv uptrain` continues from there.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _plan(args: argparse.Namespace, num_layers: int) -> Any:
 
 
 def _storage_layers(args: argparse.Namespace, layers: int) -> int:
-    """How many layers a searched plan may store."""
+    """The number of layers that a searched plan may store."""
     n = args.storage_layers
     if n is None:
         n = int(Fraction(str(args.budget)) * layers)  # 0.58 * 50 < 29
@@ -119,7 +119,7 @@ def _storage_layers(args: argparse.Namespace, layers: int) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What is wrong usage for any model; then finds, or downloads, the model."""
+    """Checks the usage for any model, then finds, or downloads, the model."""
     if args.out.exists():
         raise ConfigError(f"{args.out} exists already; choose another folder to write")
     parent = next(path for path in args.out.absolute().parents if path.exists())
@@ -140,7 +140,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_calibration(args: argparse.Namespace, positions: int) -> None:
-    """Numbers of tokens that no text makes good. positions: that the model has."""
+    """Checks the numbers of tokens that do not depend on the text. positions: of the model."""
     from fusedkv_ext.conversion.convert import LEAST_TOKENS
 
     if not 2 <= args.window <= positions:

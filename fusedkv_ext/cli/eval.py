@@ -1,9 +1,8 @@
 """fusedkv eval: perplexity, loss by position and retrieval from the context, of one or several checkpoints.
 
-A checkpoint is the --out folder of a training run (its newest checkpoint is taken), a folder with
-config.json and model.safetensors, or a Hugging Face folder with any causal language model.
-Processes that torchrun starts share the heads of each model, and with them weights and cache.
-docs/evaluation.md says what each number means.
+A checkpoint is the --out folder of a training run (its newest checkpoint is used), a folder with config.json
+and model.safetensors, or a Hugging Face folder with any causal language model. Processes that torchrun starts
+shard the heads of each model, and with them weights and cache. docs/evaluation.md explains each number.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Subject:
-    """A checkpoint that is evaluated, and what has been found out about it."""
+    """A checkpoint that is evaluated, and its results."""
 
     name: str
     loaded: Loaded
@@ -130,7 +129,7 @@ class Subject:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Names of the folders; a checkpoint inside of a run goes by its path as it came."""
+    """Names of the folders; a checkpoint within a run has its path as given."""
     from fusedkv_ext.lab.figures import distinct_names
 
     names = distinct_names([Path(path) for path in paths])
@@ -157,7 +156,7 @@ def _load(args: argparse.Namespace) -> list[Subject]:
 
 
 def _context(args: argparse.Namespace, subjects: Sequence[Subject]) -> int:
-    """--context, else the shortest that a model was trained on."""
+    """--context, else the shortest context that a model was trained on."""
     from fusedkv_ext.evaluation.perplexity import check_context
 
     trained = [subject.training.data.seq_len for subject in subjects if subject.training]
@@ -170,7 +169,7 @@ def _context(args: argparse.Namespace, subjects: Sequence[Subject]) -> int:
 
 
 def _text(args: argparse.Namespace, subjects: Sequence[Subject]) -> Text:
-    """Of the default corpus what no run on it was trained on: held-out files are nested by their fraction."""
+    """The part of the default corpus that no run trained on: held-out files are nested by their fraction."""
     from fusedkv_ext.evaluation.perplexity import read_text
 
     fractions = []
@@ -201,14 +200,14 @@ def _questions(args: argparse.Namespace, context: int, text: Text, tokenizer: To
 
 
 def _results(subjects: Sequence[Subject], task: str) -> dict[str, Any]:
-    """Name -> result of a task, of those that have one."""
+    """Name -> result of a task, for the subjects that have one."""
     return {s.name: getattr(s, task) for s in subjects if getattr(s, task) is not None}
 
 
 def _losses(
     args: argparse.Namespace, subject: Subject, text: Text, ids: torch.Tensor, context: int
 ) -> WindowLosses | None:
-    """Fills in perplexity and positions; gives what perplexity was taken from."""
+    """Fills in perplexity and positions; returns the losses of the perplexity."""
     from fusedkv_ext.evaluation.perplexity import window_losses
 
     stride = context if args.stride is None else args.stride
@@ -224,7 +223,7 @@ def _losses(
 
 
 def evaluate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Subject]]:
-    """Runs all tasks on all checkpoints: what --json prints, and the results per checkpoint."""
+    """Runs all tasks on all checkpoints: the output of --json, and the results per checkpoint."""
     from fusedkv_ext.evaluation.perplexity import paired_difference
     from fusedkv_ext.evaluation.retrieval import score_questions
 

@@ -1,4 +1,4 @@
-"""What the commands that train several runs share: their options, and a session that may be interrupted."""
+"""Common parts of the commands that train several runs: their options, and an interruptible session."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str, config: str | None = None) -> None:
-    """out, config: the defaults of --out and --config."""
+    """Adds the common options; out and config are the defaults of --out and --config."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str, config: str | None 
 
 
 def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> TrainConfig:
-    """The command's defaults with what the command line changes."""
+    """The defaults of the command with the changes of the command line."""
     if args.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {args.seeds}")
     return changes(args)(TrainConfig().updated((defaults or {}).items()))
@@ -44,7 +44,7 @@ def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None =
 
 @contextmanager
 def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Progress, Callable[[], bool]]]:
-    """A progress, and the question whether to stop; finds out what is missing before anything is trained."""
+    """A progress and a stop condition; reports missing packages before any training."""
     from fusedkv_ext.lab.figures import need_matplotlib
     from fusedkv_ext.training import loop
     from fusedkv_ext.training.progress import make_progress
@@ -61,6 +61,6 @@ def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Pro
 
 
 def stopped(args: argparse.Namespace) -> int:
-    """Says how to go on; returns the exit code."""
+    """Prints how to resume; returns the exit code."""
     print(f"stopped; the same command with --out {args.out} goes on", file=sys.stderr)
     return 130

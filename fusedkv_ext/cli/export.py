@@ -1,9 +1,9 @@
-"""fusedkv export: turn a checkpoint of a training run into one folder with config.json and model.safetensors.
+"""fusedkv export: write a checkpoint of a training run as one folder with config.json and model.safetensors.
 
-RUN is the --out folder of a run, whose newest checkpoint is taken, or one of its checkpoints, written by any
-number of processes. Weights and tokenizer are exported, what the optimizer keeps is not read. The folder
-loads where a checkpoint does (`fusedkv generate`, `fusedkv eval`, `fusedkv_ext.load_pretrained`), and with a
-torch that has no torch.distributed.
+RUN is the --out folder of a run, whose newest checkpoint is used, or one of its checkpoints. Any number of
+processes may have written it. Weights and tokenizer are exported; the optimizer state is not read. The folder
+loads like a checkpoint (`fusedkv generate`, `fusedkv eval`, `fusedkv_ext.load_pretrained`), also with a torch
+without torch.distributed.
 """
 
 from __future__ import annotations

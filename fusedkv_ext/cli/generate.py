@@ -1,8 +1,8 @@
-"""fusedkv generate: continue a prompt with a trained model, token by token out of its KV cache.
+"""fusedkv generate: continue a prompt with a trained model, token by token, with its KV cache.
 
-The checkpoint is the --out folder of a training run (its newest checkpoint is taken), a folder with
-config.json and model.safetensors, or a Hugging Face folder with any causal language model.
-Processes that torchrun starts share the heads of the model, and with them weights and cache.
+The checkpoint is the --out folder of a training run (its newest checkpoint is used), a folder with
+config.json and model.safetensors, or a Hugging Face folder with any causal language model. Processes that
+torchrun starts shard the heads of the model, and with them weights and cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the prompt; an empty one begins a new document."""
+    """The token ids of the prompt; an empty one starts a new document."""
     ids = tokenizer.encode(text)
     if not ids:
         if tokenizer.separator is None:

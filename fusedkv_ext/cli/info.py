@@ -1,6 +1,6 @@
-"""fusedkv info: show versions, the CPU kernels in use and what CUDA there is.
+"""fusedkv info: show versions, the CPU kernels in use and the CUDA support.
 
-With --verify, run the forward operations against the oracle; the exit code is 1 when one fails.
+With --verify, run the forward operations against the oracle; the exit code is 1 if one fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _version(package: str) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """Versions and abilities of this installation."""
+    """Versions and features of this installation."""
     import torch
 
     from fusedkv_ext.ops import native

@@ -1,6 +1,6 @@
-"""The command `fusedkv`: one parser, one module of `commands/` per subcommand, errors as one clear sentence.
+"""The command `fusedkv`: one parser, one module of `cli/` per subcommand, errors as one clear sentence.
 
-Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMANDS = (
     "convert",
     "uptrain",
 )
-TOGETHER = ("train", "generate", "eval", "compare")  # those that the processes of torchrun run as one
+TOGETHER = ("train", "generate", "eval", "compare")  # commands that the processes of torchrun run as one
 
 
 def _module(name: str) -> ModuleType:
@@ -46,8 +46,9 @@ def _common() -> argparse.ArgumentParser:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, a function of the parsed arguments that returns the
-    exit code.
+    """The parser of all subcommands.
+
+    Each subcommand sets `run`, a function of the parsed arguments that returns the exit code.
     """
     parser = argparse.ArgumentParser(
         prog="fusedkv",
@@ -79,7 +80,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _one_of_several() -> bool:
-    """Whether torchrun has started this process and others."""
+    """True if torchrun started this process and others."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         args, unknown = build_parser().parse_known_args(argv)
-        if unknown:  # said by the command's own parser, which shows the options that there are
+        if unknown:  # the command's own parser reports it, and shows its options
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as exit_:  # argparse: 0 after --help, 2 after a wrong argument
         return int(exit_.code or 0)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fusedkv: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe is gone; nothing is left to be said, not even at exit
+    except BrokenPipeError:  # the reader of the pipe is gone: print nothing, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Loading of what the commands take for a model: checkpoints of this package, and Hugging Face folders."""
+"""Loading of the models of the commands: checkpoints of this package, and Hugging Face folders."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""fusedkv plan: show which layer takes its keys and values from where, and what its cache costs.
+"""fusedkv plan: show the source layers of each layer's keys and values, and the size of the cache.
 
 Without a name, lists all methods. With --cluster: memory and messages per GPU of a model of a given shape
-under one or several methods, in training or, with --serve, in serving; formulas, nothing is run
-(docs/scale.md).
+under one or several methods, in training or, with --serve, in serving. These numbers come from formulas;
+nothing is run (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _described(method: Method) -> dict[str, Any]:
 
 
 def _about(method: Method) -> str:
-    """Paper, equations and options of a method, for the screen."""
+    """Paper, equations and options of a method, for the terminal."""
     lines = [f"{method.name}  ({method.paper})", f"  keys:   {method.keys}", f"  values: {method.values}"]
     summary = " ".join(method.summary.replace("``", "").split())
     lines += textwrap.wrap(summary, 100, initial_indent="  ", subsequent_indent="  ")

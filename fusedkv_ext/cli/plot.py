@@ -1,7 +1,7 @@
 """fusedkv plot: draw the loss curves of runs into one picture, or the result of a probe or of gradient norms.
 
-What is drawn is seen from the file. The name of a loss curve is that of the file's folder, with the
-folders above it where names do not differ.
+The kind of picture follows from the file. The name of a loss curve is the name of the file's folder. If names
+are equal, it includes the folders above.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _file_in(path: Path) -> Path:
-    """The file that a folder is drawn from."""
+    """The file of a folder that is drawn."""
     if not path.is_dir():
         return path
     for name in (*RESULTS, "metrics.jsonl"):

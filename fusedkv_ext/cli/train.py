@@ -28,7 +28,7 @@ _SHORTCUTS = {"steps": "run.steps", "seed": "run.seed", "tokenizer": "data.token
 
 
 def add_configuration(parser: argparse.ArgumentParser, config: str | None = None) -> None:
-    """The options of all commands that train; `config` is the default of --config."""
+    """Adds the options of all training commands; `config` is the default of --config."""
     parser.add_argument(
         "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
     )
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
-    """What the command line changes in a configuration, in rising priority: file, --set, options."""
+    """The changes of the command line to a configuration, in rising priority: file, --set, options."""
     pairs = []
     for entry in args.set:
         key, equals, value = entry.partition("=")
@@ -99,7 +99,7 @@ def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
 
 
 def _plan(label: str) -> tuple[str, list[tuple[str, str]]]:
-    """The name and the options of a plan; the path of a JSON file is a name as a whole."""
+    """The name and the options of a plan; the path of a JSON file is a name."""
     if label.endswith(".json"):
         return label, []
     try:
@@ -118,7 +118,7 @@ def _print_keys() -> int:
 
 @contextmanager
 def stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once."""
+    """Makes Ctrl-C or SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
     caught: list[int] = []
     announced = False
 

@@ -1,8 +1,8 @@
 """fusedkv uptrain: continue the training of a converted model on text.
 
-The model in FOLDER, a Hugging Face folder that `fusedkv convert` wrote or any other causal language model,
-learns on, with or without the original as teacher; the result is a folder of the same kind. The budget is one
-of --minutes, --steps and --tokens.
+FOLDER is a Hugging Face folder with a model that `fusedkv convert` wrote, or any other causal language model.
+The model trains with or without the original as its teacher. The result is a folder of the same kind. The
+budget is one of --minutes, --steps and --tokens.
 """
 
 from __future__ import annotations
