@@ -174,11 +174,11 @@ def test_layouts_and_tokens_are_read() -> None:
 
 def test_chosen_layouts_fit_and_nothing_smaller_does() -> None:
     config = shapes.shape(shapes.load("1.5b"), "vanilla")
-    job, fits = choose.training(config, 8, 2**15, 80e9)
+    job, fits = choose.training(config, 8, 2**17, 80e9)
     assert fits and memory(job).peak <= 80e9 and job.gpus == 8 and job.layout.cp > 1
-    alone = Job(config, Layout(dp_shard=8), 1, 2**15)
+    alone = Job(config, Layout(dp_shard=8), 1, 2**17)
     assert memory(alone).peak > 80e9
-    job, fits = choose.training(config, 8, 2**20, 80e9)
+    job, fits = choose.training(config, 8, 2**21, 80e9)
     assert not fits and memory(job).peak > 80e9
     assert choose.server(config, 2**20, 80e9, 8192).sequences(80e9) > 0
 
