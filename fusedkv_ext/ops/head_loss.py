@@ -98,7 +98,6 @@ def chunk_rows(rows: int, vocab_size: int, device_type: str) -> int:
     return max(1, min(rows, logits // vocab_size))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def head_losses(
     hidden: Tensor,
     head: Head,
@@ -130,6 +129,27 @@ def head_losses(
         ValueError: for shapes that do not fit, vocabularies of different sizes, temperature <= 0, chunk < 1
             and, where num_target_tokens is None, labels that are all IGNORED.
     """
+    run = _head_losses
+    if torch.compiler.is_compiling():  # outside of the graph; as a decorator it would import torch's compiler
+        run = torch.compiler.disable(_head_losses)
+    teacher = (teacher_hidden, teacher_head)
+    weights = (ce_weight, kl_weight, temperature)
+    return run(hidden, head, labels, num_target_tokens, *teacher, *weights, chunk, workspace)
+
+
+def _head_losses(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    num_target_tokens: Tensor | float | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
+    ce_weight: float,
+    kl_weight: float,
+    temperature: float,
+    chunk: int | None,
+    workspace: Workspace | None,
+) -> HeadLosses:
     _check(hidden, head, labels, num_target_tokens, teacher_hidden, teacher_head, temperature, chunk)
     dtype, device = hidden.dtype, hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

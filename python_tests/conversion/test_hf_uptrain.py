@@ -361,7 +361,7 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(
     refused(ConfigError, "train must be one of", original, [text], out, train="some")
     other = tmp_path / "tokenizer.json"
     write_tokenizer(other, 50)
-    refused(ValueError, "50 tokens, the model 32", original, [text], out, tokenizer=str(other))
+    refused(ValueError, "at most the model's 32 tokens, got 50", original, [text], out, tokenizer=str(other))
     assert not partial_folder(out).exists()
 
 

@@ -290,7 +290,7 @@ def test_what_cannot_be_shared_is_said(two: list[dict[str, Any]]) -> None:
         assert "a layer sees all rows and keeps no cache" in said["layer"]
         assert "q must have 12 tokens, 1/2 of keys' 24, got 24" in said["rows"]
         assert "mesh must have one dimension" in said["mesh"]
-        assert "must be causal" in said["causal"]
+        assert "causal must be True" in said["causal"]
 
 
 @contextmanager
