@@ -142,7 +142,8 @@ class Uptrainer(Trainer):
         """Leaves the model in evaluation mode."""
 
     def losses(self, ids: Tensor, num_target_tokens: float | None) -> tuple[Tensor, dict[str, float]]:
-        options, theirs, extra = self.options, None, {}
+        options, theirs = self.options, None
+        extra: dict[str, Any] = {}
         with self.autocast():
             if self.teacher is not None:
                 with torch.no_grad():
