@@ -140,7 +140,7 @@ def check_rank4(arguments: Arguments) -> None:
 
 def check_not_negated(name: str, written: Tensor) -> None:
     """The tensor is no lazily negated view, which has no memory to write to; or a ValueError."""
-    if written.is_neg() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and written.is_neg():  # a graph cannot ask
         raise ValueError(f"{name} must be memory to write to, got a lazily negated view; call .resolve_neg()")
 
 
