@@ -179,9 +179,8 @@ class FusedKVAttention(nn.Module):
             ValueError: A shape is wrong, sources are missing, or the cache is for another plan.
         """
         check_call(self, x, sources, cache, last, document_ids)
-        modules: dict[str, Any] = (
-            self._modules
-        )  # attributes would be looked up in three places each, at every token
+        # Attributes would be looked up in three places each, at every token.
+        modules: dict[str, Any] = self._modules
         rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
             if cache is None or self.needs_positions:

@@ -176,7 +176,7 @@ class FusionWeights(nn.Module):
         if fused is None:
             return None
         own: dict[str, Any] = self._parameters
-        parameters = [self._local(own[name], fused) for name in fused.names]
+        parameters = [own[name] for name in fused.names]
         state = None
         if torch.is_grad_enabled():
             self._expanded.clear()  # an optimizer step may follow, and fused ones count no version
@@ -186,7 +186,7 @@ class FusionWeights(nn.Module):
         if state is not None and kept is not None and kept[0] == state:
             return kept[1]
         start, stop, *_ = self._segments[segment_index]
-        expanded = torch.stack([self._expand(parameter, fused) for parameter in parameters])
+        expanded = torch.stack([self._expand(self._local(x, fused), fused) for x in parameters])
         if (start, stop) != (fused.start, fused.stop):  # the other side splits this segment
             expanded = expanded[:, start - fused.start : stop - fused.start].contiguous()
         if fused.fusion.multiplier != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["common_seed", "for_all_ranks", "local"]
 
@@ -32,8 +32,7 @@ def _is_shared(parameter: Any) -> bool:
         from torch.distributed.tensor import DTensor
 
         return isinstance(parameter, DTensor)
-    # The type first: a missing attribute costs more than all else that decoding asks of a parameter.
-    return type(parameter) is not nn.Parameter and hasattr(parameter, "to_local")
+    return hasattr(parameter, "to_local")
 
 
 def for_all_ranks(weights: Tensor, mesh: Any) -> Tensor:
