@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import fusedkv_ext
+from fusedkv_ext.training.metrics import read_metrics
 
 HAS_GLOO = dist.is_available() and dist.is_gloo_available()
 
@@ -48,6 +51,26 @@ def run_ranks(file: str, folder: Path, processes: int = 2) -> list[dict[Any, Any
     _, err = started.communicate(timeout=float(os.environ.get("FUSEDKV_TEST_TIMEOUT", "180")))
     assert started.returncode == 0, err[-4000:]
     return [torch.load(folder / f"rank{i}.pt", weights_only=False) for i in range(processes)]
+
+
+def processes_of(parent: int) -> dict[int, int]:
+    """Process ids below torchrun, by rank; needs /proc."""
+    found = {}
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found |= {int(entry[5:]): int(child) for entry in environment if entry.startswith("RANK=")}
+    return found
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until the metrics in the folder of a run say that a training step is done."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if (run / "metrics.jsonl").exists():
+            if any(r["kind"] == "train" and r["step"] >= step for r in read_metrics(run / "metrics.jsonl")):
+                return
+        time.sleep(0.05)
+    pytest.fail(f"no step {step} in {run} within a minute")
 
 
 def rank_main(work: Callable[[Path], dict[Any, Any]]) -> None:

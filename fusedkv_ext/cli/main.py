@@ -29,7 +29,8 @@ COMMANDS = (
     "convert",
     "uptrain",
 )
-TOGETHER = ("train", "generate", "eval", "compare")  # commands that the processes of torchrun run as one
+# Commands that the processes of torchrun run as one.
+TOGETHER = ("train", "generate", "eval", "compare", "uptrain")
 
 
 def _module(name: str) -> ModuleType:

@@ -2,7 +2,7 @@
 
 FOLDER is a Hugging Face folder with a model that `fusedkv convert` wrote, or any other causal language model.
 The model trains with or without the original as its teacher. The result is a folder of the same kind. The
-budget is one of --minutes, --steps and --tokens.
+budget is one of --minutes, --steps and --tokens. Under torchrun FSDP2 shards model, teacher and optimizer.
 """
 
 from __future__ import annotations
@@ -68,14 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fusedkv_ext.training import session
+
+    with session.session():
+        return _uptrain(args)
+
+
+def _uptrain(args: argparse.Namespace) -> int:
     from fusedkv_ext.cli.hub import local_folder
     from fusedkv_ext.conversion.uptraining import uptrain
+    from fusedkv_ext.training import session
     from fusedkv_ext.training.progress import make_progress
 
     names = (name.removeprefix("--").replace("-", "_") for name, _ in _OPTIONS)
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if settings.get("teacher") is not None:
-        settings["teacher"] = str(local_folder(settings["teacher"]))
+        settings["teacher"] = str(session.rank_zero_first(lambda: local_folder(settings["teacher"])))
+    folder = session.rank_zero_first(lambda: local_folder(args.folder))
     for name in ("distill", "valid_text"):
         if name in settings:
             settings[name] = tuple(settings[name])
@@ -83,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stop_signals(progress) as should_stop:
             result = uptrain(
-                local_folder(args.folder),
+                folder,
                 args.text or (),
                 args.out,
                 resume=args.resume,
@@ -92,14 +101,17 @@ def run(args: argparse.Namespace) -> int:
                 stop_after=args.stop_after,
                 **settings,
             )
-            interrupted = should_stop()
+            interrupted = session.any_rank(should_stop())
     finally:
         progress.close()
+    code = 130 if interrupted and not result.finished else 0
+    if session.rank():
+        return code
     if args.json:
         print(json.dumps(result.to_dict()))
     else:
         _print(result)
-    return 130 if interrupted and not result.finished else 0
+    return code
 
 
 def _print(result: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from fusedkv_ext.ops.head_loss import Head
 
@@ -31,17 +32,26 @@ class Outputs(NamedTuple):
 
 
 class LanguageModelParts:
-    """model: a causal language model of transformers. It is held, not copied, and stays as it is but for
-    hooks on the matched modules.
+    """A causal language model of transformers, called for its last hidden states.
 
-    match: "attention", "hidden", or None, which keeps nothing of the layers. Raises ValueError when the
-    logits are not simply the head applied to the last hidden states (some models scale or cap them), and
-    when the layers are not where `match` expects them.
+    Args:
+        model: the model. It is not copied; the matched modules get hooks. If FSDP2 shards it, it is the root.
+        match: "attention", "hidden", or None, which keeps nothing of the layers.
+
+    Raises:
+        ValueError: the logits are not simply the head applied to the last hidden states (some models scale or
+            cap them), or the layers are not where `match` expects them.
     """
 
     def __init__(self, model: Any, match: str | None = None) -> None:
         self.model, self.backbone = model, model.base_model
         self._kept: list[Tensor] | None = None  # None: between calls of this object
+        self._hidden = self._run
+        sharded = isinstance(model, FSDPModule)
+        if sharded:  # only calls through the root gather its weights: embedding, last norm and head
+            model.last_hidden_state = self._run
+            register_fsdp_forward_method(model, "last_hidden_state")
+            self._hidden = model.last_hidden_state
         for module in _matched(self.backbone, match):
             module.register_forward_hook(self._keep)
         self._probe()
@@ -58,9 +68,12 @@ class LanguageModelParts:
     def __call__(self, ids: Tensor) -> Outputs:
         """ids: (B, S) int64, full rows."""
         self._kept = []
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self._hidden(ids)
         kept, self._kept = self._kept, None
         return Outputs(hidden, kept)
+
+    def _run(self, ids: Tensor) -> Tensor:
+        return self.backbone(input_ids=ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def _probe(self) -> None:

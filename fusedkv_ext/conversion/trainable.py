@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fusedkv_ext.extras import need
 from fusedkv_ext.hf.loading import CONVERSION
 from fusedkv_ext.layers.fusion import FusionWeights, param_groups
+from fusedkv_ext.training import session
 
 TRAIN = ("all", "changed", "lora")
 
@@ -60,6 +63,7 @@ class Trainable:
         self, model: Any, train: str, *, changed: Iterable[str] | None = None, rank: int = 16, seed: int = 0
     ) -> None:
         self.model = model
+        self._choice: dict[str, Any] = {"train": train, "changed": changed, "rank": rank, "seed": seed}
         self._adapted: Any = None
         fusion = fusion_names(model)
         if train == "all":
@@ -107,9 +111,27 @@ class Trainable:
         modules = (name for name, module in self.model.named_modules() if hasattr(module, "lora_A"))
         return {f"{name}.weight" for name in modules}
 
+    def of(self, model: Any) -> Trainable:
+        """The same choice of parameters in another copy of the model."""
+        return Trainable(model, **self._choice)
+
     def state(self) -> dict[str, torch.Tensor]:
         """The values of what is trained, by name, not copied."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """`state` of a model that FSDP2 shards, on the CPU of the first process and empty on the others; all
+        processes call it together.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what is gathered may be in bf16
+        whole = {}
+        for name, shard in self.state().items():
+            tensor = cast(DTensor, shard).full_tensor()
+            if session.rank() == 0:
+                whole[name] = tensor.cpu()
+        return whole
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -7,6 +7,9 @@ Steps, checkpoints and the loop are those of `fusedkv train` (training/trainer.p
 is random but the windows, a pure function of (seed, step). So the state of a run is what is trained, AdamW's
 moments, the number of steps and the seconds in them. While it runs, everything lies in OUT.partial; OUT
 appears when it is whole.
+
+Under torchrun FSDP2 shards the model, the teacher and the optimizer state over all processes. Each process
+runs its rows of every batch. The first process merges the trained weights into the whole model and writes it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,12 +32,13 @@ from fusedkv_ext.checkpoint import checked_files
 from fusedkv_ext.conversion.distill import LanguageModelParts, layer_loss
 from fusedkv_ext.conversion.trainable import Trainable, read_conversion
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
+from fusedkv_ext.distributed import Mesh, shard_weights
 from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation.perplexity import perplexity
 from fusedkv_ext.hf.loading import CONVERSION, load_causal_lm, load_tokenizer, save_like
 from fusedkv_ext.ops.head_loss import Workspace, head_losses
 from fusedkv_ext.ops.packing import next_tokens
-from fusedkv_ext.training import loop, run_folder
+from fusedkv_ext.training import loop, run_folder, session
 from fusedkv_ext.training.data.tokenizer import FileTokenizer
 from fusedkv_ext.training.data.tokens import TokenData, prepare
 from fusedkv_ext.training.metrics import Log, Record
@@ -76,13 +80,15 @@ class Uptrainer(Trainer):
     The model stays in evaluation mode, also when it learns: that is what "without dropout" takes.
 
     Args:
-        trainable: the model, on `device`, and which of its parameters learn.
+        trainable: the model, on `device`, and which of its parameters learn. With a mesh, FSDP2 shards it.
         teacher: a causal language model of transformers whose parameters are left alone, or None.
         data: ids of the text.
         options: the settings of the run.
+        device: of the model.
+        mesh: the data ranks; None for one process.
 
     Raises:
-        ConfigError: where distillation lacks a teacher.
+        ConfigError: distillation lacks a teacher, or the batch cannot be split over the data ranks.
         ValueError: for a teacher that does not fit, and for a text that is too short.
     """
 
@@ -95,9 +101,13 @@ class Uptrainer(Trainer):
         data: TokenData,
         options: UptrainSettings,
         device: torch.device,
+        mesh: Mesh | None = None,
     ) -> None:
         self.trainable, self.options = trainable, options
+        session.check_parts(options.batch_size, options.accumulate, 1 if mesh is None else mesh.data_ranks)
         trainable.model.eval()
+        # Groups of shards: no weight is gathered before the first forward pass.
+        groups = trainable.groups(options.weight_decay, options.fusion_lr)
         match = options.match if "layers" in options.distill else None
         self.student = LanguageModelParts(trainable.model, match)
         self.teacher = self._teacher(teacher, match) if options.distill else None
@@ -113,8 +123,7 @@ class Uptrainer(Trainer):
             grad_clip=options.grad_clip,
             name="uptraining",
         )
-        groups = trainable.groups(options.weight_decay, options.fusion_lr)
-        super().__init__(trainable.model, groups, data, settings, device)
+        super().__init__(trainable.model, groups, data, settings, device, mesh)
 
     def _teacher(self, model: Any, match: str | None) -> LanguageModelParts:
         if model is None:
@@ -179,7 +188,7 @@ class Uptrainer(Trainer):
         model.eval()  # fused optimizers count no version: fusion weights forget what they kept
         window = self.options.valid_window
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-        with self.autocast():
+        with self.autocast(model):
             found = perplexity(
                 model, self.data.valid, context=min(window, limit), max_tokens=self.options.valid_tokens
             )
@@ -258,6 +267,7 @@ class UptrainRun(loop.Run):
         part = options.validations + 1
         validate = int(trainer.share * part) > int(before * part) and not trainer.finished
         save = now - self._saved >= 60.0 * options.save_minutes and not trainer.finished
+        save = session.from_rank_zero(save)  # by its clock
         self._logged = now if log else self._logged
         self._saved = now if save else self._saved
         return log, validate, save
@@ -306,10 +316,26 @@ class UptrainRun(loop.Run):
         )
 
     def _finish(self, log: Log, progress: Progress) -> UptrainResult:
+        """The finished folder, which the first process writes."""
+        trainable = self.trainer.trainable
+        if self.trainer.mesh is None:
+            return self._write(trainable, log, progress)
+        state = trainable.whole_state()
+
+        def write() -> UptrainResult | None:
+            if session.rank():
+                return None
+            whole = trainable.of(_exact(load_causal_lm(self.source), torch.device("cpu")))
+            whole.load_state(state)
+            return self._write(whole, log, progress)
+
+        return cast(UptrainResult, session.from_rank_zero(session.rank_zero_first(write)))
+
+    def _write(self, trainable: Trainable, log: Log, progress: Progress) -> UptrainResult:
         """Measures the model as it is going to be stored, and puts the finished folder into place."""
         trainer = self.trainer
         trained_parameters = self.result(None).trained_parameters
-        model = trainer.trainable.merge().to(self.dtype)
+        model = trainable.merge().to(trainer.device, self.dtype)
         loss = loop.validate(self, log, progress, trainer.held_out_loss(model))
         result = UptrainResult(**{**self.result(loss).to_dict(), "trained_parameters": trained_parameters})
         log.write({"kind": "result", "step": trainer.step, **result.to_dict()})
@@ -358,7 +384,8 @@ def uptrain(
     """Continues the training of the causal language model in `folder` on `text` and writes the folder `out`.
 
     `out` has what `folder` has, the new weights in the dtype of the old, metrics.jsonl and, in
-    conversion.json where there is one, a section "uptraining".
+    conversion.json where there is one, a section "uptraining". Under torchrun, within
+    ``fusedkv_ext.training.session.session()``, all processes call this together.
 
     Args:
         folder: a Hugging Face folder, converted or not.
@@ -366,7 +393,7 @@ def uptrain(
         out: is never half written.
         resume: go on from the checkpoint of such a run, if there is one. Text and settings may then be left
             out and cannot be others. With a budget of steps or tokens the result is bit for bit that of an
-            uninterrupted run, on the same machine with the same number of threads.
+            uninterrupted run, on the same machine with the same number of threads and processes.
         progress: where the run reports to.
         should_stop: asked after each step; True ends the run early, with a checkpoint.
         stop_after: so does this number of steps, counted from the run's beginning.
@@ -383,8 +410,10 @@ def uptrain(
         raise ConfigError(f"{out} exists already; choose another folder to write")
     root = partial_folder(out) / "checkpoints"
     newest, facts = run_folder.latest(root), None
+    session.check_alike({"newest checkpoint": newest and newest.name})
     if resume and newest is not None:
-        run_folder.clean(root)
+        if session.rank() == 0:
+            run_folder.clean(root)
         facts = run_folder.read_trainer(newest)
         chosen = UptrainSettings.from_dict(facts["settings"]).resumed(settings)
         text = text or facts["text"]
@@ -394,7 +423,8 @@ def uptrain(
                 f"{partial_folder(out)} holds a run that was not finished; resume it, or delete that folder"
             )
         chosen = UptrainSettings.from_dict(settings)
-        shutil.rmtree(partial_folder(out), ignore_errors=True)  # of a run without a checkpoint
+        if session.rank() == 0:
+            shutil.rmtree(partial_folder(out), ignore_errors=True)  # of a run without a checkpoint
     if not text:
         raise ConfigError("text: name at least one text file")
     this = load(folder, [str(path) for path in text], out, chosen, progress, facts)
@@ -430,14 +460,17 @@ def load(
     that the run goes on from.
     """
     device = resolve_device(settings.device)
+    mesh = session.data_parallel_mesh(device)
     conversion = read_conversion(folder)
     teacher_folder = _teacher_folder(settings, folder, conversion)
     model = load_causal_lm(folder)
     dtype = model.dtype
-    model = _exact(model, device)
+    model = _exact(model, device if mesh is None else torch.device("cpu"))
     size = model.get_input_embeddings().weight.shape[0]
     tokenizer = load_tokenizer(folder, size, settings.tokenizer)
-    data = prepare(tokenizer, text, settings.valid_text, valid_fraction=settings.valid_fraction)
+    data = session.rank_zero_first(
+        lambda: prepare(tokenizer, text, settings.valid_text, valid_fraction=settings.valid_fraction)
+    )
     _check_text(data.train, data.valid, settings)
     identity = {
         "folder": _digest(folder),
@@ -446,12 +479,16 @@ def load(
     }
     if facts is not None:
         _check_identity(facts["identity"], identity)
+    session.check_alike({**identity, "settings": settings, "version of torch": torch.__version__})
     teacher: Any = None
     if teacher_folder is not None and (settings.distill or facts is None):
-        teacher = _exact(load_causal_lm(teacher_folder), device)
+        teacher = _exact(load_causal_lm(teacher_folder), device if mesh is None else torch.device("cpu"))
     changed = None if conversion is None else conversion.get("changed")
     trainable = Trainable(model, settings.train, changed=changed, rank=settings.rank, seed=settings.seed)
-    trainer = Uptrainer(trainable, teacher if settings.distill else None, data, settings, device)
+    if mesh is not None:
+        for shared in (model, teacher):
+            _shard(shared, mesh, settings, device)
+    trainer = Uptrainer(trainable, teacher if settings.distill else None, data, settings, device, mesh)
     progress.line(f"text: {data.info}")
     this = UptrainRun(trainer, tokenizer, folder, out, dtype, conversion, text, identity)
     if facts is None:
@@ -460,7 +497,7 @@ def load(
     else:
         this.loss_before, this.original_loss = facts["loss_before"], facts["original_loss"]
         this.reached = facts["reached"]
-    if trainer.teacher is not None and settings.precision == "bf16":
+    if trainer.teacher is not None and settings.precision == "bf16" and mesh is None:
         teacher.to(torch.bfloat16)  # nobody updates its weights
     return this
 
@@ -473,6 +510,18 @@ def _exact(model: Any, device: torch.device) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def _shard(model: Any, mesh: Mesh, settings: UptrainSettings, device: torch.device) -> None:
+    """Shards a model of transformers, or None, over the data ranks. Its decoder layers are the modules that
+    transformers does not split either.
+    """
+    if model is None:
+        return
+    kinds = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    shard_weights(model, layers, mesh.fsdp, "bf16" if settings.precision == "bf16" else "fp32")
+    model.to(device)  # constants that are no parameters
 
 
 def _teacher_folder(

@@ -12,7 +12,7 @@ from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.ops import sharding_rules  # noqa: F401  (operations take DTensors)
 from fusedkv_ext.ops.recompute import Checkpointing
 
-__all__ = ["DIMS", "Layout", "Mesh", "make_mesh", "parallelize", "synchronize"]
+__all__ = ["DIMS", "Layout", "Mesh", "make_mesh", "parallelize", "shard_weights", "synchronize"]
 
 
 def parallelize(
@@ -51,4 +51,4 @@ def parallelize(
             # AOTAutograd rejects (tp). It would also need a single graph, which attention breaks (cp).
             layer._run = torch.compile(layer._run)  # type: ignore[method-assign]
     if mesh is not None:
-        shard_weights(model, mesh.fsdp, precision)
+        shard_weights(model, model.model.layers, mesh.fsdp, precision)

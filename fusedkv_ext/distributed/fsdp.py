@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from fusedkv_ext.layers.decoder import Decoder
+from fusedkv_ext.layers.fusion import FusionWeights
 
 __all__ = ["Precision", "shard_weights", "synchronize"]
 
 Precision = Literal["fp32", "bf16"]
 
 
-def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32") -> None:
+def shard_weights(
+    model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, precision: Precision = "fp32"
+) -> None:
     """Shards every parameter over the processes, in fp32; those of a layer are gathered while it runs.
 
     Gradients are sums over the processes, not means. Divide the loss by the number of target tokens of all
@@ -26,7 +30,8 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
     one reduce-scatter at its end.
 
     Args:
-        model: the decoder.
+        model: a decoder, or a causal language model of transformers.
+        layers: its decoder layers, one FSDP group each.
         mesh: the processes that shard the weights, 1-D, or 2-D (replicas, shards of a replica).
         precision: "bf16" gathers and computes in bf16 and sums gradients in fp32.
     """
@@ -34,12 +39,10 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
     policy = whole
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    fusions: list[torch.nn.Module] = [
-        layer.self_attn.kv_fusion for layer in model.model.layers if layer.self_attn.kv_fusion is not None
-    ]
+    fusions: list[nn.Module] = [module for module in model.modules() if isinstance(module, FusionWeights)]
     if fusions:
         fully_shard(fusions, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
-    for layer in model.model.layers:
+    for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
@@ -48,7 +51,7 @@ def shard_weights(model: Decoder, mesh: DeviceMesh, precision: Precision = "fp32
             module.set_force_sum_reduction_for_comms(True)  # a scaled sum is for NCCL alone
 
 
-def synchronize(model: Decoder, last: bool) -> None:
+def synchronize(model: nn.Module, last: bool) -> None:
     """Sets whether the next backward sums gradients over the processes.
 
     Only the last micro-batch of a batch needs that, so accumulation has no further messages. It has no effect

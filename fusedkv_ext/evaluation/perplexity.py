@@ -228,10 +228,12 @@ def check_context(model: Scored, context: int, name: str = "the model") -> None:
 def evaluation(model: Scored) -> Iterator[torch.device]:
     """Evaluation mode without gradients for a while; gives the model's device."""
     training = [module for module in model.modules() if module.training]
+    # FSDP2 gathers weights into tensors that training uses again, so they cannot be inference tensors.
+    no_gradients = torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode()
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode():
+        with no_gradients:
             yield next(model.parameters()).device
     finally:
         for module in training:

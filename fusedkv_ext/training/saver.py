@@ -184,7 +184,7 @@ def restore(folder: Path, trainer: Trainer) -> None:
 
 def _orders(trainer: Trainer) -> dict[str, HeadOrder]:
     """Of tensors whose heads tensor parallelism has reordered: files have the order of one process."""
-    if trainer.mesh is None:
+    if trainer.mesh is None or trainer.mesh.tp is None:
         return {}
     found = {}
     for name, order in head_orders(trainer.model, trainer.mesh.size("tp")).items():

@@ -172,14 +172,23 @@ def mesh(config: TrainConfig, device: torch.device) -> Mesh | None:
     return make_mesh(Layout(*sizes), device.type) if world_size() > 1 else None
 
 
+def data_parallel_mesh(device: torch.device) -> Mesh | None:
+    """All processes as shards of one copy of the weights; None without torchrun."""
+    return make_mesh(Layout(), device.type) if world_size() > 1 else None
+
+
 def check_batch(config: TrainConfig) -> None:
-    """Raises ConfigError unless every data rank gets equally many sequences in every part of a batch."""
+    """`check_parts` of a configuration."""
     replicas, shards, *_ = layout(config)
-    run, ranks = config.run, replicas * shards
-    if run.batch_size % (ranks * run.accumulate):
+    check_parts(config.run.batch_size, config.run.accumulate, replicas * shards, "run.")
+
+
+def check_parts(batch_size: int, accumulate: int, data_ranks: int, section: str = "") -> None:
+    """Raises ConfigError unless every data rank gets equally many sequences in every part of a batch."""
+    if batch_size % (data_ranks * accumulate):
         raise ConfigError(
-            f"run.batch_size ({run.batch_size}) must be a multiple of data ranks x run.accumulate "
-            f"({ranks} x {run.accumulate} = {ranks * run.accumulate})"
+            f"{section}batch_size ({batch_size}) must be a multiple of data ranks x {section}accumulate "
+            f"({data_ranks} x {accumulate} = {data_ranks * accumulate})"
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fusedkv_ext.distributed import Mesh, parallelize, synchronize
 from fusedkv_ext.errors import ConfigError, TrainingDiverged
@@ -257,9 +258,12 @@ class Trainer(ABC):
     def bits_per_byte(self, loss: float) -> float:
         return bits_per_byte(loss, self.data.tokens_per_byte)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of the forward passes. A mesh gathers weights in bf16 instead."""
-        if self.settings.precision == "bf16" and self.mesh is None:
+    def autocast(self, model: nn.Module | None = None) -> AbstractContextManager[Any]:
+        """The precision of a model's forward passes, by default of the trained one. FSDP2 gathers weights in
+        bf16 instead.
+        """
+        sharded = isinstance(self.model if model is None else model, FSDPModule)
+        if self.settings.precision == "bf16" and not sharded:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
@@ -322,7 +326,8 @@ class Trainer(ABC):
             group["lr"] = rate * group.get("scale", 1.0)
         self.optimizer.step()
         self.step += 1
-        self.seconds += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self.seconds += session.total(elapsed)[0] / session.world_size()  # alike: a budget may be in seconds
         return StepResult(self.step, means.pop("loss", objective), norm, rate, means, observed)
 
     def total(self, value: float) -> float:

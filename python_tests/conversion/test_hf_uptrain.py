@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hf_uptraining import SMALL, WORDS, weights, write_model, write_text, write_tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusedkv_ext.checkpoint.pretrained import STATE
@@ -25,54 +26,8 @@ from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.conversion.uptraining import Uptrainer, partial_folder, uptrain
 from fusedkv_ext.errors import ConfigError
 from fusedkv_ext.evaluation.perplexity import perplexity
-from fusedkv_ext.hf import FusedKVLlamaForCausalLM, config_for
-from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.hf import FusedKVLlamaForCausalLM
 from fusedkv_ext.training.metrics import read_metrics
-
-WORDS = "the cache of a layer holds keys and values that another layer reads again".split()
-SMALL = dict(steps=6, batch_size=2, seq_len=32, valid_tokens=256, valid_window=64, validations=1, lr=3e-3)
-
-
-def write_tokenizer(path: Path, size: int) -> None:
-    """Words as tokens, and as many unused ones as it takes to have `size`."""
-    tokens = ["<unk>", "<|endoftext|>", *dict.fromkeys(WORDS)]
-    tokens += [f"unused{i}" for i in range(size - len(tokens))]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(path))
-
-
-def write_model(folder: Path, converted_from: Path | None = None, dtype: torch.dtype = torch.float32) -> Path:
-    """A plain Llama, or one on the plan "fusedkv" with the weights of such a folder and a conversion.json."""
-    if converted_from is None:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            attention_dropout=0.5,
-        )
-        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    else:
-        plain = LlamaForCausalLM.from_pretrained(converted_from, dtype="auto")
-        config = config_for(plain.config, CachePlan.named("fusedkv", 4))
-        model = FusedKVLlamaForCausalLM(config).to(plain.dtype)
-        found = model.load_state_dict(plain.state_dict(), strict=False)
-        assert found.missing_keys and all("kv_fusion" in name for name in found.missing_keys)
-        model.tie_weights()
-        model.save_pretrained(folder)
-        changed = [*found.missing_keys, "model.layers.3.self_attn.o_proj.weight"]
-        conversion = {"original": str(converted_from), "plan": "fusedkv", "changed": changed, "note": 1}
-        (folder / "conversion.json").write_text(json.dumps(conversion))
-    write_tokenizer(folder / "tokenizer.json", 32)
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,14 +55,7 @@ def converted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(" ".join(WORDS[i % 5 :] + WORDS[: i % 3]) for i in range(1200)))
-    return path
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def test_loss_falls_and_the_folder_is_whole(converted: Path, text: Path, tmp_path: Path) -> None:

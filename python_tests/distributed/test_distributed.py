@@ -9,14 +9,13 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import torchrun, whole
+from ranks import processes_of, torchrun, wait_for_step, whole
 from tiny import PLANS
 
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
@@ -182,25 +181,6 @@ def train_arguments(folder: Path, *more: object) -> list[object]:
     settings = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     settings += ["--set", f"data.cache_dir={folder / 'cache'}", "--text", folder / "text"]
     return ["-m", "fusedkv_ext", "train", *settings, *more]
-
-
-def processes_of(parent: int) -> dict[int, int]:
-    """Process ids below torchrun, by rank."""
-    found = {}
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
-        found |= {int(entry[5:]): int(child) for entry in environment if entry.startswith("RANK=")}
-    return found
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if (run / "metrics.jsonl").exists():
-            if any(r["kind"] == "train" and r["step"] >= step for r in read_metrics(run / "metrics.jsonl")):
-                return
-        time.sleep(0.05)
-    pytest.fail(f"no step {step} in {run} within a minute")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
