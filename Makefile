@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12   interpreter to make the environment with      VENV=.venv    where it goes
 #   ARGS="--quick"      arguments passed on by `make demo`, `make test`, `make bench` and `make instructions`
+#   WORKERS=0           test in one process (default: one per core, at most 4)
 #   HF=5.17.0           transformers for `make test-hf`               REAL=build/real where `make test-real` keeps downloads
 #   FUSEDKV_CUDA=0 / 1  without CUDA / with CUDA or not at all        TORCH_CUDA_ARCH_LIST="9.0a"
 #   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 FUSEDKV_CUDA ?=
+WORKERS ?= auto
 HF ?= 5.17.0
 REAL ?= build/real
 
@@ -33,6 +35,8 @@ SANITIZE := build/sanitize
 SANITIZE_TESTS := $(addprefix python_tests/ops/test_,levels.py fuse_kv.py fuse_kvcache.py append_kvcache.py \
     attn_with_kvcache.py head_dims.py large_results.py)
 COUNTER := build/count_instructions
+# A file's tests stay in one process: they share what its fixtures compute.
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile
 OTHER_HF := $(abspath build/transformers-$(HF))
 # transformers' own tests, by version. The environment has the newest supported transformers.
 HF_TESTS := $(abspath build/transformers-tests)
@@ -100,11 +104,11 @@ demo: $(NATIVE)
 	@$(BIN)/fusedkv demo $(ARGS)
 
 test: $(NATIVE) $(SIMT) $(COUNTER)
-	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q $(ARGS)
+	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(PYTEST) $(ARGS)
 
 # python_tests/fast.py names them.
 test-fast: $(NATIVE) $(SIMT) $(COUNTER)
-	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@FUSEDKV_REQUIRE_SIMT=1 FUSEDKV_REQUIRE_COUNTER=1 $(PYTEST) -m "not slow" $(ARGS)
 
 # Packages in a folder that stands before the environment's own, which stays as it is.
 $(OTHER_HF): $(DEPS) constraints-hf.txt
@@ -133,8 +137,8 @@ $(TRL): $(DEPS) constraints-trl.txt
 test-hf: $(NATIVE) $(OTHER_HF) $(HF_TESTS)/$(HF)
 	@PYTHONPATH=$(OTHER_HF) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(HF)"'
 	@$(MAKE) --no-print-directory $(HF_TESTS)/$(NEWEST_HF)
-	@PYTHONPATH=$(HF_TESTS)/$(NEWEST_HF) $(BIN)/python -m pytest -q python_tests/hf/test_hf_mixins.py $(ARGS)
-	@PYTHONPATH=$(OTHER_HF):$(HF_TESTS)/$(HF) $(BIN)/python -m pytest -q python_tests/*/test_hf_*.py $(ARGS)
+	@PYTHONPATH=$(HF_TESTS)/$(NEWEST_HF) $(PYTEST) --dist load python_tests/hf/test_hf_mixins.py $(ARGS)
+	@PYTHONPATH=$(OTHER_HF):$(HF_TESTS)/$(HF) $(PYTEST) python_tests/*/test_hf_*.py $(ARGS)
 
 test-lm-eval: $(NATIVE) $(LM_EVAL)
 	@PYTHONPATH=$(LM_EVAL) $(BIN)/python -c 'import lm_eval'

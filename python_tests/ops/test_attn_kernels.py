@@ -356,7 +356,9 @@ def test_pages_left_of_the_window_are_not_looked_at(case: Case, backend: str, de
     assert_same_bits(attend(case, args, state), expected)
 
 
-@pytest.mark.parametrize("break_it", [lambda s: s[:-1], lambda s: s.long(), lambda s: s[None]], ids=str)
+@pytest.mark.parametrize(
+    "break_it", [lambda s: s[:-1], lambda s: s.long(), lambda s: s[None]], ids=["short", "int64", "2-D"]
+)
 def test_schedule_of_another_kind_is_refused(
     break_it: Callable[[Tensor], Tensor], backend: str, device: torch.device
 ) -> None:
