@@ -236,4 +236,4 @@ def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor])
 
 
 def _advice(folder: Path) -> str:
-    return f"restore {folder.parent} from a copy, or delete it to go on from the checkpoint before it"
+    return f"restore {folder.parent} from a copy, or delete it to resume from the previous checkpoint"

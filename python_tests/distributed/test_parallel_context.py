@@ -275,7 +275,7 @@ def test_one_rank_alone_receives_nothing() -> None:
 def test_a_sequence_that_cannot_be_cut_is_said_before_the_run() -> None:
     changes = {"data.seq_len": 130, "parallel.cp": 2}
     with pytest.raises(
-        ConfigError, match=r"data.seq_len \(130\) must be a multiple of 2 x parallel.cp \(4\)"
+        ConfigError, match=r"data.seq_len must be a multiple of 2 x parallel.cp \(4\), got 130"
     ):
         TrainConfig().updated(changes.items())
 

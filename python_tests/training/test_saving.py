@@ -286,7 +286,7 @@ def test_damaged_files_are_named_with_what_to_do(case: str, config: TrainConfig,
     file, damage, message = DAMAGE[case]
     newest = run_in(tmp_path / "run", config, stop_after=3)
     damage(newest / "state" / file)
-    advice = r"restore .*step-00000003 from a copy, or delete it to go on from the checkpoint before it$"
+    advice = r"restore .*step-00000003 from a copy, or delete it to resume from the previous checkpoint$"
     for read in (load_pretrained, lambda folder: loop.resume(folder.parents[1])):
         with pytest.raises(ValueError, match=message + advice):
             read(newest)
@@ -317,7 +317,7 @@ def as_torch_reads(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("file", ["state/__0_0.distcp", "state/.metadata", "trainer.json"])
 def test_a_flipped_bit_is_found(file: str, at: float, checkpoint: Path) -> None:
     flip(checkpoint / file, at)
-    message = rf"{Path(file).name} is damaged.*; restore .*step-00000003 from a copy, or delete it to go on"
+    message = rf"{Path(file).name} is damaged.*; restore .*step-00000003 from a copy, or delete it to resume"
     with pytest.raises(ValueError, match=message):
         loop.resume(checkpoint.parents[1])
     if file.startswith("state"):
