@@ -435,9 +435,9 @@ def test_export_writes_a_whole_folder_or_none(
     huggingface.mkdir()
     (huggingface / "config.json").write_text('{"model_type": "llama"}')
     for source, target, code, message in (
-        (newest, tmp_path / "there", 2, "there exists already; choose another folder"),
+        (newest, tmp_path / "there", 2, "FOLDER must not exist, got "),
         (tmp_path / "nothing", out, 1, "holds no checkpoint"),
-        (huggingface, out, 2, "is a Hugging Face folder already; there is nothing to export"),
+        (huggingface, out, 2, "RUN must be the folder of a training run, got the Hugging Face folder"),
     ):
         assert main(["export", str(source), str(target)]) == code
         assert message in capsys.readouterr().err
