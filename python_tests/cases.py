@@ -1,7 +1,7 @@
-"""Named attention cases and the tensors they stand for.
+"""Named attention cases and their tensors.
 
-Tensors are made as users have them: views of wider tensors, transposed layouts, caches whose unused slots
-hold NaN and whose unused block-table entries hold a page that does not exist.
+The tensors cover the layouts of users: views of wider tensors and transposed layouts. Unused slots of caches
+hold NaN, and unused block-table entries hold a page that does not exist.
 """
 
 from __future__ import annotations

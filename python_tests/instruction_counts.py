@@ -1,7 +1,6 @@
-"""How many instructions one cached attention takes on each SIMD level of this CPU, and how many it took when
-``instruction_counts.json`` was recorded.
+"""Instructions of one cached attention on each SIMD target of this CPU, next to ``instruction_counts.json``.
 
-``make instructions`` prints both per 64-byte line of the caches; ``ARGS=--record`` writes the file anew.
+``make instructions`` prints both per 64-byte line of the caches. ``ARGS=--record`` updates the file.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The KV cache of a plan: memory for the layers that store, and views for those that read."""
+"""The KV cache of a plan: memory of the storage layers, contiguous or paged."""

@@ -1,10 +1,10 @@
-"""The key/value cache of a plan: memory for the tensors of storage layers, contiguous or in pages.
+"""The KV cache of a plan: tensors of the storage layers, contiguous or paged.
 
-Layers that only read own no memory: their attention gets the tensors of their source layers. The cache knows
-lengths and pages. The plan knows which layer reads what, and attention asks it.
+Layers without storage have no memory: they read the tensors of their source layers. The cache manages lengths
+and pages. The plan defines which layer reads which tensors, and the attention modules apply it.
 
-Everything is right-aligned. A step has S rows, the last S tokens of each sequence, so ragged prompts are
-padded on the left. A row before the start of its sequence is not stored, and attention gives zeros for it.
+Steps are right-aligned. A step has S rows, the last S tokens of each sequence, so ragged prompts are padded
+on the left. A row before the start of its sequence is not stored, and its attention output is zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KV(NamedTuple):
     """The tensors that one layer stores: ``key`` (B, T, Gk, D) after RoPE and ``value`` (B, T, Gv, D).
 
     They have only the heads that the layer stores, and are None if it stores none. Latent attention stores
-    one tensor for both: ``key`` is then [k_pe ; c], (B, T, 1, channels), and ``value`` None.
+    one tensor: ``key`` is [k_pe ; c], (B, T, 1, channels), and ``value`` is None.
     """
 
     key: Tensor | None
@@ -41,39 +41,38 @@ class KV(NamedTuple):
 class KVCache:
     """Keys and values of the storage layers of ``plan``: B = ``batch_size`` sequences of up to ``max_len``.
 
-    Layout, per storage layer that stores Gk key heads and Gv value heads of the G = ``num_kv_heads``:
+    Layout of a storage layer with Gk key heads and Gv value heads:
 
     * contiguous (``page_size`` None): keys (B, max_len, Gk, D), values (B, max_len, Gv, D), ``block_table``
       None;
-    * paged: keys (P, page_size, Gk, D), values (P, page_size, Gv, D) with P = ``num_pages``. One
-        ``block_table``
-      (B, ceil(max_len / page_size)) int32 serves all layers: token t of sequence b is in page
+    * paged: keys (P, page_size, Gk, D), values (P, page_size, Gv, D) with P = ``num_pages``. All layers have
+      the same ``block_table`` (B, ceil(max_len / page_size)) int32. Token t of sequence b is in page
       block_table[b, t // page_size], slot t % page_size. Unused entries are -1;
-    * latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c], with
-        the
-      rotated channels k_pe and the channels of the latent c that the layer stores (plan/latent.py). ``keys``
-      is all of it, ``values`` its view of c.
+    * latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c]. k_pe
+      are the rotated channels, c the stored channels of the latent (plan/latent.py). ``keys`` is the whole
+      tensor, ``values`` its view of c.
 
-    A step calls ``advance(n)`` once, which makes room. Then every layer, in order, appends its S = max(n) new
-    rows and attends. ``seq_lens`` (B,) int32 on ``device`` counts the valid tokens, the new ones included.
+    Each step calls ``advance(n)`` once to reserve space. Then every layer, in order, appends its S = max(n)
+    new rows and attends. ``seq_lens`` (B,) int32 on ``device`` is the number of valid tokens, including new
+    ones.
 
     Args:
         plan: The cache plan.
         batch_size: B.
-        max_len: Tokens that each sequence can have.
+        max_len: Largest number of tokens per sequence.
         num_kv_heads: G.
         head_dim: D.
-        dtype: Of keys and values; default ``torch.get_default_dtype()``.
-        device: Default: torch's.
-        page_size: Tokens per page; None: a contiguous cache.
-        num_pages: P; by default enough for all sequences at full length. With fewer, more sequences share one
-            pool than fit at full length.
-        rope_dim: Keep latents with that many rotated channels; num_kv_heads is then 1 and head_dim
-            kv_lora_rank.
+        dtype: Dtype of keys and values; default ``torch.get_default_dtype()``.
+        device: Device; default torch's.
+        page_size: Tokens per page; None for a contiguous cache.
+        num_pages: P; by default enough for all sequences at full length. With fewer pages, the
+            pool serves more sequences than fit at full length.
+        rope_dim: Rotated channels of latents; None for keys and values. With it, num_kv_heads must be 1 and
+            head_dim is kv_lora_rank.
 
     Raises:
-        ValueError: A size is below one, ``num_pages`` has no ``page_size``, or the plan is not supported on
-            latents.
+        ValueError: A size is below 1, ``num_pages`` is given without ``page_size``, or latents do not support
+            the plan.
     """
 
     def __init__(
@@ -101,8 +100,8 @@ class KVCache:
             _check_positive("rope_dim", rope_dim)
             if num_kv_heads != 1 or rope_dim % 2:
                 raise ValueError(
-                    "with rope_dim the cache keeps latents: num_kv_heads must be 1 and rope_dim even, "
-                    f"got num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
+                    "num_kv_heads must be 1 and rope_dim even for a cache of latents, got "
+                    f"num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
                 )
         self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
         self.dtype = dtype or torch.get_default_dtype()
@@ -112,7 +111,7 @@ class KVCache:
         self._table: PageTable | None = None
         self._schedules: dict[tuple[int, ...], Tensor] = {}
         self._rotary: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
-        # Under inference mode these would be inference tensors, which cannot be changed outside of it.
+        # Inference tensors could not be modified outside of inference mode.
         with torch.inference_mode(False):
             slots: tuple[int, int] = (batch_size, max_len)
             if page_size is not None:
@@ -123,7 +122,7 @@ class KVCache:
                 self._table = PageTable(batch_size, page_size, max_pages, num_pages)
                 slots = (num_pages, page_size)
             elif num_pages is not None:
-                raise ValueError(f"num_pages={num_pages} needs page_size: only a paged cache has pages")
+                raise ValueError(f"num_pages must be None without page_size, got {num_pages}")
 
             def allocate(heads: int, dim: int = head_dim) -> Tensor | None:
                 if not heads * dim:
@@ -150,7 +149,7 @@ class KVCache:
         self.device = self.seq_lens.device
 
     def _latents(self) -> list[Tensor | None]:
-        """The values of a cache of latents: the channels of the keys that RoPE does not rotate."""
+        """The values of a cache of latents: views of the unrotated channels of the keys."""
         starts = [layer.stores_rope * (self.rope_dim or 0) for layer in latent_layers(self.plan)]
         return [
             x[..., start:] if x is not None and x.shape[-1] > start else None
@@ -158,10 +157,7 @@ class KVCache:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles.
-
-        It has no views, which would become tensors of their own, and nothing that is computed on first use.
-        """
+        """The state for copies and pickles, without views and without lazily computed tensors."""
         values = self._values if self.rope_dim is None else None
         return {**self.__dict__, "_values": values, "_schedules": {}, "_rotary": {}}
 
@@ -188,7 +184,7 @@ class KVCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Valid tokens of each sequence: ``seq_lens`` on the host, without waiting for the device."""
+        """Valid tokens of each sequence: a copy of ``seq_lens`` on the host, without a device sync."""
         return tuple(self._lengths)
 
     @property
@@ -202,34 +198,34 @@ class KVCache:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._owned)
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
-        """Makes room for the next step.
+        """Reserves space for the next step.
 
-        Numbers may differ only between empty sequences. The S = max(n) rows of a step end at the end of each
-        sequence. So the first S - n[b] rows of an empty sequence are padding, but they would overwrite the
-        last tokens of any other. The host waits for a tensor on a device, so numbers from the host are
-        better.
+        Only empty sequences may get fewer tokens than others. The S = max(n) rows of a step are
+        right-aligned, so the first S - n[b] rows of an empty sequence are padding. In any other sequence they
+        would overwrite the last tokens.
 
         Args:
-            n: New tokens per sequence: one number, or one per sequence, (B,).
+            n: New tokens per sequence: one number, or one per sequence, (B,). A tensor on a device causes a
+                sync.
 
         Raises:
             ValueError: The shape is wrong, or numbers are negative or differ as above.
-            CacheFullError: ``max_len`` or the page pool does not suffice; the cache is unchanged.
+            CacheFullError: ``max_len`` or the page pool does not suffice. The cache is unchanged.
         """
         counts = [n] * self.batch_size if isinstance(n, int) else self._per_sequence("n", n)
         step = max(counts)
         for b, (count, length) in enumerate(zip(counts, self._lengths, strict=True)):
             if count < 0:
-                raise ValueError(f"n must not be negative, but sequence {b} got {count}; use crop to shorten")
+                raise ValueError(f"n must not be negative, got {count} for sequence {b}; use crop to shorten")
             if count < step and length > 0:
                 raise ValueError(
-                    f"n: sequence {b} holds {length} tokens and gets {count} new ones while another gets "
-                    f"{step}; only empty sequences may get fewer. Advance by one number, or free(b) first"
+                    f"n must be equal for all sequences that are not empty, got {count} for sequence {b} "
+                    f"with {length} tokens and {step} for another; advance by one number, or free(b) first"
                 )
             if length + count > self.max_len:
                 raise CacheFullError(
-                    f"sequence {b} holds {length} tokens and {count} more came, but max_len is "
-                    f"{self.max_len}; crop, or make a cache with a larger max_len"
+                    f"a sequence must have at most max_len={self.max_len} tokens, got {length} + {count} for "
+                    f"sequence {b}; crop, or make a cache with a larger max_len"
                 )
         lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         if self._table is not None:
@@ -259,12 +255,11 @@ class KVCache:
             layer: The layer, from 0.
             key: (B, S, Gk, D) after RoPE; None if the layer stores no keys.
             value: (B, S, Gv, D); None if the layer stores no values.
-            rotary: What ``rotary_tables`` returned. ``key`` is then taken before RoPE, and rotated.
-            rotary_interleaved: Rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
+            rotary: The result of ``rotary_tables``. If given, ``key`` is before RoPE and is rotated.
+            rotary_interleaved: Whether pairs are (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
 
         Raises:
-            ValueError: The sides are not those that the layer stores, or S is not the number of rows that
-                ``advance`` made room for.
+            ValueError: The layer does not store these sides, or S differs from the rows of ``advance``.
         """
         sides = self._sides(layer, key, value)
         if sides is not None:
@@ -281,19 +276,21 @@ class KVCache:
         rotary: tuple[Tensor, Tensor],
         rotary_interleaved: bool = False,
     ) -> Tensor:
-        """``append`` with ``rotary`` that also rotates the queries of the last tokens.
+        """Like ``append`` with ``rotary``, and also rotates the queries of the last tokens.
 
         Args:
             layer: The layer, from 0.
-            query: (B, S or fewer, H, D) before RoPE. With S rows all is one launch.
-            key, value: As in ``append``, ``key`` before RoPE.
-            rotary, rotary_interleaved: As in ``append``.
+            query: (B, S or fewer, H, D) before RoPE. With S rows it is one kernel launch.
+            key: As in ``append``, before RoPE.
+            value: As in ``append``.
+            rotary: As in ``append``.
+            rotary_interleaved: As in ``append``.
 
         Returns:
-            The rotated queries, a new tensor.
+            The rotated queries as a new tensor.
 
         Raises:
-            ValueError: As ``append``.
+            ValueError: See ``append``.
         """
         sides = self._sides(layer, key, value)
         cos, sin = rotary
@@ -308,16 +305,16 @@ class KVCache:
     def _sides(
         self, layer: int, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Keys, values and their caches, checked, as the operation takes them; None if none is stored.
+        """Checked keys, values and caches for the operation; None if the layer stores nothing.
 
-        A side that the layer does not store has no heads.
+        A side that the layer does not store has zero heads.
         """
         key_cache: Any = self._keys[layer]
         value_cache: Any = self._values[layer]
         if (key is None) != (key_cache is None) or (value is None) != (value_cache is None):
             raise ValueError(
-                f"layer {layer} stores keys: {_yes(key_cache)}, values: {_yes(value_cache)}, but got "
-                f"key: {_yes(key)}, value: {_yes(value)}"
+                f"layer {layer} must get what it stores (keys: {_yes(key_cache)}, values: "
+                f"{_yes(value_cache)}), got key: {_yes(key)}, value: {_yes(value)}"
             )
         if key is None:
             if value is None:
@@ -337,11 +334,10 @@ class KVCache:
             latent: (B, S, 1, C), [k_pe ; c] with k_pe after RoPE.
 
         Raises:
-            ValueError: The layer stores no latent, or S is not the number of rows that ``advance`` made room
-                for.
+            ValueError: The layer stores no latent, or S differs from the rows of ``advance``.
         """
         self._check_rows(layer, latent)
-        # The op always takes a second side: here it has no heads.
+        # The op needs two sides; the second has zero heads.
         new, stored = as_heads(latent), as_heads(self.keys(layer))
         sides = (new, new[:, :, :0], stored, stored[:, :, :0])
         cached.append(AppendCall(*sides, self.seq_lens, self.block_table))
@@ -349,8 +345,8 @@ class KVCache:
     def _check_rows(self, layer: int, rows: Tensor) -> None:
         if rows.shape[1] != self._step:
             raise ValueError(
-                f"layer {layer}: {rows.shape[1]} rows came, but this step is {self._step} rows long; "
-                "call advance(n) once before the layers of a step"
+                f"layer {layer} must get the {self._step} rows of this step, got {rows.shape[1]}; call "
+                "advance(n) once before the layers of a step"
             )
 
     def rotary_tables(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
@@ -363,8 +359,8 @@ class KVCache:
     def positions(self, steps: int) -> Tensor:
         """Positions of the last S = ``steps`` tokens.
 
-        Padding rows, before the start of their sequence, have negative positions. Those of a decode step, S =
-        1, are computed from ``seq_lens``, because a CUDA graph would keep numbers from the host.
+        Padding rows have negative positions. For a decode step (S = 1) positions are computed from
+        ``seq_lens``, because a CUDA graph would bake in numbers from the host.
 
         Returns:
             int64 (S,) if S > 1 and all sequences have one length, else (B, S).
@@ -375,17 +371,17 @@ class KVCache:
         return self.seq_lens[:, None] + torch.arange(-steps, 0, device=self.device)
 
     def begin_step(self) -> None:
-        """Drops the schedules, so that the next attention computes new ones. ``advance`` does so too.
+        """Drops the schedules, so that the next attention computes new ones, as ``advance`` does.
 
         Call it first inside a step that is captured in a CUDA graph (``Decoder`` does). Schedules are then
-        computed in the graph, at each replay, from the lengths at that time.
+        computed in the graph, at each replay, from the current lengths.
         """
         self._schedules.clear()
 
     def schedule(
         self, query_length: int, num_heads: int, num_kv_heads: int, window_size: tuple[int, int] = (-1, -1)
     ) -> Tensor | None:
-        """``decode_schedule`` of ``seq_lens``, computed once a step for all layers with the same arguments.
+        """``decode_schedule`` of ``seq_lens``, computed once per step for layers with the same arguments.
 
         Args:
             query_length: S of the calls, which are not ``batch_invariant``.
@@ -414,10 +410,10 @@ class KVCache:
         return self._schedules[key]
 
     def crop(self, length: int | Sequence[int] | Tensor) -> None:
-        """Keeps the first ``length`` tokens of each sequence, drops the rest and frees its pages.
+        """Truncates each sequence to its first ``length`` tokens and frees the other pages.
 
         Args:
-            length: One number, or one per sequence, (B,). A shorter sequence is unchanged.
+            length: One number, or one per sequence, (B,). Shorter sequences are unchanged.
 
         Raises:
             ValueError: The shape is wrong, or a number is negative.
@@ -432,7 +428,7 @@ class KVCache:
         self._truncate([min(pair) for pair in zip(self._lengths, limits, strict=True)])
 
     def free(self, b: int) -> None:
-        """Empties sequence b and frees its pages; a new prompt can take its place.
+        """Empties sequence b and frees its pages, for a new prompt.
 
         Raises:
             ValueError: There is no sequence b.
@@ -442,14 +438,16 @@ class KVCache:
         self._truncate([0 if i == b else length for i, length in enumerate(self._lengths)])
 
     def reset(self) -> None:
-        """Empties all sequences. The memory remains allocated."""
+        """Empties all sequences. The memory stays allocated."""
         self._truncate([0] * self.batch_size)
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
-        """Sequence b becomes the former sequence ``index[b]``, as in beam search; indices may repeat.
+        """Replaces sequence b by the former sequence ``index[b]``, as in beam search.
 
-        A contiguous cache copies. A paged one shares pages, and copies a page when one of its owners writes
-        into it.
+        A contiguous cache copies. A paged cache shares pages and copies them on write.
+
+        Args:
+            index: Former sequence of each sequence, (B,). Indices may repeat.
 
         Raises:
             ValueError: The shape is wrong, or an index is out of range.
@@ -487,7 +485,7 @@ class KVCache:
         self._sync_lengths()
 
     def _per_sequence(self, name: str, numbers: Sequence[int] | Tensor) -> list[int]:
-        """The numbers on the host. Waits for the device if they are there."""
+        """The numbers on the host; synchronizes if they are on a device."""
         if isinstance(numbers, Tensor) and (numbers.is_floating_point() or numbers.dim() != 1):
             raise ValueError(
                 f"{name} must be an int or a 1-D integer tensor, got {numbers.dtype} {tuple(numbers.shape)}"
@@ -516,7 +514,7 @@ class KVCache:
 
 
 def as_heads(latent: Tensor) -> Tensor:
-    """(B, T, 1, C) as (B, T, C / g, g), a view: all operations take a head dim g of at most 256."""
+    """Views (B, T, 1, C) as (B, T, C / g, g), because the operations need a head dim g <= 256."""
     return latent.flatten(2).unflatten(-1, (-1, math.gcd(latent.shape[-1], 256)))
 
 
@@ -524,7 +522,8 @@ def _stored(tensors: list[Tensor | None], layer: int, side: str, plan: CachePlan
     tensor = tensors[layer]
     if tensor is None:
         raise ValueError(
-            f"layer {layer} of plan {plan.name!r} stores no {side}; layers {plan.storage_layers} store"
+            f"layer must be one that stores {side}, got {layer}; the storage layers of plan {plan.name!r} "
+            f"are {plan.storage_layers}"
         )
     return tensor
 

@@ -13,10 +13,10 @@ __all__ = ["PageTable", "brief"]
 
 
 class PageTable:
-    """The pages of every sequence: bookkeeping on the host, without keys and values.
+    """Host-side page table: the pages of every sequence, with reference counts.
 
-    After a reorder a page may belong to several sequences; its reference count is their number. A sequence
-    that writes into a page must be its only owner, so ``extend`` replaces a shared last page by a copy.
+    After a reorder several sequences may share a page. A sequence that writes into a page must be its only
+    owner, so ``extend`` copies a shared last page on write.
     """
 
     def __init__(self, batch_size: int, page_size: int, max_pages: int, num_pages: int) -> None:
@@ -32,25 +32,29 @@ class PageTable:
         return len(self._free)
 
     def extend(self, old: list[int], new: list[int]) -> tuple[list[tuple[int, int]], bool]:
-        """Makes room for lengths ``new``.
+        """Allocates pages for the lengths ``new``.
+
+        Args:
+            old: Current length of each sequence.
+            new: New length of each sequence.
 
         Returns:
-            Copies to make, as (from page, to page), and whether the rows of the table changed.
+            Page copies to execute, as (source page, target page), and whether the table changed.
 
         Raises:
-            CacheFullError: The pool has too few free pages; the table is unchanged.
+            CacheFullError: The pool has too few free pages. The table is unchanged.
         """
         held = [len(pages) for pages in self.pages]
         growth = [-(-length // self.page_size) - count for count, length in zip(held, new, strict=True)]
         tails = self._shared_tails(old, new)
-        # If all r owners of a page write, the last one may keep it.
+        # If all owners of a page write, the last one keeps it.
         spare = sum(writers == self._owners[page] for page, writers in Counter(tails.values()).items())
         needed = sum(growth) + len(tails) - spare
         if needed > len(self._free):
             raise CacheFullError(
                 f"the page pool is full: lengths {brief(new)} need {needed} more pages of {self.page_size} "
-                f"tokens, {len(self._free)} of {self.num_pages} are free; free(b) finished sequences, crop, "
-                "or make a cache with more num_pages"
+                f"tokens, got {len(self._free)} free of {self.num_pages}; free(b) finished sequences, "
+                "crop, or make a cache with more num_pages"
             )
         copies = []
         for b, page in tails.items():
@@ -66,7 +70,7 @@ class PageTable:
         return copies, bool(copies) or any(growth)
 
     def truncate(self, b: int, length: int) -> bool:
-        """Frees the pages beyond ``length`` tokens; returns whether there were any."""
+        """Frees the pages of sequence b beyond ``length`` tokens; returns whether there were any."""
         keep = -(-length // self.page_size)
         dropped = self.pages[b][keep:]
         del self.pages[b][keep:]
@@ -77,7 +81,7 @@ class PageTable:
         return bool(dropped)
 
     def reorder(self, index: list[int]) -> None:
-        """Sequence b becomes the former sequence index[b]; one that is taken twice shares its pages."""
+        """Replaces sequence b by the former sequence index[b]. Duplicates share pages."""
         chosen = [list(self.pages[i]) for i in index]
         for page in (page for pages in chosen for page in pages):
             self._owners[page] += 1
@@ -87,7 +91,7 @@ class PageTable:
         self.rows.copy_(self.rows[index])
 
     def _shared_tails(self, old: list[int], new: list[int]) -> dict[int, int]:
-        """Sequences that are about to write into a last page with other owners, and that page."""
+        """Sequences that will write into a shared last page, with that page."""
         return {
             b: pages[-1]
             for b, pages in enumerate(self.pages)
@@ -110,5 +114,5 @@ class PageTable:
 
 
 def brief(numbers: Sequence[int]) -> str:
-    """The first few numbers, for messages."""
+    """Formats the first few numbers for messages."""
     return "[" + ", ".join(map(str, numbers[:8])) + (", ...]" if len(numbers) > 8 else "]")

@@ -1,7 +1,7 @@
-"""Files of weights and states with checksums, which detect changed bytes; a full disk is reported as such.
+"""Files with checksums, which detect changed bytes, and disk errors with the name of the file.
 
-The checksum is CRC-32. It detects every change of up to 32 neighboring bits, and misses one in 4 billion of
-the others. It does not protect against forgery.
+The checksum is CRC-32. It detects every change within 32 neighboring bits, and misses one in 4 billion other
+changes. It does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ __all__ = [
 ]
 
 CHECKSUMS = "checksums.json"
-# A safetensors file carries its own checksum, so that the two are replaced together: metadata of this name,
-# which `stamp` fills in. It is that of the file with zeros in its place.
+# A safetensors file has its checksum in its metadata under this name, so that both are replaced together.
+# `stamp` fills it in. It is the checksum of the file with NO_SUM in its place.
 SUM, NO_SUM = "crc32", "0" * 8
-_STAMP = re.compile(rf'"{SUM}":"(.{{8}})"'.encode(), re.DOTALL)  # any bytes: a damaged checksum is found, too
+_STAMP = re.compile(rf'"{SUM}":"(.{{8}})"'.encode(), re.DOTALL)  # any bytes, also a damaged checksum
 _BLOCK = 1 << 22
 
 
 class SummedFile:
-    """A file that is written from start to end, with the checksum of the bytes so far.
+    """A file that is written sequentially, with the checksum of the bytes so far.
 
     Attributes:
-        error: The error of the disk, which libraries hide behind one of their own.
+        checksum: CRC-32 of the bytes so far.
+        error: The OSError of a failed write, which libraries may replace by their own errors.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -66,7 +67,7 @@ def writing(path: Path) -> Iterator[SummedFile]:
     """Opens the file for writing.
 
     Raises:
-        OSError: The disk fails, whatever error the writer made of that; it has the name of the file.
+        OSError: A write failed, even if the caller raised another error for it. It has the name of the file.
     """
     file = None
     with naming(path):
@@ -82,7 +83,7 @@ def writing(path: Path) -> Iterator[SummedFile]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file to disk errors without one, and turns those of safetensors into OSError."""
+    """Adds the name of the file to disk errors without one, and converts those of safetensors to OSError."""
     try:
         yield
     except OSError as error:
@@ -97,24 +98,24 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_sums(folder: Path, sums: Mapping[str, int]) -> None:
-    """Writes down the checksums of the files of a folder, by their names, for `verify`."""
+    """Writes the checksums of a folder's files, by name, for `verify`."""
     text = json.dumps({"crc32": {name: f"{sums[name]:08x}" for name in sorted(sums)}}, indent=1)
     with naming(folder / CHECKSUMS):
         (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, names: Iterable[str], advice: str) -> None:
-    """Reads files of a folder to their ends and compares them with their checksums.
+    """Compares files of a folder with their checksums.
 
-    A folder without checksums, of an earlier version, is not checked.
+    A folder without checksums, from an earlier version, is not checked.
 
     Args:
         folder: The folder.
         names: The files.
-        advice: What to do about damage.
+        advice: Remedy for damage, for the error message.
 
     Raises:
-        ValueError: A file has changed, or has no checksum although others do; the message names it.
+        ValueError: A file has changed, or has no checksum although others do. The message names it.
     """
     path = folder / CHECKSUMS
     try:
@@ -126,7 +127,7 @@ def verify(folder: Path, names: Iterable[str], advice: str) -> None:
         raise ValueError(f"{path} is damaged and cannot be read ({error!r}); {advice}") from error
     for name in names:
         if name not in known:
-            raise ValueError(f"{path} has no checksum of {name}; {advice}")
+            raise ValueError(f"{path} must have a checksum of {name}, got none; {advice}")
         with (folder / name).open("rb") as file:
             _compare(folder / name, f"{_sum_of(file):08x}", f"{known[name]:08x}", advice)
 
@@ -136,7 +137,7 @@ def stamp(path: Path) -> None:
     with path.open("r+b") as file:
         found = _find_stamp(file)
         if found is None or found[2] != NO_SUM:
-            raise ValueError(f"{path} has no empty {SUM} among its metadata; save it with {SUM}={NO_SUM!r}")
+            raise ValueError(f"{path} must have {SUM}={NO_SUM!r} in its metadata, got none; save it so")
         header, place, _ = found
         checksum = _sum_of(file, zlib.crc32(header))
         file.seek(place)
@@ -144,10 +145,10 @@ def stamp(path: Path) -> None:
 
 
 def verify_stamp(path: Path, advice: str) -> None:
-    """Compares a safetensors file with the checksum in it; one of another writer has none.
+    """Compares a safetensors file with the checksum in it. Files of other writers have none.
 
     Raises:
-        ValueError: They differ; the message names the file.
+        ValueError: The checksum differs. The message names the file.
     """
     with path.open("rb") as file:
         if found := _find_stamp(file):
@@ -156,10 +157,10 @@ def verify_stamp(path: Path, advice: str) -> None:
 
 
 def _find_stamp(file: IO[bytes]) -> tuple[bytes, int, str] | None:
-    """The header of a safetensors file with zeros as the checksum, where that lies, and what it is."""
+    """Header of a safetensors file with zeros as checksum, position of the checksum, and its value."""
     start = file.read(8)
     size = int.from_bytes(start, "little")
-    if size > os.fstat(file.fileno()).st_size - 8:  # no safetensors file, or cut off: its reader says so
+    if size > os.fstat(file.fileno()).st_size - 8:  # not a safetensors file or truncated; the reader raises
         return None
     header = start + file.read(size)
     match = _STAMP.search(header)
@@ -170,7 +171,7 @@ def _find_stamp(file: IO[bytes]) -> tuple[bytes, int, str] | None:
 
 
 def _sum_of(file: IO[bytes], checksum: int = 0) -> int:
-    """Of what is left of a file."""
+    """Checksum of the rest of a file."""
     while block := file.read(_BLOCK):
         checksum = zlib.crc32(block, checksum)
     return checksum

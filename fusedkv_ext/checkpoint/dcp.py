@@ -1,6 +1,6 @@
-"""Tensors in the format of torch.distributed.checkpoint: written and read by any number of processes.
+"""Tensors in the format of torch.distributed.checkpoint, written and read by any number of ranks.
 
-Importing this module imports torch.distributed.checkpoint; callers import it when they read or write such a
+This module imports torch.distributed.checkpoint, so callers import it only when they read or write such a
 folder.
 """
 
@@ -37,7 +37,7 @@ class _Unpickler(pickle.Unpickler):
     """Unpickles .metadata: constructs the classes of a checkpoint and runs no other code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "pathlib":  # of the machine that wrote it
+        if module.split(".")[0] == "pathlib":  # paths of the machine that wrote it
             return pathlib.PurePosixPath
         if (module, name) == ("torch.serialization", "_get_layout"):
             return {"torch.strided": torch.strided}.__getitem__
@@ -50,11 +50,11 @@ class _Unpickler(pickle.Unpickler):
                 return found
         if (module, name) == (dcp.FileSystemReader.__module__, "_StorageInfo"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
 
 
 class _Reader(dcp.FileSystemReader):
-    """Raises what `read` found out about a folder on all processes of a group."""
+    """Reader that raises the error of `read` inside dcp.load, so that all ranks of a group raise."""
 
     def __init__(self, folder: Path, metadata: Metadata, problem: ValueError | None) -> None:
         super().__init__(folder)
@@ -70,14 +70,14 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _SummedFiles(FileSystem):
-    """Torch's file system, with the checksums of the files that were written, by name."""
+    """Torch's file system, which records the checksum of each written file."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, int] = {}
 
     @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # a file, whatever class it has
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # yields any file-like object
         if mode != "wb":
             with super().create_stream(path, mode) as file:
                 yield file
@@ -93,15 +93,15 @@ class _SummedFiles(FileSystem):
 
 @dataclass(frozen=True)
 class _Written(WriteResult):
-    """A process's report of a written tensor to the first process, with the checksum of its file."""
+    """A rank's report of a written tensor to rank 0, with the checksum of its file."""
 
     checksum: int
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes a folder for `read`, with the checksum of each file; the files are in torch's format.
+    """Writes a folder in torch's format, with the checksum of each file for `read`.
 
-    An error of the disk is raised as OSError with the name of the file.
+    Disk errors are raised as OSError with the name of the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,10 +126,10 @@ class Writer(dcp.FileSystemWriter):
 def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Shapes (``size``) and dtypes (``properties.dtype``) of the tensors in a folder, by name.
 
-    The bytes of the tensors are not read, so not compared with their checksums.
+    The tensors are not read, so their checksums are not verified.
 
     Raises:
-        ValueError: A file is missing or truncated; the message names it and says what to do.
+        ValueError: A file is missing or truncated. The message names it and a remedy.
     """
     metadata = _metadata(folder)
     _check_files(folder, metadata)
@@ -137,17 +137,17 @@ def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Copies tensors of a folder into the given ones by name; a process reads its part of a DTensor.
+    """Copies tensors of a folder into the given ones by name. A rank reads its shard of a DTensor.
 
-    Every file is compared with its checksum first. The processes of a group check some files each.
+    The checksum of every file is verified first. The ranks of a group verify some files each.
 
     Args:
         folder: The folder.
         tensors: The tensors to fill.
-        group: The processes that read together: an error of one is an error of all. None: this one alone.
+        group: The ranks that read together; an error on one rank is raised on all. None: this process alone.
 
     Raises:
-        ValueError: The folder is damaged, or has no tensor of that name, shape and dtype.
+        ValueError: The folder is damaged, or has no tensor with that name, shape and dtype.
     """
     metadata, problem = Metadata({}), None
     try:
@@ -181,7 +181,7 @@ def read(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The first error among those that torch.distributed.checkpoint collected from the processes."""
+    """The error of the lowest rank among those that torch.distributed.checkpoint collected."""
     if isinstance(error, CheckpointException) and error.failures:
         return error.failures[min(error.failures)][0]
     return error
@@ -197,19 +197,19 @@ def _metadata(folder: Path) -> Metadata:
         )
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {_advice(folder)}") from error
-    except Exception as error:  # of pickle, of several kinds
+    except Exception as error:  # pickle raises several kinds
         raise ValueError(
             f"{path} is damaged and cannot be read ({type(error).__name__}: {error}); {_advice(folder)}"
         ) from error
-    if not sound:  # other objects would be unpickled on reading
-        raise ValueError(f"{path} lists other things than tensors; no checkpoint of this package does")
+    if not sound:  # reading would unpickle other objects
+        raise ValueError(f"{path} must list tensors only, got other objects; it is of another program")
     checked_files.verify(folder, [_METADATA], _advice(folder))
     metadata.storage_meta = StorageMeta()
     return metadata
 
 
 def _check_files(folder: Path, metadata: Metadata) -> list[str]:
-    """The names of the files, which exist with their full lengths."""
+    """Names of the files, after a check that each exists in full length."""
     sizes: dict[str, int] = {}
     for part in metadata.storage_data.values():
         sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
@@ -226,14 +226,14 @@ def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor])
     for name, tensor in tensors.items():
         entry = cast("TensorStorageMetadata | None", metadata.state_dict_metadata.get(name))
         if entry is None:
-            raise ValueError(f"{folder} has no {name}; it was written for another model or optimizer")
+            raise ValueError(f"{folder} must have {name}; it was written for another model or optimizer")
         found, wanted = (tuple(entry.size), entry.properties.dtype), (tuple(tensor.shape), tensor.dtype)
         if found != wanted:
             raise ValueError(
-                f"{folder}: {name} has shape {found[0]} and dtype {found[1]}, expected {wanted[0]} and "
-                f"{wanted[1]}; it was written for another model"
+                f"{folder}: {name} must have shape {wanted[0]} and dtype {wanted[1]}, got {found[0]} and "
+                f"{found[1]}; it was written for another model"
             )
 
 
 def _advice(folder: Path) -> str:
-    return f"restore {folder.parent} from a copy, or delete it to go on from the checkpoint before it"
+    return f"restore {folder.parent} from a copy, or delete it to resume from the previous checkpoint"

@@ -1,8 +1,8 @@
 """Saving and loading a decoder: a folder with ``config.json`` and ``model.safetensors``.
 
-Checkpoints of training runs, with ``config.json`` and ``state/``, are loaded too. The weights file contains
-the config as well, so it is complete by itself. A new checkpoint takes effect when the weights file is
-replaced: whenever the process is killed, the folder loads.
+Checkpoints of training runs, with ``config.json`` and ``state/``, are loaded too. The weights file also
+contains the config, so it is self-contained. A new checkpoint takes effect when the weights file is replaced,
+so the folder loads even if the process is killed.
 """
 
 from __future__ import annotations
@@ -26,18 +26,16 @@ __all__ = ["is_huggingface", "load_pretrained", "save_pretrained"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-# In a checkpoint of a training run: the folder in the format of dcp_files.py, and what stands before the
-# names of weights in it.
+# In a checkpoint of a training run: the folder in the format of dcp.py, and the prefix of weights in it.
 STATE, PREFIX = "state", "model."
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
-    """Writes ``model`` into ``folder``, which is created if necessary; a checkpoint in it is replaced.
+    """Writes ``model`` into ``folder`` and replaces a checkpoint in it. The folder is created if necessary.
 
-    The write is atomic: until the new checkpoint is complete on disk the old one loads. A tied head is not
-        stored
-    twice. The weights file has its checksum in it, which ``load_pretrained`` compares.
+    The write is atomic: the old checkpoint loads until the new one is complete on disk. A tied head is stored
+    once. The weights file contains its checksum, which ``load_pretrained`` verifies.
 
     Args:
         model: The decoder.
@@ -45,7 +43,7 @@ def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: The safetensors package is missing.
-        OSError: The checkpoint cannot be written; the message names the file.
+        OSError: The checkpoint cannot be written. The message names the file.
     """
     safetensors = _safetensors()
     folder = Path(folder)
@@ -60,11 +58,11 @@ def save_pretrained(model: Decoder, folder: str | os.PathLike[str]) -> None:
             new_config.write_text(config + "\n", encoding="utf-8")
             safetensors.torch.save_file(tensors, new_weights, metadata=metadata)
             checked_files.stamp(new_weights)
-            new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors creates it for the owner only
+            new_weights.chmod(new_config.stat().st_mode & 0o777)  # safetensors creates it with mode 0600
             for path in (new_config, new_weights):
                 _sync(path)
-        # While the files change places there is no config.json, and loading takes the one inside the weights.
-        # Each sync keeps a power cut from making the steps in another order.
+        # Without config.json, loading uses the config in the weights file. The syncs keep the order of the
+        # steps in a power failure.
         (folder / CONFIG).unlink(missing_ok=True)
         _sync(folder)
         os.replace(new_weights, folder / WEIGHTS)
@@ -82,20 +80,20 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Decoder:
-    """The decoder of a folder: one of ``save_pretrained``, or a checkpoint of a training run.
+    """Loads the decoder of a folder from ``save_pretrained``, or from a checkpoint of a training run.
 
-    The number of processes that wrote the checkpoint does not matter.
+    The checkpoint may be from any number of ranks.
 
     Args:
         folder: The folder.
-        device: Default CPU.
-        dtype: Of all but the fusion weights, which remain fp32; None keeps the stored dtypes.
+        dtype: Dtype of all parameters except fusion weights, which stay fp32. None keeps the stored dtypes.
+        device: Device; default CPU.
 
     Raises:
         ImportError: The safetensors package is missing, or torch.distributed for a checkpoint of a run.
         FileNotFoundError: There is no checkpoint.
-        ValueError: The config or a weights file is missing, truncated or of a newer version; tensors are
-            missing, unexpected or of a wrong shape; or a file differs from its checksum.
+        ValueError: A file is missing, truncated, of a newer version or differs from its checksum, or tensors
+            do not match the config.
     """
     folder = Path(folder)
     if (folder / STATE).is_dir():
@@ -109,12 +107,12 @@ def load_pretrained(
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether ``load_pretrained`` finds weights in this folder."""
+    """Whether a folder has weights for ``load_pretrained``."""
     return (folder / WEIGHTS).is_file() or (folder / STATE).is_dir()
 
 
 def allocate(folder: Path, device: torch.device | str = "cpu") -> Decoder:
-    """The decoder of a folder in the stored dtypes, with its weights not read yet.
+    """Creates the decoder of a folder in the stored dtypes, with uninitialized weights.
 
     Errors are those of ``load_pretrained``.
     """
@@ -139,24 +137,22 @@ def allocate(folder: Path, device: torch.device | str = "cpu") -> Decoder:
 
 @contextmanager
 def open_weights(folder: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
-    """The open weights file of a folder; safetensors' get_slice and get_tensor read onto ``device``."""
+    """Opens the weights file of a folder; safetensors' get_slice and get_tensor read onto ``device``."""
     safetensors = _safetensors()
     if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"no checkpoint in {folder}: there is no {WEIGHTS} and no folder {STATE}")
+        raise FileNotFoundError(f"{folder} holds no checkpoint; expected {WEIGHTS} or a folder {STATE}")
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is truncated or no safetensors file: {error}") from error
+        raise ValueError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}") from error
 
 
 def verify_weights(folder: Path) -> None:
-    """Compares the weights file of a folder with the checksum that ``save_pretrained`` put into it.
-
-    The file of another program has none.
+    """Compares the weights file of a folder with the checksum in it. Files of other programs have none.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The checksum differs.
     """
     checked_files.verify_stamp(folder / WEIGHTS, f"restore {folder} from a copy")
 
@@ -176,7 +172,7 @@ def _meta_model(config: DecoderConfig) -> Decoder:
 
 
 def filled(model: Decoder, tensors: dict[str, Tensor]) -> Decoder:
-    """The decoder with these tensors as its parameters, by the names of ``stored_tensors``."""
+    """Assigns tensors to the parameters of a decoder, by the names of ``stored_tensors``, and returns it."""
     if model.config.tie_word_embeddings:
         tensors[HEAD] = tensors[EMBEDDING]
     model.load_state_dict(tensors, assign=True)
@@ -185,7 +181,7 @@ def filled(model: Decoder, tensors: dict[str, Tensor]) -> Decoder:
 
 
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
-    """Whether the config.json of a folder has a model_type of transformers instead of ours."""
+    """Whether the config.json of a folder has a model_type of transformers."""
     path = Path(folder) / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -195,7 +191,7 @@ def is_huggingface(folder: str | os.PathLike[str]) -> bool:
 
 
 def stored_tensors(model: Decoder) -> dict[str, Tensor]:
-    """The tensors of a model that a folder stores, by name: a tied head once."""
+    """The tensors to store of a model, by name, without a tied head."""
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors[HEAD]
@@ -206,11 +202,11 @@ def _read_config(folder: Path, metadata: dict[str, str]) -> DecoderConfig:
     path = folder / CONFIG
     text = path.read_text(encoding="utf-8") if path.is_file() else metadata.get("config")
     if text is None:
-        raise FileNotFoundError(f"no checkpoint in {folder}: there is no {CONFIG}")
+        raise FileNotFoundError(f"{folder} holds no checkpoint; expected a {CONFIG}")
     try:
         data = json.loads(text)
         if not isinstance(data, dict):
-            raise ValueError(f"it holds a {type(data).__name__}, not an object")
+            raise ValueError(f"it must contain a JSON object, got {type(data).__name__}")
         return DecoderConfig.from_dict(data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -227,7 +223,7 @@ def _check_tensors(found: dict[str, tuple[int, ...]], model: Decoder, path: Path
     for name, tensor in expected.items():
         if found[name] != tuple(tensor.shape):
             raise ValueError(
-                f"{path}: {name} has shape {found[name]}, the config wants {tuple(tensor.shape)}"
+                f"{path}: {name} must have shape {tuple(tensor.shape)} of its config, got {found[name]}"
             )
 
 
@@ -236,8 +232,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and needs no such sync
+    """Syncs a file, or the entries of a folder, to disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders and needs no sync
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -251,8 +247,8 @@ def _dcp_files() -> ModuleType:
         from fusedkv_ext.checkpoint import dcp
     except ImportError as error:
         raise ImportError(
-            "checkpoints of training runs need a torch with torch.distributed; `fusedkv export`, run where "
-            f"there is one, makes folders of them that any torch reads ({error})"
+            "checkpoints of training runs need a torch with torch.distributed; `fusedkv export` with such a "
+            f"torch converts them to folders that any torch reads ({error})"
         ) from error
     return dcp
 

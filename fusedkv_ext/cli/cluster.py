@@ -36,7 +36,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cluster",
         metavar="DIM=N,...",
-        help="GPUs along dp_replicate, dp_shard, cp and tp, 1 where not given; or gpus=N in the place of "
+        help="GPUs along dp_replicate, dp_shard, cp and tp, 1 if not given; or gpus=N instead of "
         f"dp_shard: gpus=64,tp=8. Without METHOD: {METHODS}",
     )
     group.add_argument(
@@ -56,21 +56,21 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--context",
         default="8k",
         metavar="N,...",
-        help="tokens of a sequence: 8k,32k,1m (default: %(default)s)",
+        help="tokens per sequence: 8k,32k,1m (default: %(default)s)",
     )
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--train", action="store_true", help="a training step (default)")
     modes.add_argument(
         "--serve",
         action="store_true",
-        help="serving: tp GPUs share a copy of the weights, all others serve alike",
+        help="serving: tp GPUs shard the weights, and all groups of tp GPUs are replicas",
     )
     group.add_argument(
         "--batch",
         type=int,
         default=1,
         metavar="N",
-        help="training: sequences of a micro-batch, per data rank (default: %(default)s)",
+        help="training: sequences per micro-batch and data rank (default: %(default)s)",
     )
     group.add_argument(
         "--accumulate",
@@ -84,30 +84,30 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--checkpointing",
         choices=("none", "non_reentrant", "reentrant"),
         default="none",
-        help="training: layers keep their inputs only and run again in the backward (default: %(default)s)",
+        help="training: activation checkpointing of each layer (default: %(default)s)",
     )
     group.add_argument(
-        "--recompute-fusion", action="store_true", help="training: the backward fuses keys and values again"
+        "--recompute-fusion", action="store_true", help="training: recompute fused K/V in the backward"
     )
     group.add_argument(
         "--prefill-chunk",
         type=int,
         default=0,
         metavar="N",
-        help="serving: tokens of a prompt that are read at once (default: all)",
+        help="serving: prompt tokens per prefill step (default: all)",
     )
     group.add_argument(
         "--gpu-memory",
         type=float,
         default=80.0,
         metavar="GB",
-        help="of one GPU, 1e9 bytes (default: %(default)g)",
+        help="memory of one GPU in 1e9 bytes (default: %(default)g)",
     )
     group.add_argument(
         "--bandwidth",
         type=float,
         metavar="GB/S",
-        help="of a GPU's network in training, of its memory in serving: turns bytes into seconds",
+        help="network bandwidth per GPU in training, memory bandwidth in serving; adds times in seconds",
     )
 
 
@@ -119,11 +119,11 @@ def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    refuse(args, _SIZES, "does not go with --cluster, where --config has the sizes of the model")
+    refuse(args, _SIZES, "must not be given with --cluster, where --config has the sizes of the model")
     if args.serve:
-        refuse(args, _TRAINING, "is of training, and does not go with --serve")
+        refuse(args, _TRAINING, "must not be given with --serve, because it is an option of training")
     else:
-        refuse(args, (*_SERVING, "dtype"), "is of serving, and needs --serve")
+        refuse(args, (*_SERVING, "dtype"), "is an option of serving and needs --serve")
     for name in ("gpu_memory", "bandwidth"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -154,7 +154,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_layout(text: str) -> Layout:
-    """`dp_shard=8,tp=2` or `gpus=64,tp=8`. Raises ValueError for other names and for what does not divide."""
+    """Parses `dp_shard=8,tp=2` or `gpus=64,tp=8`.
+
+    Raises:
+        ValueError: A name or number is invalid, or the number of GPUs does not divide.
+    """
     from fusedkv_ext.distributed import Layout
 
     sizes: dict[str, int] = {}
@@ -162,7 +166,7 @@ def parse_layout(text: str) -> Layout:
         name, _, number = (x.strip() for x in part.partition("="))
         if name not in (*DIMS, "gpus") or name in sizes or not number.isdecimal() or int(number) < 1:
             raise ValueError(
-                f"--cluster takes NAME=N, each of gpus, {', '.join(DIMS)} at most once, N from 1 on; got "
+                f"--cluster must be NAME=N,..., with gpus, {', '.join(DIMS)} at most once and N >= 1, got "
                 f"{part!r}"
             )
         sizes[name] = int(number)
@@ -184,7 +188,7 @@ def _rows(args: argparse.Namespace, layout: Layout) -> list[Row]:
         contexts = [report.parse_tokens(part.strip()) for part in args.context.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--context takes numbers of tokens, as in 8k,32k,1m; got {args.context!r}"
+            f"--context must be numbers of tokens, as in 8k,32k,1m, got {args.context!r}"
         ) from None
     config = changes(argparse.Namespace(config=shapes.find(args.config), set=args.set))(TrainConfig())
     memory = args.gpu_memory * 1e9

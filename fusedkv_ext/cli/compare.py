@@ -1,8 +1,8 @@
 """fusedkv compare: train several methods with one budget, and print the result and cost of each.
 
-Methods are names that `fusedkv plan` lists, with options as in cla:factor=3, or JSON files of plans. `all`
-stands for every method of the list and its variants, which takes hours. Every run is stored below --out: the
-same command resumes where it stopped, and does not repeat finished runs.
+Methods are names from `fusedkv plan`, with options as in cla:factor=3, or JSON files of plans. `all` is every
+method of that list with its variants, which takes hours. Every run is stored below --out. The same command
+resumes the comparison and does not repeat finished runs.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all have as many parameters as the baseline (default: %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)"
+        "--jobs", type=int, default=1, metavar="N", help="concurrent runs (default: %(default)s)"
     )
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="threads of a run (default: cores / jobs)"
+        "--threads", type=int, default=0, metavar="N", help="CPU threads per run (default: cores / jobs)"
     )
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     entries = parse_all(args.methods.split(","))
     if not entries:
-        raise ConfigError("--methods names no method; try --methods vanilla,fusedkv or --methods all")
+        raise ConfigError("--methods must name a method, got none; try --methods vanilla,fusedkv")
     config = experiment.configuration(args)
     budget = compare.Budget(config, args.seeds, _rates(args.rates, config), args.equal)
     need_matplotlib()
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         if session.rank() == 0:
             print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the processes, too
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the processes
     try:
         with session.session():
             result = _compare(args, entries, budget, say)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 def _compare(
     args: argparse.Namespace, entries: list[Entry], budget: Budget, say: Callable[[str], None]
 ) -> Result | None:
-    """Trains and times all methods, and writes the result; None in torchrun's processes but the first."""
+    """Trains and times all methods, and writes the result; None on all ranks except rank 0."""
     import torch
 
     from fusedkv_ext.lab import compare, comparison

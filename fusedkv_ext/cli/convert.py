@@ -39,13 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "store, and the sources of the others (layers); whole caches as KVSharer shares them",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--storage-layers", type=int, metavar="N", help="how many layers store keys and values")
+    size.add_argument("--storage-layers", type=int, metavar="N", help="number of storage layers")
     size.add_argument(
-        "--budget", type=float, metavar="SHARE", help="with --search: how much of the cache may stay, 0 to 1"
+        "--budget", type=float, metavar="SHARE", help="with --search: fraction of the cache to keep, 0 to 1"
     )
     parser.add_argument("--calibrate", nargs="+", metavar="PATH", help="UTF-8 text to fit the model to")
     parser.add_argument(
-        "--tokens", type=int, default=16384, help="of the text, spread over it (default: %(default)s)"
+        "--tokens",
+        type=int,
+        default=16384,
+        help="calibration tokens, spread over the text (default: %(default)s)",
     )
     parser.add_argument("--window", type=int, default=512, help="tokens per sequence (default: %(default)s)")
     parser.add_argument(
@@ -71,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pooling",
         default="mean-v",
         choices=("mean-v", "mean-vo", "top-norm-v", "top-norm-vo", "svd", "own"),
-        help="how a layer that stores fewer value heads makes them (default: %(default)s)",
+        help="how a layer with fewer value heads gets them (default: %(default)s)",
     )
     parser.add_argument(
         "--eval",
@@ -83,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-tokens", type=int, default=8192, help="tokens to score (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: that of MODEL)")
-    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda if available)")
 
 
 def _plan(args: argparse.Namespace, num_layers: int) -> Any:
@@ -94,59 +97,62 @@ def _plan(args: argparse.Namespace, num_layers: int) -> Any:
     options = dict(entry.options)
     if entry.method.endswith(".json"):
         if args.storage_layers is not None:
-            raise ConfigError("--storage-layers is an option of a named plan; the file says it already")
+            raise ConfigError("--storage-layers needs a named plan, got a file, which defines them already")
         return CachePlan.from_json(Path(entry.method).read_text("utf-8"))
     if METHODS[entry.method].kv_heads(8) != 8:
         raise ConfigError(
-            f"{entry.method} is a matter of num_key_value_heads, which conversion does not change; choose a "
-            "plan whose layers share caches"
+            f"--plan must keep the number of KV heads, got {entry.method}, which changes "
+            "num_key_value_heads; choose a plan whose layers share caches"
         )
     if args.storage_layers is not None and "storage_layers" not in METHODS[entry.method].options:
-        raise ConfigError(f"{entry.method} has no option storage_layers, so --storage-layers says nothing")
+        raise ConfigError(
+            f"--storage-layers needs a plan with the option storage_layers, got {entry.method}; leave it out"
+        )
     if args.storage_layers is not None:
         options["storage_layers"] = args.storage_layers
     return CachePlan.named(entry.method, num_layers, **options)
 
 
 def _storage_layers(args: argparse.Namespace, layers: int) -> int:
-    """The number of layers that a searched plan may store."""
+    """The number of storage layers of a searched plan."""
     n = args.storage_layers
     if n is None:
         n = int(Fraction(str(args.budget)) * layers)  # 0.58 * 50 < 29
     if not 1 <= n <= layers:
-        raise ConfigError(f"a plan cannot store {n} of {layers} layers; change --storage-layers or --budget")
+        raise ConfigError(
+            f"the number of storage layers must be from 1 to {layers}, got {n}; change --storage-layers or "
+            "--budget"
+        )
     return n
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Checks the usage for any model, then finds, or downloads, the model."""
+    """Checks options that do not depend on the model, then finds or downloads the model."""
     if args.out.exists():
-        raise ConfigError(f"{args.out} exists already; choose another folder to write")
+        raise ConfigError(f"--out must not exist, got {args.out}; choose another folder")
     parent = next(path for path in args.out.absolute().parents if path.exists())
     if not parent.is_dir():
-        raise ConfigError(f"--out: {parent} is no folder")
+        raise ConfigError(f"--out must be in a folder, got a path in {parent}, which is not one")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out: nothing can be written in {parent}")
+        raise ConfigError(f"--out must be in a writable folder, got a path in {parent}")
     if args.search and (not args.calibrate or (args.storage_layers is None and args.budget is None)):
         raise ConfigError("--search needs --calibrate, and --storage-layers or --budget")
     if args.budget is not None and (args.plan or not 0 < args.budget <= 1):
-        raise ConfigError(f"--budget is a share, 0 to 1, for --search; got {args.budget}")
+        raise ConfigError(f"--budget must be above 0 and at most 1, with --search, got {args.budget}")
     if not args.calibrate:
         other = {"--metric": args.metric != "score", "--refit": args.refit != REFITTED}
         given = {"--repair": args.repair, **other}
         for name in (name for name, value in given.items() if value):
-            raise ConfigError(f"{name} says nothing without --calibrate")
+            raise ConfigError(f"{name} needs --calibrate; add it, or leave {name} out")
     args.model = local_folder(args.model)
 
 
 def _check_calibration(args: argparse.Namespace, positions: int) -> None:
-    """Checks the numbers of tokens that do not depend on the text. positions: of the model."""
+    """Checks the numbers of tokens that do not depend on the text, for a model with `positions`."""
     from fusedkv_ext.conversion.convert import LEAST_TOKENS
 
     if not 2 <= args.window <= positions:
-        raise ConfigError(
-            f"--window must be at least 2 tokens, and the model has {positions} positions; got {args.window}"
-        )
+        raise ConfigError(f"--window must be from 2 to the model's {positions} positions, got {args.window}")
     least = max(LEAST_TOKENS, args.window)
     if args.tokens < least:
         raise ConfigError(f"--tokens must be at least {least}, got {args.tokens}")

@@ -1,7 +1,7 @@
-"""fusedkv demo: train vanilla, FusedKV-Lite and FusedKV alike on real text and compare them in a table and
-pictures.
+"""fusedkv demo: train vanilla, FusedKV-Lite and FusedKV on real text, and compare them in a table and plots.
 
-Models of equal width see the same tokens in the same order; caches are measured, times taken in turns.
+Models of equal width train on the same tokens in the same order. Cache sizes are measured, and timed calls
+are interleaved.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ from fusedkv_ext.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="small models, less than a minute: a smoke test")
     parser.add_argument(
-        "--quick", action="store_true", help="small models, less than a minute: a check, no comparison"
+        "--out", type=Path, default=Path("demo-out"), help="output folder (default: %(default)s)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder for everything (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--minutes", type=float, metavar="M", help="time for all of it (default: 7; quick: 0.5)"
-    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="total time (default: 7; quick: 0.5)")
 
 
 def run(args: argparse.Namespace) -> int:

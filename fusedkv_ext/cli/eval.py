@@ -1,6 +1,6 @@
 """fusedkv eval: perplexity, loss by position and retrieval from the context, of one or several checkpoints.
 
-A checkpoint is the --out folder of a training run (its newest checkpoint is used), a folder with config.json
+A checkpoint is the --out folder of a training run (its newest checkpoint), a folder with config.json
 and model.safetensors, or a Hugging Face folder with any causal language model. Processes that torchrun starts
 shard the heads of each model, and with them weights and cache. docs/evaluation.md explains each number.
 """
@@ -59,13 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help=f"tokens of a window (default: as in training; {DEFAULT_CONTEXT} where that is not known)",
+        help=f"tokens per window (default: as in training; {DEFAULT_CONTEXT} if unknown)",
     )
     parser.add_argument(
-        "--stride", type=int, metavar="S", help="of perplexity's windows (default: --context)"
+        "--stride", type=int, metavar="S", help="stride of the perplexity windows (default: --context)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=2**17, metavar="N", help="to score; 0: all (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=2**17,
+        metavar="N",
+        help="tokens to score; 0: all (default: %(default)s)",
     )
     retrieval = parser.add_argument_group("retrieval")
     retrieval.add_argument(
@@ -81,15 +85,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=[0, 25, 50, 75, 100],
         metavar="PERCENT",
-        help="where the needle stands: 0 first, 100 last (default: 0 25 50 75 100)",
+        help="depths of the needle in percent: 0 first, 100 last (default: 0 25 50 75 100)",
     )
     retrieval.add_argument(
-        "--examples", type=int, default=25, metavar="N", help="per length and depth (default: %(default)s)"
+        "--examples",
+        type=int,
+        default=25,
+        metavar="N",
+        help="examples per length and depth (default: %(default)s)",
     )
     retrieval.add_argument("--keys", type=int, default=4, metavar="K", help="keys to tell apart (default: 4)")
-    retrieval.add_argument("--seed", type=int, default=0, help="of the examples (default: 0)")
-    retrieval.add_argument("--style", choices=("python", "prose"), default="python", help="of the needles")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and pictures there")
+    retrieval.add_argument("--seed", type=int, default=0, help="seed of the examples (default: 0)")
+    retrieval.add_argument(
+        "--style", choices=("python", "prose"), default="python", help="style of the needles"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for eval.json and plots")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="a tokenizer.json (default: the checkpoint's own)"
     )
@@ -103,7 +113,7 @@ class Subject:
 
     name: str
     loaded: Loaded
-    training: TrainConfig | None  # None: the checkpoint does not say how it was trained
+    training: TrainConfig | None  # None: the checkpoint has no training configuration
     perplexity: Perplexity | None = None
     difference: Difference | None = None  # of its loss to that of the first checkpoint
     positions: Positions | None = None
@@ -149,14 +159,14 @@ def _load(args: argparse.Namespace) -> list[Subject]:
         subjects.append(Subject(name, loaded, training_config(loaded.folder)))
     if set(args.tasks) != {"perplexity"} and len({subject.tokenizer.identity for subject in subjects}) > 1:
         raise ConfigError(
-            "the checkpoints have different tokenizers, and positions and retrieval count tokens; compare "
-            "bits per byte with --tasks perplexity, or evaluate the checkpoints one by one"
+            "the checkpoints must have one tokenizer for positions and retrieval, got different ones; "
+            "compare bits per byte with --tasks perplexity, or evaluate the checkpoints one by one"
         )
     return subjects
 
 
 def _context(args: argparse.Namespace, subjects: Sequence[Subject]) -> int:
-    """--context, else the shortest context that a model was trained on."""
+    """--context, or the shortest training context of the models."""
     from fusedkv_ext.evaluation.perplexity import check_context
 
     trained = [subject.training.data.seq_len for subject in subjects if subject.training]
@@ -169,7 +179,7 @@ def _context(args: argparse.Namespace, subjects: Sequence[Subject]) -> int:
 
 
 def _text(args: argparse.Namespace, subjects: Sequence[Subject]) -> Text:
-    """The part of the default corpus that no run trained on: held-out files are nested by their fraction."""
+    """--text, or the part of the default corpus that all runs held out; such sets are nested."""
     from fusedkv_ext.evaluation.perplexity import read_text
 
     fractions = []
@@ -177,8 +187,8 @@ def _text(args: argparse.Namespace, subjects: Sequence[Subject]) -> Text:
         if subject.training and not subject.training.data.text and not args.text:
             if subject.training.data.valid_text:
                 raise ConfigError(
-                    f"{subject.name} was trained on all of the default corpus but its data.valid_text; name "
-                    "text that it has not seen: --text PATH"
+                    f"--text must be given for {subject.name}, which was trained on all of the default "
+                    "corpus except its data.valid_text; give text that it has not seen"
                 )
             fractions.append(subject.training.data.valid_fraction)
     return read_text(args.text, valid_fraction=min(fractions, default=0.02))
@@ -297,7 +307,7 @@ def _run(args: argparse.Namespace, speaks: bool) -> int:
         from fusedkv_ext.lab.figures import need_matplotlib
 
         need_matplotlib()
-        args.out.mkdir(parents=True, exist_ok=True)  # what fails here shall not fail after the work
+        args.out.mkdir(parents=True, exist_ok=True)  # before the work, so that an error comes early
 
     def say(line: str) -> None:
         if speaks:

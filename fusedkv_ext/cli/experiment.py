@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str, config: str | None = None) -> None:
-    """Adds the common options; out and config are the defaults of --out and --config."""
+    """Adds the common options, with the defaults of --out and --config."""
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(out),
-        help="folder of the runs and the result; the same command again goes on (default: %(default)s)",
+        help="folder of runs and result; the same command resumes (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str, config: str | None 
 
 
 def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> TrainConfig:
-    """The defaults of the command with the changes of the command line."""
+    """The configuration: defaults of the command, changed by the command line."""
     if args.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {args.seeds}")
     return changes(args)(TrainConfig().updated((defaults or {}).items()))
@@ -44,7 +44,7 @@ def configuration(args: argparse.Namespace, defaults: Mapping[str, Any] | None =
 
 @contextmanager
 def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Progress, Callable[[], bool]]]:
-    """A progress and a stop condition; reports missing packages before any training."""
+    """Yields a progress display and a stop condition; reports missing packages before training."""
     from fusedkv_ext.lab.figures import need_matplotlib
     from fusedkv_ext.training import loop
     from fusedkv_ext.training.progress import make_progress
@@ -62,5 +62,5 @@ def session(args: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[Pro
 
 def stopped(args: argparse.Namespace) -> int:
     """Prints how to resume; returns the exit code."""
-    print(f"stopped; the same command with --out {args.out} goes on", file=sys.stderr)
+    print(f"stopped; the same command with --out {args.out} resumes", file=sys.stderr)
     return 130

@@ -1,9 +1,8 @@
 """fusedkv export: write a checkpoint of a training run as one folder with config.json and model.safetensors.
 
-RUN is the --out folder of a run, whose newest checkpoint is used, or one of its checkpoints. Any number of
-processes may have written it. Weights and tokenizer are exported; the optimizer state is not read. The folder
-loads like a checkpoint (`fusedkv generate`, `fusedkv eval`, `fusedkv_ext.load_pretrained`), also with a torch
-without torch.distributed.
+RUN is the --out folder of a run, whose newest checkpoint is used, or one of its checkpoints, from any number
+of processes. Weights and tokenizer are exported; the optimizer state is not read. `fusedkv generate`,
+`fusedkv eval` and `fusedkv_ext.load_pretrained` load the folder, even with a torch without torch.distributed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of all but the fusion weights, which stay float32 (default: as in the checkpoint)",
+        help="dtype of all weights except fusion weights, which stay float32 (default: as in the checkpoint)",
     )
 
 
@@ -37,9 +36,12 @@ def run(args: argparse.Namespace) -> int:
     from fusedkv_ext.training.data.tokenizer import saved_tokenizer
 
     if args.folder.exists():
-        raise ConfigError(f"{args.folder} exists already; choose another folder to write")
+        raise ConfigError(f"FOLDER must not exist, got {args.folder}; choose another one")
     if is_huggingface(args.run_folder):
-        raise ConfigError(f"{args.run_folder} is a Hugging Face folder already; there is nothing to export")
+        raise ConfigError(
+            f"RUN must be the folder of a training run, got the Hugging Face folder {args.run_folder}, which "
+            "needs no export"
+        )
     need("safetensors", "Exporting", "io")
     found = run_folder.resolve(args.run_folder)
     model = load_pretrained(found, dtype=getattr(torch, args.dtype) if args.dtype else None)

@@ -1,6 +1,6 @@
 """fusedkv generate: continue a prompt with a trained model, token by token, with its KV cache.
 
-The checkpoint is the --out folder of a training run (its newest checkpoint is used), a folder with
+The checkpoint is the --out folder of a training run (its newest checkpoint), a folder with
 config.json and model.safetensors, or a Hugging Face folder with any causal language model. Processes that
 torchrun starts shard the heads of the model, and with them weights and cache.
 """
@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="only the K most likely tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, help="the same seed gives the same text; default: another each time"
-    )
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: random)")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: the one of the run)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -42,7 +40,7 @@ def _prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
     if not ids:
         if tokenizer.separator is None:
-            raise ConfigError("--prompt must not be empty: the tokenizer has no token that begins a document")
+            raise ConfigError("--prompt must not be empty: the tokenizer has no token that starts a document")
         ids = [tokenizer.separator]
     return ids
 
@@ -74,7 +72,7 @@ def _generate(args: argparse.Namespace) -> int:
     if text == "-":
         text = session.from_rank_zero(sys.stdin.read() if speaks else "")
     seed = args.seed
-    if session.world_size() > 1 and seed is None:  # all have to draw the same tokens
+    if session.world_size() > 1 and seed is None:  # all ranks must draw the same tokens
         seed = session.from_rank_zero(torch.Generator().seed())
     ids = _prompt_ids(text, tokenizer)
     decoder, new_ids, pieces = tokenizer.stream(), [], []

@@ -1,8 +1,8 @@
-"""fusedkv grads: gradient norms of the q, k and v projections per layer while methods train side by side.
+"""fusedkv grads: gradient norms of the q, k and v projections per layer while methods train.
 
-Methods are names that `fusedkv plan` lists, with options as in cla:factor=3, or JSON files of plans. Takes
-minutes with the defaults: 12 layers, 96 wide, 300 steps of 1024 tokens. Writes grads.json, grads.png and the
-runs into --out.
+Methods are names from `fusedkv plan`, with options as in cla:factor=3, or JSON files of plans. The defaults
+take minutes: 12 layers, 96 wide, 300 steps of 1024 tokens. Writes grads.json, grads.png and the runs into
+--out.
 """
 
 from __future__ import annotations

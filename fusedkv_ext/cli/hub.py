@@ -16,7 +16,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")  # the second only if there are none of th
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """The folder of a model: a path as it is, an id of the Hub as the folder that it is downloaded to.
+    """The folder of a model: a local path unchanged, or the download folder of a Hub id.
 
     A name is an id if it is ORG/NAME or ORG/NAME@REVISION, and neither it nor ORG is a path here. Downloads
     go to the cache of ``huggingface_hub`` (HF_HOME), and a model that is there already is not loaded again.
@@ -42,24 +42,24 @@ def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    prefix = f"{repo} is no folder here, and the Hugging Face Hub"
+    prefix = f"{repo} is not a local folder, and the Hugging Face Hub"
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except hub.GatedRepoError as error:
         raise FileNotFoundError(
-            f"{prefix} wants its terms accepted first: do so on its page, then run `hf auth login`"
+            f"{prefix} requires that you accept its terms; do so on its page, then run `hf auth login`"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{prefix} has no such model, or it is private; check the name, or run `hf auth login`"
         ) from error
     except hub.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{prefix} has it without the revision {revision!r}") from error
+        raise FileNotFoundError(f"{prefix} has no revision {revision!r} of it; name another one") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
-            f"{prefix} cannot be reached: there is no network, or HF_HUB_OFFLINE is set, and no copy is in "
-            f"the local cache; run `hf download {repo} --local-dir DIR` where there is a network, copy DIR "
-            "here and name it"
+            f"{prefix} cannot be reached: there is no network or HF_HUB_OFFLINE is set, and the local cache "
+            f"has no copy; run `hf download {repo} --local-dir DIR` on a machine with network, copy DIR here "
+            "and name it"
         ) from error
     except (hub.HfHubHTTPError, hub.HFValidationError) as error:
-        raise FileNotFoundError(f"{prefix} says: {str(error).strip().splitlines()[0]}") from error
+        raise FileNotFoundError(f"{prefix} reports: {str(error).strip().splitlines()[0]}") from error

@@ -12,10 +12,15 @@ from fusedkv_ext.training.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, `Decoder` or `hf.language_model.LanguageModel`, and what belongs to it.
+    """A model with its tokenizer and folder.
 
-    plan: name of its cache plan, or the type of a model of transformers without one. ends: tokens that end a
-    text and are not shown. cache_bytes_per_token: None for a model that keeps no cache.
+    Attributes:
+        folder: The folder of the model.
+        model: A `Decoder` or an `evaluation.language_model.LanguageModel`.
+        tokenizer: The tokenizer.
+        plan: Name of the cache plan, or the model type of a model without a plan.
+        ends: Tokens that end a text and are not shown.
+        cache_bytes_per_token: None for a model without a KV cache.
     """
 
     folder: Path
@@ -27,13 +32,18 @@ class Loaded:
 
 
 def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: str) -> Loaded:
-    """path: a Hugging Face folder or an id of its Hub, a checkpoint or a run. tokenizer: a file; None: the
-    folder's own.
+    """Loads a model for evaluation or generation, with tensor parallelism under torchrun.
 
-    Under torchrun its processes share the heads of the model (tensor parallelism).
+    Args:
+        path: A Hugging Face folder or Hub id, a checkpoint, or the folder of a run.
+        tokenizer: A tokenizer file; None for the tokenizer of the folder.
+        device: Name of the device, or "auto".
+        dtype: Name of the dtype.
 
-    Raises what `load_pretrained` and `hf.loading` raise, ValueError for a tokenizer that has more tokens than
-    the model, and ConfigError where so many processes cannot share the heads.
+    Raises:
+        ValueError: The tokenizer has more tokens than the model, or the model cannot be loaded. See
+            `load_pretrained` and `hf.loading` for further errors.
+        ConfigError: The number of heads is not a multiple of the number of processes.
     """
     import torch
 
@@ -46,8 +56,9 @@ def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: s
     loaded = load(folder, tokenizer, device=resolve_device(device), dtype=getattr(torch, dtype))
     if loaded.tokenizer.vocab_size > loaded.model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {loaded.folder.name} has {loaded.tokenizer.vocab_size} tokens and the model "
-            f"{loaded.model.config.vocab_size}; name the one that it was trained with: --tokenizer FILE"
+            f"the tokenizer of {loaded.folder.name} must have at most the model's "
+            f"{loaded.model.config.vocab_size} tokens, got {loaded.tokenizer.vocab_size}; name the tokenizer "
+            "of its training with --tokenizer FILE"
         )
     return loaded
 
@@ -64,7 +75,7 @@ def _checkpoint(path: Path, tokenizer_file: str | None, *, device: Any, dtype: A
 
 
 def _decoder(folder: Path, device: Any, dtype: Any) -> Any:
-    """The whole model, or under torchrun this process's share of it."""
+    """The whole model, or under torchrun this rank's shard of it."""
     from fusedkv_ext.training import session
 
     if session.world_size() == 1:
@@ -99,10 +110,10 @@ def _huggingface(folder: Path, tokenizer_file: str | None, *, device: Any, dtype
 
         for name in ("num_attention_heads", "num_key_value_heads"):
             heads = getattr(config, name, None) or 0
-            if heads % ranks:  # transformers would cut through them
+            if heads % ranks:  # transformers does not check this
                 raise ConfigError(
-                    f"{ranks} processes cannot share the heads of the model in {folder}: {name} ({heads}) "
-                    "must be a multiple of their number; start fewer"
+                    f"{name} of the model in {folder} must be a multiple of the {ranks} processes, got "
+                    f"{heads}; start fewer"
                 )
         settings["distributed_config"] = DistributedConfig(tp_size=ranks, tp_plan="auto")
     model = LanguageModel(load_causal_lm(folder, device=device, dtype=dtype, **settings))

@@ -1,8 +1,8 @@
 """fusedkv plan: show the source layers of each layer's keys and values, and the size of the cache.
 
-Without a name, lists all methods. With --cluster: memory and messages per GPU of a model of a given shape
-under one or several methods, in training or, with --serve, in serving. These numbers come from formulas;
-nothing is run (docs/scale.md).
+Without a name, lists all methods. With --cluster: memory and traffic per GPU for a model shape and one or
+several methods, in training or, with --serve, in serving. These numbers come from formulas; nothing is run
+(docs/scale.md).
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of layers; a file has its own (default: %(default)s)",
     )
     parser.add_argument(
-        "--kv-heads", type=int, metavar="G", help="key/value heads of a layer, for the bytes per token"
+        "--kv-heads", type=int, metavar="G", help="key/value heads per layer, for the bytes per token"
     )
     parser.add_argument(
-        "--head-dim", type=int, default=128, metavar="D", help="channels of a head (default: %(default)s)"
+        "--head-dim", type=int, default=128, metavar="D", help="channels per head (default: %(default)s)"
     )
     parser.add_argument(
         "--kv-lora-rank",
         type=int,
         metavar="R",
-        help="channels of the latent: bytes per token of multi-head latent attention instead",
+        help="channels of the latent, for the bytes per token of multi-head latent attention",
     )
     parser.add_argument(
         "--rope-dim",
         type=int,
         default=64,
         metavar="D",
-        help="channels of its rotated key (default: %(default)s)",
+        help="channels of the rotated key of the latent (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the cache (default: %(default)s)"
+        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache (default: %(default)s)"
     )
     cluster.add_arguments(parser.add_argument_group("on a cluster"))
 

@@ -1,7 +1,7 @@
-"""fusedkv plot: draw the loss curves of runs into one picture, or the result of a probe or of gradient norms.
+"""fusedkv plot: plot the loss curves of runs together, or the result of a probe or of gradient norms.
 
-The kind of picture follows from the file. The name of a loss curve is the name of the file's folder. If names
-are equal, it includes the folders above.
+The kind of plot follows from the file. A loss curve has the name of the file's folder. If names are equal,
+they include the parent folders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusedkv_ext.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = ("probe.json", "grads.json")  # what a folder is looked through for, before metrics.jsonl
+RESULTS = ("probe.json", "grads.json")  # files that are plotted in preference to metrics.jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _file_in(path: Path) -> Path:
-    """The file of a folder that is drawn."""
+    """The file to plot in a folder; a file itself is returned unchanged."""
     if not path.is_dir():
         return path
     for name in (*RESULTS, "metrics.jsonl"):
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path} holds neither {' nor '.join(RESULTS)} nor metrics.jsonl")
+    raise FileNotFoundError(f"{path} must have one of {', '.join(RESULTS)} and metrics.jsonl, got none")
 
 
 def _loss(files: Sequence[Path], unit: str) -> tuple[Figure, list[str]]:
@@ -58,13 +58,13 @@ def _loss(files: Sequence[Path], unit: str) -> tuple[Figure, list[str]]:
     for name, path in zip(distinct_names(named), files, strict=True):
         records = read_metrics(path)
         if not any(record["kind"] == "train" for record in records):
-            raise ValueError(f"{path} holds no training records yet")
+            raise ValueError(f"{path} must have training records, got none yet; wait for the run")
         curves[name] = records
     return loss_curves(curves, unit=unit), list(curves)
 
 
 def _result(path: Path) -> tuple[str, Figure]:
-    """(kind, picture) of a result file."""
+    """Kind and plot of a result file."""
     from fusedkv_ext.lab import gradients, probe, run_figures
 
     if not path.is_file():
@@ -79,8 +79,8 @@ def _result(path: Path) -> tuple[str, Figure]:
     if kind == "grads":
         return kind, run_figures.gradient_norms(gradients.read_gradients(path, content))
     raise ValueError(
-        f"{path} has the kind {kind!r}; expected the probe.json of `fusedkv probe` or the grads.json of "
-        "`fusedkv grads`"
+        f"{path} must be the probe.json of `fusedkv probe` or the grads.json of `fusedkv grads`, got kind "
+        f"{kind!r}"
     )
 
 
@@ -92,7 +92,10 @@ def run(args: argparse.Namespace) -> int:
     files = [_file_in(path) for path in args.files]
     results = [path for path in files if path.suffix == ".json"]
     if results and len(files) > 1:
-        raise ConfigError(f"{results[0]} is a picture of its own; draw it alone, or give metrics.jsonl only")
+        raise ConfigError(
+            f"a result file must be the only file to plot, got {len(files)} files with {results[0]}; plot it "
+            "alone, or give metrics.jsonl only"
+        )
     said: dict[str, Any] = {}
     if results:
         kind, figure = _result(results[0])

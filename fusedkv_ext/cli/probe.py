@@ -1,7 +1,7 @@
-"""fusedkv probe: train the dense-fusion probe and draw the source layers of its keys and values.
+"""fusedkv probe: train the dense-fusion probe and plot the source layers of its keys and values.
 
-Takes minutes with the defaults: 12 layers, 96 wide, 600 steps of 1024 tokens. Writes probe.json, probe.png
-and the runs into --out.
+The defaults take minutes: 12 layers, 96 wide, 600 steps of 1024 tokens. Writes probe.json, probe.png and the
+runs into --out.
 """
 
 from __future__ import annotations

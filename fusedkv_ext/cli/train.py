@@ -23,7 +23,7 @@ from fusedkv_ext.training.config import TrainConfig, known_keys, load_toml
 if TYPE_CHECKING:
     from fusedkv_ext.training.progress import Progress
 
-# Options that are short for a configuration key.
+# Options that are shortcuts for a configuration key.
 _SHORTCUTS = {"steps": "run.steps", "seed": "run.seed", "tokenizer": "data.tokenizer"}
 
 
@@ -32,7 +32,7 @@ def add_configuration(parser: argparse.ArgumentParser, config: str | None = None
     parser.add_argument(
         "--text", nargs="+", metavar="PATH", help="UTF-8 files or folders (default: Python sources)"
     )
-    parser.add_argument("--steps", metavar="N", help="optimizer steps of a run, from its beginning")
+    parser.add_argument("--steps", metavar="N", help="total optimizer steps of the run")
     parser.add_argument(
         "--config",
         default=config,
@@ -64,25 +64,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a name that `fusedkv plan` lists, with options as in cla:factor=3, or a JSON file of a plan "
         "(default: fusedkv)",
     )
-    parser.add_argument("--seed", metavar="N", help="of the weights and of the order of the text")
+    parser.add_argument("--seed", metavar="N", help="seed of the weights and of the data order")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one"
+        "--resume", action="store_true", help="resume from the newest checkpoint in --out, if any"
     )
-    parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop when step N is done")
+    parser.add_argument("--stop-after", type=int, metavar="N", help="save and stop after step N")
     parser.add_argument(
         "--keys", action="store_true", help="list all configuration keys with their defaults, and exit"
     )
 
 
 def changes(args: argparse.Namespace) -> Callable[[TrainConfig], TrainConfig]:
-    """The changes of the command line to a configuration, in rising priority: file, --set, options."""
+    """Changes of the command line to a configuration, in increasing priority: file, --set, options."""
     pairs = []
     for entry in args.set:
         key, equals, value = entry.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE, got {entry!r}")
+            raise ConfigError(f"--set must be KEY=VALUE, got {entry!r}")
         pairs.append((key.strip(), value.strip()))
-    given = vars(args)  # commands that train more than one model have not all of the options
+    given = vars(args)  # commands that train several models lack some of the options
     pairs += [(key, given[name]) for name, key in _SHORTCUTS.items() if given.get(name) is not None]
     if given.get("plan") is not None:
         name, options = _plan(given["plan"])
@@ -118,11 +118,11 @@ def _print_keys() -> int:
 
 @contextmanager
 def stop_signals(progress: Progress) -> Iterator[Callable[[], bool]]:
-    """Makes Ctrl-C or SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once."""
     caught: list[int] = []
     announced = False
 
-    def handle(number: int, _frame: object) -> None:  # may come in the middle of a print: says nothing itself
+    def handle(number: int, _frame: object) -> None:  # may interrupt a print, so it prints nothing
         if caught:
             raise KeyboardInterrupt
         caught.append(number)

@@ -22,9 +22,15 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Check:
-    """One operation in one dtype: largest absolute error against the oracle, and what is allowed.
+    """The check of one operation in one dtype.
 
-    complaint: what is wrong and where; None if it passed.
+    Attributes:
+        op: Name of the operation.
+        dtype: Name of the dtype.
+        device: Name of the device.
+        max_error: Largest absolute error against the oracle.
+        allowed: Largest allowed error.
+        complaint: Description and place of the error; None if the check passed.
     """
 
     op: str
@@ -39,15 +45,13 @@ class Check:
         return self.complaint is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, which has no NaN: null instead."""
+        """A JSON-serializable dict, with None for NaN."""
         error = self.max_error if math.isfinite(self.max_error) else None
         return {**asdict(self), "max_error": error, "passed": self.passed}
 
 
 class _Inputs:
-    """Small inputs with everything in them that tells implementations apart: unequal lengths, G < H, T off
-    any tile.
-    """
+    """Small inputs that cover the special cases: unequal lengths, G < H, T not a multiple of a tile."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(_SEED)
@@ -105,7 +109,7 @@ def _decode(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
 
 
 def _decode_paged(module: Any, x: _Inputs, extra: dict[str, Any]) -> list[Tensor]:
-    """The caches cut into pages of 8 that lie in reverse order."""
+    """The caches as pages of 8 tokens in reverse order."""
     page = 8
     pages, order = [], torch.empty(0)
     for cache in (*x.sources, *x.values):
@@ -164,7 +168,7 @@ def checks(device: torch.device | str = "cpu") -> Iterator[Check]:
 
 
 def judged(op: str, dtype: torch.dtype, device: torch.device, results: list[list[Tensor]]) -> Check:
-    """The outputs of one call, of the oracle and of the same math in torch, as a Check of the worst one."""
+    """Compares the outputs of one call with the oracle and with the same math in torch; the worst Check."""
     triples = zip(*results, strict=True)
     found = [compare(x, y, z, name=f"output {i}") for i, (x, y, z) in enumerate(triples)]
     worst = max(found, key=lambda x: (x.complaint is not None, x.error / (x.allowed or 1.0)))

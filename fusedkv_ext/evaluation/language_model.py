@@ -1,4 +1,4 @@
-"""A causal language model of transformers that evaluation and generation call as they call ``Decoder``."""
+"""Adapter that gives causal language models of transformers the interface of ``Decoder``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 class Cache:
-    """transformers' cache of a run. It is made by the model in its first call, whatever kind that takes."""
+    """The KV cache of transformers. The model creates it in its first call, with the class that it needs."""
 
     def __init__(self) -> None:
         self.states: Any = None
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens but the first `length`."""
+        """Keeps the first `length` tokens and drops the rest."""
         if length == 0:
             self.states = None
         elif self.states is not None and (surplus := self.states.get_seq_length() - length) > 0:
@@ -27,9 +27,13 @@ class Cache:
 
 
 class LanguageModel(nn.Module):
-    """model: any causal language model of transformers. It is held, not copied.
+    """Adapter around a causal language model of transformers.
 
-    config: vocab_size and max_position_embeddings (a huge number where the model has no limit).
+    Args:
+        model: The model. It is referenced, not copied.
+
+    Attributes:
+        config: `vocab_size` and `max_position_embeddings` (`sys.maxsize` if the model has no limit).
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,12 +48,21 @@ class LanguageModel(nn.Module):
 
     @property
     def name(self) -> str:
-        """The name of the cache plan, or of the model's type where it is not one of ours."""
+        """The name of the cache plan, or the model type if the model has no plan."""
         plan = getattr(self.model.config, "plan", None)
         return getattr(plan, "name", self.model.config.model_type)
 
     def forward(self, ids: Tensor, *, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
-        """ids (B, S) -> logits (B, S, V), of the last `logits_to_keep` positions where that is not 0."""
+        """Computes logits.
+
+        Args:
+            ids: Token ids, (B, S).
+            cache: KV cache to read and extend, or None.
+            logits_to_keep: Number of last positions to return logits for; 0 means all.
+
+        Returns:
+            Logits, (B, S, V) or (B, logits_to_keep, V).
+        """
         settings: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             settings[self._cache] = cache.states
@@ -61,11 +74,11 @@ class LanguageModel(nn.Module):
         return output.logits[:, -logits_to_keep:]
 
     def make_cache(self, batch_size: int, max_len: int) -> Cache:
-        """An empty cache; it grows by itself."""
+        """Returns an empty cache. It grows on demand, so both arguments are ignored."""
         return Cache()
 
     def cache_bytes_per_token(self) -> float | None:
-        """What the cache holds per token, in bytes, measured on a few tokens; None where that is nothing."""
+        """Cache bytes per token, measured on a few tokens; None for a model without a KV cache."""
         tokens, cache = 8, Cache()
         device = next(self.model.parameters()).device
         with torch.inference_mode():
@@ -86,9 +99,20 @@ class LanguageModel(nn.Module):
         stop: int | None = None,
         stream: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """transformers' `generate` with the arguments of `Decoder.generate`; ids (1, S), a lone prompt.
+        """Calls transformers' `generate` with the arguments of `Decoder.generate`.
 
-        It stops at `stop` and at the folder's own end of text. stream: called with each new token (1,).
+        Args:
+            ids: One prompt, (1, S).
+            max_new_tokens: Largest number of new tokens.
+            temperature: Softmax temperature; 0 means greedy decoding.
+            top_k: Number of most likely tokens to sample from; 0 means all.
+            top_p: Probability mass to sample from.
+            seed: Seed of the sampling, or None for torch's current state.
+            stop: Token that ends generation, in addition to those of the generation config.
+            stream: Called with each new token, (1,).
+
+        Returns:
+            Prompt and new tokens, (1, S + new).
         """
         settings: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
@@ -108,7 +132,7 @@ class LanguageModel(nn.Module):
             )
 
     def ends(self) -> set[int]:
-        """Tokens that end a text, from generation_config.json."""
+        """End-of-text tokens from generation_config.json."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         if ends is None:
             return set()
@@ -116,7 +140,7 @@ class LanguageModel(nn.Module):
 
 
 class _Streamer:
-    """transformers' streamer: it is given the prompt first and then each new token."""
+    """Streamer protocol of transformers: `put` receives the prompt first, then each new token."""
 
     def __init__(self, take: Callable[[Tensor], None]) -> None:
         self._take, self._prompt = take, True

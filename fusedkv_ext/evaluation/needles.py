@@ -1,14 +1,15 @@
-"""Questions about needles in a haystack of real text, after RULER (arXiv 2404.06654, section 3).
+"""Needle-in-a-haystack questions on real text, after RULER (arXiv 2404.06654, section 3).
 
-A needle is a line that gives a key a value, `key_7f3a = "48213"`. It stands at some depth of a haystack of
-lines of held-out text, and the text ends with a question, `assert key_7f3a == "`, that the value answers.
+A needle is a line that assigns a value to a key, `key_7f3a = "48213"`. It is inserted at a given depth of a
+haystack: lines of held-out text. The prompt ends with a question, `assert key_7f3a == "`, and the value is
+the answer.
 
-* "single": the haystack holds one needle. The other choices are values that stand nowhere in the text, so
-  copying the only value there is enough.
-* "multikey": it holds needles of all keys, the others anywhere; all choices stand in the text, and only
-  binding the key to its value tells them apart.
+* "single": the haystack contains one needle. The other choices do not occur in the text, so the model only
+  needs to copy the one value.
+* "multikey": the haystack contains the needles of all keys, the others at random depths. All choices occur in
+  the text, so the model must bind the key to its value.
 
-Everything is drawn from a seed and the place in the grid alone, so all models answer the same questions.
+All random draws depend only on the seed and the grid point, so all models answer the same questions.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from fusedkv_ext.training.data.tokenizer import Tokenizer
 TASKS = ("single", "multikey")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DIGITS = 5
-GUESS_NLL = DIGITS * math.log(10.0)  # nats of a value, for who knows that digits come and nothing else
-_DRAWS = 64  # places of the text that are tried for one with a line start at the wanted depth
-_CLOSE = 0.01  # a place is good enough when the line start is that near to the depth
+GUESS_NLL = DIGITS * math.log(10.0)  # nats of a value under uniform random digits
+_DRAWS = 64  # random haystacks to try for a line start near the requested depth
+_CLOSE = 0.01  # largest deviation from the depth that ends the search
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a needle reads, and the question that its value answers."""
+    """Templates of a needle and of its question."""
 
     needle: str
     question: str
@@ -48,11 +49,15 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One question as token ids. `values[0]` is the right answer, `candidates` are the ids of all values.
+    """One question as token ids.
 
-    prompt: haystack with needles, then the question. baseline: the same without the needle that answers it,
-    and as many more tokens of the text in front, so that both are equally long. depth: tokens of the haystack
-    before the needle, as a share of all.
+    Attributes:
+        key: The key that the question asks for.
+        values: The choices; `values[0]` is the right answer.
+        prompt: Haystack with needles, then the question.
+        baseline: The prompt without the answering needle. Additional text in front keeps the length equal.
+        candidates: The token ids of all values.
+        depth: Fraction of the haystack's tokens that precede the needle.
     """
 
     key: str
@@ -65,7 +70,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Questions:
-    """The examples of one place in the grid: prompts of one length, and room for an answer up to `length`."""
+    """The examples of one grid point. Prompt and answer together have at most `length` tokens."""
 
     task: str
     length: int
@@ -74,12 +79,12 @@ class Questions:
 
 
 class Haystack:
-    """Documents as one row of lines; each line is encoded for itself, so that needles fit between them."""
+    """Documents as one sequence of lines. Each line is encoded separately, so needles fit in between."""
 
     def __init__(self, documents: Sequence[str], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids = array("i")
-        self.ends: list[int] = []  # of the lines, in tokens
+        self.ends: list[int] = []  # end of each line, in tokens
         for document in documents:
             for line in document.removesuffix("\n").split("\n"):
                 self.ids.extend(tokenizer.encode(line + "\n"))
@@ -88,16 +93,27 @@ class Haystack:
     def place(
         self, rng: random.Random, size: int, spare: int, depth: float, words: Sequence[str]
     ) -> tuple[list[int], list[int], int]:
-        """(ids, boundaries, nearest): `spare` + `size` tokens that end with a line and contain none of
-        `words`, where lines begin or end within the last `size`, and which of these is nearest to `depth`.
+        """Draws a haystack that has a line boundary near `depth`.
 
-        Of several random places the one with a boundary near `depth`. Raises ValueError for too little text.
+        Args:
+            rng: Source of the random positions.
+            size: Tokens of the haystack.
+            spare: Additional tokens in front of it.
+            depth: Requested depth, from 0 to 1.
+            words: Strings that the text must not contain.
+
+        Returns:
+            `spare + size` token ids that end with a line; the line boundaries within the last `size` tokens;
+            and the boundary nearest to `depth`.
+
+        Raises:
+            ValueError: The text is too short, or every draw contains one of `words`.
         """
         first = bisect.bisect_left(self.ends, spare + size)
         if first == len(self.ends):
             raise ValueError(
-                f"the text has {len(self.ids)} tokens, but a haystack needs {spare + size}; give more text "
-                "or shorter lengths"
+                f"the text must have at least {spare + size} tokens for a haystack, got {len(self.ids)}; "
+                "give more text or shorter lengths"
             )
         best: tuple[float, list[int], list[int], int] | None = None
         for _ in range(_DRAWS):
@@ -116,12 +132,15 @@ class Haystack:
                 if error <= _CLOSE:
                     break
         if best is None:
-            raise ValueError(f"the text is full of {', '.join(words)}; choose another seed or other text")
+            raise ValueError(
+                f"the text must not contain {', '.join(words)}, got one of them in all {_DRAWS} draws; "
+                "choose another seed or other text"
+            )
         return best[1:]
 
 
 def _insert(ids: Sequence[int], pieces: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
-    """`ids` with each piece put in at its position; pieces at one position in their order."""
+    """Inserts each piece at its position. Pieces at one position keep their order."""
     out: list[int] = []
     before = 0
     for position, piece in sorted(pieces, key=lambda item: item[0]):
@@ -133,7 +152,7 @@ def _insert(ids: Sequence[int], pieces: Sequence[tuple[int, Sequence[int]]]) -> 
 
 @dataclass(frozen=True)
 class _Draw:
-    """What is asked in one example, before it has a haystack; the first key and value are the right ones."""
+    """Keys and values of one example; the first pair is the right answer."""
 
     rng: random.Random
     keys: list[str]
@@ -162,9 +181,8 @@ def _example(
     size = length - taken
     if size < length // 4:
         raise ConfigError(
-            f"retrieval: a length of {length} tokens has no room for a haystack, as {taken} go to needles, "
-            f"question and answer of task {task}; choose lengths of at least {taken + (taken - 1) // 3}, or "
-            "fewer keys"
+            f"retrieval: lengths must be at least {taken + (taken - 1) // 3} for task {task}, got {length}: "
+            f"needles, question and answer take {taken} tokens; choose longer lengths or fewer keys"
         )
     spare = len(needle)
     ids, boundaries, nearest = haystack.place(draw.rng, size, spare, depth, [*draw.keys, *draw.values])
@@ -193,16 +211,28 @@ def make_questions(
     seed: int = 0,
     style: str = "python",
 ) -> list[Questions]:
-    """The grid of questions: a pure function of the arguments.
+    """Creates the grid of questions. The result is a pure function of the arguments.
 
-    documents: the haystack, text that no model was trained on. lengths: tokens of haystack, needles, question
-    and answer together. depths: 0 (the needle comes first) to 1 (right before the question). examples: per
-    place in the grid. keys: number of keys and of choices. style: of STYLES.
+    Args:
+        tokenizer: The tokenizer of the models.
+        documents: Text of the haystack. No model may have been trained on it.
+        lengths: Tokens of haystack, needles, question and answer together.
+        depths: Positions of the needle, from 0 (start of the text) to 1 (right before the question).
+        tasks: Names from `TASKS`.
+        examples: Number of examples per grid point.
+        keys: Number of keys, which is also the number of choices.
+        seed: Seed of all random draws.
+        style: A name from `STYLES`.
 
-    Raises ConfigError for numbers out of range and lengths without room, ValueError for too little text.
+    Returns:
+        One entry per task, length and depth.
+
+    Raises:
+        ConfigError: A number is out of range, or a length leaves no room for a haystack.
+        ValueError: The text is too short.
     """
     if unknown := [name for name in tasks if name not in TASKS]:
-        raise ConfigError(f"tasks must be of {', '.join(TASKS)}, got {unknown[0]!r}")
+        raise ConfigError(f"tasks must be from {', '.join(TASKS)}, got {unknown[0]!r}")
     if style not in STYLES:
         raise ConfigError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
     if examples < 1 or not 2 <= keys <= 1000:
@@ -211,7 +241,7 @@ def make_questions(
         raise ConfigError(f"depths must be from 0 to 1, got {wrong[0]}")
     haystack = Haystack(documents, tokenizer)
     grid = []
-    # Each place once; 1 and 1.0 are one depth, and draw the same.
+    # Without duplicates: the depths 1 and 1.0 are equal and have equal draws.
     for place in itertools.product(
         dict.fromkeys(tasks), dict.fromkeys(lengths), dict.fromkeys(map(float, depths))
     ):

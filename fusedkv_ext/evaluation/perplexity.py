@@ -1,10 +1,9 @@
 """Loss of a trained model on text: perplexity, and the loss at each position of the context.
 
 A window feeds N = `context` tokens and predicts the token after each of them. With stride s, window k begins
-at token k * s. All N predictions of the first window count, and the last s of every later one: their tokens
-are the target tokens. So each token of the text but the first is a target exactly once, and outside the first
-window with at least N - s + 1 tokens before it. s = N: windows that do not overlap. The last window ends with
-the text and may be shorter.
+at token k * s. The targets are all N predictions of the first window and the last s of every later one. Each
+token of the text except the first is a target exactly once. Outside the first window, at least N - s + 1
+tokens precede it. With s = N windows do not overlap. The last window ends with the text and may be shorter.
 """
 
 from __future__ import annotations
@@ -30,15 +29,17 @@ from fusedkv_ext.training.data.tokenizer import Tokenizer
 from fusedkv_ext.training.metrics import bits_per_byte
 
 BATCH_TOKENS = 16384  # tokens of one forward pass
-_BATCH_LOGITS = 2**24  # and logits
-_LOSS_LOGITS = 2**22  # logits whose loss is taken at once: it makes copies of them, in fp32
+_BATCH_LOGITS = 2**24  # logits of one forward pass
+_LOSS_LOGITS = 2**22  # logits per cross-entropy call, which copies them in fp32
 
 
 class Scored(Protocol):
-    """A model whose losses can be taken: ``Decoder`` and ``LanguageModel`` are.
+    """The interface of a model that can be evaluated, as ``Decoder`` and ``LanguageModel`` have it.
 
-    config: with vocab_size and max_position_embeddings. Called with ids (B, S) it gives logits (B, S, V), of
-    the last `logits_to_keep` positions where that is not 0.
+    A call maps ids (B, S) to logits (B, S, V), or to those of the last `logits_to_keep` positions.
+
+    Attributes:
+        config: `vocab_size` and `max_position_embeddings`.
     """
 
     config: Any
@@ -52,18 +53,23 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """Documents to evaluate on. `origin` says in words where they come from."""
+    """Documents to evaluate on.
+
+    Attributes:
+        documents: The texts.
+        origin: Description of their source.
+    """
 
     documents: tuple[str, ...]
     origin: str
 
     @property
     def bytes(self) -> int:
-        """Of the documents in UTF-8."""
+        """Size of the documents in UTF-8."""
         return sum(len(document.encode("utf-8")) for document in self.documents)
 
     def ids(self, tokenizer: Tokenizer) -> Tensor:
-        """All documents one after the other, each ended by the separator if there is one: (T,) int32."""
+        """Token ids of all documents, each followed by the separator if the tokenizer has one: (T,) int32."""
         ids = array("i")
         for document in self.documents:
             ids.extend(tokenizer.encode(document))
@@ -72,15 +78,20 @@ class Text:
         return torch.tensor(ids, dtype=torch.int32)
 
     def tokens_per_byte(self, tokens: int) -> float:
-        """`tokens` of `ids` per byte, where the end of a document counts as one byte, as in training."""
+        """Tokens per byte. The end of a document counts as one byte, as in training."""
         return tokens / (self.bytes + len(self.documents))
 
 
 def read_text(paths: Sequence[str | Path] = (), *, valid_fraction: float = 0.02) -> Text:
-    """All text of files and folders; without `paths` the validation side of the default corpus.
+    """Reads text files, or the validation split of the default corpus.
 
-    valid_fraction: share of the default corpus that was held out of training, by a hash of the files' names.
-    Raises as `corpus.user_corpus` does.
+    Args:
+        paths: Files and folders. If empty, the validation split of the default corpus is read.
+        valid_fraction: Fraction of the default corpus that training held out, by a hash of the file names.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A file is not UTF-8 text, or no text was found.
     """
 
     def documents(files: Sequence[TextFile]) -> tuple[str, ...]:
@@ -96,10 +107,17 @@ def read_text(paths: Sequence[str | Path] = (), *, valid_fraction: float = 0.02)
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean loss in nats per token over `tokens` tokens; perplexity is its exponential, per token.
+    """Perplexity of a text.
 
-    stderr: standard error of the loss over the windows, taken as independent; None for a single window.
-    bits_per_byte: None where the text's tokens per byte were not given.
+    Attributes:
+        loss: Mean loss over the target tokens, in nats per token.
+        stderr: Standard error of the loss over windows, assumed independent; None for a single window.
+        perplexity: Exponential of the loss.
+        bits_per_byte: The loss per byte of text; None if the tokens per byte were not given.
+        tokens: Number of target tokens.
+        windows: Number of windows.
+        context: Tokens per window.
+        stride: Tokens between the starts of two windows.
     """
 
     loss: float
@@ -118,10 +136,16 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Positions:
-    """Mean loss in nats per token by the number of tokens before the target token, in buckets.
+    """Mean loss by the number of tokens that precede the target token, in buckets.
 
-    Bucket i: `first[i]` to `last[i]` tokens before it, both included, 1 to `context`; `tokens[i]` of them
-    were targets; `stderr[i]` is over windows, None where one window alone counts.
+    Attributes:
+        first: Smallest number of preceding tokens in each bucket, from 1.
+        last: Largest number of preceding tokens in each bucket, up to `context`.
+        loss: Mean loss of each bucket, in nats per token.
+        stderr: Standard error over windows; None for a bucket with targets in a single window.
+        tokens: Number of target tokens in each bucket.
+        windows: Number of windows.
+        context: Tokens per window.
     """
 
     first: tuple[int, ...]
@@ -139,7 +163,15 @@ class Positions:
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """Sums of the losses, in nats, and their number, per window and bucket of positions: (W, K) float64."""
+    """Losses per window and bucket of positions.
+
+    Attributes:
+        sums: Sums of the losses in nats, (W, K) float64.
+        counts: Numbers of target tokens, (W, K) float64.
+        last: Upper end of each bucket.
+        context: Tokens per window.
+        stride: Tokens between the starts of two windows.
+    """
 
     sums: Tensor
     counts: Tensor
@@ -148,14 +180,14 @@ class WindowLosses:
     stride: int
 
     def perplexity(self, tokens_per_byte: float | None = None) -> Perplexity:
-        """The mean over all target tokens. tokens_per_byte: of the text, for bits per byte."""
+        """The mean over all target tokens; `tokens_per_byte` of the text adds bits per byte."""
         loss, stderr = _mean(self.sums.sum(1), self.counts.sum(1))
         bits = None if tokens_per_byte is None else bits_per_byte(loss, tokens_per_byte)
         tokens, windows = int(self.counts.sum()), len(self.counts)
         return Perplexity(loss, stderr, math.exp(loss), bits, tokens, windows, self.context, self.stride)
 
     def positions(self) -> Positions:
-        """The mean over the tokens of each bucket that has any target."""
+        """The mean of each bucket that has target tokens."""
         tokens = self.counts.sum(0)
         kept = [k for k, number in enumerate(tokens.tolist()) if number]
         means = [_mean(self.sums[:, k], self.counts[:, k]) for k in kept]
@@ -172,10 +204,12 @@ class WindowLosses:
 
 @dataclass(frozen=True)
 class Difference:
-    """Loss of a model less that of another on the same windows, in nats per token.
+    """Paired difference of the losses of two models on the same windows, in nats per token.
 
-    stderr: over the windows. A window is hard or easy for both models, so this error is far below those of
-    the two losses.
+    Attributes:
+        loss: Mean difference.
+        stderr: Standard error of the difference over windows. The difficulty of a window affects both models
+            alike, so this error is much smaller than the errors of the two losses.
     """
 
     loss: float
@@ -187,14 +221,21 @@ class Difference:
 
 
 def paired_difference(one: WindowLosses, other: WindowLosses) -> Difference:
-    """`one` less `other`. Raises ValueError when they were not measured on the same windows."""
+    """Difference `one - other`.
+
+    Raises:
+        ValueError: The losses were not measured on the same windows.
+    """
     if not torch.equal(one.counts, other.counts):
-        raise ValueError("only losses of the same windows can be paired: same ids, context and stride")
+        raise ValueError(
+            "paired losses must be from the same windows, got different ones; measure both with the same "
+            "ids, context and stride"
+        )
     return Difference(*_mean((one.sums - other.sums).sum(1), one.counts.sum(1)))
 
 
 def _mean(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
-    """Sum of sums over sum of counts, and the standard error of that ratio over windows (W,)."""
+    """Ratio of the total sum to the total count, and its standard error over windows (W,)."""
     sums, counts = sums[counts > 0], counts[counts > 0]
     windows, total = len(counts), counts.sum()
     mean = sums.sum() / total
@@ -205,7 +246,7 @@ def _mean(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
 
 
 def position_buckets(context: int) -> tuple[int, ...]:
-    """Upper ends of the buckets of positions 1..context, two per octave: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    """Upper ends of the position buckets 1..context, two per octave: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     ends = sorted(
         {2**i for i in range(context.bit_length())} | {3 * 2**i for i in range(context.bit_length())}
     )
@@ -213,20 +254,20 @@ def position_buckets(context: int) -> tuple[int, ...]:
 
 
 def check_context(model: Scored, context: int, name: str = "the model") -> None:
-    """Raises ConfigError for a context that is empty or longer than the model has positions."""
+    """Raises ConfigError for a context below 1 token or beyond the model's `max_position_embeddings`."""
     limit = model.config.max_position_embeddings
     if context < 1:
-        raise ConfigError(f"a context must be at least 1 token, got {context}")
+        raise ConfigError(f"context must be at least 1 token, got {context}")
     if context > limit:
         raise ConfigError(
-            f"a context of {context} tokens is more than {name} takes: its max_position_embeddings is "
-            f"{limit}; choose a shorter context"
+            f"context must be at most max_position_embeddings of {name} ({limit}), got {context}; choose a "
+            "shorter context"
         )
 
 
 @contextmanager
 def evaluation(model: Scored) -> Iterator[torch.device]:
-    """Evaluation mode without gradients for a while; gives the model's device."""
+    """Context manager for evaluation mode without gradients; yields the model's device."""
     training = [module for module in model.modules() if module.training]
     # FSDP2 gathers weights into tensors that training uses again, so they cannot be inference tensors.
     no_gradients = torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode()
@@ -242,9 +283,9 @@ def evaluation(model: Scored) -> Iterator[torch.device]:
 
 @dataclass(frozen=True)
 class _Window:
-    start: int  # first token that is fed
-    length: int  # tokens that are fed
-    targets: int  # predictions that count: the last ones
+    start: int  # first input token
+    length: int  # number of input tokens
+    targets: int  # number of target tokens, at the end
 
 
 def _windows(tokens: int, context: int, stride: int, max_tokens: int | None) -> list[_Window]:
@@ -259,7 +300,7 @@ def _windows(tokens: int, context: int, stride: int, max_tokens: int | None) -> 
 
 
 def _batches(windows: Sequence[_Window], vocab_size: int) -> Iterator[list[_Window]]:
-    """Consecutive windows of one shape, as many as fit into one forward pass."""
+    """Batches of consecutive windows of one shape, as large as one forward pass allows."""
     for (length, targets), group in itertools.groupby(
         windows, lambda window: (window.length, window.targets)
     ):
@@ -276,18 +317,19 @@ def window_losses(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> WindowLosses:
-    """Loss of every target token, as this module's docstring says, summed per window and bucket.
+    """Loss of every target token, summed per window and bucket. See the module docstring for the windows.
 
     Args:
-        ids: (T,) integers.
-        context: N, tokens that a window feeds.
-        stride: s, 1..N; None: N.
-        max_tokens: score about that many, in windows spread evenly over the text; None: all.
+        model: The model to evaluate.
+        ids: Token ids of the text, (T,).
+        context: N, the input tokens of a window.
+        stride: s, from 1 to N. If None, N.
+        max_tokens: Approximate number of target tokens, in windows spread evenly over the text. If None, all.
 
     Raises:
-        ConfigError: for a context beyond the model's positions and for numbers out of range.
-        ValueError: when the text is shorter than one window.
-        RuntimeError: when a loss is not finite.
+        ConfigError: A number is out of range, or the context exceeds the model's positions.
+        ValueError: The text is shorter than one window.
+        RuntimeError: A loss is not finite.
     """
     stride = context if stride is None else stride
     check_context(model, context)
@@ -297,8 +339,8 @@ def window_losses(
         raise ConfigError(f"max_tokens must be at least 1, or None for all, got {max_tokens}")
     if len(ids) < context + 1:
         raise ValueError(
-            f"the text has {len(ids)} tokens, but a context of {context} needs {context + 1}; give more text "
-            "or a shorter context"
+            f"the text must have at least {context + 1} tokens for a context of {context}, got {len(ids)}; "
+            "give more text or a shorter context"
         )
     windows = _windows(len(ids), context, stride, max_tokens)
     last = position_buckets(context)
@@ -312,7 +354,10 @@ def window_losses(
             rows = torch.stack([ids[w.start : w.start + length + 1] for w in batch]).to(device, torch.int64)
             nll = _losses(model, rows, targets).cpu()
             if not nll.isfinite().all():
-                raise RuntimeError("the model's loss is not finite: its weights are damaged or it diverged")
+                raise RuntimeError(
+                    "the model's loss must be finite, got inf or NaN: training diverged or the weights are "
+                    "damaged; use another checkpoint"
+                )
             where = bucket[length - targets : length]
             sums[row : row + len(batch)].index_add_(1, where, nll)
             counts[row : row + len(batch)].index_add_(1, where, torch.ones_like(nll))
@@ -321,13 +366,11 @@ def window_losses(
 
 
 def _losses(model: Scored, rows: Tensor, num_targets: int) -> Tensor:
-    """Cross entropy of the last `num_targets` predictions of rows (B, S + 1), in nats: (B, num_targets)
-    float64. The logits of a Decoder exist for a few rows at a time.
-    """
+    """Cross entropy of the last `num_targets` predictions of rows (B, S + 1): (B, num_targets) float64."""
     inputs, targets = rows[:, :-1], rows[:, -num_targets:]
     keep = 0 if num_targets == inputs.shape[1] else num_targets
     rows_at_once = max(1, _LOSS_LOGITS // model.config.vocab_size)
-    if isinstance(model, Decoder):
+    if isinstance(model, Decoder):  # computes logits for a few rows at a time
         hidden, _ = model.model(inputs, keep=keep)
         parts = map(model.lm_head, hidden.flatten(0, 1).split(rows_at_once))
     else:
@@ -337,7 +380,7 @@ def _losses(model: Scored, rows: Tensor, num_targets: int) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each row, computed in fp32 (fp64 for fp64 logits)."""
+    """Cross entropy of each row in fp32, or in fp64 for fp64 logits."""
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
     )
@@ -352,23 +395,25 @@ def perplexity(
     max_tokens: int | None = None,
     tokens_per_byte: float | None = None,
 ) -> Perplexity:
-    """Mean loss of a text in nats per token, its exponential, and the number of target tokens.
+    """Perplexity of a text: mean loss in nats per token, its exponential, and the number of target tokens.
 
     Losses are computed in fp32, for a few rows of logits at a time, and summed in fp64.
 
     Args:
-        model: a ``Decoder``, or any causal language model of transformers, in any dtype.
-        ids: (T,) integers. A text of T <= context tokens is one window, whose T - 1 last tokens are targets.
-        context, stride, max_tokens: as in `window_losses`.
+        model: A ``Decoder`` or any causal language model of transformers, in any dtype.
+        ids: Token ids of the text, (T,). With T <= context the text is one window with T - 1 targets.
+        context: Input tokens of a window.
+        stride: Tokens between the starts of two windows. If None, `context`.
+        max_tokens: Approximate number of target tokens, in windows spread evenly over the text. If None, all.
         tokens_per_byte: `Text.tokens_per_byte`, for bits per byte.
 
     Raises:
-        ConfigError: for a context beyond the model's positions and for numbers out of range.
-        ValueError: for a text of fewer than two tokens.
-        RuntimeError: when a loss is not finite.
+        ConfigError: A number is out of range, or the context exceeds the model's positions.
+        ValueError: The text has fewer than two tokens.
+        RuntimeError: A loss is not finite.
     """
     if ids.ndim != 1 or len(ids) < 2:
-        raise ValueError(f"ids must be one text of at least 2 tokens, got shape {tuple(ids.shape)}")
+        raise ValueError(f"ids must have shape (T,) with T >= 2, got {tuple(ids.shape)}")
     if hasattr(model.config, "get_text_config"):
         model = LanguageModel(model)
     context = min(context, len(ids) - 1)
@@ -378,5 +423,5 @@ def perplexity(
 
 
 def per_position(model: Scored, ids: Tensor, *, context: int, max_tokens: int | None = None) -> Positions:
-    """Loss by position in windows that do not overlap; arguments and errors as in `window_losses`."""
+    """Loss by position in non-overlapping windows. Arguments and errors are those of `window_losses`."""
     return window_losses(model, ids, context=context, max_tokens=max_tokens).positions()

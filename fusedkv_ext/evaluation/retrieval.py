@@ -1,7 +1,7 @@
-"""How well a model answers the questions of `needles`: greedily, by choice, and in nats.
+"""Retrieval scores on the questions of `needles`: greedy answer, multiple choice, and likelihood in nats.
 
-A prompt runs through the cache once, with early exit where the plan has one. Behind it the greedy answer is
-decoded and every candidate scored, the cache being cropped back to the prompt in between.
+The prefill of a prompt runs once, with early exit if the plan has one. The greedy answer and every candidate
+continue from that cache, which is cropped back to the prompt in between.
 """
 
 from __future__ import annotations
@@ -24,13 +24,23 @@ from fusedkv_ext.training.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Score:
-    """Means over examples with their standard errors; `depth` None: over all depths.
+    """Means over examples with their standard errors.
 
-    exact: share of greedy answers that begin with the value. choice: share of examples in which the right
-    value is the most likely of k = 1 / chance, a tie counting in parts. nll: of the right value, in nats for
-    all of it; baseline_nll: the same without the needle; gain: baseline_nll - nll. place: the needles' mean
-    depth.
-    Errors of shares are binomial, sqrt(p (1 - p) / n): 0 at 0 and 1, which says nothing about p there.
+    Standard errors of fractions are binomial, sqrt(p (1 - p) / n). At p = 0 and p = 1 they are 0 and carry
+    no information.
+
+    Attributes:
+        task: Name of the task.
+        length: Tokens of prompt and answer.
+        depth: Requested depth of the needle; None for the mean over all depths.
+        examples: Number of examples.
+        place: Mean depth of the needles.
+        chance: Accuracy of random choice, 1 / k for k choices.
+        exact: Fraction of greedy answers that begin with the value.
+        choice: Fraction of examples in which the right value is the most likely choice. Ties count in part.
+        nll: Negative log-likelihood of the whole right value, in nats.
+        baseline_nll: The same without the needle in the text.
+        gain: baseline_nll - nll.
     """
 
     task: str
@@ -53,7 +63,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Scores of the grid: `cells` by task, length and depth; `totals` by task and length."""
+    """Scores of the grid: `cells` per task, length and depth; `totals` per task and length."""
 
     cells: tuple[Score, ...]
     totals: tuple[Score, ...]
@@ -65,7 +75,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of one example: the text of its greedy answer, the rest as in `Score`."""
+    """The result of one example: `text` is the greedy answer, the other fields are as in `Score`."""
 
     text: str
     exact: bool
@@ -77,7 +87,11 @@ class Answer:
 
 
 def answers(model: Decoder, tokenizer: Tokenizer, questions: Questions) -> list[Answer]:
-    """An answer to each of the examples, which run in batches. RuntimeError when logits are NaN."""
+    """Runs the examples in batches and returns one answer for each.
+
+    Raises:
+        RuntimeError: Logits are NaN.
+    """
     rows = max(1, BATCH_TOKENS // questions.length)
     batches = (questions.examples[i : i + rows] for i in range(0, len(questions.examples), rows))
     with evaluation(model) as device:
@@ -112,7 +126,10 @@ def _answer_batch(
     start = model(baselines, cache=cache, logits_to_keep=1)[:, -1]
     baseline = _nll(model, cache, start, [example.candidates[0] for example in batch])
     if nll.isnan().any() or baseline.isnan().any():
-        raise RuntimeError("the model's logits are NaN: its weights are damaged or it diverged")
+        raise RuntimeError(
+            "the model's logits must be finite, got NaN: training diverged or the weights are damaged; use "
+            "another checkpoint"
+        )
     best = nll == nll.min(1, keepdim=True).values
     credit = best[:, 0] / best.sum(1)
     results = zip(batch, texts, credit.tolist(), nll[:, 0].tolist(), baseline.tolist(), strict=True)
@@ -123,9 +140,9 @@ def _answer_batch(
 
 
 def _nll(model: Decoder, cache: KVCache, start: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
-    """-log p of each row's answer behind what the cache holds, in nats: (B,) float64.
+    """-log p of each answer after the cached tokens, in nats, (B,) float64; `start`: first logits (B, V).
 
-    start: logits (B, V) of the first token of the answer. The cache is left longer than it came.
+    The cache is extended by the answers.
     """
     width = max(map(len, answers))
     ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in answers], device=start.device)
@@ -135,7 +152,7 @@ def _nll(model: Decoder, cache: KVCache, start: Tensor, answers: Sequence[Sequen
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     found = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0].double()
     lengths = torch.tensor([len(ids) for ids in answers], device=start.device)
-    # What fills up short answers comes after them and so changes nothing before it; it is not counted.
+    # Padding follows the answer, so it does not affect the answer's logits. It is masked out of the sum.
     return -found.masked_fill(torch.arange(width, device=start.device) >= lengths[:, None], 0.0).sum(1)
 
 
@@ -167,9 +184,10 @@ def _score(task: str, length: int, depth: float | None, found: Sequence[Answer])
 
 
 def score_questions(model: Decoder, tokenizer: Tokenizer, grid: Sequence[Questions]) -> Retrieval:
-    """Scores of one model on questions of `make_questions`.
+    """Scores one model on the questions of `make_questions`.
 
-    Raises ConfigError, before anything is run, when a length is beyond the model's positions.
+    Raises:
+        ConfigError: A length exceeds the model's positions. This is checked before anything runs.
     """
     for questions in grid:
         check_context(model, questions.length)
@@ -186,7 +204,7 @@ def score_questions(model: Decoder, tokenizer: Tokenizer, grid: Sequence[Questio
 def score(
     model: Decoder, tokenizer: Tokenizer, documents: Sequence[str], *, lengths: Sequence[int], **settings: Any
 ) -> Retrieval:
-    """Makes questions and scores one model; arguments and errors as in `make_questions`."""
+    """Creates questions and scores one model. Arguments and errors are those of `make_questions`."""
     return score_questions(
         model, tokenizer, make_questions(tokenizer, documents, lengths=lengths, **settings)
     )

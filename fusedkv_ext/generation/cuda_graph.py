@@ -1,10 +1,10 @@
 """CUDA graph capture and replay of the decode step.
 
-A decode step of a small batch is hundreds of kernels of a few microseconds each, less than the host needs to
-launch them. Replaying a graph is one launch (CUDA C++ Programming Guide, "CUDA Graphs").
+A decode step of a small batch consists of hundreds of kernels of a few microseconds each. Launching them
+takes longer than running them. A graph replay is one launch (CUDA C++ Programming Guide, "CUDA Graphs").
 
-A replay runs the kernels again, but not the Python code. So a captured step reads lengths, pages and
-positions from tensors that stay in place, never from numbers on the host, and it waits for nothing.
+A replay runs the kernels, but not the Python code. So a captured step reads lengths, pages and positions from
+tensors with fixed addresses, never from the host, and it does not synchronize.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ __all__ = ["CAPTURES", "graphed", "pays_off"]
 
 Step = Callable[[Tensor], Tensor]
 
-# A capture takes as long as a few steps: the warm-up, the capture itself, and the instantiation.
+# A capture costs as much as a few steps: warm-up, capture and instantiation.
 MIN_STEPS = 16
 
 _one_at_a_time = threading.Lock()
 
 
 def pays_off(model: nn.Module, device: torch.device, steps: int) -> bool:
-    """Whether ``steps`` steps of ``model`` are faster captured than launched one by one.
+    """Whether capturing ``steps`` decode steps of ``model`` is worthwhile.
 
-    False if modules have forward hooks, because a replayed graph calls none.
+    False if modules have forward hooks, because a replay does not call them.
     """
     return (
         device.type in CAPTURES
@@ -44,13 +44,12 @@ def pays_off(model: nn.Module, device: torch.device, steps: int) -> bool:
 
 
 def graphed(step: Step, ids: Tensor, required: bool = False) -> Step:
-    """``step`` as a graph for tensors like ``ids``; its result is overwritten by the next call.
+    """Captures ``step`` as a graph for tensors like ``ids``. Each call overwrites the previous result.
 
     Args:
-        step: Running it twice on the same ids must have the effect of running it once.
-        ids: The input to capture with.
-        required: Whether RuntimeError passes if the capture fails. If not, a warning is given, and the step
-            itself is returned.
+        step: The step. It must be idempotent: the warm-up runs it an additional time.
+        ids: Input of the capture.
+        required: Whether a failed capture raises RuntimeError. If False, it warns and returns ``step``.
     """
     static = ids.clone()
     try:
@@ -59,7 +58,7 @@ def graphed(step: Step, ids: Tensor, required: bool = False) -> Step:
     except RuntimeError as error:
         if required:
             raise
-        warnings.warn(f"decoding without a CUDA graph, because capturing failed: {error}", stacklevel=2)
+        warnings.warn(f"decoding without a CUDA graph, because the capture failed: {error}", stacklevel=2)
         return step
 
     def run(ids: Tensor) -> Tensor:
@@ -70,9 +69,9 @@ def graphed(step: Step, ids: Tensor, required: bool = False) -> Step:
 
 
 class Inputs(TorchDispatchMode):
-    """Keeps the tensors alive that operations read or write without having created them.
+    """Keeps the inputs of a captured step alive: tensors that operations use but did not create.
 
-    A graph knows addresses only. A table that its owner replaces by a longer one would be freed under it.
+    A graph holds addresses only. Without this, a table that its owner replaces would be freed.
     """
 
     def __init__(self) -> None:
@@ -103,10 +102,10 @@ def _capture_cuda(step: Step, ids: Tensor) -> Callable[[], Tensor]:
     graph = torch.cuda.CUDAGraph()
     side.wait_stream(current)
     try:
-        # Around all of it: a capture that fails would leave its stream the current one.
+        # Around the capture, because a failed capture leaves its stream as the current one.
         with torch.cuda.stream(side):
-            step(ids)  # creates what is created on first use: handles, workspaces, tables
-            # Other threads may allocate meanwhile.
+            step(ids)  # warm-up: creates handles, workspaces and tables
+            # thread_local: other threads may allocate during the capture.
             capture = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
             with capture, Inputs() as inputs:
                 out = step(ids)
@@ -124,9 +123,9 @@ def _replay(graph: torch.cuda.CUDAGraph, out: Tensor, kept: dict[int, Tensor]) -
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device, kept: cuBLAS has a workspace for every stream that it has seen."""
+    """One stream per device, cached because cuBLAS allocates a workspace for every new stream."""
     return torch.cuda.Stream(device)
 
 
-# Device types that can capture a step, and how: (step, ids) -> a function that replays it on ids.
+# Device type -> capture function: (step, ids) -> function that replays the step on ids.
 CAPTURES: dict[str, Callable[[Step, Tensor], Callable[[], Tensor]]] = {"cuda": _capture_cuda}

@@ -1,6 +1,6 @@
-"""Generation: prompts of unequal length in, tokens out, greedy or sampled, with a cache or, slowly, without.
+"""Token generation from prompts of different lengths, with a KV cache or, as a reference, without.
 
-Prompts are padded on the left, so that new tokens of all sequences are in the same columns.
+Prompts are left-padded, so that the new tokens of all sequences are in the same columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CausalLM", "generate"]
 
 
 class CausalLM(Protocol):
-    """The interface of a model that ``generate`` needs; ``Decoder`` has it."""
+    """Interface of a model for ``generate``, as ``Decoder`` has it."""
 
     def __call__(
         self,
@@ -60,16 +60,26 @@ def generate(
 
     Args:
         model: The model.
-        ids, max_new_tokens: As in ``Decoder.generate``.
-        vocab_size: Token ids are below it.
-        max_len: Bound of prompt and new tokens together.
-        device: Of the model.
-        sampling: How tokens are chosen; None: greedy.
-        seed, stop, stream, use_cache, attention_mask, page_size: As in ``Decoder.generate``.
-        pad_token_id, cuda_graph: As in ``Decoder.generate``.
+        ids: As in ``Decoder.generate``.
+        max_new_tokens: As in ``Decoder.generate``.
+        vocab_size: Size of the vocabulary.
+        max_len: Largest number of prompt and new tokens together.
+        device: Device of the model.
+        sampling: Sampling method; None is greedy.
+        seed: As in ``Decoder.generate``.
+        stop: As in ``Decoder.generate``.
+        stream: As in ``Decoder.generate``.
+        use_cache: As in ``Decoder.generate``.
+        attention_mask: As in ``Decoder.generate``.
+        page_size: As in ``Decoder.generate``.
+        pad_token_id: As in ``Decoder.generate``.
+        cuda_graph: As in ``Decoder.generate``.
 
     Returns:
-        As ``Decoder.generate``.
+        As in ``Decoder.generate``.
+
+    Raises:
+        ValueError: An argument is invalid. The message names it.
     """
     rows = _rows(ids, attention_mask, vocab_size, device)
     width = ids.shape[1] if isinstance(ids, Tensor) else max(map(len, rows), default=0)
@@ -80,16 +90,17 @@ def generate(
     prompts = _left_padded(rows, width, pad_token_id, device)
     if cuda_graph and not (use_cache and prompts.device.type in graphs.CAPTURES):
         raise ValueError(
-            f"cuda_graph=True needs a model on a CUDA device and use_cache=True; the model is on "
-            f"{prompts.device}, use_cache is {use_cache}"
+            f"cuda_graph=True needs a model on a CUDA device and use_cache=True, got a model on "
+            f"{prompts.device} and use_cache={use_cache}"
         )
     if not rows or max_new_tokens == 0:
         return prompts
     longest = max(map(len, rows))
     if longest + max_new_tokens > max_len:
         raise ValueError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
-            f"than max_position_embeddings={max_len}; shorten one of them"
+            f"prompt and new tokens must be at most max_position_embeddings={max_len} together, got "
+            f"{longest} tokens in the longest prompt and max_new_tokens={max_new_tokens}; shorten one of "
+            "them"
         )
     stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
     generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
@@ -102,7 +113,7 @@ def generate(
         else:
             source = _Uncached(model, rows)
         new = _decode(source, choose, max_new_tokens, stops, pad_token_id, stream)
-    # Copied outside of inference mode the result is an ordinary tensor, which autograd accepts.
+    # Copied outside of inference mode, so that the result is an ordinary tensor for autograd.
     return torch.cat((prompts, new.clone()), dim=1)
 
 
@@ -114,7 +125,7 @@ def _decode(
     pad_token_id: int,
     stream: Callable[[Tensor], None] | None,
 ) -> Tensor:
-    """Token by token, until max_new_tokens or until every sequence has a stop token: (B, new)."""
+    """The decode loop, until max_new_tokens or until every sequence has a stop token: (B, new)."""
     new: list[Tensor] = []
     finished = stop_ids = None
     while len(new) < max_new_tokens:
@@ -135,7 +146,7 @@ def _decode(
 
 @contextmanager
 def _eval_mode(model: CausalLM) -> Iterator[None]:
-    """Evaluation mode within the context; afterwards every module is in its earlier mode."""
+    """Context manager for evaluation mode, which restores the mode of every module."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -147,10 +158,10 @@ def _eval_mode(model: CausalLM) -> Iterator[None]:
 
 
 class _Cached:
-    """Logits of the next token: the prompts in the first call, then one token per sequence and call.
+    """Logits of the next token with a cache: prefill in the first call, then one decode step per call.
 
-    A decode step has two parts. On the host the cache makes room and adds pages. The rest is device work on
-    tensors that stay in place, as a CUDA graph needs it.
+    A decode step has two parts. On the host the cache advances and adds pages. The rest is device work on
+    tensors with fixed addresses, as a CUDA graph needs it.
     """
 
     def __init__(
@@ -165,7 +176,7 @@ class _Cached:
         self.lengths = [len(row) for row in rows]
         longest = max(self.lengths)
         self.prompts = _left_padded(rows, longest, 0, rows[0].device)
-        # The last token is never fed back, so it needs no room.
+        # The last token is not an input, so it needs no cache slot.
         self.cache = model.make_cache(len(rows), longest + max_new_tokens - 1, page_size=page_size)
         self.step: Callable[[Tensor], Tensor] = functools.partial(
             model, cache=self.cache, logits_to_keep=1, advance=False
@@ -183,14 +194,14 @@ class _Cached:
         self.cache.advance(1)
         ids = token[:, None]
         if self.capture_next:
-            # The warm-up stores keys and values of these ids where the step itself stores them again.
+            # The warm-up and the step store the same keys and values in the same slots.
             self.step = graphs.graphed(self.step, ids, self.graph_required)
             self.capture_next = False
         return self.step(ids)[:, -1]
 
 
 class _Uncached:
-    """The definition of the right logits: every sequence alone, all of its tokens again for each new one."""
+    """Reference logits: every sequence alone, recomputed from its start for each new token."""
 
     def __init__(self, model: CausalLM, rows: list[Tensor]) -> None:
         self.model, self.rows = model, rows
@@ -207,24 +218,28 @@ def _rows(
     vocab_size: int,
     device: torch.device | None,
 ) -> list[Tensor]:
-    """The prompts one by one, without padding, checked, on the model's device."""
+    """The checked prompts without padding, on the model's device."""
     if isinstance(ids, Tensor):
         if ids.dim() != 2:
-            raise ValueError(f"ids must be (B, S) or a list of 1-D tensors, got a tensor {tuple(ids.shape)}")
+            raise ValueError(
+                f"ids must have shape (B, S) or be a list of 1-D tensors, got shape {tuple(ids.shape)}"
+            )
         if attention_mask is not None and attention_mask.shape != ids.shape:
             got = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask must have the shape of ids, {tuple(ids.shape)}, got {got}")
         keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [row[kept.to(row.device)] for row, kept in zip(ids, keep, strict=True)]
     elif attention_mask is not None:
-        raise ValueError("attention_mask goes with ids (B, S); prompts in a list have no padding")
+        raise ValueError("attention_mask must be None for a list of prompts, which have no padding")
     else:
         rows = [row if isinstance(row, Tensor) else torch.as_tensor(row, dtype=torch.int64) for row in ids]
     for b, row in enumerate(rows):
         if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
             raise ValueError(f"prompt {b} must be a 1-D integer tensor, got {row.dtype} {tuple(row.shape)}")
         if len(row) == 0:
-            raise ValueError(f"prompt {b} is empty; give it at least one token, such as a start token")
+            raise ValueError(
+                f"prompt {b} must have at least one token, got none; give it one, such as a start token"
+            )
     if rows:
         low, high = (int(x) for x in torch.cat(rows).aminmax())
         if low < 0 or high >= vocab_size:

@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or sampled with a temperature, top-k and top-p."""
+"""Sampling of the next token: greedy, or with temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from logits; a callable that maps logits to tokens.
+    """A sampling method: a callable that maps logits to tokens.
 
     Args:
-        temperature: Logits are divided by it; 0 takes the most likely token.
-        top_k: Keep that many of the most likely tokens; 0 keeps all.
-        top_p: Of these, keep the smallest set whose probability reaches top_p (nucleus sampling, arXiv
+        temperature: Divisor of the logits; 0 is greedy.
+        top_k: Number of most likely tokens to keep; 0 keeps all.
+        top_p: Of these, the smallest set whose probability reaches top_p is kept (nucleus sampling, arXiv
             1904.09751); 1 keeps all.
 
     Raises:
@@ -55,7 +55,7 @@ class Sampling:
             logits = logits.masked_fill(logits < weakest, -math.inf)
         if self.top_p < 1:
             ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
-            # A token stays if the more likely ones do not reach top_p without it; the first one always stays.
+            # A token is kept if the more likely ones do not reach top_p, so the first is always kept.
             beyond = ordered.cumsum(-1) - ordered >= self.top_p
             logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
         return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -1,9 +1,11 @@
-"""Methods trained under one budget: equal data order, tokens and width, several seeds, one rule for the rate.
+"""Comparison of methods under one training budget: equal data order, tokens, width and seeds.
 
-Every run is a folder of its own with its metrics.jsonl and checkpoints; what is there already is not done
-again, so a comparison that was killed goes on where it was. Learning rates: all seeds at the first rate, one
-seed at each other; the rate of a method is the one whose first seed ended lowest, and the remaining seeds run
-at that rate, too. The rule is the same for all methods.
+Every run has its own folder with metrics.jsonl and checkpoints. Finished runs are not repeated, so a killed
+comparison resumes.
+
+Learning rates follow one rule for all methods. All seeds run at the first rate, and the first seed runs at
+every rate. The rate of a method is the one with the lowest loss of the first seed. The remaining seeds then
+run at that rate.
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ class Budget:
     """The common budget of all methods.
 
     Attributes:
-        seeds: the number of seeds, from `run.seed` on.
-        rates: learning rates; the first seed runs with all of them.
-        equal: "width" gives all methods the same sizes; "parameters" widens or narrows each FFN until the
-            model has as many parameters as the first method's.
+        config: The configuration that all runs share.
+        seeds: Number of seeds, starting with `run.seed`.
+        rates: Learning rates. The first seed runs with all of them.
+        equal: "width" gives all methods the same sizes. "parameters" adapts the FFN width so that the number
+            of parameters equals that of the first method.
     """
 
     config: TrainConfig
@@ -59,7 +62,7 @@ class Budget:
 
     @property
     def first_seed(self) -> int:
-        """The seed with which all rates are run."""
+        """The seed that runs with all rates."""
         return self.config.run.seed
 
     @property
@@ -86,14 +89,17 @@ Results = dict[RunKey, dict[str, Any]]
 
 
 def parameters(config: TrainConfig, vocab_size: int) -> int:
-    """Number of parameters of the model of a configuration, which is not allocated."""
+    """Number of parameters of a configuration's model, counted on the meta device."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(config, vocab_size).parameters())
 
 
 def configs(entries: Sequence[Entry], budget: Budget, vocab_size: int) -> dict[Entry, TrainConfig]:
-    """The configuration of each method, without seed and rate. Raises ConfigError naming a method that cannot
-    have these sizes."""
+    """The configuration of each method, without seed and rate.
+
+    Raises:
+        ConfigError: A method does not support these sizes. The message names it.
+    """
     found, counts = {}, []
     for entry in entries:
         try:
@@ -107,7 +113,7 @@ def configs(entries: Sequence[Entry], budget: Budget, vocab_size: int) -> dict[E
 
 
 def _resized(config: TrainConfig, target: int, vocab_size: int) -> TrainConfig:
-    """The width of the FFN, or of its experts, with which the model comes nearest to `target` parameters."""
+    """Adapts the width of the FFN, or of its experts, to get as close to `target` parameters as possible."""
     model = config.model
     width, key = ffn_width(model), "intermediate_size"
     if model.num_experts and model.moe_intermediate_size:
@@ -116,16 +122,16 @@ def _resized(config: TrainConfig, target: int, vocab_size: int) -> TrainConfig:
     def widened(by: int) -> TrainConfig:
         return config.updated([(f"model.{key}", max(1, width + by))])
 
-    # Asked of the model, and over many channels: experts whose width follows intermediate_size round it.
+    # Measured on the model, over many channels, because the experts' width rounds intermediate_size.
     own, span = parameters(config, vocab_size), 1024
     per_channel = (parameters(widened(span), vocab_size) - own) / span
     return widened(round((target - own) / per_channel))
 
 
 def plan_runs(entries: Sequence[Entry], budget: Budget, results: Results) -> list[RunKey]:
-    """The runs that can be started now, in order; with all results there, those that are missing to the end.
+    """The runs without a result that can start now, in order; empty at the end of the comparison.
 
-    The runs at a method's best rate are known when its runs with the first seed have ended.
+    The runs at a method's best rate are added when its runs with the first seed have results.
     """
     first, *others = budget.rates
     keys = [RunKey(entry, first, seed) for seed in budget.all_seeds for entry in entries]
@@ -138,7 +144,7 @@ def plan_runs(entries: Sequence[Entry], budget: Budget, results: Results) -> lis
 
 
 def best_rate(entry: Entry, budget: Budget, results: Results) -> float | None:
-    """The rate whose run with the first seed ended lowest; None while one is missing or if all diverged."""
+    """The rate with the lowest loss of the first seed; None if a run is missing or all diverged."""
     losses = {}
     for rate in budget.rates:
         result = results.get(RunKey(entry, rate, budget.first_seed))
@@ -150,8 +156,19 @@ def best_rate(entry: Entry, budget: Budget, results: Results) -> float | None:
 
 
 def read_result(folder: Path, config: TrainConfig, text: str) -> dict[str, Any] | None:
-    """The result of a finished run, None where there is none. ConfigError if it is that of other settings or
-    of other text than that of the key `text`."""
+    """Reads the result of a run.
+
+    Args:
+        folder: Folder of the run.
+        config: Expected configuration.
+        text: Expected key of the training text.
+
+    Returns:
+        The result, or None if the run is not finished.
+
+    Raises:
+        ConfigError: The result has another configuration, plan or text.
+    """
     path = folder / RESULT
     if not path.is_file():
         return None
@@ -159,13 +176,16 @@ def read_result(folder: Path, config: TrainConfig, text: str) -> dict[str, Any] 
     runs.check_same(config, TrainConfig.from_dict(result["config"]), folder)
     if "plan" in result:
         runs.check_same_plan(config, CachePlan.from_dict(result["plan"]), folder)
-    if result.get("text", text) != text:  # the first comparisons did not keep it
-        raise ConfigError(f"{folder} holds a run with other text; restore it, or choose another --out")
+    if result.get("text", text) != text:  # old results have no text
+        raise ConfigError(
+            f"{folder} must have a run with the same text, got another one; restore the text, or choose "
+            "another --out"
+        )
     return result
 
 
 def train_run(config: TrainConfig, folder: Path, threads: int, text: str) -> dict[str, Any]:
-    """Trains one model to its end, from its newest checkpoint if there is one, and keeps the result."""
+    """Trains one model to the end, resuming from its newest checkpoint, and writes the result."""
     loop.deterministic(resolve_device(config.run.device))
     plan = resolve_plan(config.model).to_dict()
     result: dict[str, Any] = {"config": config.to_dict(), "plan": plan, "text": text}
@@ -173,7 +193,7 @@ def train_run(config: TrainConfig, folder: Path, threads: int, text: str) -> dic
         with _with_threads(threads):
             done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
         result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
-    except TrainingDiverged as error:  # a result, too: this rate is too high for this method
+    except TrainingDiverged as error:  # also a result: this rate is too high for this method
         result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
     if session.rank() == 0:
         write(folder / RESULT, json.dumps(result))
@@ -186,7 +206,7 @@ def _config_of(key: RunKey, methods: dict[Entry, TrainConfig]) -> TrainConfig:
 
 
 def load(budget: Budget) -> TokenData:
-    """The text of a comparison as tokens."""
+    """Loads the tokens of a comparison's text."""
     return loop.load_data(budget.config, load_tokenizer(budget.config.data.tokenizer))
 
 
@@ -195,19 +215,26 @@ def run_all(
 ) -> Iterator[tuple[RunKey, dict[str, Any], int]]:
     """Trains all missing runs below `root`.
 
-    With one job, runs are in this process or, under torchrun, in all of its processes together. With several,
-    each run has a process of its own.
+    With one job, runs execute in this process or, under torchrun, on all ranks together. With more, each run
+    has its own process.
 
     Args:
-        jobs: the number of concurrent runs.
-        threads: the threads of each run.
+        entries: The methods.
+        budget: The budget of every method.
+        root: Output folder.
+        jobs: Number of concurrent runs.
+        threads: CPU threads of each run.
 
     Yields:
         (run, result, number of known remaining runs).
+
+    Raises:
+        ConfigError: Settings are invalid, or differ from those of existing runs.
+        RuntimeError: The process of a run was killed.
     """
     if jobs > 1 and session.world_size() > 1:
-        raise ConfigError(f"under torchrun runs follow one another: --jobs must be 1, got {jobs}")
-    data = load(budget).info  # reads the text once for all processes
+        raise ConfigError(f"--jobs must be 1 under torchrun, got {jobs}; all ranks work on one run at a time")
+    data = load(budget).info  # encodes the text once for all processes
     methods = configs(entries, budget, data.vocab_size)
     results: Results = {}
     with ExitStack() as stack:
@@ -232,7 +259,7 @@ def run_all(
 
 
 def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[dict[str, Any]]:
-    """Does it here and now."""
+    """Runs a call in this process."""
     done: Future[dict[str, Any]] = Future()
     done.set_result(train(*arguments))
     return done
@@ -250,28 +277,28 @@ def _with_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
-    """Processes that are ended at once on an error: their runs go on from their checkpoints next time."""
+    """Process pool that terminates its processes on an error. Their runs resume from checkpoints."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
     try:
         yield pool.submit
     except BaseException as error:
-        processes = list((pool._processes or {}).values())  # the pool forgets them when it is shut down
+        processes = list((pool._processes or {}).values())  # `shutdown` clears the attribute
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise RuntimeError(
-                "the process of a run was killed, perhaps for lack of memory; the same command goes on from "
-                "the checkpoints, fewer --jobs need less"
+                "the process of a run was killed, perhaps for lack of memory; repeat the command to resume "
+                "from the checkpoints, with fewer --jobs to use less memory"
             ) from error
         raise
     pool.shutdown()
 
 
 def _end_with_parent() -> None:
-    """For a process of the pool: it ends with the one that trains, even if that is killed, and not before."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; that one ends the others
+    """Initializer of a pool process: it exits when its parent exits, even if that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
     parent = multiprocessing.parent_process()
 
     def wait_for_end() -> None:
@@ -285,7 +312,7 @@ def _end_with_parent() -> None:
 def curves(
     entries: Sequence[Entry], budget: Budget, results: Results, root: Path
 ) -> dict[str, list[tuple[float, float]]]:
-    """Validation loss in bits per byte over tokens, mean over the seeds; without runs that diverged."""
+    """Validation loss in bits per byte over tokens: mean over seeds, without diverged runs."""
     found = {}
     for entry in entries:
         rate = best_rate(entry, budget, results)
@@ -294,7 +321,7 @@ def curves(
         points: dict[float, list[float]] = {}
         for key in (RunKey(entry, rate, seed) for seed in budget.all_seeds):
             if results[key]["valid_loss"] is None:
-                continue  # it would bend the mean where it ends
+                continue  # a partial curve would distort the mean
             for record in read_metrics(key.folder(root) / "metrics.jsonl"):
                 if record["kind"] == "valid":
                     points.setdefault(record["tokens"], []).append(record["bits_per_byte"])
@@ -305,8 +332,16 @@ def curves(
 def tokens_per_second(
     methods: Mapping[Entry, TrainConfig], data: TokenData, threads: int, repeats: int = 7
 ) -> dict[Entry, float]:
-    """Training speed of each method: that of the first one, times the ratio of their median steps when these
-    are done in turns, so that noise hits both alike. Two models at a time are in memory.
+    """Training speed of each method.
+
+    It is the speed of the first method times a ratio of median step times. Each ratio is measured with
+    alternating steps, so noise affects both methods alike. Two models at a time are in memory.
+
+    Args:
+        methods: The configuration of each method.
+        data: The tokens to train on.
+        threads: CPU threads.
+        repeats: Timed steps per method.
     """
 
     def trainer(config: TrainConfig) -> DecoderTrainer:

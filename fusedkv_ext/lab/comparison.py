@@ -1,4 +1,4 @@
-"""The result of a comparison: mean and spread over seeds, tables, which of the papers' orderings hold."""
+"""Result of a comparison: mean and standard deviation over seeds, tables, and the papers' orderings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = dict[str, Any]
 
 
 def cache_bytes_per_token(config: TrainConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Of the plan of a configuration, all layers, one sequence."""
+    """Cache bytes per token of a configuration's plan: all layers, one sequence."""
     model, plan = config.model, resolve_plan(config.model)
     if model.kv_lora_rank is not None:
         return plan.latent_bytes_per_token(model.kv_lora_rank, model.qk_rope_head_dim or 0, dtype)
@@ -35,9 +35,16 @@ def summarize(
     tokens_per_s: Mapping[Entry, float],
     data: Mapping[str, Any],
 ) -> Result:
-    """One JSON object: conditions, and a row per method with its losses, ordered as the methods are.
+    """The result as one JSON object: the conditions, and one row per method in the given order.
 
-    Differences are to the first method and paired by seed: equal seeds see the same text in the same order.
+    Differences are to the first method and paired by seed, because equal seeds train on the same windows.
+
+    Args:
+        budget: The common budget.
+        methods: The configuration of each method; the first is the baseline.
+        results: The results of all runs.
+        tokens_per_s: Measured training speeds.
+        data: Description of the text, with its `vocab_size`.
     """
     entries = list(methods)
     baseline = _losses(entries[0], budget, results)
@@ -84,7 +91,7 @@ def _loss(results: Results, key: RunKey) -> float | None:
 
 
 def _losses(entry: Entry, budget: Budget, results: Results) -> list[float | None]:
-    """Validation loss in bits per byte at the method's rate, one per seed; None where the run diverged."""
+    """Validation losses in bits per byte at the method's rate, one per seed; None for a diverged run."""
     rate = best_rate(entry, budget, results)
     if rate is None:
         return [None] * budget.seeds
@@ -92,13 +99,13 @@ def _losses(entry: Entry, budget: Budget, results: Results) -> list[float | None
 
 
 def _gaps(losses: Sequence[float | None], others: Sequence[float | None]) -> list[float]:
-    """Differences of the seeds that both methods have a loss of."""
+    """Differences of losses by seed, without seeds for which one method has none."""
     pairs = zip(losses, others, strict=True)
     return [one - other for one, other in pairs if one is not None and other is not None]
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; None where there are too few values."""
+    """Mean and sample standard deviation; None if there are too few values."""
     return {
         f"{name}_mean": statistics.fmean(values) if values else None,
         f"{name}_sd": statistics.stdev(values) if len(values) > 1 else None,
@@ -118,7 +125,7 @@ TITLES = (
 
 
 def cells(result: Result, row: Mapping[str, Any]) -> list[str]:
-    """One row of the table, as text."""
+    """The cells of one row of the table."""
     first = result["rows"][0]
     speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "not measured"
     diverged = row["losses"].count(None)
@@ -142,23 +149,23 @@ def _plus_minus(mean: float | None, deviation: float | None, form: str) -> str:
 
 
 def ordered(result: Result) -> list[dict[str, Any]]:
-    """Rows by loss, the best first; diverged ones last."""
+    """Rows sorted by loss, the lowest first; diverged methods are last."""
     return sorted(result["rows"], key=lambda row: math.inf if row["loss_mean"] is None else row["loss_mean"])
 
 
 def text_table(result: Result) -> str:
-    """For the screen."""
+    """The table as aligned text."""
     titles = [title.format(baseline=result["baseline"]) for title in TITLES]
     return aligned([titles, *(cells(result, row) for row in ordered(result))], rule=False)
 
 
 def markdown_table(result: Result) -> str:
-    """For a document."""
+    """The table as Markdown."""
     titles = [title.format(baseline=result["baseline"]) for title in TITLES]
     return table(titles, (cells(result, row) for row in ordered(result)), numbers=True)
 
 
-# The orderings that the papers report: (what is claimed, better, worse). Lower loss is better.
+# Orderings reported by the papers: (claim, better, worse). Lower loss is better.
 CLAIMS = (
     ("FusedKV < Lite", "fusedkv", "fusedkv-lite"),
     ("Lite < vanilla", "fusedkv-lite", "vanilla"),
@@ -181,10 +188,11 @@ CLAIMS = (
 
 
 def verdicts(result: Result) -> list[dict[str, Any]]:
-    """For each claim about two methods of the result: the paired difference, and the verdict.
+    """Paired difference and verdict for each claim whose two methods are in the result.
 
-    The verdict is "yes" if the mean difference has the claimed sign and exceeds its standard error times the
-    two-sided 95 % quantile of Student's t. It is "no" for the opposite sign, else "not decided".
+    The verdict is "yes" if the mean difference has the claimed sign and exceeds its limit, and "no" if it has
+    the opposite sign and exceeds it. Otherwise it is "not decided". The limit is the standard error times the
+    two-sided 95 % quantile of Student's t.
     """
     rows = {row["label"]: row for row in result["rows"]}
     found = []
@@ -202,12 +210,12 @@ def verdicts(result: Result) -> list[dict[str, Any]]:
 
 
 def _t_quantile(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t: a table up to 10 degrees of freedom, 2.23 beyond (cautious)."""
+    """Two-sided 95 % quantile of Student's t: a table up to 10 degrees of freedom, an upper bound beyond."""
     table = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
     return table[min(freedom, len(table)) - 1]
 
 
 def verdicts_table(result: Result) -> str:
-    """For a document."""
+    """The verdicts as a Markdown table."""
     rows = ([v["claim"], f"{v['gap']:+.3f}", f"{v['limit']:.3f}", v["holds"]] for v in verdicts(result))
     return table(["the papers' ordering", "difference", "± (95 %)", "here"], rows)

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: loss over tokens, and loss over cache bytes with its Pareto front."""
+"""Plots of a comparison: loss over tokens, and loss over cache bytes with the Pareto front."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito, which people with any kind of color vision can tell apart; one per family of methods.
+# Okabe and Ito's palette, which is safe for color-blind readers; one color per family of methods.
 _FAMILIES = {
     "vanilla": "#4D4D4D",
     "gqa": "#4D4D4D",
@@ -42,8 +42,9 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The ascending positions nearest to ascending heights (least squares) that are at least gap apart."""
-    pools: list[list[float]] = []  # of heights less k gaps: where a pool decreases it becomes its mean
+    """Positions nearest to ascending heights (least squares) that are at least `gap` apart."""
+    # Isotonic regression of height - k * gap by pooling adjacent violators.
+    pools: list[list[float]] = []
     for k, height in enumerate(heights):
         pools.append([height - k * gap])
         while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
@@ -53,7 +54,7 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _names(axes: Axes, points: Sequence[tuple[float, float, str]], beside: float) -> None:
-    """Names of (height, x, name) points, written at `beside`, where none covers another."""
+    """Writes the names of (height, x, name) points at x = `beside` without overlap."""
     low, high = axes.get_ylim()
     points = sorted(points)
     for (height, x, name), at in zip(points, _apart([y for y, *_ in points], (high - low) / 44), strict=True):
@@ -70,9 +71,10 @@ def _names(axes: Axes, points: Sequence[tuple[float, float, str]], beside: float
 
 
 def loss_over_tokens(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Validation loss, mean over the seeds, of each method: name -> (tokens, bits per byte) points.
+    """Plots the validation loss over training tokens.
 
-    No methods, as when all of them diverged: empty axes.
+    Args:
+        curves: Name -> points (tokens, bits per byte), mean over seeds. May be empty if all methods diverged.
     """
     figure, axes = _axes(8.4, 6.0)
     for index, (name, points) in enumerate(curves.items()):
@@ -94,7 +96,7 @@ def loss_over_tokens(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
 
 
 def pareto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Labels of the methods than which no other has both a smaller cache and a lower loss."""
+    """Labels of the methods on the Pareto front of cache size and loss."""
     finished = [row for row in rows if row["loss_mean"] is not None]
     best, front = float("inf"), []
     for row in sorted(finished, key=lambda row: (row["cache_bytes_per_token"], row["loss_mean"])):
@@ -105,9 +107,12 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def loss_over_cache(result: Mapping[str, Any]) -> Figure:
-    """Loss against cache bytes per token, one standard deviation over the seeds, the front as a line.
+    """Plots loss over cache bytes per token, with the Pareto front as a line.
 
-    Variants are rings without deviations.
+    Error bars are one standard deviation over seeds. Variants are rings without error bars.
+
+    Args:
+        result: A result of `comparison.summarize`.
     """
     figure, axes = _axes(8.4, 6.0)
     rows = [row for row in result["rows"] if row["loss_mean"] is not None]
@@ -144,5 +149,7 @@ def loss_over_cache(result: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("cache bytes per token (bfloat16)")
     axes.set_ylabel("validation loss, bits per byte")
     what = f"{result['seeds']} seeds, {result['tokens'] / 1e6:.2g} M tokens"
-    axes.set_title(f"Loss over cache ({what}); rings: variants, dashed: the front", loc="left", fontsize=11)
+    axes.set_title(
+        f"Loss over cache ({what}); rings: variants; dashed: Pareto front", loc="left", fontsize=11
+    )
     return figure

@@ -1,4 +1,4 @@
-"""What benchmarks/conversion.py measured: a table of perplexity over cache bytes, and its picture."""
+"""Tables and plot of the results of benchmarks/conversion.py: perplexity over cache bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusedkv_ext.lab.reporting import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The columns and marks: how far a model was taken.
+# Stages of a conversion: (column title, color, marker).
 STAGES = {
     "copied": ("weights copied", "#999999", "x"),
     "calibrated": ("calibrated", "#0072B2", "o"),
@@ -19,7 +19,7 @@ STAGES = {
 
 
 def _sorted(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The original first, then from the largest cache to the smallest, the best first."""
+    """Rows by decreasing cache size, then by increasing perplexity after calibration."""
     return sorted(result["rows"], key=lambda row: (-row["bytes"], row["calibrated"]))
 
 
@@ -30,7 +30,7 @@ def _shown(perplexity: float | None) -> str:
 
 
 def conversion_table(result: dict[str, Any]) -> str:
-    """Perplexities of every plan, by cache size."""
+    """Markdown table of the perplexities of every plan, by cache size."""
     rows = []
     for row in _sorted(result):
         size = f"{row['bytes'] / 1024:.1f}"
@@ -41,7 +41,7 @@ def conversion_table(result: dict[str, Any]) -> str:
 
 
 def pooling_table(result: dict[str, Any]) -> str:
-    """Perplexity of SkipV1Former with the weights copied, by the way that value heads are pooled."""
+    """Markdown table of the perplexity of SkipV1Former with copied weights, by pooling of the value heads."""
     rows = [row for row in result["rows"] if "pooling" in row]
     ways = list(rows[0]["pooling"]) if rows else []
     cells = ([row["label"], *(_shown(row["pooling"][way]) for way in ways)] for row in rows)
@@ -49,16 +49,16 @@ def pooling_table(result: dict[str, Any]) -> str:
 
 
 def _places(rows: list[dict[str, Any]]) -> list[float]:
-    """Cache relative to the original's; plans of nearly one size side by side, so that none hides another."""
+    """Cache sizes relative to the original. Plans of similar size are shifted so that none hides another."""
     places: list[float] = []
-    for row in rows:  # from the largest cache to the smallest
+    for row in rows:  # by decreasing cache size
         wanted = row["bytes"] / row["original_bytes"]
         places.append(min(wanted, places[-1] - 0.014) if places else wanted)
     return places
 
 
 def conversion_figure(result: dict[str, Any]) -> Figure:
-    """Perplexity over cache size, one column of marks per plan; what lies beyond the axis is left out."""
+    """Plots perplexity over cache size, one column of markers per plan, without markers beyond the axis."""
     figure, axes = new_figure(8.4, 5.2)
     original, rows = result["original"], _sorted(result)
     top, places = 12 * original, _places(rows)
@@ -86,7 +86,7 @@ def conversion_figure(result: dict[str, Any]) -> Figure:
     axes.set_ylim(0.6 * lowest, top)
     axes.set_yticks(ticks := [t for t in (10, 12, 15, 20, 30, 50, 100) if t < top], [f"{t}" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("cache bytes per token, relative to the original (plans of one size side by side)")
+    axes.set_xlabel("cache bytes per token, relative to the original (plans of similar size are shifted)")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{result['model']}: one model, many caches", loc="left", fontsize=11)
     axes.legend(frameon=False)

@@ -1,6 +1,4 @@
-"""What experiments compare: a method of the registry with its options, written `cla:factor=3`, or a plan in a
-JSON file.
-"""
+"""Entries of a comparison: methods of the registry with options (`cla:factor=3`), and JSON files of plans."""
 
 from __future__ import annotations
 
@@ -19,10 +17,11 @@ from fusedkv_ext.training.trainer import resolve_plan
 
 @dataclass(frozen=True)
 class Entry:
-    """A method with its non-default options as (name, value) pairs.
+    """A method with its options.
 
     Attributes:
-        method: a name of the registry, or the path of a plan's JSON file, which ends in `.json`.
+        method: A name of the registry, or the path of a plan's JSON file, which ends in `.json`.
+        options: Non-default options as (name, value) pairs.
     """
 
     method: str
@@ -30,27 +29,29 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """`name` or `name:option=value:option=value`, which `parse` reads back; of a file its bare name."""
+        """`name` or `name:option=value:option=value`, the inverse of `parse`. For a file, its stem."""
         name = Path(self.method).stem if _is_file(self.method) else self.method
         return ":".join([name, *(f"{key}={_text(value)}" for key, value in self.options)])
 
     @property
     def folder(self) -> str:
-        """The label as the name of a folder."""
+        """The label as a folder name."""
         return self.label.replace(":", ",").replace("/", "of")
 
     @property
     def paper(self) -> str:
-        """Where the method comes from."""
+        """The source of the method: its paper, or the path of its file."""
         return self.method if _is_file(self.method) else METHODS[self.method].paper
 
     def config(self, base: TrainConfig) -> TrainConfig:
-        """`base` with this method in the place of its plan. Raises ConfigError for options out of range, and
-        for options in `base`, which would be ignored.
+        """Returns `base` with the plan of this method.
+
+        Raises:
+            ConfigError: An option is out of range, or `base` has plan options, which would be ignored.
         """
         if base.model.plan_options:
             raise ConfigError(
-                f"model.plan_options {base.model.plan_options} belong to no method here; give options with "
+                f"model.plan_options must be empty here, got {base.model.plan_options}; give options with "
                 "the method, as in cla:factor=3"
             )
         heads = base.model.num_key_value_heads
@@ -76,7 +77,11 @@ def _is_file(method: str) -> bool:
 
 
 def parse(label: str) -> Entry:
-    """The entry of a label. Raises ConfigError for an unknown method or option, listing those there are."""
+    """Parses a label.
+
+    Raises:
+        ConfigError: The method or an option is unknown. The message lists the known ones.
+    """
     if _is_file(label):
         return Entry(label)
     try:
@@ -87,22 +92,27 @@ def parse(label: str) -> Entry:
 
 
 def parse_all(labels: Iterable[str]) -> list[Entry]:
-    """Entries of labels; `all` is every method of the registry and its variants.
+    """Parses labels. Empty labels and duplicates are dropped.
 
-    Empty labels are left out, and what is named twice counts once. Raises ConfigError as `parse` does, and
-    for two files of one name.
+    Args:
+        labels: Labels of entries. `all` stands for every method of the registry and its variants.
+
+    Raises:
+        ConfigError: A label is invalid, or two files have one name.
     """
     found: dict[str, Entry] = {}
     for label in filter(None, map(str.strip, labels)):
         for entry in every() if label == "all" else [parse(label)]:
             if found.setdefault(entry.label, entry) != entry:
                 other = found[entry.label].method
-                raise ConfigError(f"{other} and {entry.method} are both called {entry.label}; rename one")
+                raise ConfigError(
+                    f"labels must be unique, got {entry.label} for {other} and {entry.method}; rename one"
+                )
     return list(found.values())
 
 
 def every() -> list[Entry]:
-    """Every method of the registry with its defaults, followed by its variants."""
+    """All methods of the registry: each with its defaults, followed by its variants."""
     return [
         Entry(name, tuple(options.items()))
         for name, method in METHODS.items()

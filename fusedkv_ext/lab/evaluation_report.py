@@ -1,4 +1,4 @@
-"""Tables and pictures of an evaluation: models by name, all on the same text and questions."""
+"""Tables and plots of an evaluation of named models on the same text and questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _percent(depth: float | None) -> str:
-    """The depth of a cell, which unlike a total has one."""
+    """The depth of a cell in percent."""
     return f"{(depth or 0.0) * 100:g}%"
 
 
@@ -37,8 +37,12 @@ def perplexity_table(
     differences: Mapping[str, Difference],
     cache_bytes: Mapping[str, float | None],
 ) -> str:
-    """A line per model; differences: those that could be paired with the first model; cache_bytes: of a
-    token in a model's cache.
+    """Table with one line per model.
+
+    Args:
+        results: The perplexity of each model.
+        differences: Paired differences to the first model, for the models that have them.
+        cache_bytes: Cache bytes per token of each model, or None.
     """
     first = next(iter(results.values()))
     rows = []
@@ -62,7 +66,7 @@ def perplexity_table(
 
 
 def positions_table(results: Mapping[str, Positions]) -> str:
-    """A line per bucket of positions, a column per model."""
+    """Table with one line per bucket of positions and one column per model."""
     first = next(iter(results.values()))
     rows = [
         (_between(*ends), *(_number(result.loss[i], result.stderr[i]) for result in results.values()))
@@ -73,7 +77,7 @@ def positions_table(results: Mapping[str, Positions]) -> str:
 
 
 def retrieval_table(results: Mapping[str, Retrieval]) -> str:
-    """A line per task, length and model: all depths together, then the right choices by depth."""
+    """Table with one line per task, length and model: means over all depths, then the accuracy per depth."""
 
     def row(name: str, retrieval: Retrieval, total: Score) -> tuple[str, ...]:
         place = total.task, total.length
@@ -95,15 +99,15 @@ def retrieval_table(results: Mapping[str, Retrieval]) -> str:
     depths = dict.fromkeys(f"at {_percent(cell.depth)}" for cell in first.cells)
     head = ("model", "task", "tokens", "exact", "choice", "nats", "gain", *depths)
     return (
-        f"Retrieval: {total.examples} examples a line. exact: greedy answer right. choice: right value most "
-        f"likely of {round(1 / total.chance)}\n(chance {total.chance:.0%}), then by depth of the needle. "
-        f"nats: of the right value (guessing digits: {GUESS_NLL:.2f}).\n"
-        f"gain: nats without the needle less nats with it.\n{aligned([head, *rows], rule=False)}"
+        f"Retrieval: {total.examples} examples per line. exact: greedy answer right. choice: right value "
+        f"most likely of {round(1 / total.chance)}\n(chance {total.chance:.0%}), then by needle depth. "
+        f"nats: of the right value (random digits: {GUESS_NLL:.2f}).\n"
+        f"gain: nats without the needle minus nats with it.\n{aligned([head, *rows], rule=False)}"
     )
 
 
 def position_curves(curves: Mapping[str, Positions]) -> Figure:
-    """Loss over the number of tokens before the target token, a line per model with one standard error."""
+    """Plots the loss over the number of preceding tokens, with bands of one standard error per model."""
     figure, axes = figures.new_figure(7.2, 4.4)
     for index, (name, curve) in enumerate(curves.items()):
         shade = figures.color(name, index)
@@ -124,7 +128,7 @@ def position_curves(curves: Mapping[str, Positions]) -> Figure:
 
 
 def retrieval_grids(scores: Mapping[str, Retrieval]) -> Figure:
-    """Share of right choices by depth (rows) and length (columns); a panel per task (rows) and model."""
+    """Plots the accuracy of choices by depth (rows) and length (columns), one panel per task and model."""
     first = next(iter(scores.values()))
     tasks = list(dict.fromkeys(cell.task for cell in first.cells))
     lengths = list(dict.fromkeys(cell.length for cell in first.cells))
@@ -148,7 +152,7 @@ def retrieval_grids(scores: Mapping[str, Retrieval]) -> Figure:
             axes.tick_params(length=0, labelsize=7)
             axes.set_title(f"{name}\n{task}", loc="left", fontsize=8)
     chance = first.cells[0].chance
-    figure.suptitle(f"Retrieval: share of right choices, chance {chance:.0%}", fontsize=9)
+    figure.suptitle(f"Retrieval: accuracy of choices, chance {chance:.0%}", fontsize=9)
     figure.supxlabel("context, tokens", fontsize=8)
     figure.supylabel("depth of the needle", fontsize=8)
     bar = figure.colorbar(image, ax=grid.ravel().tolist(), shrink=0.8)

@@ -1,8 +1,7 @@
-"""What all pictures share: figures without pyplot, colors, writing, and the loss curves of runs.
+"""Common parts of all plots: figures, colors, atomic writing, and loss curves.
 
-Figures are made without pyplot, so no window system and no global state is touched. Colors are those of
-Okabe and Ito, which people with any kind of color vision can tell apart; curves differ in line style as
-well.
+Figures are created without pyplot, so no window system and no global state are involved. The colors are Okabe
+and Ito's palette, which is safe for color-blind readers. Curves also differ in line style.
 """
 
 from __future__ import annotations
@@ -26,7 +25,16 @@ _STYLES = ("-", "--", "-.", ":")
 
 
 def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
-    """A figure of that many inches and its axes; grid: arguments of `Figure.subplots`."""
+    """Creates a figure and its axes.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        **grid: Arguments of `Figure.subplots`.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     need("matplotlib", "Drawing")
     figure_module = need("matplotlib.figure", "Drawing")
     figure = figure_module.Figure(figsize=(width, height), layout="constrained", dpi=150)
@@ -34,7 +42,7 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
 
 
 def need_matplotlib() -> None:
-    """Raises MissingExtra at once, rather than after minutes of training."""
+    """Raises MissingExtra if matplotlib is not installed; called before training starts."""
     need("matplotlib", "Drawing")
 
 
@@ -42,28 +50,28 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many last parts as needed to distinguish them.
 
     Raises:
-        ConfigError: two paths are the same.
+        ConfigError: Two paths are equal.
     """
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-count:]) for each in parts]
         if len(set(names)) == len(names):
             return names
-    raise ConfigError(f"one of {', '.join(map(str, paths))} is named twice; name each once")
+    raise ConfigError(f"paths must be unique, got {', '.join(map(str, paths))}; name each once")
 
 
 def color(name: str, index: int) -> str:
-    """A fixed color for the plans of the demo, others by turn."""
+    """A fixed color for the plans of the demo; other names cycle through the palette."""
     return _KNOWN.get(name, _COLORS[index % len(_COLORS)])
 
 
 def line_style(index: int) -> str:
-    """Line styles by turn."""
+    """Line styles in a cycle."""
     return _STYLES[index % len(_STYLES)]
 
 
 def tidy(axes: Axes, grid: bool = True) -> None:
-    """Takes away what a picture does not need; grid: thin horizontal lines."""
+    """Hides the top and right spines; `grid` adds thin horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     if grid:
         axes.grid(True, axis="y", color="#DDDDDD", linewidth=0.6)
@@ -71,7 +79,7 @@ def tidy(axes: Axes, grid: bool = True) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes a picture in one go: an old one stays until the new one is complete."""
+    """Writes a figure atomically and returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{os.getpid()}-{path.name}")
@@ -84,17 +92,17 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def _smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the last `width` values."""
+    """Running mean over the last `width` values."""
     return [
         sum(part) / len(part) for part in (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
     ]
 
 
 def loss_curves(curves: Mapping[str, Sequence[Record]], unit: str = "bits") -> Figure:
-    """Training loss (thin: recorded, thick: running mean) and validation loss (dots) over training tokens.
+    """Plots training loss (thin: recorded, thick: running mean) and validation loss (dots) over tokens.
 
     Args:
-        curves: name -> metrics records.
+        curves: Name -> metrics records.
         unit: "bits" per byte of text, or "nats" per token.
     """
     figure, axes = new_figure(7.2, 4.4)
@@ -121,7 +129,7 @@ def loss_curves(curves: Mapping[str, Sequence[Record]], unit: str = "bits") -> F
                     markeredgewidth=0.5,
                 )
                 late += losses[1:]
-    if late:  # the first steps from random weights would squeeze everything else
+    if late:  # excludes the first steps, whose loss is far above the rest
         margin = 0.08 * (max(late) - min(late) or 1.0)
         axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set_xlabel("training tokens (millions)")

@@ -1,8 +1,8 @@
 """Gradients of the q, k and v projections per layer while models train (FusedKV, arXiv:2512.03870, figure 9).
 
-Plans are trained alike: same seeds, same windows in the same order. Every few steps the L2 norm of the
-gradient of each projection's weight is recorded, before clipping, as records of kind "grads" in the run's
-metrics. The first plan is the baseline of the others.
+All plans train with the same seeds and windows. Every few steps, the L2 norm of each projection's weight
+gradient is recorded before clipping, as a record of kind "grads" in metrics.jsonl. The first plan is the
+baseline.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from fusedkv_ext.training.trainer import resolve_plan
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 DEFAULTS = {**SMALL, "run.steps": 300}
 
-Norms = dict[str, list[list[float | None]]]  # per projection: [recorded step or seed][layer]
+Norms = dict[str, list[list[float | None]]]  # projection -> [recorded step or seed][layer]
 
 
 def projection_norms(model: nn.Module) -> dict[str, list[float | None]]:
-    """L2 norm of the gradient of each layer's q_proj, k_proj and v_proj weight; None for a missing one.
+    """L2 norms of the weight gradients of each layer's q_proj, k_proj and v_proj; None for a missing one.
 
     Args:
-        model: a Decoder after the backward.
+        model: A Decoder after the backward.
     """
     found = {}
     layers: Any = model.model
@@ -59,7 +59,7 @@ def projection_norms(model: nn.Module) -> dict[str, list[float | None]]:
 
 
 def every_steps(interval: int) -> Observer:
-    """For `Trainer.observe`: the norms of every `interval`-th step."""
+    """Observer for `Trainer.observe` that records the norms of every `interval`-th step."""
 
     def observe(step: int, model: nn.Module) -> Record | None:
         return None if step % interval else {"kind": "grads", **projection_norms(model)}
@@ -74,17 +74,19 @@ class Gradients:
     plans: list[str]  # the first is the baseline
     seeds: list[int]
     steps: list[int]  # recorded
-    span: list[int]  # first and last recorded step of the means: all after the warm-up of the learning rate
+    span: list[int]  # first and last recorded step in the means, both after the warm-up
     shallow_layers: list[int]
-    series: list[Norms]  # of each plan: [recorded step][layer], means over seeds
-    means: list[Norms]  # of each plan: [seed][layer], means over `span`
+    series: list[Norms]  # per plan: [recorded step][layer], means over seeds
+    means: list[Norms]  # per plan: [seed][layer], means over `span`
     valid_bits_per_byte: list[list[float]]  # [plan][seed]
     conditions: dict[str, Any]
     config: dict[str, Any]
 
     def ratios(self, plan: int, projection: str) -> list[Spread | None]:
-        """Per layer: mean norm of the plan over that of the baseline, of the same seed; None where one of
-        them has no such projection."""
+        """Ratio of the plan's mean norm to the baseline's with the same seed, per layer.
+
+        A layer without that projection in one of the plans is None.
+        """
         pairs = [
             [None if x is None or y is None else x / y for x, y in zip(own, base, strict=True)]
             for own, base in zip(self.means[plan][projection], self.means[0][projection], strict=True)
@@ -92,14 +94,14 @@ class Gradients:
         return [None if None in layer else Spread.of(layer) for layer in zip(*pairs, strict=True)]
 
     def shallow_ratio(self, plan: int, projection: str) -> Spread | None:
-        """Mean of the ratios of the shallow layers, spread over seeds; None where no ratio exists."""
+        """Mean ratio of the shallow layers, with its spread over seeds; None if there is no ratio."""
         pairs = zip(self.means[plan][projection], self.means[0][projection], strict=True)
         shallow = self.shallow_layers
         ratios = [[x / y for i in shallow if (x := own[i]) and (y := base[i])] for own, base in pairs]
         return Spread.of([Spread.of(layers).mean for layers in ratios]) if all(ratios) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and what follows from them."""
+        """All fields and the derived ratios."""
         shallow = {
             plan: {name: _as_dict(self.shallow_ratio(p, name)) for name in PROJECTIONS}
             for p, plan in enumerate(self.plans)
@@ -114,36 +116,36 @@ def _as_dict(spread: Spread | None) -> dict[str, float | None] | None:
 
 
 def _recorded(folder: Path, steps: Sequence[int]) -> list[Record]:
-    """Records of gradients in a run's metrics, which must be those of the first of `steps`."""
+    """Gradient records of a run, which must be those of the first of `steps`."""
     path = folder / "metrics.jsonl"
     records = [r for r in read_metrics(path) if r["kind"] == "grads"] if path.exists() else []
     found = [record["step"] for record in records]
     if found != list(steps[: len(found)]):
         raise ConfigError(
-            f"{path} has gradients of the steps {found[:3]}..., not of {list(steps[:3])}...; give the same "
-            "--every to go on with this run, or choose another --out"
+            f"{path} must have gradients of steps {list(steps[:3])}..., got {found[:3]}...; give the same "
+            "--every to continue this run, or choose another --out"
         )
     return records
 
 
 def _norms(folder: Path, steps: Sequence[int]) -> Norms:
-    """Per projection [recorded step][layer] of a finished run."""
+    """Norms of a finished run: projection -> [recorded step][layer]."""
     records = _recorded(folder, steps)
     if len(records) < len(steps):
         raise ValueError(
-            f"{folder}/metrics.jsonl has gradients of {len(records)} steps, not of {len(steps)}: it was not "
-            "written by fusedkv grads alone; choose another --out"
+            f"{folder}/metrics.jsonl must have gradients of {len(steps)} steps, got {len(records)}: another "
+            "command wrote a part of it; choose another --out"
         )
     return {name: [record[name] for record in records] for name in PROJECTIONS}
 
 
 def _mean(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Mean of equally long rows, entry by entry; None stays None."""
+    """Elementwise mean of rows; None stays None."""
     return [None if None in column else Spread.of(column).mean for column in zip(*rows, strict=True)]
 
 
 def _means(runs: Iterable[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:
-    """Mean of equally large tables, entry by entry."""
+    """Elementwise mean of tables."""
     return [_mean(rows) for rows in zip(*runs, strict=True)]
 
 
@@ -156,13 +158,22 @@ def run_gradients(
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> Gradients:
-    """Trains each method with each seed, in out/METHOD/seed-N, and records norms of every `every`-th step.
+    """Trains each method with each seed in out/METHOD/seed-N, and records gradient norms.
 
     A stopped run is resumed.
 
+    Args:
+        config: The configuration that all runs share.
+        entries: Two or more methods; the first is the baseline.
+        num_seeds: Number of seeds, starting with `run.seed`.
+        every: Steps between two records.
+        out: Output folder.
+        progress: Progress display.
+        should_stop: Returns True to interrupt the run.
+
     Raises:
-        Stopped: the run was interrupted.
-        ConfigError: settings are invalid, or differ from those of `out`.
+        Stopped: The run was interrupted.
+        ConfigError: Settings are invalid, or differ from those of `out`.
     """
     if len(entries) < 2:
         raise ConfigError(f"--methods needs at least two, got {', '.join(entry.label for entry in entries)}")
@@ -172,7 +183,7 @@ def run_gradients(
     late = [index for index, step in enumerate(steps) if step > config.optim.warmup_steps]
     if not late:
         raise ConfigError(
-            f"no step is recorded after the warm-up: run.steps {config.run.steps}, --every {every}, "
+            f"a step after the warm-up must be recorded, got run.steps {config.run.steps}, --every {every}, "
             f"optim.warmup_steps {config.optim.warmup_steps}; train longer or record more often"
         )
     series, means = [], []
@@ -185,7 +196,7 @@ def run_gradients(
         bits.append([])
         for seed in seeds:
             folder = out / entry.folder / f"seed-{seed}"
-            _recorded(folder, steps)  # another interval is noticed before anything is trained
+            _recorded(folder, steps)  # checks the interval before training
             seeded = own.updated([("run.seed", seed)])
             done = finish(seeded, folder, progress, should_stop, every_steps(every))
             runs.append(_norms(folder, steps))
@@ -208,7 +219,11 @@ def run_gradients(
 
 
 def read_gradients(path: Path, result: Any) -> Gradients:
-    """The content of a grads.json; ValueError names the file when it is none or not complete."""
+    """Validates the content of a grads.json.
+
+    Raises:
+        ValueError: The content is not complete or is another kind of result. The message names the file.
+    """
     kinds = {"conditions": dict, "config": dict}
     names = [field.name for field in fields(Gradients)]
     result = check_result(result, path, "grads", {name: kinds.get(name, list) for name in names})
@@ -216,7 +231,7 @@ def read_gradients(path: Path, result: Any) -> Gradients:
     try:
         layers = int(found.config["model"]["num_hidden_layers"])
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: 'config' has no model.num_hidden_layers") from None
+        raise ValueError(f"{path}: 'config' must have model.num_hidden_layers") from None
     if not found.shallow_layers or not set(found.shallow_layers) <= set(range(layers)):
         raise ValueError(
             f"{path}: 'shallow_layers' must be layers below {layers}, got {found.shallow_layers}"
@@ -234,7 +249,7 @@ def read_gradients(path: Path, result: Any) -> Gradients:
 
 
 def table(found: Gradients) -> str:
-    """Ratios to the baseline per layer, and their mean over the shallow layers."""
+    """Table of the ratios to the baseline, per layer and as mean over the shallow layers."""
     blocks = []
     for p, plan in enumerate(found.plans[1:], start=1):
         rows = [[f"{plan} / {found.plans[0]}", *PROJECTIONS]]

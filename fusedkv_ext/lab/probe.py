@@ -1,14 +1,14 @@
-"""The dense-fusion probe: source layers that learned weights choose (FusedKV, arXiv:2512.03870, figure 2).
+"""The dense-fusion probe: learned weights of all source layers (FusedKV, arXiv:2512.03870, figure 2).
 
-Every layer above the first n fuses the keys and the values of all n storage layers, with one learnable scalar
-each that starts at 1/n. The learned weights show which layers are worth reading. A row is summarized by its
-center of mass:
+Every layer above the first n fuses the keys and the values of all n storage layers. Each source has one
+learnable scalar, which is initialized to 1/n. The learned weights show which source layers are useful. A row
+is summarized by its center of mass:
 
     c_i = sum_j |w_ij| j / sum_j |w_ij|        j: source layers, from 0
 
-The sign of a weight does not count, because a source with a negative weight is used too. A weight is not yet
-a contribution, because the values of one layer may be larger than those of another. So there is a second
-center, "scaled": each weight times the root mean square of what its source stores.
+The sign of a weight does not matter, because a source with a negative weight is used too. A weight is not a
+contribution, because the magnitudes of stored keys and values differ between layers. So there is a second
+center, "scaled": each weight is multiplied by the root mean square of what its source stores.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ Matrix = list[list[float]]  # [reconstruction layer][source layer]
 
 
 def center_of_mass(weights: Sequence[float], positions: Sequence[float]) -> float:
-    """The mean of the positions, weighted by the absolute values of the weights.
+    """Mean of the positions, weighted by the absolute weights.
 
     Raises:
-        ValueError: all weights are zero.
+        ValueError: All weights are zero.
     """
     masses = [abs(weight) for weight in weights]
     if not sum(masses):
@@ -62,7 +62,7 @@ def center_of_mass(weights: Sequence[float], positions: Sequence[float]) -> floa
 
 @dataclass(frozen=True)
 class Probe:
-    """Learned weights, as used, and what they were learned in. Layers count from 0."""
+    """Learned effective weights and training conditions. Layers count from 0."""
 
     plan: str
     source_layers: list[int]
@@ -70,14 +70,19 @@ class Probe:
     seeds: list[int]
     keys: list[Matrix]  # one per seed
     values: list[Matrix]
-    rms: dict[str, Matrix]  # of what the source layers store, "keys" and "values": [seed][source layer]
+    rms: dict[str, Matrix]  # root mean square of stored "keys" and "values": [seed][source layer]
     valid_loss: list[float]  # nats per token, one per seed
     valid_bits_per_byte: list[float]
     conditions: dict[str, Any]
     config: dict[str, Any]
 
     def centers(self, side: str, scaled: bool = False) -> list[list[float]]:
-        """[seed][reconstruction layer] of the "keys" or the "values"; scaled: weights times `rms`."""
+        """Centers of mass as [seed][reconstruction layer].
+
+        Args:
+            side: "keys" or "values".
+            scaled: Multiplies the weights by `rms`.
+        """
         sizes = self.rms[side] if scaled else [[1.0] * len(self.source_layers)] * len(self.seeds)
         return [
             [
@@ -88,22 +93,22 @@ class Probe:
         ]
 
     def center(self, side: str, scaled: bool = False) -> Spread:
-        """Over all reconstruction layers: their mean, spread over seeds."""
+        """Mean center over the reconstruction layers, with its spread over seeds."""
         return Spread.of([Spread.of(rows).mean for rows in self.centers(side, scaled)])
 
     def asymmetry(self, scaled: bool = False) -> Spread:
-        """Center of the keys minus that of the values, in layers."""
+        """Center of the keys minus center of the values, in layers."""
         pairs = zip(self.centers("keys", scaled), self.centers("values", scaled), strict=True)
         return Spread.of([Spread.of(keys).mean - Spread.of(values).mean for keys, values in pairs])
 
     def share(self, side: str, layers: Sequence[int]) -> Spread:
-        """Share of the absolute weight that lies on these source layers, mean over reconstruction layers."""
+        """Fraction of the absolute weight on the given source layers, mean over reconstruction layers."""
         chosen = [j in layers for j in self.source_layers]
         shares = [[center_of_mass(row, chosen) for row in matrix] for matrix in getattr(self, side)]
         return Spread.of([Spread.of(rows).mean for rows in shares])
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and what follows from them."""
+        """All fields and the derived centers."""
         derived = {
             "centers": {side: self.centers(side) for side in SIDES},
             "center": {side: self.center(side)._asdict() for side in SIDES},
@@ -117,10 +122,10 @@ class Probe:
 
 
 def check_plan(plan: CachePlan) -> tuple[list[int], list[int]]:
-    """(source layers, reconstruction layers) of a plan that the probe can show.
+    """Source layers and reconstruction layers of a plan.
 
     Raises:
-        ConfigError: not all layers that store nothing weigh the same source layers with scalars.
+        ConfigError: The layers without storage do not all weigh the same source layers with scalars.
     """
     readers = [i for i in range(plan.num_layers) if plan.reads_only(i)]
     segments = [getattr(plan.layers[i], side) for i in readers for side in SIDES]
@@ -131,14 +136,14 @@ def check_plan(plan: CachePlan) -> tuple[list[int], list[int]]:
     )
     if not scalar or len(sources) != 1:
         raise ConfigError(
-            "the probe needs a plan whose upper layers weigh one set of source layers with a scalar each, as "
-            f"dense-fusion does; {plan.name!r} with {plan.num_layers} layers is none (fusedkv plan draws it)"
+            "the probe needs a plan whose upper layers weigh one set of source layers with a scalar each, "
+            f"like dense-fusion, got {plan.name!r} with {plan.num_layers} layers; `fusedkv plan` draws it"
         )
     return list(sources.pop()), readers
 
 
 def learned_weights(model: Decoder, readers: Sequence[int]) -> dict[str, Matrix]:
-    """The scalars of both sides, as used."""
+    """The effective scalars of both sides: [reconstruction layer][source layer]."""
     layers: Any = model.model.layers
     fusions = [layers[i].self_attn.kv_fusion for i in readers]
     return {
@@ -149,7 +154,7 @@ def learned_weights(model: Decoder, readers: Sequence[int]) -> dict[str, Matrix]
 
 @torch.no_grad()
 def stored_rms(model: Decoder, ids: Tensor, sources: Sequence[int]) -> dict[str, list[float]]:
-    """Root mean square of the rotated keys and of the values that each source layer stores of ids (B, S)."""
+    """Root mean square of the stored keys (after RoPE) and values of each source layer, for ids (B, S)."""
     stored: dict[int, KV] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -168,17 +173,24 @@ def stored_rms(model: Decoder, ids: Tensor, sources: Sequence[int]) -> dict[str,
 def run_probe(
     config: TrainConfig, num_seeds: int, out: Path, progress: Progress, should_stop: Callable[[], bool]
 ) -> Probe:
-    """Trains one model per seed, in out/seed-N, and reads its weights. A stopped run is resumed.
+    """Trains one model per seed in out/seed-N and reads its fusion weights. A stopped run is resumed.
+
+    Args:
+        config: The configuration that all runs share.
+        num_seeds: Number of seeds, starting with `run.seed`.
+        out: Output folder.
+        progress: Progress display.
+        should_stop: Returns True to interrupt the run.
 
     Raises:
-        Stopped: the run was interrupted.
-        ConfigError: the probe cannot show the model, or `out` belongs to another one.
+        Stopped: The run was interrupted.
+        ConfigError: The probe does not support the model, or `out` has runs of another one.
     """
     sources, readers = check_plan(resolve_plan(config.model))
     if config.model.kv_lora_rank is not None:
         raise ConfigError(
-            "the probe weighs keys and values, of which latent attention stores none; leave out "
-            "model.kv_lora_rank"
+            f"model.kv_lora_rank must be none for the probe, got {config.model.kv_lora_rank}: latent "
+            "attention stores no keys and values; leave it out"
         )
     seeds = seeds_of(config, num_seeds)
     found: dict[str, list[Any]] = {"keys": [], "values": [], "loss": [], "bits": []}
@@ -210,7 +222,11 @@ def run_probe(
 
 
 def read_probe(path: Path, result: Any) -> Probe:
-    """The content of a probe.json; ValueError names the file when it is none or not complete."""
+    """Validates the content of a probe.json.
+
+    Raises:
+        ValueError: The content is not complete or is another kind of result. The message names the file.
+    """
     kinds = {"plan": str, "rms": dict, "conditions": dict, "config": dict}
     names = [field.name for field in fields(Probe)]
     result = check_result(result, path, "probe", {name: kinds.get(name, list) for name in names})
@@ -235,7 +251,7 @@ def read_probe(path: Path, result: Any) -> Probe:
 
 
 def table(probe: Probe) -> str:
-    """Centers per reconstruction layer and over all of them, and where the weights lie."""
+    """Table of the centers per reconstruction layer and overall, and of the weight on outer sources."""
     centers = {side: list(zip(*probe.centers(side), strict=True)) for side in SIDES}  # [layer][seed]
     rows = [["reconstruction layer", "center of keys", "center of values", "keys - values"]]
     for row, layer in enumerate(probe.reconstruction_layers):
@@ -248,7 +264,7 @@ def table(probe: Probe) -> str:
     low, high = probe.source_layers[:2], probe.source_layers[-2:]
     for name, layers in (("first", low), ("last", high)):
         shares = [f"{probe.share(side, layers):.2f}" for side in SIDES]
-        rows.append([f"share of the {name} {len(layers)} sources", *shares, ""])
+        rows.append([f"weight on the {name} {len(layers)} sources", *shares, ""])
     spread = f"; ± standard deviation over {len(probe.seeds)} seeds" if len(probe.seeds) > 1 else ""
     return (
         f"{aligned(rows)}\n\nCenter of mass over source layers {probe.source_layers}, counted from 0, by "

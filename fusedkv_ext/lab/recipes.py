@@ -1,4 +1,4 @@
-"""The configurations that come with the package: TOML files of `TrainConfig`, each value with its source."""
+"""Configurations in the package: TOML files for `TrainConfig`, with the source of each value."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _FOLDER = Path(__file__).with_name("recipes")
 
 
 def names() -> list[str]:
-    """Names that `find` knows, in alphabetical order."""
+    """Names of the packaged configurations, in alphabetical order."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The TOML file of a name that `names` lists, else the file of that path.
+    """Finds a TOML file by the name of a packaged configuration or by its path.
 
-    A file of your own with the name of a packaged configuration is `./name`.
+    Write `./name` for a local file with the name of a packaged configuration.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: There is neither.
     """
     if str(name_or_path) in names():
         return _FOLDER / f"{name_or_path}.toml"

@@ -1,7 +1,7 @@
-"""Tables and files of results, and the generated parts of documents.
+"""Tables, atomic writing of files, and generated parts of documents.
 
-Those parts are between `<!-- generated: KIND [FILE] -->` and `<!-- end -->`. Tests check that the committed
-documents match the data.
+A generated part is between `<!-- generated: KIND [FILE] -->` and `<!-- end -->`. Tests check that the
+committed documents match the data.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: ([\w./-]+))? -->\n).*?(<!-- 
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    """A table in Markdown; numbers: all columns but the first are flush right."""
+    """Formats a Markdown table; with `numbers`, all columns but the first are right-aligned."""
     rule = ["---"] + ["---:" if numbers else "---"] * (len(titles) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, rule, *rows)) + "\n"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:
-    """Rows of cells as lines, a header first; the first column is left-aligned, the others right-aligned.
+    """Formats rows as aligned text: the first column is left-aligned, the others right-aligned.
 
     Args:
-        rows: the rows.
-        rule: adds a line of dashes below the header.
+        rows: The cells, header first.
+        rule: Adds a line of dashes below the header.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -40,7 +40,7 @@ def aligned(rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    """Writes a text file in one go: an old one stays until the new one is complete."""
+    """Writes a text file atomically and returns its path."""
     scratch = path.with_name(f".{os.getpid()}-{path.name}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
@@ -48,27 +48,27 @@ def write(path: Path, text: str) -> Path:
 
 
 def filled(text: str, blocks: Mapping[str, Callable[[str], str]]) -> str:
-    """A document with its generated parts filled in.
+    """Fills in the generated parts of a document.
 
     Args:
-        text: the document.
-        blocks: KIND -> function of FILE ("" if the mark names none) that returns lines.
+        text: The document.
+        blocks: KIND -> function from FILE ("" if the marker has none) to the content.
 
     Raises:
-        ValueError: a KIND is unknown.
+        ValueError: A KIND is unknown.
     """
 
     def part(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
         if kind not in blocks:
-            raise ValueError(f"unknown generated block {kind!r}; known: {', '.join(blocks)}")
+            raise ValueError(f"a generated block must be one of {', '.join(blocks)}, got {kind!r}")
         return f"{begin}{blocks[kind](name or '')}{end}"
 
     return _MARKED.sub(part, text)
 
 
 def filled_from_results(text: str, blocks: Mapping[str, Callable[[Any], str]], folder: Path) -> str:
-    """As ``filled``, with functions of the content of FILE, a JSON file of ``folder``."""
+    """Like ``filled``, for functions of the content of FILE, which is a JSON file in ``folder``."""
 
     def of_file(block: Callable[[Any], str]) -> Callable[[str], str]:
         return lambda name: block(json.loads((folder / name).read_text(encoding="utf-8")))

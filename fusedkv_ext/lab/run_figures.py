@@ -1,4 +1,4 @@
-"""Pictures of the experiments: heat maps of fusion weights, gradient norms per layer and over training."""
+"""Plots of the experiments: heat maps of fusion weights, and gradient norms per layer and over training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_NUMBERS = 100  # cells that still have room for a number
+_MOST_NUMBERS = 100  # largest number of cells that are labeled
 
 
 def probe_maps(probe: Probe) -> Figure:
-    """Mean weights over seeds, keys on the left and values on the right: a row per reconstruction layer, the
-    deepest on top, a column per source layer. Diamonds: centers of mass; both maps share one color scale.
+    """Plots the mean fusion weights over seeds, with keys on the left and values on the right.
+
+    Rows are reconstruction layers, the deepest on top. Columns are source layers. Diamonds mark centers of
+    mass. Both maps share one color scale.
     """
     rows, columns = len(probe.reconstruction_layers), len(probe.source_layers)
     figure, panels = new_figure(2.6 + 0.9 * columns, 1.6 + 0.42 * rows, ncols=2)
@@ -68,7 +70,7 @@ def probe_maps(probe: Probe) -> Figure:
 
 
 def _numbers(axes: Axes, picture: Sequence[Sequence[float]], limit: float) -> None:
-    """The weights as text, above the diamonds."""
+    """Writes the weights above the diamonds."""
     if len(picture) * len(picture[0]) > _MOST_NUMBERS:
         return
     for y, row in enumerate(picture):
@@ -78,7 +80,7 @@ def _numbers(axes: Axes, picture: Sequence[Sequence[float]], limit: float) -> No
 
 
 def _column(layers: Sequence[int], position: float) -> float:
-    """Where a position between layer numbers lies among the columns."""
+    """Converts a layer position to a column position by interpolation."""
     for column, (left, right) in enumerate(zip(layers, layers[1:], strict=False)):
         if position <= right:
             return column + (position - left) / (right - left)
@@ -86,8 +88,10 @@ def _column(layers: Sequence[int], position: float) -> float:
 
 
 def gradient_norms(found: Gradients) -> Figure:
-    """A column per projection: above the norm per layer, mean over the span of steps and over seeds (bars:
-    standard deviation over seeds), below the norm over training, thin per shallow layer, thick their mean.
+    """Plots gradient norms, one column per projection.
+
+    The upper row has norms per layer: means over steps and seeds, with standard deviations over seeds. The
+    lower row has norms over training: thin lines per shallow layer, thick lines for their mean.
     """
     figure, grid = new_figure(10.5, 6.2, nrows=2, ncols=len(PROJECTIONS), sharey="row")
     for column, name in enumerate(PROJECTIONS):

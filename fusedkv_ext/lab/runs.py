@@ -1,4 +1,4 @@
-"""Runs of an experiment: trained once, gone on with after a kill, read when they are done."""
+"""Training runs of an experiment, which are resumed after a kill and not repeated."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ except ImportError:  # Windows
 FORMAT = 1  # of result files
 Observer = Callable[[int, nn.Module], Record | None]
 
-# What the probe and the gradients train unless they are told otherwise: deep rather than wide, for it is the
-# layers that are looked at; minutes on two cores.
+# Default model of the probe and of the gradients: deep rather than wide, minutes of training on two cores.
 SMALL = {
     "model.num_hidden_layers": 12,
     "model.hidden_size": 96,
@@ -50,12 +49,12 @@ SMALL = {
 
 
 class Stopped(Exception):
-    """The user asked an experiment to stop; its runs have checkpoints, and the same command goes on."""
+    """The user interrupted an experiment. Its runs have checkpoints; the same command resumes them."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has done all its steps. Losses: those of the last validation."""
+    """A run that has finished all its steps. The losses are those of the last validation."""
 
     model: Decoder
     valid_loss: float  # nats per token
@@ -65,7 +64,7 @@ class FinishedRun:
 
 
 class Spread(NamedTuple):
-    """Mean over seeds and the standard deviation of a seed (n - 1), None for one seed."""
+    """Mean and sample standard deviation over seeds; `sd` is None for one seed."""
 
     mean: float
     sd: float | None
@@ -79,7 +78,7 @@ class Spread(NamedTuple):
 
 
 def significant(value: Any) -> Any:
-    """Floats rounded to six digits, also those in lists and dictionaries: for files that people read."""
+    """Rounds floats to six significant digits, also in lists and dictionaries."""
     if isinstance(value, Mapping):
         return {key: significant(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -88,13 +87,13 @@ def significant(value: Any) -> Any:
 
 
 def dumps(result: Mapping[str, Any]) -> str:
-    """JSON with a line for each entry at the top."""
+    """Formats JSON with one line per top-level entry."""
     entries = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def seeds_of(config: TrainConfig, count: int) -> list[int]:
-    """`count` seeds from `run.seed` on."""
+    """`count` consecutive seeds, starting with `run.seed`."""
     return list(range(config.run.seed, config.run.seed + count))
 
 
@@ -105,14 +104,18 @@ def finish(
     should_stop: Callable[[], bool],
     observe: Observer | None = None,
 ) -> FinishedRun:
-    """Trains the run in `folder` to its end, from its newest checkpoint if there is one.
+    """Trains the run in `folder` to its end, resuming from its newest checkpoint.
 
     Args:
-        observe: see `Trainer.observe`.
+        config: The configuration of the run.
+        folder: Output folder of the run.
+        progress: Progress display.
+        should_stop: Returns True to interrupt the run.
+        observe: See `Trainer.observe`.
 
     Raises:
-        Stopped: should_stop() returned True before the end.
-        ConfigError: the folder has a run with another configuration, or another process is training it.
+        Stopped: `should_stop` returned True before the end.
+        ConfigError: The folder has a run with another configuration, or another process is training it.
     """
     if should_stop():
         raise Stopped
@@ -127,7 +130,7 @@ def finish(
                 progress.line(f"warning: {folder}: {warning}")
         trainer = this.trainer
         trainer.observe = observe
-        # Rank 0 alone looks: it may just have dropped records that another process would still find.
+        # Only rank 0 reads the metrics, because it may have just dropped records in `loop.resume`.
         ended = [] if session.rank() else _validated(folder / "metrics.jsonl", config.run.steps)
         if session.any_rank(bool(ended)):
             own = (ended[-1]["loss"], ended[-1]["bits_per_byte"]) if ended else (0.0, 0.0)
@@ -150,7 +153,7 @@ def finish(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two processes that train one run would overwrite each other: ConfigError in the later one."""
+    """Locks a run's folder. A second process that trains the run raises ConfigError."""
     if fcntl is None or session.rank():
         yield
         return
@@ -160,64 +163,77 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{folder}: another process is training this run; wait for its end, or choose another --out"
+                f"{folder}: another process is training this run; wait until it ends, or choose another --out"
             ) from error
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         yield
 
 
 def _validated(metrics: Path, step: int) -> list[Record]:
-    """Validations of a step: with the last step's a run is complete."""
+    """Validation records of a step. A run with a validation of its last step is complete."""
     records = read_metrics(metrics) if metrics.exists() else []
     return [record for record in records if record["kind"] == "valid" and record["step"] == step]
 
 
 def check_same(wanted: TrainConfig, found: TrainConfig, folder: Path) -> None:
-    """ConfigError, which names the first difference, when a folder's run is not the one that is wanted."""
+    """Raises ConfigError with the first difference if the run of a folder has another configuration."""
     wanted = loop.absolute_paths(wanted)
     for key in known_keys():
         section, name = key.split(".")
         old, new = (getattr(getattr(config, section), name) for config in (found, wanted))
         if old != new:
             raise ConfigError(
-                f"{folder} holds a run with {key} = {old!r}, now it is {new!r}; give the same settings to go "
-                "on with it, or choose another --out"
+                f"{key} must be {old!r}, as in the run of {folder}, got {new!r}; give the same settings to "
+                "continue the run, or choose another --out"
             )
 
 
 def check_same_plan(wanted: TrainConfig, found: CachePlan, folder: Path) -> None:
-    """ConfigError when the file that a plan was read from has another one now."""
+    """Raises ConfigError if the file of a plan has changed since the run started."""
     if resolve_plan(wanted.model) != found:
         raise ConfigError(
-            f"{folder} holds a run with another plan than {wanted.model.plan} has now; restore that file, or "
-            "choose another --out"
+            f"{wanted.model.plan} must have the plan of the run in {folder}, got another plan; restore the "
+            "file, or choose another --out"
         )
 
 
 def without_seed(config: TrainConfig) -> dict[str, Any]:
-    """A configuration for a result file: what differs between its runs is said elsewhere."""
+    """The configuration for a result file, without the seed, which differs between runs."""
     values = asdict(config)
     del values["run"]["seed"]
     return values
 
 
 def check_result(result: Any, path: Path, kind: str, required: Mapping[str, type]) -> dict[str, Any]:
-    """The content of a result file, when it is one of that kind. ValueError names the file otherwise."""
+    """Checks the content of a result file and returns it.
+
+    Args:
+        result: The parsed content.
+        path: Path of the file, for error messages.
+        kind: Expected kind of result.
+        required: Types of the required entries.
+
+    Raises:
+        ValueError: The kind or format is another one, or an entry is missing. The message names the file.
+    """
     expected = f"expected the {kind}.json that `fusedkv {kind}` wrote"
     if not isinstance(result, dict) or result.get("kind") != kind:
         found = result.get("kind") if isinstance(result, dict) else type(result).__name__
-        raise ValueError(f"{path} holds {found!r}; {expected}")
+        raise ValueError(f"{path} must have a result of kind {kind!r}, got {found!r}; {expected}")
     if result.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {result.get('format')!r}; this version reads format {FORMAT}")
+        raise ValueError(
+            f"{path} must have format {FORMAT}, got {result.get('format')!r}; another version wrote it"
+        )
     for name, type_ in required.items():
         if not isinstance(result.get(name), type_):
-            raise ValueError(f"{path}: {name!r} is missing or no {type_.__name__}; {expected}")
+            got = type(result[name]).__name__ if name in result else "nothing"
+            raise ValueError(f"{path}: {name!r} must be a {type_.__name__}, got {got}; {expected}")
     return result
 
 
 def finite_rows(rows: Any, width: int, holes: bool = False) -> bool:
-    """True if rows is a list of lists of ``width`` finite numbers; with holes None is allowed too."""
+    """True if `rows` is a list of lists of `width` finite numbers, or None entries if `holes`."""
 
     def good(x: Any) -> bool:
         return (holes and x is None) or (isinstance(x, (int, float)) and math.isfinite(x))

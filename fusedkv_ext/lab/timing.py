@@ -1,4 +1,4 @@
-"""Timing of several calls in turns, so that a noisy machine disturbs all alike."""
+"""Interleaved timing of several calls, so that noise affects all of them alike."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _Item = TypeVar("_Item")
 
 @dataclass
 class Timed:
-    """What is timed.
+    """A timed call and its samples.
 
     Args:
-        launch: Makes the call, ``calls`` times.
+        launch: Executes the call ``calls`` times.
         calls: Calls per launch.
         before: Called before each launch, untimed.
-        samples: Seconds per call, one for each launch.
+        samples: Seconds per call, one entry per launch.
     """
 
     launch: Callable[[], object]
@@ -31,7 +31,7 @@ class Timed:
 
 
 def turns(items: Sequence[_Item], rounds: int) -> Iterator[_Item]:
-    """Every item once per round. The order rotates, so that none always comes after the same other."""
+    """Yields every item once per round, in an order that rotates between rounds."""
     for turn in range(rounds):
         first = turn % max(len(items), 1)
         yield from items[first:]
@@ -39,7 +39,7 @@ def turns(items: Sequence[_Item], rounds: int) -> Iterator[_Item]:
 
 
 def sample(timed: Sequence[Timed], rounds: int, device: torch.device | None = None) -> None:
-    """Takes ``rounds`` samples of each; waits for a CUDA device before and after each launch."""
+    """Takes ``rounds`` samples of each call. CUDA devices are synchronized before and after each launch."""
     wait = device is not None and device.type == "cuda"
     for each in turns(timed, rounds):
         if each.before is not None:
@@ -56,7 +56,14 @@ def sample(timed: Sequence[Timed], rounds: int, device: torch.device | None = No
 def in_turns(
     calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each call."""
+    """Median seconds of each call.
+
+    Args:
+        calls: Name -> call.
+        repeats: Timed rounds.
+        device: Device of the calls.
+        warm_up: Rounds before, whose samples are dropped.
+    """
     timed = {name: Timed(call) for name, call in calls.items()}
     sample(list(timed.values()), warm_up + repeats, device)
     return {name: statistics.median(each.samples[warm_up:]) for name, each in timed.items()}
@@ -71,5 +78,5 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of samples that were taken in the same rounds."""
+    """Median of the ratios of samples from the same rounds."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))

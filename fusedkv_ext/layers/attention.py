@@ -1,9 +1,9 @@
-"""Attention of one layer of a cache plan: FusedKV (arXiv 2512.03870) and every other row of the plan's table.
+"""Attention of one layer of a cache plan: FusedKV (arXiv 2512.03870) and all other plans with K/V heads.
 
-A layer projects and stores the KV heads that the plan gives it, and reads the others from its source layers.
-If it names itself among the sources, it mixes with its fusion weights before it stores; else when it reads.
-Keys are stored after RoPE. Keys and values are arguments and return values, so the module works inside any
-block, under activation checkpointing and under FSDP.
+A layer projects and stores the KV heads that the plan assigns to it, and reads the others from its source
+layers. If the layer is one of its own sources, fusion weights are applied before storage, otherwise when the
+layer reads. Keys are stored after RoPE. Keys and values are arguments and return values, so the module works
+in any block, with activation checkpointing and with FSDP.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _NOTHING = KV(None, None)
 
 
 class FusedKVAttention(nn.Module):
-    """Causal self-attention of layer ``layer`` (from 0) of ``plan``; it projects only what the layer stores.
+    """Causal self-attention of layer ``layer`` (from 0) of ``plan``. Only stored heads have projections.
 
-    Parameters have the names of HF's Qwen3: ``q_proj``, ``o_proj``; ``k_proj`` and ``v_proj`` of the stored
-    heads, if there are any; ``q_norm``, and ``k_norm`` if keys are stored, with ``qk_norm``; ``kv_fusion``
-    (``FusionWeights``, fp32) if the plan has fusion weights.
+    Parameter names are those of HF's Qwen3: ``q_proj`` and ``o_proj``; ``k_proj`` and ``v_proj`` if the layer
+    stores keys or values; with ``qk_norm`` also ``q_norm``, and ``k_norm`` if keys are stored. ``kv_fusion``
+    (``FusionWeights``, fp32) exists if the plan has fusion weights.
 
     Args:
         plan: The cache plan.
@@ -45,16 +45,18 @@ class FusedKVAttention(nn.Module):
         num_attention_heads: H.
         num_key_value_heads: G.
         head_dim: D.
-        qk_norm: Whether queries and keys pass an RMSNorm over the head dim before RoPE.
+        qk_norm: Whether an RMSNorm over the head dim is applied to queries and keys before RoPE.
         rms_norm_eps: Epsilon of these norms.
         bias: Whether the q, k, v and o projections have biases.
-        rope: Computes positions if ``forward`` gets no ``position_embeddings``, and defines how channels pair
-            up. If None, pairs are half-split, and without ``position_embeddings`` there are no positions.
-        sliding_window: Tokens that a token sees, itself included (as in HF); None: all before it.
+        rope: Position embeddings if ``forward`` gets no ``position_embeddings``. It also defines the pairing
+            of channels. If None, pairs are half-split, and without ``position_embeddings`` there are no
+            positions.
+        sliding_window: Number of tokens that a token attends to, itself included (as in HF). None: no limit.
         recompute_fusion: As in ``fused_kv_attn_func``.
 
     Raises:
-        ValueError: Heads do not divide, shares of heads are not whole, or ``sliding_window`` is below 1.
+        ValueError: The numbers of heads do not divide, head intervals are not whole heads, or
+            ``sliding_window`` is below 1.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class FusedKVAttention(nn.Module):
             rotary_dim = None if rope is None else rope.rotary_dim
             self.kv_fusion = FusionWeights(plan, layer, kv_heads, head_dim, self.interleaved, rotary_dim)
 
-        # Keys are mixed after RoPE, so layers that mix and their sources cannot leave it to the cache.
+        # Keys are mixed after RoPE, so layers that mix and their sources cannot leave RoPE to the cache.
         self.needs_positions = rope is not None and any(
             layer in (i, *plan.source_layers(i)) and mixes_any(plan, i, kv_heads)
             for i in range(plan.num_layers)
@@ -115,16 +117,16 @@ class FusedKVAttention(nn.Module):
         self.num_heads, self.num_kv_heads = heads, kv_heads
         self._keys = SidePlan.resolve(self.plan, self.layer, kv_heads, "key")
         self._values = SidePlan.resolve(self.plan, self.layer, kv_heads, "value")
-        # The query heads of each resolved segment; None: all of them in one call.
+        # Query heads of each resolved segment; None: all heads in one call.
         segments, group = self.plan.segments(self.layer, kv_heads), heads // kv_heads
         bounds = [slice(segment.start * group, segment.stop * group) for segment in segments]
         q_heads: Sequence[slice | None] = [None] if len(bounds) == 1 else bounds
         self._reads = list(zip(q_heads, self._keys.reads, self._values.reads, strict=True))
 
     def shard_heads(self, heads: int, kv_heads: int, first: int | None = None) -> None:
-        """From now on the projections return ``heads`` query heads and ``kv_heads`` KV heads.
+        """Sets the numbers of heads to those of this rank under tensor parallelism.
 
-        They are those of this rank under tensor parallelism. The caller has sharded the parameters.
+        The caller has already sharded the parameters.
 
         Args:
             heads: Query heads of this rank.
@@ -154,32 +156,32 @@ class FusedKVAttention(nn.Module):
         document_ids: Tensor | None = None,
         fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV]:
-        """Attends from the S rows of x, which are the last S tokens of each sequence.
+        """Computes attention for the S rows of x, which are the last S tokens of each sequence.
 
         Args:
             x: (B, S, hidden).
             sources: KV of the layers ``source_layers``, in that order, T tokens each, as these layers
                 returned them. With a cache only a layer with ``mixes_before_storing`` needs them (of the S
-                new tokens); others read the cache. Under context parallelism x has this rank's tokens, KV all
-                of them.
+                new tokens); other layers read the cache. Under context parallelism x has this rank's tokens
+                and KV has all tokens.
             position_embeddings: cos and sin, (S, rotary_dim / 2) or (B, S, rotary_dim / 2).
-            cache: A cache in which ``cache.advance(S)`` has made room; this layer's keys and values are
-                appended. Not differentiable.
-            last: Compute the output of the last ``last`` rows only. Keys and values are computed for all S.
+            cache: A cache after ``cache.advance(S)``. This layer's keys and values are appended. Not
+                differentiable.
+            last: Number of last rows to compute the output for. Keys and values are computed for all S rows.
             document_ids: (B, T) integers, see ``fused_kv_attn_func``. Positions from ``rope`` restart where
-                they change. Not with a cache.
-            fusion: The result of ``kv_fusion()``, from a caller that has fetched it already.
+                they change. Not supported with a cache.
+            fusion: The result of ``kv_fusion()``, if the caller has it already.
 
         Returns:
-            out (B, S or last, hidden), and the KV that this layer stores of its S tokens. That is KV(None,
-            None) with a cache and without ``position_embeddings``, unless a layer with
-            ``mixes_before_storing`` wants it.
+            out (B, S or last, hidden), and the KV that this layer stores of its S tokens. With a cache and
+            without ``position_embeddings`` it is KV(None, None), unless a layer with ``mixes_before_storing``
+            needs it.
 
         Raises:
             ValueError: A shape is wrong, sources are missing, or the cache is for another plan.
         """
         check_call(self, x, sources, cache, last, document_ids)
-        # Attributes would be looked up in three places each, at every token.
+        # Attribute access on modules searches three dicts, at every token.
         modules: dict[str, Any] = self._modules
         rope, rotary = modules.get("rope"), None
         if position_embeddings is None and rope is not None:
@@ -213,7 +215,7 @@ class FusedKVAttention(nn.Module):
     def _positions(
         self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Positions of the rows of x: (S,), or (B, S) where the sequences differ."""
+        """Positions of the rows of x: (S,), or (B, S) if they differ between sequences."""
         steps = x.shape[1]
         if cache is not None:
             return cache.positions(steps)
@@ -234,11 +236,11 @@ class FusedKVAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None,
         fusion: FusionTensors | None,
     ) -> KV:
-        """Keys and values that this layer stores of the tokens x: projected, normalized, rotated, mixed."""
+        """Keys and values to store of the tokens x: projected, normalized, rotated, mixed."""
         key = value = None
         modules: dict[str, Any] = self._modules
         k_proj, v_proj = modules.get("k_proj"), modules.get("v_proj")
-        available: Any  # every tensor that a mix takes is there
+        available: Any  # has every tensor that a mix needs
         if k_proj is not None:
             key = self._rotated(k_proj(x), modules.get("k_norm"), position_embeddings)
             if self._keys.mixes:
@@ -271,7 +273,7 @@ class FusedKVAttention(nn.Module):
         document_ids: Tensor | None,
     ) -> Tensor:
         """One call per resolved segment, on its heads: (B, S, H, D)."""
-        available: Any = (*sources, kv)  # every tensor that a segment reads is there
+        available: Any = (*sources, kv)  # has every tensor that a segment reads
         weights: Any = fusion
         attend: Any = fused_kv_attn_func if self.context is None else self.context.attend
         outs = [
@@ -291,7 +293,7 @@ class FusedKVAttention(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _attend_cached(self, q: Tensor, cache: KVCache) -> Tensor:
-        """As ``_attend``, over the cache."""
+        """Like ``_attend``, over the cache."""
         outs = []
         for q_heads, keys, values in self._reads:
             part = q if q_heads is None else q[:, :, q_heads]
@@ -316,7 +318,7 @@ class FusedKVAttention(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:
-        """Fusion weights, as ``kv_fusion()`` returns them, without the cost of a module call per token."""
+        """Fusion weights as in ``kv_fusion()``, without the overhead of a module call per token."""
         if keys.segment is None and values.segment is None:
             return None, None
         fusion: Any = self._modules.get("kv_fusion")
@@ -337,16 +339,22 @@ def check_call(
     """Checks the arguments of ``forward``, for all attention modules."""
     hidden, plan = attention.hidden_size, attention.plan
     if x.dim() != 3 or x.shape[-1] != hidden:
-        raise ValueError(f"x must be (B, S, {hidden}), got {tuple(x.shape)}")
+        raise ValueError(f"x must have shape (B, S, {hidden}), got {tuple(x.shape)}")
     if last is not None and last < 1:
         raise ValueError(f"last must be at least 1 or None, got {last}")
     if cache is not None and document_ids is not None:
-        raise ValueError("document_ids cannot be used with a cache: it holds one document a sequence")
+        raise ValueError(
+            "document_ids must be None with a cache, which holds one document per sequence; leave one out"
+        )
     if attention.context is not None and not (cache is None and last is None):
-        raise ValueError("under context parallelism a layer sees all rows and keeps no cache; leave both out")
+        raise ValueError(
+            "cache and last must be None under context parallelism, where each rank has a part of the rows"
+        )
     if cache is not None and cache.plan is not plan and cache.plan != plan:
-        raise ValueError(f"cache is for another plan, {cache.plan.name!r}; this layer is of {plan.name!r}")
-    # Not the length of source_layers: torch.compile would make one graph for each set of layers.
+        raise ValueError(
+            f"cache must be for plan {plan.name!r} of this layer, got one for {cache.plan.name!r}"
+        )
+    # Not len(source_layers): torch.compile would compile one graph for each set of layers.
     if len(sources) != attention.num_sources and (cache is None or attention.mixes_before_storing):
         raise ValueError(
             f"sources must be the KV of layers {attention.source_layers}, in that order, for layer "

@@ -1,9 +1,9 @@
 """A compact Qwen3-style decoder on top of any cache plan: RMSNorm, RoPE, QK-norm, SwiGLU.
 
-Parameters have the names of HF's Qwen3, so that checkpoints are exchangeable. Two things differ from a plain
-decoder. Layers hand keys and values to later layers as return values. And a prompt skips part of the layers
-(YOCO's early exit, arXiv 2405.05254): layers that store nothing see only the positions whose logits are
-wanted. The last layer that stores computes keys and values for all positions, but attends from those only.
+Parameter names are those of HF's Qwen3, so checkpoints are exchangeable. Two things differ from a plain
+decoder. Layers pass keys and values to later layers as return values. Prefill has YOCO's early exit (arXiv
+2405.05254): layers without storage run only for the positions whose logits are requested. The last storage
+layer computes keys and values for all positions, and its attention output for the requested positions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "OutputHead"]
 def _attention(
     config: DecoderConfig, layer: int, rope: RotaryEmbedding
 ) -> FusedKVAttention | LatentAttention:
-    """The attention of one layer: of latents if the config has a kv_lora_rank."""
+    """The attention module of one layer: latent attention if the config has a kv_lora_rank."""
     sliding = config.layer_types[layer] == "sliding_attention"
     shared: dict[str, Any] = {
         "rms_norm_eps": config.rms_norm_eps,
@@ -63,13 +63,13 @@ def _attention(
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); takes and returns KV as ``FusedKVAttention`` does.
+    """x + attention(norm(x)), then x + mlp(norm(x)), with the KV of ``FusedKVAttention``.
 
-    The third result is the layer's ``balance_loss``, None for a dense network and in evaluation mode.
+    The third result is the layer's ``balance_loss``; None for a dense network and in evaluation mode.
 
     Attributes:
-        activation_checkpointing: None, or how training saves the layer's inputs only and runs it again in the
-            backward.
+        activation_checkpointing: None, or the kind of activation checkpointing in training: only the layer's
+            inputs are saved, and the backward recomputes the layer.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, rope: RotaryEmbedding) -> None:
@@ -132,8 +132,8 @@ class DecoderLayer(nn.Module):
 class DecoderModel(nn.Module):
     """Embeddings, layers and the final norm: token ids (B, S) -> hidden states (B, S or keep, hidden).
 
-    The second result is the mean ``balance_loss`` of the layers with experts, None if no layer has any. Like
-    keys and values it is returned, not stored on a module: FSDP and checkpointing would lose it there.
+    The second result is the mean ``balance_loss`` of the layers with experts; None without experts. It is
+    returned instead of stored on a module, which works with FSDP and activation checkpointing.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -149,9 +149,9 @@ class DecoderModel(nn.Module):
         self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
         self.exit_layer = plan.prefill_layers - 1
         self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
-        # The layers whose KV each layer takes: without a cache, and with one (only for layers that mix).
+        # Layers whose KV each layer needs: here without a cache, below with one (only for layers that mix).
         self._sources = [layer.self_attn.source_layers for layer in self.layers]
-        # Layers whose keys, and whose values, later layers read. Latents are keys, even if read as values.
+        # Layers whose keys, and whose values, later layers read. Latents are keys, even if used as values.
         latent = config.kv_lora_rank is not None
         sides: tuple[Callable[[int], tuple[int, ...]], ...] = (plan.key_sources, plan.value_sources)
         if latent:
@@ -165,7 +165,7 @@ class DecoderModel(nn.Module):
         ]
 
     def _taken(self, layer: int, kv: KV) -> KV:
-        """The part of ``kv`` that later layers read: nothing else may keep keys or values alive."""
+        """The part of ``kv`` that later layers read, so that the other tensors are freed."""
         keys, values = self._taken_sides
         return KV(kv.key if layer in keys else None, kv.value if layer in values else None)
 
@@ -182,7 +182,7 @@ class DecoderModel(nn.Module):
         if cache is not None:
             cache.begin_step()
         if cache is None or self._needs_positions:
-            # Shared by all layers: computed once a step and, with a cache, from the lengths on the device.
+            # Computed once per step for all layers; with a cache from the lengths on the device.
             if cache is not None:
                 positions = cache.positions(steps)
             elif document_ids is not None:
@@ -197,7 +197,7 @@ class DecoderModel(nn.Module):
         x = self.embed_tokens(ids)
         kvs: list[KV | None] = []
         balances: list[Tensor] = []
-        # All at once, before the layers: FSDP2 gathers them together. Like the sources they are arguments.
+        # All before the layers, because FSDP2 gathers them together. Like sources they are arguments.
         fusions = [
             layer.self_attn.kv_fusion() if cache is None and layer.self_attn.kv_fusion is not None else None
             for layer in self.layers
@@ -224,14 +224,14 @@ class DecoderModel(nn.Module):
 
 
 class OutputHead(nn.Linear):
-    """Hidden states (B, S, C) -> logits (B, S, vocab), or the loss of these without holding them all."""
+    """Hidden states (B, S, C) -> logits (B, S, vocab), or the loss without materializing all logits."""
 
     def forward(
         self, x: Tensor, targets: Tensor | None = None, num_target_tokens: Tensor | float | None = None
     ) -> Tensor:
         """Logits or, with ``targets`` (B, S), the sum of the cross-entropies over ``num_target_tokens``.
 
-        The loss is a call of the module, so that whatever gathers its weights (FSDP2) does so.
+        The loss is part of the module's call, so that FSDP2 all-gathers the weights for it.
         """
         if targets is None:
             return super().forward(x)
@@ -242,8 +242,8 @@ class OutputHead(nn.Linear):
 class Decoder(nn.Module):
     """A causal language model whose cache follows ``config.plan``.
 
-    State-dict names are those of HF's Qwen3ForCausalLM; with experts those of its Qwen3MoeForCausalLM, with
-    latent attention those of DeepseekV3ForCausalLM's attention. ``self_attn.kv_fusion.*`` is added, and
+    State-dict names are those of HF's Qwen3ForCausalLM. With experts they are those of Qwen3MoeForCausalLM,
+    with latent attention those of DeepseekV3ForCausalLM's attention. ``self_attn.kv_fusion.*`` is added, and
     projections of tensors that the plan does not store are absent.
     """
 
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = DecoderModel(config)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
-        self.tp: Any = None  # the DeviceMesh of processes that share the heads (distributed/tensor.py)
+        self.tp: Any = None  # the DeviceMesh of tensor parallelism (distributed/tensor.py)
         self.reset_parameters()
         self.tie_weights()
 
@@ -261,13 +261,13 @@ class Decoder(nn.Module):
         return self.config.plan
 
     def tie_weights(self) -> None:
-        """Makes the head and the embeddings one parameter again, if the config ties them."""
+        """Ties the head to the embeddings, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Matrices from N(0, initializer_range), biases zero, norms one, fusion weights as the plan says."""
+        """Initializes matrices from N(0, initializer_range), biases 0, norms 1, fusion weights by plan."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
@@ -293,33 +293,33 @@ class Decoder(nn.Module):
         advance: bool = True,
         return_logits: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the next tokens, and with ``labels`` the loss. ``loss`` is the loss alone.
+        """Logits of the next tokens, and with ``labels`` the loss. See ``loss`` for the loss alone.
 
         Args:
             ids: (B, S) integers; with a cache the next S tokens of each sequence.
-            labels: (B, S), usually ids themselves: position t predicts labels[t + 1], -100 is left out. The
-                loss is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0 without
-                any target token. In training mode a model with experts adds router_aux_loss_coef times its
-                mean ``balance_loss``. Not together with ``logits_to_keep``.
-            document_ids: (B, S) int32 or int64, the document of each token of packed sequences. A token sees
-                its own document only, positions restart where the ids change, and the first token of a
-                document is no target: the loss is that of separate documents. Not with a cache.
-            num_target_tokens: The divisor of the sum of the cross-entropies; default: the target tokens of
-                this call. For a batch in parts of unequal counts: the mean of these counts.
-            cache: From ``make_cache``; it is advanced and filled. Not differentiable: call under
+            labels: (B, S), usually the ids: position t predicts labels[t + 1], and -100 is ignored. The loss
+                is the mean cross-entropy in nats, computed in fp32 (fp64 for an fp64 model); 0 without target
+                tokens. In training mode a model with experts adds router_aux_loss_coef times its mean
+                ``balance_loss``. Not supported with ``logits_to_keep``.
+            document_ids: (B, S) int32 or int64, the document of each token of packed sequences. A token
+                attends to its own document only. Positions restart where the ids change, and the first token
+                of a document is not a target. Not supported with a cache.
+            num_target_tokens: Divisor of the sum of the cross-entropies. Default: the target tokens of this
+                call. For micro-batches with different counts, pass the mean count.
+            cache: A cache from ``make_cache``, which is advanced and filled. Not differentiable: call under
                 ``torch.no_grad`` or ``torch.inference_mode``.
-            logits_to_keep: Number of last positions with logits, 0 for all. Layers that only read then run
-                for these positions alone, which changes only rounding.
-            lengths: With a cache whose sequences are empty, the number of tokens of each row, left-padded to
-                S, which the longest must have. None: S each.
-            advance: With a cache, whether to make room for the S tokens. If False, the caller has called
-                ``cache.advance``, and the rest is device work, which a CUDA graph can capture.
-            return_logits: False, with labels: the loss alone, without the logits of all tokens
+            logits_to_keep: Number of last positions with logits; 0 means all. Layers without storage then run
+                for these positions only. The results differ in rounding at most.
+            lengths: Number of tokens of each left-padded row, for a cache with empty sequences. The longest
+                must be S. None: S each.
+            advance: With a cache, whether to call ``cache.advance`` for the S tokens. If False, the caller
+                has called it. The rest is device work, which a CUDA graph can capture.
+            return_logits: If False, with labels, only the loss is computed, without the logits of all tokens
                 (``ops.head_loss``).
 
         Returns:
-            logits (B, S or logits_to_keep, vocab), (logits, loss), or loss. Under context parallelism logits
-            of this rank's tokens and the loss of all.
+            logits (B, S or logits_to_keep, vocab), (logits, loss), or loss. Under context parallelism, the
+            logits of this rank's tokens and the loss of all tokens.
 
         Raises:
             ValueError: A shape, dtype or combination is wrong, or a position is beyond
@@ -330,13 +330,13 @@ class Decoder(nn.Module):
         if document_ids is not None:
             check_packing(ids, document_ids)
             if cache is not None:
-                raise ValueError("document_ids cannot be used with a cache: it holds one document a sequence")
+                raise ValueError("document_ids must be None with a cache: it holds one document per sequence")
         if num_target_tokens is not None and (labels is None or not num_target_tokens > 0):
-            raise ValueError(f"num_target_tokens must be above 0, and needs labels; got {num_target_tokens}")
+            raise ValueError(f"num_target_tokens must be above 0, with labels, got {num_target_tokens}")
         if cache is not None and advance:
             cache.advance(ids.shape[1] if lengths is None else lengths)
         if labels is None and not return_logits:
-            raise ValueError("return_logits=False leaves the loss alone, which needs labels")
+            raise ValueError("return_logits must be True without labels, got False; give labels for the loss")
         hidden, balance = self.model(ids, cache=cache, keep=logits_to_keep, document_ids=document_ids)
         logits: Any = None
         if return_logits or not isinstance(self.lm_head, OutputHead):  # another head gives logits only
@@ -369,13 +369,16 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         num_target_tokens: float | None = None,
     ) -> Tensor:
-        """The loss of ``forward`` without its logits, which never exist for all tokens at once.
+        """The loss of ``forward``, computed in chunks without materializing all logits.
 
-        A vocabulary of 128,000 takes 0.5 MB of logits per token, and a plain loss several times that.
-        Differentiable once.
+        With a vocabulary of 128,000, logits take 0.5 MB per token, and a plain loss several times that. The
+        result is differentiable once.
 
         Args:
-            ids, labels, document_ids, num_target_tokens: as in ``forward``.
+            ids: As in ``forward``.
+            labels: As in ``forward``.
+            document_ids: As in ``forward``.
+            num_target_tokens: As in ``forward``.
 
         Returns:
             The loss, a scalar in fp32 (fp64 for an fp64 model).
@@ -391,9 +394,15 @@ class Decoder(nn.Module):
     def make_cache(
         self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None
     ) -> KVCache:
-        """An empty KVCache for this model, on its device and in its dtype or, within autocast, in that one.
+        """Creates an empty KVCache on the model's device, in its dtype or that of autocast.
 
         Under tensor parallelism it has the KV heads of this rank.
+
+        Args:
+            batch_size: Number of sequences.
+            max_len: Largest number of tokens per sequence.
+            page_size: Tokens per page; None for a contiguous cache.
+            num_pages: Pages of the pool; by default enough for all sequences at full length.
         """
         config, weight = self.config, self.model.embed_tokens.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
@@ -433,32 +442,37 @@ class Decoder(nn.Module):
 
         Args:
             ids: (B, S), or a list of 1-D prompts of any lengths. No prompt may be empty.
-            temperature, top_k, top_p: See ``Sampling``; temperature 0 is greedy.
-            sampling: These three as one value, which then must not be given themselves.
-            seed: Of the sampling. None draws from torch's global generator, under tensor parallelism that of
-                the first rank.
-            stop: Token id or ids after which a sequence is finished; ``pad_token_id`` follows. Generation
-                ends when all are finished.
+            max_new_tokens: Largest number of new tokens.
+            temperature: See ``Sampling``; 0 is greedy.
+            top_k: See ``Sampling``.
+            top_p: See ``Sampling``.
+            sampling: Replaces temperature, top_k and top_p, which must then be left at their defaults.
+            seed: Seed of the sampling. None draws from torch's global generator, under tensor parallelism
+                that of the first rank.
+            stop: Token id or ids that finish a sequence; ``pad_token_id`` follows. Generation ends when all
+                sequences are finished.
             stream: Called after each step with its tokens, (B,).
-            use_cache: False runs every sequence alone and from its start for each token: slow, and the
-                definition of the right result.
-            attention_mask: (B, S), 0 marks padding in ``ids`` at any place; it is moved to the left.
-            page_size: Tokens per page of a paged cache; None: a contiguous one.
-            cuda_graph: Whether to capture the decode step in a CUDA graph and replay it: the same tokens,
-                without the host's time for launching kernels. True: always, and RuntimeError if it fails.
-                None: on CUDA from 17 new tokens on, if no module has forward hooks, which a replay would not
-                call; a failed capture warns. (Under tensor parallelism None is False: capturing the messages
-                between GPUs is untested.)
+            use_cache: If False, each step recomputes every sequence from its start: the slow reference.
+            attention_mask: (B, S), 0 marks padding anywhere in ``ids``. Padding is moved to the left.
+            page_size: Tokens per page of a paged cache; None for a contiguous cache.
+            pad_token_id: Token id of padding and of positions after a stop token.
+            cuda_graph: Whether to capture the decode step in a CUDA graph and replay it. The tokens are the
+                same, without launch overhead. True: always; a failed capture raises RuntimeError. None: on
+                CUDA from 17 new tokens on, if no module has forward hooks, which a replay does not call; a
+                failed capture warns. Under tensor parallelism None is False, because capture of collectives
+                is untested.
 
         Returns:
             (B, S + new) int64: the prompts left-padded to S (the longest prompt's length, or the width of
-            ``ids``), then at most ``max_new_tokens`` new tokens. An empty batch is returned as it came.
+            ``ids``), then at most ``max_new_tokens`` new tokens. An empty batch is returned unchanged.
 
         Raises:
-            ValueError: An argument is impossible; the message names it.
+            ValueError: An argument is invalid. The message names it.
         """
         if self.model.context is not None:
-            raise ValueError("under context parallelism no rank has all tokens: generate with another model")
+            raise ValueError(
+                "generation needs a model without context parallelism; generate with another model"
+            )
         separate = Sampling(temperature, top_k, top_p)
         if sampling is not None and separate != Sampling():
             raise ValueError(
@@ -507,17 +521,17 @@ class Decoder(nn.Module):
                     f"{tuple(labels.shape)} for ids {tuple(ids.shape)}"
                 )
             if logits_to_keep:
-                raise ValueError("labels need all logits; leave logits_to_keep at 0")
+                raise ValueError(f"logits_to_keep must be 0 with labels, got {logits_to_keep}")
         if self.model.context is not None and not (cache is None and logits_to_keep == 0):
             raise ValueError(
-                "under context parallelism no rank has all tokens and none keeps a cache; leave out cache "
-                "and logits_to_keep"
+                "cache must be None and logits_to_keep 0 under context parallelism, where no rank has all "
+                "tokens"
             )
         if not advance and (cache is None or lengths is not None):
-            raise ValueError("advance=False needs a cache, advanced already, and no lengths")
+            raise ValueError("advance=False needs a cache that has advanced already, and no lengths")
         if cache is None:
             if lengths is not None:
-                raise ValueError("lengths needs a cache: without one all rows have S tokens")
+                raise ValueError("lengths must be None without a cache: all rows then have S tokens")
             tokens = ids.shape[1]
         else:
             if torch.is_grad_enabled():
@@ -525,10 +539,16 @@ class Decoder(nn.Module):
                     "cache is not differentiable; call under torch.no_grad() or inference_mode()"
                 )
             if cache.batch_size != ids.shape[0]:
-                raise ValueError(f"ids has {ids.shape[0]} rows, cache is for {cache.batch_size} sequences")
+                raise ValueError(
+                    f"ids must have a row for each of the cache's {cache.batch_size} sequences, got "
+                    f"{ids.shape[0]}"
+                )
             if lengths is not None and max(lengths) != ids.shape[1]:
                 raise ValueError(f"lengths: the longest must be S={ids.shape[1]}, got {list(lengths)}")
             tokens = max(cache.lengths) + (ids.shape[1] if advance else 0)
         if tokens > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
-            raise ValueError(f"the sequence has {tokens} tokens, more than max_position_embeddings={limit}")
+            raise ValueError(
+                f"sequences must have at most max_position_embeddings={limit} tokens, got {tokens}; shorten "
+                "them, or use a model with more positions"
+            )

@@ -1,4 +1,4 @@
-"""Sizes of a decoder: their checks and their serialization."""
+"""Configuration of a decoder: sizes, validation and serialization."""
 
 from __future__ import annotations
 
@@ -31,40 +31,47 @@ POSITIVE_FIELDS = (
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder, with field names and meanings of HF's Qwen3Config and Qwen3MoeConfig, and ``plan``.
+    """Sizes of a decoder. Names and meanings are those of HF's Qwen3Config and Qwen3MoeConfig, plus ``plan``.
 
-    Multi-head latent attention: with ``kv_lora_rank`` all layers have it, and the names and meanings of
-    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim are those of HF's
-    DeepseekV3Config (see ``LatentAttention``). Only q_lora_rank may be left out. head_dim is then
-    qk_rope_head_dim. num_key_value_heads, qk_norm and recompute_fusion have no effect.
+    With ``kv_lora_rank`` all layers have multi-head latent attention (see ``LatentAttention``). The names and
+    meanings of kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim are those of HF's
+    DeepseekV3Config. Only q_lora_rank is optional. head_dim is then qk_rope_head_dim, and
+    num_key_value_heads, qk_norm and recompute_fusion have no effect.
 
     Args:
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers: As in HF.
-        num_attention_heads, num_key_value_heads, rms_norm_eps, tie_word_embeddings: As in HF.
+        vocab_size: As in HF.
+        hidden_size: As in HF.
+        intermediate_size: As in HF.
+        num_hidden_layers: As in HF.
+        num_attention_heads: As in HF.
+        num_key_value_heads: As in HF.
+        rms_norm_eps: As in HF.
+        tie_word_embeddings: As in HF.
         head_dim: Default hidden_size / num_attention_heads.
         plan: A CachePlan for num_hidden_layers, or its label, such as "fusedkv" or "cla:factor=3".
-        rope_theta, rope_scaling: Base and scaling of RoPE.
+        rope_theta: Base of RoPE.
+        rope_scaling: Scaling of RoPE.
         rope_interleaved: Whether RoPE pairs channels 2j and 2j + 1 instead of j and j + D/2.
         max_position_embeddings: Longest sequence.
         qk_norm: Whether queries and keys are normalized.
         attention_bias: Whether the q, k, v and o projections have biases.
-        sliding_window: Tokens that a sliding layer sees, itself included.
+        sliding_window: Number of tokens that a token of a sliding layer attends to, itself included.
         layer_types: "full_attention" or "sliding_attention" for each layer; default: all sliding with a
-            sliding_window, else all full. A full layer may not read the cache of a sliding one, which keeps
-            its window only. It may mix with a sliding one before it stores, which takes the new tokens alone.
+            sliding_window, else all full. A full layer cannot read the cache of a sliding one, which keeps
+            only its window. It can mix with a sliding one before storage, which needs only the new tokens.
         initializer_range: Standard deviation of initial matrices.
         recompute_fusion: Whether the backward recomputes fused keys and values.
         num_experts: Experts per feed-forward network; 0 is a dense one.
         num_experts_per_tok: Experts per token.
-        moe_intermediate_size: Of one expert; default intermediate_size / num_experts_per_tok, which has as
-            many products per token as the dense network.
+        moe_intermediate_size: Intermediate channels of one expert; default intermediate_size /
+            num_experts_per_tok, which has the same FLOPs per token as the dense network.
         norm_topk_prob: See ``MoE`` (HF's default is False, its Qwen3 checkpoints have True).
         router_aux_loss_coef: Weight of ``balance_loss`` in the training loss.
-        decoder_sparse_step, mlp_only_layers: Layer i, from 0, has experts if i + 1 is a multiple of
-            decoder_sparse_step and i is not in mlp_only_layers.
+        decoder_sparse_step: Layer i, from 0, has experts if i + 1 is a multiple of it.
+        mlp_only_layers: Layers without experts.
 
     Raises:
-        ValueError: A field is impossible; the message names it.
+        ValueError: A field is invalid. The message names it.
     """
 
     vocab_size: int
@@ -73,7 +80,7 @@ class DecoderConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int = None  # type: ignore[assignment]  # __init__ below says what may be given
+    head_dim: int = None  # type: ignore[assignment]  # argument types are those of __init__ below
     plan: CachePlan = "fusedkv"  # type: ignore[assignment]
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -100,7 +107,7 @@ class DecoderConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
 
-    if TYPE_CHECKING:  # fields hold what was filled in; these are the arguments
+    if TYPE_CHECKING:  # types of the arguments; those of the fields are after defaults are filled in
 
         def __init__(
             self,
@@ -149,8 +156,8 @@ class DecoderConfig:
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"head_dim must be given: hidden_size={self.hidden_size} is no multiple of "
-                    f"num_attention_heads={self.num_attention_heads}"
+                    f"hidden_size must be a multiple of num_attention_heads={self.num_attention_heads}, got "
+                    f"{self.hidden_size}; or give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if isinstance(self.plan, str):
@@ -159,7 +166,8 @@ class DecoderConfig:
             raise ValueError(f"plan must be a CachePlan or the name of one, got {type(self.plan).__name__}")
         if self.plan.num_layers != self.num_hidden_layers:
             raise ValueError(
-                f"plan has {self.plan.num_layers} layers, but num_hidden_layers is {self.num_hidden_layers}"
+                f"plan must have num_hidden_layers={self.num_hidden_layers} layers, got "
+                f"{self.plan.num_layers}"
             )
         if self.kv_lora_rank is not None:  # raises if the plan is not supported on such latents
             self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim or 0, torch.float32)
@@ -172,15 +180,18 @@ class DecoderConfig:
         if self.kv_lora_rank is None:
             for name in names:
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs kv_lora_rank: it is a size of latent attention")
+                    raise ValueError(
+                        f"{name} must be None without kv_lora_rank, got {getattr(self, name)}: it is a size "
+                        "of latent attention"
+                    )
             return
         if missing := [name for name in names[:3] if getattr(self, name) is None]:
             raise ValueError(f"{' and '.join(missing)} must be given with kv_lora_rank")
         check_sizes(self.kv_lora_rank, *(getattr(self, name) for name in names))
         if self.head_dim not in (None, self.qk_rope_head_dim):
             raise ValueError(
-                "with kv_lora_rank head_dim must be left out or be "
-                f"qk_rope_head_dim={self.qk_rope_head_dim}, got {self.head_dim}"
+                f"head_dim must be None or qk_rope_head_dim={self.qk_rope_head_dim} with kv_lora_rank, got "
+                f"{self.head_dim}"
             )
         object.__setattr__(self, "head_dim", self.qk_rope_head_dim)
 
@@ -195,7 +206,7 @@ class DecoderConfig:
                 f"layers, got {self.layer_types}"
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("sliding_window must be given when layer_types has sliding_attention")
+            raise ValueError("sliding_window must be given if layer_types has sliding_attention, got None")
 
     def _check_experts(self) -> None:
         object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers or ()))
@@ -222,8 +233,9 @@ class DecoderConfig:
             )
         if not any(map(self.has_experts, range(layers))):
             raise ValueError(
-                f"num_experts is {self.num_experts}, but decoder_sparse_step={self.decoder_sparse_step} and "
-                f"mlp_only_layers={self.mlp_only_layers} leave no layer with experts; num_experts=0 is dense"
+                f"a layer must have experts with num_experts={self.num_experts}, got none with "
+                f"decoder_sparse_step={self.decoder_sparse_step} and mlp_only_layers={self.mlp_only_layers}; "
+                "num_experts=0 is a dense model"
             )
 
     def has_experts(self, layer: int) -> bool:
@@ -232,7 +244,7 @@ class DecoderConfig:
         return sparse and layer not in self.mlp_only_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, ready for JSON, with the version of this format."""
+        """A JSON-serializable dict, with the version of this format."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             "model_type": MODEL_TYPE,
@@ -244,7 +256,7 @@ class DecoderConfig:
         }
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of a KVCache of that dtype per token and sequence, all layers together."""
+        """KVCache bytes per token and sequence, over all layers."""
         if self.kv_lora_rank is not None:
             return self.plan.latent_bytes_per_token(self.kv_lora_rank, self.qk_rope_head_dim or 0, dtype)
         return self.plan.bytes_per_token(self.num_key_value_heads, self.head_dim, dtype)
@@ -260,16 +272,15 @@ class DecoderConfig:
         version = data.pop("format", None)
         if data.pop("model_type", MODEL_TYPE) != MODEL_TYPE or not isinstance(version, int):
             raise ValueError(
-                "this is not the config of a fusedkv_ext decoder: it needs model_type and format"
+                f"config must be that of a fusedkv_ext decoder, with model_type {MODEL_TYPE!r} and a format"
             )
         if version > CONFIG_FORMAT:
             raise ValueError(
-                f"config has format {version}, newer than format {CONFIG_FORMAT} that this version of "
-                "fusedkv_ext reads; upgrade fusedkv_ext"
+                f"config must have format {CONFIG_FORMAT} or older, got {version}; upgrade fusedkv_ext"
             )
         unknown = sorted(data.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
+            raise ValueError(f"config must have no unknown fields, got {', '.join(unknown)}")
         if isinstance(data.get("plan"), Mapping):
             data["plan"] = CachePlan.from_dict(data["plan"])
         try:

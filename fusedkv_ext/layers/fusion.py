@@ -1,10 +1,10 @@
-"""The learnable part of a cache plan: fusion weights, and their parameter groups for optimizers.
+"""Fusion weights of a cache plan, and parameter groups for optimizers.
 
     K_i = sum_j a_ij (.) K_j        V_i = sum_j b_ij (.) V_j        (FusedKV, arXiv:2512.03870)
 
-Keys are fused after RoPE, so a_ij must be equal on the two channels of each RoPE pair. The parameters hold
-one number per pair and are expanded here. They stay fp32 whatever the model's dtype: their updates are
-smaller than the resolution of bf16 around 1.
+Keys are fused after RoPE, so a_ij must be equal on the two channels of each RoPE pair. A parameter has one
+number per pair and is expanded to D channels. Fusion weights stay fp32 for every dtype of the model, because
+their updates are smaller than the resolution of bf16 around 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class FusedSegment(NamedTuple):
         side: "key" or "value".
         segment: The segment of the plan, with its sources.
         fusion: Granularity, initial values and ties of the weights.
-        start, stop: Its KV heads, start to stop - 1.
+        start: First KV head.
+        stop: One past the last KV head.
         dim: Channels per head.
         rotary_dim: Channels that RoPE rotates.
         names: Parameter names, one per source.
@@ -72,10 +73,10 @@ class FusionWeights(nn.Module):
         interleaved: The pairing convention of RoPE (rope.py).
         rotary_dim: Channels that RoPE rotates, by default D. The others have no pair and weights of their
             own.
-        value_dim: Channels of a value, if they are not D as the keys' (latent attention); none are in pairs.
+        value_dim: Channels of a value, if not D (latent attention). Values then have no RoPE pairs.
 
     Raises:
-        ValueError: A head share is not a whole number of heads, or rotary_dim is impossible.
+        ValueError: A head interval is not a whole number of heads, or rotary_dim is invalid.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class FusionWeights(nn.Module):
             "value": (head_dim, rotary_dim) if value_dim is None else (value_dim, 0),
         }
         self._of_heads = False  # whether this rank has the weights of some heads only
-        self._rows: slice | None = None  # of the parameters per head; None: all
+        self._rows: slice | None = None  # this rank's rows of per-head parameters; None: all
         self._expanded: dict[tuple[str, int], tuple[list[tuple[int, int, int]], Tensor]] = {}
         self._resolve(num_kv_heads)
         for fused in self.fused_segments:
@@ -113,19 +114,20 @@ class FusionWeights(nn.Module):
         keys = self._fused("key", num_kv_heads, row.keys)
         values = self._fused("value", num_kv_heads, row.values)
         self.fused_segments: tuple[FusedSegment, ...] = (*keys.values(), *values.values())
-        # Those of each resolved segment; None if it has no weights.
+        # One entry per resolved segment; None if it has no weights.
         self._keys = [keys.get(segment.key) for segment in self._segments]
         self._values = [values.get(segment.value) for segment in self._segments]
 
     def shard_heads(self, num_kv_heads: int, first: int | None = None) -> None:
-        """From now on the weights are of ``num_kv_heads`` KV heads, those of a tensor-parallel rank.
+        """Sets the KV heads to those of this rank under tensor parallelism.
 
-        Parameters that all heads share stay whole. Whole parameters get the gradients of all ranks.
+        Parameters that all heads share stay replicated. Gradients of replicated parameters are summed over
+        ranks.
 
         Args:
             num_kv_heads: KV heads of this rank.
-            first: If given, parameters per head are whole, and rows from ``first`` on are used (for plans
-                whose segments have all heads). If None, they have only the rows of these heads.
+            first: If given, per-head parameters are replicated, and the rows from ``first`` on are used. This
+                is for plans whose segments have all heads. If None, they have only this rank's rows.
         """
         self._resolve(num_kv_heads)
         self._of_heads = True
@@ -157,19 +159,19 @@ class FusionWeights(nn.Module):
     def key_weights(self, segment_index: int = 0) -> Tensor | None:
         """Weights on the keys of ``plan.segments(layer, G)[segment_index]``.
 
-        With gradients off the expanded tensor is kept until a parameter changes, so that decoding does not
+        Without gradients the expanded tensor is cached until a parameter changes, so that decoding does not
         rebuild it for every token. PyTorch's version counters miss writes through ``parameter.data`` and
-        optimizers with ``fused=True``. ``train()``, ``eval()`` and a call with gradients clear what is kept;
+        optimizers with ``fused=True``. ``train()``, ``eval()`` and a call with gradients clear this cache;
         otherwise call ``clear_cache()``.
 
         Returns:
-            Contiguous fp32 (m, g, D), not to be written to, or None: all ones. g counts the heads of that
-            resolved segment, m its key sources in the segment's order.
+            Contiguous fp32 (m, g, D), read-only, or None for all ones. g is the number of heads of that
+            resolved segment, m the number of its key sources, in the segment's order.
         """
         return self._weights("key", segment_index, self._keys[segment_index])
 
     def value_weights(self, segment_index: int = 0) -> Tensor | None:
-        """Weights on the values of ``plan.segments(layer, G)[segment_index]``, as ``key_weights``."""
+        """Weights on the values of ``plan.segments(layer, G)[segment_index]``, like ``key_weights``."""
         return self._weights("value", segment_index, self._values[segment_index])
 
     def _weights(self, side: str, segment_index: int, fused: FusedSegment | None) -> Tensor | None:
@@ -179,7 +181,7 @@ class FusionWeights(nn.Module):
         parameters = [own[name] for name in fused.names]
         state = None
         if torch.is_grad_enabled():
-            self._expanded.clear()  # an optimizer step may follow, and fused ones count no version
+            self._expanded.clear()  # an optimizer step may follow; fused ones do not count versions
         else:
             state = _state(parameters)
         kept = self._expanded.get((side, segment_index))
@@ -191,7 +193,7 @@ class FusionWeights(nn.Module):
             expanded = expanded[:, start - fused.start : stop - fused.start].contiguous()
         if fused.fusion.multiplier != 1:
             expanded = expanded * fused.fusion.multiplier
-        if not fused.fusion.learnable:  # even if something turned on gradients of all parameters
+        if not fused.fusion.learnable:  # even if requires_grad was set on all parameters
             expanded = expanded.detach()
         if state is not None:
             self._expanded[side, segment_index] = (state, expanded)
@@ -217,7 +219,7 @@ class FusionWeights(nn.Module):
         return weight.expand(fused.stop - fused.start if fused.shared else weight.shape[0], fused.dim)
 
     def _spread(self, weight: Tensor, fused: FusedSegment) -> Tensor:
-        """(rows, C | 1) -> (rows, D | 1): both channels of a pair get its number."""
+        """(rows, C | 1) -> (rows, D | 1): both channels of a pair get its weight."""
         if not fused.fusion.tied or fused.fusion.granularity not in ("channel", "shared_channel"):
             return weight
         pairs, free = weight[:, : fused.rotary_dim // 2], weight[:, fused.rotary_dim // 2 :]
@@ -232,7 +234,7 @@ class FusionWeights(nn.Module):
         """Sets the initial values of the plan.
 
         Args:
-            generator: Draws those from N(0, 1); None: torch's global generator.
+            generator: Generator for initial values from N(0, 1); None: torch's global generator.
             names: Parameters to set; None: all.
         """
         for fused in self.fused_segments:
@@ -248,8 +250,7 @@ class FusionWeights(nn.Module):
     def forward(self) -> FusionTensors:
         """``key_weights`` and ``value_weights`` of all resolved segments.
 
-        This is a call of the module, because only calls reach the hooks of FSDP2 and of offloading, which
-        fetch the parameters.
+        It is the module's call, because FSDP2 and offloading fetch parameters in hooks of that call.
         """
         segments = range(len(self._segments))
         return FusionTensors(
@@ -257,18 +258,18 @@ class FusionWeights(nn.Module):
         )
 
     def freeze_constants(self) -> None:
-        """Turns off gradients of weights that the plan does not learn, for loaders of new parameters."""
+        """Turns off gradients of non-learnable weights, after a loader has replaced the parameters."""
         for fused in self.fused_segments:
             if not fused.fusion.learnable:
                 for name in fused.names:
                     self.get_parameter(name).requires_grad_(False)
 
     def clear_cache(self) -> None:
-        """Drops the expanded weights. ``train()`` and ``eval()`` do so too."""
+        """Clears the cache of expanded weights, as ``train()`` and ``eval()`` do."""
         self._expanded.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have parameters of their own, so they take no expanded weights."""
+        """The state for copies and pickles, without expanded weights, which belong to these parameters."""
         return {**self.__dict__, "_expanded": {}}
 
     def train(self, mode: bool = True) -> FusionWeights:
@@ -276,7 +277,7 @@ class FusionWeights(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
-        """Moves like any module but never below fp32, even for ``.bfloat16()`` and ``.to(dtype)``."""
+        """Like ``Module._apply``, but keeps at least fp32, even for ``.bfloat16()`` and ``.to(dtype)``."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -295,8 +296,8 @@ class FusionWeights(nn.Module):
 def _state(parameters: Sequence[Tensor]) -> list[tuple[int, int, int]] | None:
     """A value that changes whenever a parameter does: identity, storage, version.
 
-    None if that cannot be known (inference tensors, tensor subclasses such as DTensor) or need not be (a
-    compiled graph contains the expansion).
+    None if this is unknown (inference tensors, tensor subclasses such as DTensor) or irrelevant (a compiled
+    graph contains the expansion).
     """
     if torch.compiler.is_compiling():
         return None
@@ -311,19 +312,19 @@ def _state(parameters: Sequence[Tensor]) -> list[tuple[int, int, int]] | None:
 def param_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: weight decay on matrices only.
 
-    Excluded from decay are norms and biases (fewer than two dimensions), embeddings, even if the output head
-    shares them, and fusion weights. Those are matrices by shape, but decay would pull every fused key and
-    value towards zero. Parameters without a gradient are left out. The order is that of
-    ``model.named_parameters()``, so that an optimizer state fits the same model again.
+    Excluded from decay are norms and biases (fewer than two dimensions), embeddings (also tied ones), and
+    fusion weights. Fusion weights are matrices by shape, but decay would pull fused keys and values towards
+    zero. Parameters without a gradient are omitted. The order is that of ``model.named_parameters()``, so an
+    optimizer state fits the same model again.
 
     Args:
         model: The model.
-        weight_decay: Of the group "decay".
-        lr: The learning rate to write into the groups, if given.
+        weight_decay: Weight decay of the group "decay".
+        lr: Learning rate of the groups, if given.
 
     Returns:
-        Groups with ``params``, ``weight_decay``, ``name`` ("decay", "no_decay") and perhaps ``lr``; none is
-        empty.
+        Non-empty groups with ``params``, ``weight_decay``, ``name`` ("decay", "no_decay") and, if given,
+        ``lr``.
     """
     exempt = {id(p) for p in _exempt(model)}
     groups: dict[str, dict[str, Any]] = {

@@ -3,12 +3,14 @@
     c = norm(W_dkv x)        k_pe = RoPE(W_kr x)        stored: [k_pe ; c], one for all heads
     k_h = [k_pe ; W_uk,h c]        v_h = W_uv,h c        q_h = [RoPE(q_pe,h) ; q_nope,h]
 
-The plan's sources are taken as latents (plan/latent.py). Layer i attends with the sum or the concatenation of
-what its source layers stored, and has up-projections W_uk, W_uv of its own. There are two ways to compute it:
+The sources of the plan are latents (plan/latent.py). Layer i reads the sum or the concatenation of the
+latents that its source layers stored, and has its own up-projections W_uk, W_uv. There are two ways to
+compute it:
 
-* up-projected: keys and values of all heads are computed, then SDPA. For training and prompts.
+* up-projected: compute the keys and values of all heads, then SDPA. For training and prefill.
 * absorbed (section 2.1.2): q_nope . W_uk c = (W_uk^T q_nope) . c, and P (W_uv c) = W_uv (P c). So the latent
-  itself is key and value of all heads, read once per token: attention with one KV head. For decoding.
+is
+  the key and value of all heads and is read once per token: attention with one KV head. For decoding.
 
 k_pe comes first because RoPE and tied fusion weights act on the leading channels everywhere in this package.
 """
@@ -39,12 +41,12 @@ from fusedkv_ext.plan.latent import channels
 
 __all__ = ["LatentAttention"]
 
-# Tokens whose scores ``_attend_blocks`` holds at once.
+# Tokens per block of ``_attend_blocks``.
 _BLOCK = 512
 
 
 class _Part(NamedTuple):
-    """Channels start..stop-1 of what a layer stores."""
+    """Channels start..stop-1 of the latent that a layer stores."""
 
     layer: int
     start: int
@@ -54,10 +56,12 @@ class _Part(NamedTuple):
 class LatentAttention(nn.Module):
     """Causal multi-head latent attention of layer ``layer`` (from 0) of ``plan``.
 
-    Parameters have the names of HF's DeepseekV3: ``q_proj``, or ``q_a_proj``, ``q_a_layernorm`` and
-    ``q_b_proj`` with a ``q_lora_rank``; ``kv_a_proj_with_mqa`` and ``kv_a_layernorm`` for what the layer
-    stores (rows [c ; k_pe]); ``kv_b_proj`` (per head [k ; v]) and ``o_proj`` in every layer; ``kv_fusion``
-    (``FusionWeights``, fp32) if the plan has fusion weights.
+    Parameter names are those of HF's DeepseekV3:
+
+    * ``q_proj``, or with a ``q_lora_rank`` ``q_a_proj``, ``q_a_layernorm`` and ``q_b_proj``;
+    * ``kv_a_proj_with_mqa`` (rows [c ; k_pe]) and ``kv_a_layernorm`` for the stored channels;
+    * ``kv_b_proj`` (per head [k ; v]) and ``o_proj`` in every layer;
+    * ``kv_fusion`` (``FusionWeights``, fp32) if the plan has fusion weights.
 
     Args:
         plan: The cache plan.
@@ -68,14 +72,15 @@ class LatentAttention(nn.Module):
         qk_nope_head_dim: n, channels per head of keys without positions.
         qk_rope_head_dim: d, channels of the rotated key.
         v_head_dim: v, channels per head of values.
-        q_lora_rank: Channels of the queries' latent; None: queries have none.
+        q_lora_rank: Channels of the query latent; None: queries are projected directly.
         rms_norm_eps: Epsilon of the norms.
         bias: Whether q_a_proj, kv_a_proj_with_mqa and o_proj have biases.
-        rope: Of d channels. If None, there are no positions unless ``forward`` gets ``position_embeddings``.
-        sliding_window: Tokens that a token sees, itself included; None: all before it.
+        rope: RoPE of d channels. If None, there are no positions unless ``forward`` gets
+            ``position_embeddings``.
+        sliding_window: Number of tokens that a token attends to, itself included. None: no limit.
 
     Raises:
-        ValueError: The plan is not supported on latents, or a size is impossible.
+        ValueError: Latents do not support the plan, or a size is invalid.
     """
 
     def __init__(
@@ -100,7 +105,9 @@ class LatentAttention(nn.Module):
         if num_attention_heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, got {num_attention_heads}")
         if rope is not None and rope.head_dim != qk_rope_head_dim:
-            raise ValueError(f"rope is for {rope.head_dim} channels, qk_rope_head_dim is {qk_rope_head_dim}")
+            raise ValueError(
+                f"rope must have qk_rope_head_dim={qk_rope_head_dim} channels, got {rope.head_dim}"
+            )
         if sliding_window is not None and sliding_window < 1:
             raise ValueError(f"sliding_window must be None or at least 1 (the token), got {sliding_window}")
         self.plan, self.layer, self.hidden_size = plan, layer, hidden_size
@@ -138,31 +145,31 @@ class LatentAttention(nn.Module):
             weights_plan = row.weights_plan(plan.name, layer, plan.num_layers)
             widths = (1, qk_rope_head_dim + kv_lora_rank, self.interleaved, rotary_dim, kv_lora_rank)
             self.kv_fusion = FusionWeights(weights_plan, layer, *widths)
-        # k_pe is rotated before it is stored, which needs cos and sin of the step's positions.
+        # k_pe is rotated before storage, which needs cos and sin of the step's positions.
         self.needs_positions = rope is not None
-        # Per query row, head and cached token absorbing costs 4 read - 2 (n + v) FLOP more, if that is more;
-        # up-projecting costs 2 read (n + v) once per head and token.
+        # Per query row, head and cached token, absorption costs 4 read - 2 (n + v) FLOPs more. Up-projection
+        # costs 2 read (n + v) FLOPs once per head and token.
         per_head, more = qk_nope_head_dim + v_head_dim, 2 * read - (qk_nope_head_dim + v_head_dim)
         self.absorbs_up_to = read * per_head / more if more > 0 else float("inf")
 
     def _resolve(self, kv_lora_rank: int) -> LatentLayer:
-        """The channels of the layers that this one stores, mixes and reads."""
+        """Resolves the channels that this layer stores, mixes and reads."""
         rows = latent_layers(self.plan)
         row = rows[self.layer]
 
         def part(j: int, segment: Segment) -> _Part:
-            """Where layer j keeps this segment's channels of c."""
+            """The channels of a segment in the latent of layer j."""
             start, stop = channels(segment.heads, kv_lora_rank)
             position = rows[j].stores_rope * self.rope_dim
             for first, last in (channels(share, kv_lora_rank) for share in rows[j].stores):
                 if start < last:
                     return _Part(j, position + start - first, position + stop - first)
                 position += last - first
-            raise AssertionError(f"layer {j} does not store {segment.heads}")  # the plan has checked it
+            raise AssertionError(f"layer {j} does not store {segment.heads}")  # checked by the plan
 
         self._stored = (row.stored_channels(kv_lora_rank), row.stores_rope * self.rope_dim)
         self._cut, self._mix = row.cut, row.mix
-        # Sums are taken over [k_pe ; c], compositions over shares of c, with k_pe apart.
+        # Sums are over [k_pe ; c], compositions over intervals of c, with k_pe separate.
         key_width = self.rope_dim if row.cut else self.rope_dim + kv_lora_rank
         self._key_parts = [_Part(j, 0, key_width) for j in row.rope.sources]
         if row.cut:
@@ -188,16 +195,16 @@ class LatentAttention(nn.Module):
         document_ids: Tensor | None = None,
         fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV]:
-        """Attends from the S rows of x, which are the last S tokens of each sequence.
+        """Computes attention for the S rows of x, which are the last S tokens of each sequence.
 
-        Arguments and result are those of ``FusedKVAttention.forward``. In the KV, ``key`` is the latent that
-        this layer stores of its S tokens, [k_pe ; c] (B, S, 1, channels), and ``value`` is None. cos and sin
-        are (S, d / 2) or (B, S, d / 2). The cache has a ``rope_dim``.
+        Arguments and result are those of ``FusedKVAttention.forward``, with three differences. In the KV,
+        ``key`` is the latent that this layer stores, [k_pe ; c] (B, S, 1, channels), and ``value`` is None.
+        cos and sin are (S, d / 2) or (B, S, d / 2). The cache must have a ``rope_dim``.
         """
         check_call(self, x, sources, cache, last, document_ids)
         if cache is not None and cache.rope_dim != self.rope_dim:
             raise ValueError(
-                f"cache must keep latents with rope_dim={self.rope_dim}, got rope_dim={cache.rope_dim}"
+                f"cache must have latents with rope_dim={self.rope_dim}, got rope_dim={cache.rope_dim}"
             )
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.cos_sin(self._positions(x, sources, cache, document_ids))
@@ -228,7 +235,7 @@ class LatentAttention(nn.Module):
     def _positions(
         self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
     ) -> Tensor:
-        """Positions of the rows of x: (S,), or (B, S) where the sequences differ."""
+        """Positions of the rows of x: (S,), or (B, S) if they differ between sequences."""
         steps = x.shape[1]
         if cache is not None:
             return cache.positions(steps)
@@ -250,7 +257,7 @@ class LatentAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None,
         fusion: FusionTensors | None,
     ) -> Tensor | None:
-        """The latent that this layer stores of the tokens x: [k_pe ; c], rotated and mixed."""
+        """The latent to store of the tokens x: [k_pe ; c], rotated and mixed."""
         if self.kv_a_proj_with_mqa is None:
             return None
         c, k_pe = self.kv_a_proj_with_mqa(x).unsqueeze(2).split(self._stored, dim=-1)
@@ -267,7 +274,7 @@ class LatentAttention(nn.Module):
         return _fused([available[j] for j in self._mix.sources], fusion and fusion.keys[0])
 
     def _queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Queries (B, S, H, n) and, rotated, (B, S, H, d)."""
+        """Queries without positions (B, S, H, n), and rotated queries (B, S, H, d)."""
         if self.q_lora_rank is None:
             q = self.q_proj(x)
         else:
@@ -279,7 +286,7 @@ class LatentAttention(nn.Module):
         return x if position_embeddings is None else apply_rotary(x, *position_embeddings, self.interleaved)
 
     def _read_weights(self, fusion: FusionTensors | None) -> tuple[Tensor | None, Tensor | None]:
-        """Fusion weights of keys (m, 1, d + r) and values (m, 1, r) to read with; None: all ones."""
+        """Fusion weights of keys (m, 1, d + r) and values (m, 1, r) for reading; None: all ones."""
         if fusion is None or self._mix is not None:
             return None, None
         return fusion.keys[0], fusion.values[0]
@@ -377,7 +384,7 @@ class LatentAttention(nn.Module):
                 queries = q.split([stop - start for _, start, stop in self._key_parts], dim=-1)
             else:
                 queries = [q] * len(self._key_parts) if key_weights is None else [q * a for a in key_weights]
-            with torch.autocast(q.device.type, enabled=False):  # its products would not be float32
+            with torch.autocast(q.device.type, enabled=False):  # keeps the products in float32
                 outs = _attend_blocks(queries, self._key_parts, self._value_parts, cache, self.scale, left)
             if value_weights is not None:
                 outs = [b * out for b, out in zip(value_weights, outs, strict=True)]
@@ -388,10 +395,10 @@ class LatentAttention(nn.Module):
 def check_sizes(
     kv_lora_rank: int, qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int, q_lora_rank: int | None
 ) -> None:
-    """Checks that sizes are positive and rotated channels form pairs.
+    """Validates the sizes of latent attention.
 
     Raises:
-        ValueError: A size is not; the message names it.
+        ValueError: A size is not a positive int, or qk_rope_head_dim is odd. The message names it.
     """
     sizes = {
         "kv_lora_rank": kv_lora_rank,
@@ -421,15 +428,15 @@ def _fused(latents: Sequence[Tensor], weights: Tensor | None) -> Tensor:
 
 
 def _tokens(cache: KVCache, layer: int, first: int, end: int) -> Tensor:
-    """Tokens first to end - 1 of all sequences, as the layer stored them: (B, end - first, 1, channels).
+    """Stored tokens first to end - 1 of all sequences: (B, end - first, 1, channels).
 
-    Tokens beyond a sequence's length hold anything.
+    Tokens beyond the length of a sequence are undefined.
     """
     stored, table = cache.keys(layer), cache.block_table
     if table is None:
         return stored[:, first:end]
     tokens = torch.arange(first, end, device=stored.device)
-    # Unused entries of the table are -1: the last page, which is as good as any.
+    # Unused entries of the table are -1, which reads the last page; the result is masked.
     return stored[table[:, tokens // stored.shape[1]].long(), tokens % stored.shape[1]]
 
 
@@ -443,16 +450,16 @@ def _attend_blocks(
 ) -> list[Tensor]:
     """P V_e for each of ``values``; P = softmax(scale sum_j q_j K_j^T), causal and within ``left`` tokens.
 
-    For calls that the kernel does not take: wide or odd head dims, one query per source. Online softmax
-        (arXiv
-    1805.02867) over blocks of tokens.
+    It covers calls that the kernel does not support: other head dims, and one query per source. It is an
+    online softmax (arXiv 1805.02867) over blocks of tokens.
 
     Args:
         queries: (B, S, H, D_j) of the last S tokens.
-        keys, values: The channels D_j and D_e in the cache.
+        keys: The channels D_j in the cache.
+        values: The channels D_e in the cache.
         cache: The cache.
-        scale: Of the scores.
-        left: Tokens before its own that a row sees; -1 is unbounded.
+        scale: Factor of the scores.
+        left: Number of preceding tokens that a row attends to; -1 is unbounded.
 
     Returns:
         (B, S, H, D_e) for each of ``values``, fp32 (fp64 for fp64). Fully masked rows are zero.
@@ -475,7 +482,7 @@ def _attend_blocks(
         blocks = {}
         for j in {part.layer for part in (*keys, *values)}:
             blocks[j] = _tokens(cache, j, first, first + len(tokens)).squeeze(2).to(dtype)
-            if ragged:  # slots beyond a sequence may hold NaN, which a zero weight does not make zero
+            if ragged:  # slots beyond a sequence may hold NaN, and 0 * NaN is NaN
                 blocks[j] = blocks[j].masked_fill((tokens >= lengths)[:, :, None], 0)
         scores: Any = sum(q @ blocks[j][..., a:b].mT for q, (j, a, b) in zip(rows, keys, strict=True))
         scores = scores.masked_fill(~visible, float("-inf"))
@@ -490,11 +497,11 @@ def _attend_blocks(
 
 
 def _span(cache: KVCache, steps: int, left: int) -> tuple[int, int]:
-    """The first token that some row may see, and one past the last."""
+    """The first token that a row attends to, and one past the last."""
     begin = 0 if left < 0 else max(min(cache.lengths) - steps - left, 0)
     return begin, max(*cache.lengths, 1)
 
 
 def _capturing(cache: KVCache) -> bool:
-    """Whether a CUDA graph is being captured, which will run with lengths that the host does not know."""
+    """Whether a CUDA graph is being captured, whose replays have other lengths than the host's."""
     return cache.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

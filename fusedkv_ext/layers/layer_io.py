@@ -1,7 +1,7 @@
-"""Rows of a cache plan in whole heads: the heads of the layers that a layer stores, mixes and reads.
+"""Cache plan of one layer in whole heads: which heads of which layers it stores, mixes and reads.
 
-They are resolved once when a layer is made, so that a step of the model only indexes tensors. Tensors are
-(B, T, g, D) with the g heads that their layer stores.
+This is resolved once per layer, so that a forward pass only indexes tensors. Tensors are (B, T, g, D) with
+the g heads that their layer stores.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["HeadSlice", "SidePlan", "WeightedSum", "mixed", "mixes_any"]
 
 
 class HeadSlice(NamedTuple):
-    """Some of the stored heads of one layer."""
+    """A range of the stored heads of one layer."""
 
     layer: int
-    index: int  # type: ignore[assignment]  # of the layer among (*source_layers, this layer)
-    heads: slice | None  # None: all that the layer stores
+    index: int  # type: ignore[assignment]  # of the layer in (*source_layers, this layer)
+    heads: slice | None  # None: all stored heads
 
     def of(self, stored: Tensor) -> Tensor:
         return stored if self.heads is None else stored[:, :, self.heads]
@@ -33,15 +33,15 @@ class WeightedSum(NamedTuple):
     """sum_j weight_j (.) tensor_j over the heads of one resolved segment."""
 
     tensors: tuple[HeadSlice, ...]
-    segment: int | None  # whose fusion weights; None: all ones
+    segment: int | None  # index of the segment with the weights; None: all ones
 
 
 class SidePlan(NamedTuple):
     """Keys or values of one layer in whole heads."""
 
     num_stored: int
-    mixes: tuple[WeightedSum, ...]  # the heads to store, segment after segment; empty: as they are projected
-    reads: tuple[WeightedSum, ...]  # what attention reads, one entry per resolved segment
+    mixes: tuple[WeightedSum, ...]  # heads to store, one entry per segment; empty: projections as they are
+    reads: tuple[WeightedSum, ...]  # inputs of attention, one entry per resolved segment
 
     @classmethod
     def resolve(
@@ -71,24 +71,23 @@ class SidePlan(NamedTuple):
 
 
 def mixes_any(plan: CachePlan, layer: int, num_kv_heads: int) -> bool:
-    """Whether layer ``layer`` mixes its projections with its sources before it stores them."""
+    """Whether layer ``layer`` mixes its projections with its sources before storage."""
     return any(SidePlan.resolve(plan, layer, num_kv_heads, side).mixes for side in ("key", "value"))
 
 
 def mixed(
     available: Sequence[Tensor], mixes: Sequence[WeightedSum], weights: Sequence[Tensor | None] | None
 ) -> Tensor:
-    """The heads that a layer stores, each segment summed over its sources.
+    """Computes the heads to store: each segment summed over its sources.
 
     Args:
         available: Tensors of the sources and of the layer itself.
-        mixes: The sums, segment after segment.
-        weights: Fusion weights by resolved segment, if there are any.
+        mixes: The sums, one per segment.
+        weights: Fusion weights by resolved segment, or None.
     """
     parts = []
     for mix in mixes:
         tensors = [heads.of(available[heads.index]) for heads in mix.tensors]
-        # Weights are given where the plan has some.
         weight = None if mix.segment is None else weights[mix.segment]  # type: ignore[index]
         if len(tensors) == 1 and weight is None:
             parts.append(tensors[0])

@@ -1,9 +1,9 @@
-"""A mixture of SwiGLU experts in place of the feed-forward network (Switch Transformers, arXiv 2101.03961).
+"""Mixture of SwiGLU experts as feed-forward network (Switch Transformers, arXiv 2101.03961).
 
     out = sum over the top k experts e of  p_e * down_e(silu(gate_e(x)) * up_e(x)),   p = softmax(router(x))
 
-Rows are sorted by expert, so that each expert is one matrix product over its rows. No row is ever dropped.
-Parameters have the names of HF's Qwen3Moe (transformers 5), with all experts stacked into one tensor.
+Rows are sorted by expert, so that each expert is one matrix product over its rows. No row is dropped.
+Parameter names are those of HF's Qwen3Moe (transformers 5), with all experts stacked into one tensor.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ __all__ = ["Experts", "MoE", "balance_loss"]
 
 
 def balance_loss(probabilities: Tensor, experts: Tensor, context: Any = None) -> Tensor:
-    """How unevenly each sequence uses the experts: mean over the sequences of E * sum_e f_e P_e.
+    """Load-balancing loss of each sequence: mean over the sequences of E * sum_e f_e P_e.
 
-    f_e is the share of a sequence's S * k choices that fell on expert e, and P_e its mean probability (arXiv
-    2101.03961, eq. 4 to 6, for k = 1; with top k arXiv 2412.19437, eq. 17 to 20). The loss is 1 if all
-    experts are used alike and at most E / k. Its gradient goes through P. It is a mean over sequences, so it
-    does not depend on how a batch is split.
+    f_e is the fraction of a sequence's S * k choices for expert e, and P_e the expert's mean probability
+    (arXiv 2101.03961, eq. 4 to 6, for k = 1; arXiv 2412.19437, eq. 17 to 20, for top k). The loss is 1 if all
+    experts are used equally and at most E / k. Its gradient flows through P. It is a mean over sequences, so
+    it does not depend on the split of a batch.
 
-    HF's load_balancing_loss_func sums f over the k choices, which makes it k times as large, and takes f and
-    P over the whole batch.
+    HF's load_balancing_loss_func sums f over the k choices, so it is k times as large. It computes f and P
+    over the whole batch.
 
     Args:
         probabilities: (B, S, E), the router's softmax.
         experts: (B, S, k) integers, the chosen experts.
         context: A ContextParallel whose ranks have S tokens of each sequence each. The result is then this
-            rank's part, and the sum over the ranks is the loss.
+            rank's summand of the loss.
     """
     count, chosen = probabilities.shape[-1], experts.shape[-1]
     used = torch.zeros_like(probabilities).scatter(-1, experts, 1.0).mean(dim=-2) / chosen
@@ -70,9 +70,9 @@ class Experts(nn.Module):
             (N, hidden), computed in the dtype of ``rows``.
         """
         # torch's grouped product needs strides that are multiples of 16 bytes. In bfloat16 it is one kernel
-        # on GPUs of SM90 and later, and the host does not read `ends`. Elsewhere it loops too, it has no
-        # float64, and torch.compile takes it in bfloat16 only: there our own loop is as good. Graphs have
-        # that loop as one operation, because they do not know how many rows an expert gets.
+        # on SM90 and later, without a host sync for `ends`. Elsewhere it loops too, has no float64, and
+        # torch.compile supports it in bfloat16 only. There our own loop is as good. In graphs that loop is
+        # one operation, because the rows per expert are data-dependent.
         aligned = all(size % 8 == 0 for size in self.down_proj.shape[1:])
         looped = _looped_in_graph if torch.compiler.is_compiling() else _looped
         products = _grouped if rows.dtype is torch.bfloat16 and aligned else looped
@@ -89,7 +89,7 @@ def _grouped(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tenso
 
 
 def _looped(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-    bounds = [0, *ends.tolist()]  # on a GPU the host waits here
+    bounds = [0, *ends.tolist()]  # synchronizes with a GPU
     sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     outs = []
     for part, in_proj, out_proj in zip(rows.split(sizes), gate_up.unbind(), down.unbind(), strict=True):
@@ -105,12 +105,12 @@ def _looped_in_graph(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) 
 
 
 def _parts(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
-    return rows.tensor_split(ends[:-1].tolist())  # on a GPU the host waits here
+    return rows.tensor_split(ends[:-1].tolist())  # synchronizes with a GPU
 
 
 @torch.library.custom_op("fusedkv_moe::grouped_linear", mutates_args=())
 def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """(N, in), weight (E, out, in) -> (N, out): the rows before ends[0] by weight[0], and so on."""
+    """(N, in), weight (E, out, in) -> (N, out): weight[0] for the rows before ends[0], and so on."""
     return torch.cat([F.linear(part, w) for part, w in zip(_parts(rows, ends), weight, strict=True)])
 
 
@@ -157,7 +157,7 @@ class MoE(nn.Module):
         moe_intermediate_size: Intermediate channels of each expert.
         num_experts: E.
         num_experts_per_tok: k, at most E.
-        norm_topk_prob: Whether the k probabilities are divided by their sum.
+        norm_topk_prob: Whether the top k probabilities are divided by their sum.
     """
 
     def __init__(
@@ -176,10 +176,15 @@ class MoE(nn.Module):
         self.experts = Experts(num_experts, hidden_size, moe_intermediate_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, S, hidden) -> the same, and in training mode the ``balance_loss`` of this layer, else None.
+        """Routes each token to its top k experts.
 
-        Tokens are routed independently. Softmax and balance loss are computed in fp32 (fp64 for fp64).
-        torch.topk breaks ties.
+        Softmax and balance loss are computed in fp32 (fp64 for fp64). torch.topk breaks ties.
+
+        Args:
+            x: (B, S, hidden).
+
+        Returns:
+            (B, S, hidden), and the layer's ``balance_loss`` in training mode, otherwise None.
         """
         logits = self.gate(x)
         k, dtype = self.num_experts_per_tok, torch.promote_types(logits.dtype, torch.float32)
@@ -188,11 +193,11 @@ class MoE(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
 
-        # Choice c = k * token + rank; `order` lists the choices expert by expert.
+        # Choice c = k * token + rank; `order` sorts the choices by expert.
         sorted_experts, order = experts.flatten().sort(stable=True)
         each = torch.arange(self.num_experts, device=x.device)
         ends = torch.searchsorted(sorted_experts, each, right=True, out_int32=True)
-        # In the router's dtype, which under autocast is not that of x; autocast has no grouped product.
+        # In the router's dtype, which differs from x under autocast: autocast does not cover grouped_mm.
         rows = x.flatten(0, 1).to(logits.dtype).index_select(0, order // k)
         rows = self.experts(rows, ends)
         outs = torch.zeros_like(rows).index_copy(0, order, rows).unflatten(0, (*x.shape[:2], k))

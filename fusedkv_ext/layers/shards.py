@@ -1,6 +1,6 @@
-"""Parameters that ranks share under tensor parallelism: this rank's part, and its gradient.
+"""Local shards of DTensor parameters under tensor parallelism, and their gradients.
 
-Importing torch.distributed takes a while, so nothing here does before a parameter is a DTensor.
+Importing torch.distributed is slow, so it is imported only if a parameter is a DTensor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ __all__ = ["common_seed", "for_all_ranks", "local"]
 
 
 def local(parameter: Any, summed: bool = False) -> Tensor:
-    """This rank's part of a parameter that is a DTensor; any other parameter as it is.
+    """This rank's shard of a DTensor parameter; any other parameter is returned unchanged.
 
     Args:
         parameter: The parameter.
-        summed: Whether the rank uses it for its own heads only. The gradient of a parameter that every rank
-            has whole is then the sum over the ranks.
+        summed: Whether the rank uses it for its own heads only. The gradient of a replicated parameter is
+            then summed over the ranks.
     """
     if not _is_shared(parameter):
         return parameter
@@ -28,7 +28,7 @@ def local(parameter: Any, summed: bool = False) -> Tensor:
 
 
 def _is_shared(parameter: Any) -> bool:
-    if torch.compiler.is_compiling():  # a traced DTensor does not tell which attributes it has
+    if torch.compiler.is_compiling():  # hasattr does not work on a traced DTensor
         from torch.distributed.tensor import DTensor
 
         return isinstance(parameter, DTensor)
@@ -36,7 +36,7 @@ def _is_shared(parameter: Any) -> bool:
 
 
 def for_all_ranks(weights: Tensor, mesh: Any) -> Tensor:
-    """``weights``, equal on all ranks of the DeviceMesh ``mesh``, with the sum of their gradients."""
+    """Returns ``weights``, which are replicated over ``mesh``, with gradients summed over its ranks."""
     if not weights.requires_grad:
         return weights
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -46,7 +46,7 @@ def for_all_ranks(weights: Tensor, mesh: Any) -> Tensor:
 
 
 def common_seed(mesh: Any) -> int:
-    """A seed for all ranks of the DeviceMesh ``mesh``, which call this together.
+    """A common seed of all ranks of the DeviceMesh ``mesh``; collective.
 
     The first rank draws it from torch's global generator.
     """

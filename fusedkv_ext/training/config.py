@@ -1,6 +1,6 @@
-"""The configuration of a training run: five sections, typed, with every key checked.
+"""Configuration of a training run: five typed sections whose keys and values are validated.
 
-Values come from, in rising priority: the defaults below, a TOML file, `--set section.key=value`.
+Sources of values, in increasing priority: the defaults below, a TOML file, `--set section.key=value`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fusedkv_ext.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The decoder; names as in `DecoderConfig`. The vocabulary comes from the tokenizer."""
+    """The decoder. Names are those of `DecoderConfig`; the vocabulary size comes from the tokenizer."""
 
-    plan: str = "fusedkv"  # a name that CachePlan.named knows, or a JSON file of a plan
-    plan_options: dict[str, Any] = field(default_factory=dict)  # further arguments of CachePlan.named
+    plan: str = "fusedkv"  # a name of CachePlan.named, or the JSON file of a plan
+    plan_options: dict[str, Any] = field(default_factory=dict)  # options of CachePlan.named
     num_hidden_layers: int = 8
     hidden_size: int = 256
     intermediate_size: int = 0  # 0: 8/3 of hidden_size, rounded up to a multiple of 64
@@ -35,9 +35,9 @@ class ModelSection:
     attention_bias: bool = False
     tie_word_embeddings: bool = True
     sliding_window: int | None = None
-    layer_types: list[str] = field(default_factory=list)  # repeated over the layers; empty: as DecoderConfig
-    recompute_fusion: bool = False  # fuse again in the backward instead of keeping fused keys and values
-    # Multi-head latent attention: all but q_lora_rank, or none; head_dim is then not used.
+    layer_types: list[str] = field(default_factory=list)  # repeated over the layers; empty: see DecoderConfig
+    recompute_fusion: bool = False  # recompute fused keys and values in the backward instead of saving them
+    # Multi-head latent attention: set all of these (q_lora_rank is optional) or none. head_dim is unused.
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -54,43 +54,43 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where the tokens come from. `text` empty: the Python sources of this machine."""
+    """Source of the tokens. If `text` is empty, the Python sources of this machine."""
 
     text: list[str] = field(default_factory=list)
-    # Empty: files of `text` are held out by the hash of their name.
+    # If empty, files of `text` are held out by the hash of their name.
     valid_text: list[str] = field(default_factory=list)
     valid_fraction: float = 0.02
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
-    vocab_size: int = 0  # ids that the tokenizer is expected to have, within a tenth; 0: any number
+    vocab_size: int = 0  # expected size of the tokenizer's vocabulary, within 10 %; 0: any
     seq_len: int = 256
-    document_masks: bool = False  # tokens of a sequence see and predict within their own document only
+    document_masks: bool = False  # attention and targets stay within a document
     cache_dir: str = ""  # empty: $XDG_CACHE_HOME/fusedkv
 
 
 @dataclass(frozen=True)
 class OptimSection:
-    """AdamW under a cosine with linear warm-up."""
+    """AdamW with a cosine schedule and linear warm-up."""
 
     lr: float = 1e-3
-    final_lr: float = 0.1  # last learning rate as a share of `lr`
+    final_lr: float = 0.1  # last learning rate as a fraction of `lr`
     warmup_steps: int = 50
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True)
 class RunSection:
-    """Length, batch, seeds and how often to report."""
+    """Length, batch size, seed, device, and intervals of logging, validation and checkpoints."""
 
     steps: int = 1000
     batch_size: int = 16  # sequences per optimizer step
-    accumulate: int = 1  # parts in which that batch is run; batch_size must be a multiple
+    accumulate: int = 1  # micro-batches per optimizer step; batch_size must be a multiple
     seed: int = 0
-    precision: str = "fp32"  # or "bf16": autocast around fp32 weights
-    device: str = "auto"  # "cuda" where there is one, else "cpu"
+    precision: str = "fp32"  # or "bf16": autocast with fp32 weights
+    device: str = "auto"  # "cuda" if available, else "cpu"
     log_every: int = 10
     valid_every: int = 200
     valid_batches: int = 16
@@ -100,14 +100,14 @@ class RunSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """How the processes of torchrun share a run, as in `parallel.Layout`, and what each saves."""
+    """Parallelism under torchrun, as in `distributed.Layout`, activation checkpointing and compilation."""
 
-    dp_replicate: int = 1  # copies of the weights
-    dp_shard: int = 0  # processes that share a copy, with sequences of their own; 0: those that remain
-    cp: int = 1  # processes that share the tokens of a sequence
-    tp: int = 1  # processes that share the heads
-    activation_checkpointing: str = "none"  # or "non_reentrant", "reentrant": run layers again
-    compile: bool = False  # each layer by torch.compile
+    dp_replicate: int = 1  # replicas of the weights
+    dp_shard: int = 0  # ranks that shard a replica (FSDP), with own sequences; 0: all remaining ranks
+    cp: int = 1  # context parallel ranks, which shard the tokens of a sequence
+    tp: int = 1  # tensor parallel ranks, which shard the heads
+    activation_checkpointing: str = "none"  # or "non_reentrant", "reentrant"
+    compile: bool = False  # torch.compile of each layer
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,27 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From nested sections as TOML and JSON give them; unknown keys and wrong types raise ConfigError."""
+        """Creates a configuration from nested sections, as read from TOML or JSON.
+
+        Raises:
+            ConfigError: A key is unknown, or a value has the wrong type or is out of range.
+        """
         return cls().merged(values)
 
     def merged(self, values: Mapping[str, Any]) -> TrainConfig:
-        """A copy with the values of nested sections."""
+        """Returns a copy updated with the values of nested sections."""
         return self.updated(_flatten(values).items())
 
     def updated(self, items: Iterable[tuple[str, Any]], *, as_text: bool = False) -> TrainConfig:
-        """A copy with dotted keys replaced. `as_text`: values are strings, to be read as the key's type."""
+        """Returns a copy with dotted keys replaced.
+
+        Args:
+            items: Pairs of dotted key and value.
+            as_text: Values are strings and are parsed as the type of the key.
+
+        Raises:
+            ConfigError: A key is unknown, or a value has the wrong type or is out of range.
+        """
         sections: dict[str, dict[str, Any]] = {}
         for key, value in items:
             section, name, rest = _locate(key)
@@ -150,13 +162,17 @@ class TrainConfig:
 
 
 def known_keys() -> list[str]:
-    """All dotted keys, in the order of their definition."""
+    """All dotted keys, in the order of definition."""
     hints = get_type_hints(TrainConfig)
     return [f"{section}.{item.name}" for section, kind in hints.items() for item in fields(kind)]
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file as nested dictionaries. Python 3.10 needs the package tomli for it."""
+    """Reads a TOML file into nested dictionaries. Python 3.10 needs the package tomli.
+
+    Raises:
+        ConfigError: The file does not exist or is not valid TOML, or tomli is missing.
+    """
     try:
         import tomllib
     except ModuleNotFoundError:
@@ -179,14 +195,14 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, content in values.items():
         if not isinstance(content, Mapping):
             raise unknown_key(section)
-        if section not in _sections() and not content:  # with content, its keys are found to be unknown
+        if section not in _sections() and not content:  # otherwise `_locate` reports its keys
             raise unknown_key(section)
         flat.update({f"{section}.{name}": value for name, value in content.items()})
     return flat
 
 
 def unknown_key(key: str) -> ConfigError:
-    """The error for a key that does not exist, with those that look like it."""
+    """The error for an unknown key, with similar keys as a hint."""
     names = known_keys()
     last = key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
@@ -201,7 +217,7 @@ def _sections() -> list[str]:
 
 
 def _locate(key: str) -> tuple[str, str, str]:
-    """(section, name, key inside a table or '') of a dotted key."""
+    """Splits a dotted key into section, name, and key inside a table or ''."""
     section, _, rest = key.partition(".")
     name, _, inner = rest.partition(".")
     if f"{section}.{name}" not in known_keys():
@@ -213,7 +229,7 @@ def _locate(key: str) -> tuple[str, str, str]:
 
 
 def literal(text: str) -> Any:
-    """A free value: JSON where it parses (numbers, true, null, lists), else the text itself."""
+    """Parses a value of unknown type: JSON if valid (numbers, true, null, lists), else the text itself."""
     try:
         return json.loads(text)
     except ValueError:
@@ -265,7 +281,7 @@ def _from_value(value: Any, kind: Any) -> Any:
     return [_from_value(part, *get_args(kind)) for part in value] if expected is list else value
 
 
-# (key, test, what is expected). Limits between two keys are checked in `_validate`.
+# (key, test, expectation). `_validate` checks limits that involve two keys.
 _LIMITS: tuple[tuple[str, Any, str], ...] = (
     *(
         (f"model.{name}", lambda value: value >= 1, ">= 1")
@@ -326,16 +342,16 @@ def _validate(config: TrainConfig) -> None:
             raise ConfigError(f"{key} must be {expected}, got {value!r}")
     if config.run.batch_size % config.run.accumulate:
         raise ConfigError(
-            f"run.batch_size ({config.run.batch_size}) must be a multiple of run.accumulate "
-            f"({config.run.accumulate})"
+            f"run.batch_size must be a multiple of run.accumulate ({config.run.accumulate}), got "
+            f"{config.run.batch_size}"
         )
     if config.parallel.cp > 1 and config.data.seq_len % (2 * config.parallel.cp):
         raise ConfigError(
-            f"data.seq_len ({config.data.seq_len}) must be a multiple of 2 x parallel.cp "
-            f"({2 * config.parallel.cp}): each of the ranks has two chunks of a sequence"
+            f"data.seq_len must be a multiple of 2 x parallel.cp ({2 * config.parallel.cp}), got "
+            f"{config.data.seq_len}: each rank has two chunks of a sequence"
         )
     if config.data.seq_len > config.model.max_position_embeddings:
         raise ConfigError(
-            f"data.seq_len ({config.data.seq_len}) is longer than model.max_position_embeddings "
-            f"({config.model.max_position_embeddings})"
+            "data.seq_len must be at most model.max_position_embeddings "
+            f"({config.model.max_position_embeddings}), got {config.data.seq_len}"
         )

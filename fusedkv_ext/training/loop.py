@@ -1,8 +1,8 @@
-"""A run of `train` or `uptrain`: train with logging, validation and checkpoints, and say how it ended.
+"""The loop of `train` and `uptrain`: training with logging, validation and checkpoints.
 
-`run` is the loop of both commands. `Run` says what differs: when to log, to validate and to save, what lies
-beside the tensors of a checkpoint, and what happens at the end. Below them: `TrainRun`, how it starts and how
-it resumes.
+`run` is the loop of both commands. `Run` defines what differs between them: when to log, validate and save,
+what a checkpoint contains in addition to tensors, and the end of a run. `TrainRun` is the run of `fusedkv
+train`, which `start` creates and `resume` continues.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from fusedkv_ext.training.trainer import (
     resolve_device,
 )
 
-Mark = tuple[int, float]  # tokens and seconds, from which a speed is counted
+Mark = tuple[int, float]  # tokens and seconds at the start of a speed measurement
 
 
 class Run(ABC):
-    """A trainer together with where it writes; under torchrun all processes make one.
+    """A trainer with its output folder. Under torchrun every rank has one.
 
     Args:
-        trainer: makes the steps.
-        folder: of metrics.jsonl and the checkpoints.
-        keep: checkpoints to keep.
+        trainer: Performs the optimizer steps.
+        folder: Folder of metrics.jsonl and of the checkpoints.
+        keep: Number of checkpoints to keep.
     """
 
-    task = "train"  # name of its bar of progress
+    task = "train"  # name in the progress display
 
     def __init__(self, trainer: Trainer, folder: Path, keep: int) -> None:
         self.trainer, self.folder = trainer, folder
@@ -60,13 +60,11 @@ class Run(ABC):
         return self.folder / "checkpoints"
 
     def open_log(self) -> Log:
-        """The metrics, which the first process writes."""
+        """Opens the metrics log. Only rank 0 writes to it."""
         return NoMetricsLog() if session.rank() else MetricsLog(self.folder / "metrics.jsonl")
 
     def save(self) -> Path:
-        """Begins to write the checkpoint of this step, which is there after `saver.wait()`; together on all
-        processes.
-        """
+        """Starts to write the checkpoint of this step; `saver.wait()` waits for it. Collective over ranks."""
         facts = {
             "step": self.trainer.step,
             "seconds": self.trainer.seconds,
@@ -83,7 +81,7 @@ class Run(ABC):
         return self.saver.save(self.trainer.step, collect(self.trainer), fill)
 
     def restore(self, checkpoint: Path, facts: dict[str, Any]) -> None:
-        """Puts trainer and metrics back to where a checkpoint was written. facts: those of the checkpoint."""
+        """Restores trainer and metrics from a checkpoint and from its `facts`. Collective over ranks."""
         with session.quiet():
             restore(checkpoint, self.trainer)
         self.trainer.step, self.trainer.seconds = facts["step"], facts["seconds"]
@@ -94,40 +92,46 @@ class Run(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What else a checkpoint says, as plain values."""
+        """Further entries of the checkpoint's trainer.json, as plain values."""
 
     def write_files(self, folder: Path) -> None:
-        """Puts further files into the folder of a checkpoint, on rank 0 and on the thread of the saver."""
+        """Writes further files into the checkpoint folder. Runs on rank 0, in the saver's thread."""
         return
 
     @abstractmethod
     def describe(self) -> Record:
-        """The record of kind "run", once per start."""
+        """The record of kind "run", written once per start."""
 
     def begin(self, log: Log, progress: Progress) -> None:
-        """Before the first step of this start."""
+        """Called before the first step of this start."""
         return
 
     @abstractmethod
     def progress(self) -> tuple[int, int]:
-        """How far the run has come: done, of a total."""
+        """Progress of the run: (done, total)."""
 
     @abstractmethod
     def due(self, before: float, last: bool) -> tuple[bool, bool, bool]:
-        """Whether to log, to validate and to save after a step. before: the share of the budget before it.
-        last: it was the last one of this start.
+        """Decides whether to log, validate and save after a step.
+
+        Args:
+            before: Fraction of the budget that was used before the step.
+            last: The step was the last one of this start.
+
+        Returns:
+            (log, validate, save).
         """
 
     def speed_from(self, start: Mark, last_record: Mark) -> Mark:
-        """From where the speed in a record counts: the start of this process, or the record before."""
+        """The start of the speed measurement: that of this process, or the previous record."""
         return start
 
     @abstractmethod
     def text(self, record: Record) -> str:
-        """A record of kind "train" in a line of progress."""
+        """Formats a record of kind "train" for the progress display."""
 
     def validated(self, loss: float) -> tuple[Record, str]:
-        """The record of a validation and its line of progress."""
+        """The record of a validation and its line in the progress display."""
         record = valid_record(self.trainer, loss)
         return record, (
             f"validation at step {self.trainer.step}: loss {loss:.4f}, "
@@ -136,15 +140,23 @@ class Run(ABC):
 
     @abstractmethod
     def end(self, log: Log, progress: Progress, stopped: bool, state: Progressed) -> Any:
-        """After the last step of this start: saves, and returns how the run ended. stopped: somebody asked
-        for it.
+        """Called after the last step of this start: saves, and returns the result of the run.
+
+        Args:
+            log: The metrics log.
+            progress: The progress display.
+            stopped: The run was interrupted.
+            state: Losses at the end of the loop.
         """
 
 
 @dataclass
 class Progressed:
-    """What the loop knows at its end: the mean loss of the last record, and the last validation where no
-    step followed it.
+    """Losses at the end of the loop.
+
+    Attributes:
+        train_loss: Mean loss of the last record.
+        valid_loss: Loss of a validation after the last step; None if there was none.
     """
 
     train_loss: float | None = None
@@ -158,11 +170,20 @@ def run(
     stop_after: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Trains until the budget is used, or stops early with a checkpoint; returns what `Run.end` does.
+    """Trains until the budget is used, or stops early with a checkpoint.
 
-    stop_after: number of steps (counted from the run's beginning) after which to stop. should_stop: asked
-    after each step; what one process of torchrun answers stops them all after the same step. Raises
-    TrainingDiverged naming the checkpoint to go back to.
+    Args:
+        this: The run.
+        progress: The progress display.
+        stop_after: Step after which to stop, counted from the beginning of the run.
+        should_stop: Called after each step. If it returns True on one rank, all ranks stop after that step.
+
+    Returns:
+        The result of `Run.end`.
+
+    Raises:
+        TrainingDiverged: A loss is not finite. The message names the last checkpoint.
+        CheckpointError: A rank could not write its part of a checkpoint.
     """
     with session.quiet():
         return _run(this, progress, stop_after, should_stop)
@@ -202,7 +223,7 @@ def _run(this: Run, progress: Progress, stop_after: int | None, should_stop: Cal
         where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise TrainingDiverged(f"{error}; {where}") from error
     finally:
-        this.saver.close()  # whatever ends the run, a checkpoint that is being written gets to its end
+        this.saver.close()  # also after an error: completes a checkpoint that is being written
         log.close()
 
 
@@ -211,16 +232,18 @@ def _ends(trainer: Trainer, stop_after: int | None) -> bool:
 
 
 def _asked(this: Run, should_stop: Callable[[], bool]) -> bool:
-    """Whether any process is to stop. Raises CheckpointError on all of them when one could not write."""
+    """Whether any rank is to stop. Raises CheckpointError on all ranks if one could not write."""
     stop, failed = session.any_ranks(should_stop(), this.saver.failed)
     if failed:
         this.saver.wait()
-        raise CheckpointError("another process could not write its part of a checkpoint")
+        raise CheckpointError(
+            "every rank must write its part of a checkpoint, got a failure on another rank; see its log"
+        )
     return stop
 
 
 def validate(this: Run, log: Log, progress: Progress, loss: float | None = None) -> float:
-    """Evaluates, unless the loss is known, and reports it."""
+    """Reports the validation loss, and computes it first unless `loss` is given."""
     loss = this.trainer.evaluate() if loss is None else loss
     record, line = this.validated(loss)
     log.write(record)
@@ -229,8 +252,12 @@ def validate(this: Run, log: Log, progress: Progress, loss: float | None = None)
 
 
 def train_record(trainer: Trainer, steps: Sequence[StepResult], since: Mark | None = None) -> Record:
-    """The record of some steps: their mean losses, and the last step's other numbers. since: from where the
-    speed counts.
+    """The record of some steps: mean losses, and the other numbers of the last step.
+
+    Args:
+        trainer: The trainer after the last step.
+        steps: The results of the steps.
+        since: Start of the speed measurement. If None, the record has no speed.
     """
 
     def mean(values: list[float]) -> float:
@@ -254,7 +281,11 @@ def train_record(trainer: Trainer, steps: Sequence[StepResult], since: Mark | No
 
 
 def valid_record(trainer: Trainer, loss: float) -> Record:
-    """The record of a validation; raises TrainingDiverged for a loss that is no number."""
+    """The record of a validation.
+
+    Raises:
+        TrainingDiverged: The loss is not finite.
+    """
     if not math.isfinite(loss):
         raise TrainingDiverged(
             f"the validation loss at step {trainer.step} is {loss}. {trainer.settings.advice}"
@@ -274,7 +305,7 @@ def valid_record(trainer: Trainer, loss: float) -> Record:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run. Losses in nats per token; the last validation covers the final weights."""
+    """The result of a run. Losses are in nats per token; `valid_loss` is that of the final weights."""
 
     steps: int
     tokens: int
@@ -291,7 +322,7 @@ class RunResult:
 
 
 class TrainRun(Run):
-    """A run of `fusedkv train`; its checkpoints are models that every command reads."""
+    """A run of `fusedkv train`. Its checkpoints are models that every command reads."""
 
     trainer: DecoderTrainer
 
@@ -341,7 +372,7 @@ class TrainRun(Run):
         trainer, valid_loss = self.trainer, state.valid_loss
         if stopped:
             self.save()
-            self.saver.wait()  # before the validation: whoever sent the signal may not wait for that
+            self.saver.wait()  # before the validation, since the sender of the signal may not wait for it
         valid_loss = validate(self, log, progress) if valid_loss is None else valid_loss
         saved = self.save()
         self.saver.wait()
@@ -359,22 +390,24 @@ class TrainRun(Run):
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
-    """The token files of a configuration; rank 0 makes them, the others find them.
+    """Opens the token files of a configuration. Rank 0 creates them, the others wait for it.
 
-    Raises ConfigError when the tokenizer is not of the size that `data.vocab_size` expects, or does not end
-    documents when `data.document_masks` needs that.
+    Raises:
+        ConfigError: The vocabulary size differs from `data.vocab_size`, or `data.document_masks` is set and
+            the tokenizer has no token that ends documents.
     """
     data, size = config.data, tokenizer.vocab_size
     if data.vocab_size and abs(size - data.vocab_size) > data.vocab_size / 10:
         raise ConfigError(
-            f"this configuration is for a vocabulary of about {data.vocab_size:,} (data.vocab_size), but "
-            f"{data.tokenizer or 'without data.tokenizer the vocabulary is bytes and'} has {size:,}; give "
-            "another one with --tokenizer, or train with this one by --set data.vocab_size=0"
+            f"the tokenizer must have about {data.vocab_size:,} tokens (data.vocab_size), got {size:,} from "
+            f"{data.tokenizer or 'the byte vocabulary, as data.tokenizer is not set'}; give another one with "
+            "--tokenizer, or accept this one with --set data.vocab_size=0"
         )
     if data.document_masks and tokenizer.separator is None:
         raise ConfigError(
-            f"data.document_masks: {data.tokenizer} has no token that ends documents, such as <|endoftext|>; "
-            "give another one with --tokenizer, or train with data.document_masks=false"
+            "data.document_masks needs a tokenizer with a token that ends documents, such as <|endoftext|>, "
+            f"got {data.tokenizer} without one; give another one with --tokenizer, or set "
+            "data.document_masks=false"
         )
     return session.rank_zero_first(
         lambda: prepare(
@@ -388,14 +421,14 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> TokenData:
 
 
 def deterministic(device: torch.device) -> None:
-    """CUDA has faster kernels whose sums run in any order; resuming bit for bit needs the others."""
+    """Selects deterministic kernels on CUDA. Bit-exact resumption needs them."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with paths that mean the same from any folder: a run may be resumed elsewhere."""
+    """Makes the paths of a configuration absolute, so that a run can be resumed from any folder."""
 
     def absolute(path: str) -> str:
         return os.path.abspath(os.path.expanduser(path))
@@ -413,17 +446,21 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def start(config: TrainConfig, folder: Path) -> TrainRun:
-    """A new run in `folder`. Raises ConfigError when there are checkpoints of another one already."""
+    """Starts a new run in `folder`.
+
+    Raises:
+        ConfigError: The folder already has checkpoints, or the settings are invalid.
+    """
     if run_folder.latest(folder / "checkpoints") is not None:
         raise ConfigError(
-            f"{folder} already holds a run; add --resume to go on with it, or choose another --out"
+            f"{folder} already holds a run; add --resume to continue it, or choose another --out"
         )
-    session.check_batch(config)  # now, not after hours of encoding
+    session.check_batch(config)  # before the encoding, which may take hours
     config = absolute_paths(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     data = load_data(config, tokenizer)
     model = build_model(config, tokenizer.vocab_size)
-    if session.rank() == 0:  # of a run that was killed before its first checkpoint
+    if session.rank() == 0:  # files of a run that was killed before its first checkpoint
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         run_folder.clean(folder / "checkpoints")
     _check_alike(0, config, data, _sums(model) if session.world_size() > 1 else [])
@@ -432,9 +469,7 @@ def start(config: TrainConfig, folder: Path) -> TrainRun:
 
 
 def _check_alike(step: int, config: TrainConfig, data: TokenData, weights: list[int]) -> None:
-    """Raises ConfigError when the processes of torchrun do not begin with the same state; before they share
-    a model, where those that differ would wait for each other.
-    """
+    """Raises ConfigError if ranks start from different states, before collectives could deadlock."""
     session.check_alike(
         {
             "step": step,
@@ -447,17 +482,25 @@ def _check_alike(step: int, config: TrainConfig, data: TokenData, weights: list[
 
 
 def _sums(model: nn.Module) -> list[int]:
-    """Of the bits of each weight, as integers: the same whatever the order in which a machine adds."""
+    """Integer sums over the bytes of each weight, which do not depend on the order of summation."""
     return [int(weight.detach().flatten().view(torch.uint8).sum()) for weight in model.parameters()]
 
 
 def resume(
     folder: Path, change: Callable[[TrainConfig], TrainConfig] = lambda config: config
 ) -> tuple[TrainRun, list[str]]:
-    """The newest checkpoint of `folder`, ready to go on, and warnings.
+    """Resumes from the newest checkpoint of `folder`.
 
-    change: applied to the saved configuration (more steps, say). The model and the text must stay what they
-    were: ConfigError otherwise.
+    Args:
+        folder: The output folder of the run.
+        change: Applied to the saved configuration, for example to add steps. Model and text must not change.
+
+    Returns:
+        The run, and warnings about differences that prevent bit-exact resumption.
+
+    Raises:
+        FileNotFoundError: The folder has no checkpoint.
+        ConfigError: The model, the tokenizer or the text changed.
     """
     newest = run_folder.latest(folder / "checkpoints")
     session.check_alike({"newest checkpoint": newest and newest.name})
@@ -476,8 +519,8 @@ def resume(
     data = load_data(config, tokenizer)
     if data.info.key != state["data_key"]:
         raise ConfigError(
-            "the training text is not what this run began with (files, their content or the split changed); "
-            "restore it, or start a new run in another --out"
+            "a resumed run must have the same training text, got another one (files, their content or the "
+            "split changed); restore it, or start a new run in another --out"
         )
     _check_alike(state["step"], config, data, [])  # weights are read from the same files
     trainer = DecoderTrainer(allocate(newest), data, config, resolve_device(config.run.device))
@@ -487,7 +530,7 @@ def resume(
 
 
 def _differences(state: dict[str, Any], saved: TrainConfig, config: TrainConfig) -> list[str]:
-    """What keeps a resumed run from repeating the uninterrupted one bit for bit."""
+    """Warnings about differences that prevent bit-exact resumption."""
     notes = []
     if state["threads"] != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} threads, {state['threads']} before")
@@ -502,6 +545,6 @@ def _differences(state: dict[str, Any], saved: TrainConfig, config: TrainConfig)
 
 
 def _what_matters(config: TrainConfig) -> TrainConfig:
-    """The configuration without the keys that only say when to report and to save."""
+    """The configuration with fixed values for the keys of reporting and saving."""
     reporting = {"log_every": 1, "valid_every": 1, "valid_batches": 1, "save_every": 1, "keep": 1}
     return replace(config, run=replace(config.run, **reporting))

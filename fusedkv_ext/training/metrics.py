@@ -1,9 +1,9 @@
-"""Metrics of a run: one JSON object per line, readable while the run goes on and after it was killed.
+"""Metrics of a run: one JSON object per line, readable during the run and after a kill.
 
-Records have a `kind`: "run" (once per start: names, sizes, configuration), "train" (means since the last such
-record) and "valid"; `Trainer.observe` adds others: "grads" (norms of gradients, experiments/gradients.py).
-Losses are natural-log cross entropy per predicted token; `bits_per_byte` is the same loss per byte of text.
-`seconds` counts training time over all starts, validation and saving left out.
+Each record has a `kind`: "run" (once per start: names, sizes, configuration), "train" (means since the
+previous such record) or "valid". `Trainer.observe` adds others, such as "grads" (gradient norms,
+lab/gradients.py). `loss` is the cross entropy in nats per target token, and `bits_per_byte` is the same loss
+per byte of text. `seconds` is the training time over all starts, without validation and saving.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Record = dict[str, Any]
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """Cross entropy in nats per token -> bits per byte of text."""
+    """Converts a cross entropy in nats per token to bits per byte of text."""
     return loss / math.log(2.0) * tokens_per_byte
 
 
 class MetricsLog:
-    """Appends records to a file; each is on disk as a whole line, or not at all, when a process dies."""
+    """Appends records to a file, one line each. A line torn by a kill is dropped by the next start."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -37,7 +37,7 @@ class MetricsLog:
         self._file.flush()
 
     def forget_after(self, step: int) -> None:
-        """Drops records of later steps: those that a resumed run is going to repeat."""
+        """Drops the records of later steps, which a resumed run repeats."""
         self._file.close()
         self._drop(lambda record: record.get("step", 0) > step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -55,7 +55,7 @@ class MetricsLog:
 
 
 class NoMetricsLog:
-    """Keeps nothing: what all processes but the first write to."""
+    """Discards all records; the log of all ranks except rank 0."""
 
     def write(self, record: Record) -> None: ...
 
@@ -66,9 +66,11 @@ Log = MetricsLog | NoMetricsLog
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """All records of a file. A torn last line, left by a killed process, is passed over.
+    """Reads all records of a file. A torn last line of a killed process is skipped.
 
-    Raises FileNotFoundError, or ValueError naming the line when the file is no metrics file.
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not a metrics record. The message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,12 +87,14 @@ def read_metrics(path: str | Path) -> list[Record]:
         except ValueError as error:
             if number == len(lines):  # not ended by a newline
                 break
-            raise ValueError(f"{path}, line {number}: not a metrics record") from error
+            raise ValueError(
+                f"{path}, line {number} must be a metrics record: a JSON object with a kind"
+            ) from error
         records.append(record)
     return records
 
 
 def series(records: list[Record], kind: str, field: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of one field of the records of one kind."""
+    """Steps and values of one field of all records of one kind."""
     chosen = [record for record in records if record["kind"] == kind and record.get(field) is not None]
     return [record["step"] for record in chosen], [record[field] for record in chosen]

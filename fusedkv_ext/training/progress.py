@@ -1,4 +1,4 @@
-"""Progress of one or several tasks: bars in a terminal, plain lines elsewhere."""
+"""Progress display for one or more tasks: bars in a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Protocol, TextIO
 
 
 class Progress(Protocol):
-    """What a long run reports to."""
+    """Interface of a progress display."""
 
     def task(self, name: str, total: int, done: int = 0) -> None:
-        """Begins a task of `total` steps."""
+        """Starts a task of `total` steps, of which `done` are complete."""
 
     def advance(self, name: str, done: int, text: str = "") -> None:
-        """The task has come to step `done`; `text` holds the latest numbers."""
+        """Reports that `done` steps of a task are complete; `text` has the latest numbers."""
 
     def line(self, text: str) -> None:
-        """A message that stays."""
+        """Prints a line that stays on the screen."""
 
     def close(self) -> None: ...
 
@@ -33,7 +33,7 @@ class SilentProgress:
 
 
 class PlainProgress:
-    """Lines, at most one per task in `interval` seconds and always one at a task's end."""
+    """Plain lines: at most one per task every `interval` seconds, and one at the end of a task."""
 
     def __init__(self, stream: TextIO, interval: float = 5.0) -> None:
         self._stream, self._interval = stream, interval
@@ -57,7 +57,7 @@ class PlainProgress:
 
 
 class RichProgress:
-    """One bar per task with elapsed and remaining time; the numbers take what width is left."""
+    """One bar per task with elapsed and remaining time. The numbers use the remaining width."""
 
     def __init__(self, rich: Any, stream: TextIO) -> None:
         self._console = rich.console.Console(file=stream)
@@ -91,8 +91,15 @@ class RichProgress:
 
 
 def make_progress(stream: TextIO | None = None, interval: float = 5.0) -> Progress:
-    """Bars when `stream` (default: stdout) is a terminal and the package rich is there, else plain lines;
-    silence on all processes of torchrun but the first.
+    """Creates the progress display for a stream.
+
+    Args:
+        stream: Output stream. If None, stdout.
+        interval: Seconds between two plain lines of a task.
+
+    Returns:
+        Bars if the stream is a terminal and the package rich is installed, otherwise plain lines. Under
+        torchrun all ranks except rank 0 are silent.
     """
     from fusedkv_ext.training import session
 

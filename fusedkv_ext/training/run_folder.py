@@ -1,7 +1,7 @@
-"""Checkpoints of a run: folders `step-00000200` that are complete or not there at all.
+"""Checkpoint folders of a run, `step-00000200`, which appear atomically.
 
-A checkpoint is written into a hidden folder, synced to disk and renamed; old ones are renamed away before
-they are deleted. So whenever the process dies, the newest folder with such a name loads.
+A checkpoint is written into a hidden folder, synced to disk and renamed. Old checkpoints are renamed before
+they are deleted. So the newest folder with such a name always loads, even after a kill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRAINER = "trainer.json"
 
 
 def sync(folder: Path) -> None:
-    """Brings files and names of a folder to disk, so that a rename cannot overtake their content."""
+    """Syncs the files of a folder and the folder itself to disk, so that a rename is ordered after them."""
     for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -33,7 +33,7 @@ def sync(folder: Path) -> None:
 
 
 def checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all checkpoints below `root`, oldest first."""
+    """Step and folder of all checkpoints in `root`, oldest first."""
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -47,7 +47,11 @@ def latest(root: Path) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder to load: `path` itself when it holds a model, else the run's newest checkpoint."""
+    """The folder to load: `path` if it contains a model, otherwise the newest checkpoint of that run.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
     folder = Path(path)
     if holds_model(folder):
         return folder
@@ -61,12 +65,12 @@ def resolve(path: str | Path) -> Path:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The checkpoint folder of a step."""
     return root / f"step-{step:08d}"
 
 
 def publish(scratch: Path, target: Path) -> None:
-    """Gives a folder its name when all that is in it is on the disk."""
+    """Syncs a folder to disk and renames it to `target`."""
     for folder in (*(path for path in scratch.iterdir() if path.is_dir()), scratch):
         sync(folder)
     scratch.rename(target)
@@ -74,7 +78,7 @@ def publish(scratch: Path, target: Path) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
+    """Deletes all checkpoints except the newest `keep`."""
     for _, old in checkpoints(root)[:-keep]:
         trash = root / f".trash-{old.name}"
         shutil.rmtree(trash, ignore_errors=True)
@@ -83,7 +87,7 @@ def prune(root: Path, keep: int) -> None:
 
 
 def write_trainer(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes what `read_trainer` reads: what a run needs to go on that is no tensor."""
+    """Writes trainer.json: the state of a run that is not a tensor."""
     text = json.dumps({"format": _FORMAT, **facts}, indent=2)
     with checked_files.writing(folder / _TRAINER) as file:
         file.write(f"{text}\n".encode())
@@ -91,13 +95,15 @@ def write_trainer(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """What `write_trainer` left in a checkpoint folder. Raises ValueError when that is no checkpoint of a
-    run, or damaged, or of another version.
+    """Reads the trainer.json of a checkpoint folder.
+
+    Raises:
+        ValueError: The folder is not a checkpoint of a run, is damaged, or has another format version.
     """
     path = folder / _TRAINER
     if not path.is_file():
         raise ValueError(
-            f"{folder} holds a model but no {_TRAINER}: it can generate text, not go on training"
+            f"{folder} must have a {_TRAINER} to resume training, got a model without it; start a new run"
         )
     checked_files.verify(folder, [_TRAINER], _advice(folder))
     try:
@@ -105,22 +111,22 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged and cannot be read ({error}); {_advice(folder)}") from error
     if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path} has another format than {_FORMAT}; it was written by another version")
+        raise ValueError(f"{path} must have format {_FORMAT}, got another one; another version wrote it")
     return facts
 
 
 def training_config(folder: Path) -> TrainConfig | None:
-    """How the model in a checkpoint folder was trained; None where the folder does not say."""
+    """The training configuration of a checkpoint folder; None if it has no trainer.json."""
     known = (folder / _TRAINER).is_file()
     return TrainConfig.from_dict(read_trainer(folder)["config"]) if known else None
 
 
 def _advice(folder: Path) -> str:
-    return f"restore {folder} from a copy, or delete it to go on from the checkpoint before it"
+    return f"restore {folder} from a copy, or delete it to resume from the previous checkpoint"
 
 
 def clean(root: Path) -> None:
-    """Deletes what a killed run left half written or half deleted."""
+    """Deletes the partial and half-deleted checkpoints of a killed run."""
     if root.is_dir():
         for path in root.iterdir():
             if path.name.startswith((".partial-", ".trash-")):

@@ -149,13 +149,16 @@ def test_config_json_is_what_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "config.json.*format 2, newer than format 1.*upgrade"),
-        ({"flux": 1}, "config.json.*unknown fields: flux"),
+        ({"format": 2}, "config.json.*format 1 or older, got 2; upgrade"),
+        ({"flux": 1}, "config.json.*unknown fields, got flux"),
         ({"hidden_size": None}, "config.json.*incomplete.*hidden_size"),
-        ({"hidden_size": 16}, r"model.embed_tokens.weight has shape \(61, 32\), the config wants \(61, 16\)"),
+        (
+            {"hidden_size": 16},
+            r"embed_tokens.weight must have shape \(61, 16\) .*, got \(61, 32\)",
+        ),
         ({"qk_norm": False}, "has unexpected model.layers.0.self_attn.k_norm.weight"),
         ({"attention_bias": True}, "misses model.layers.0.self_attn.k_proj.bias, .* and 8 more"),
-        ({"model_type": "llama"}, "not the config of a fusedkv_ext decoder"),
+        ({"model_type": "llama"}, "must be that of a fusedkv_ext decoder"),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
@@ -171,7 +174,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for damaged in (whole[:-100], whole[:20], b"", b"\xff" * 64):
         weights.write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.safetensors is truncated or no safetensors file"):
+        with pytest.raises(ValueError, match="model.safetensors is truncated or not a safetensors file"):
             load_pretrained(tmp_path)
     weights.write_bytes(whole)
     for text in (config.read_text()[:50], "[]", '"fusedkv"'):
@@ -190,7 +193,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     found = "model.safetensors is damaged: its checksum is .*; restore"
     flips = [(at, 1, found) for at in (checksum + 7, header, header + 1000, len(whole) // 2, len(whole) - 1)]
     # A digit may become another character, or the header no JSON.
-    flips += [(checksum, 1 << bit, f"{found}|is truncated or no safetensors file") for bit in range(8)]
+    flips += [(checksum, 1 << bit, f"{found}|is truncated or not a safetensors file") for bit in range(8)]
     for at, flip, message in flips:
         damaged = bytearray(whole)
         damaged[at] ^= flip
@@ -202,7 +205,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_checksum_loads(tmp_path: Path) -> None:
-    """Of an earlier version, or saved anew by another program."""
+    """Of an earlier version, or saved again by another program."""
     model = tiny_decoder("fusedkv")
     save_pretrained(model, tmp_path)
     tensors = safetensors_torch.load_file(tmp_path / "model.safetensors")

@@ -100,7 +100,7 @@ def test_plan_draws_every_method_with_its_paper_and_options(
             2,
             "unknown configuration key 'run.stepz'; did you mean run.steps",
         ),
-        (["train", "--set", "run.steps"], 2, "--set takes KEY=VALUE, got 'run.steps'"),
+        (["train", "--set", "run.steps"], 2, "--set must be KEY=VALUE, got 'run.steps'"),
         (["train", "--steps", "many"], 2, "run.steps must be an integer, got 'many'"),
         (["train", "--config", "nowhere.toml"], 2, "nowhere.toml does not exist"),
         (["train", "--plan", "fuzedkv"], 2, "plan name must be one of vanilla, gqa"),
@@ -163,7 +163,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 def test_names_of_curves_are_as_short_as_they_can_be_and_differ() -> None:
     assert distinct_names([Path("x/a"), Path("y/b")]) == ["a", "b"]
     assert distinct_names([Path("x/a/s"), Path("x/b/s"), Path("t")])[:2] == ["a/s", "b/s"]
-    with pytest.raises(ConfigError, match="named twice"):
+    with pytest.raises(ConfigError, match="paths must be unique, got "):
         distinct_names([Path("x"), Path("./x")])
 
 

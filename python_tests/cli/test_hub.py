@@ -128,9 +128,9 @@ def test_paths_are_left_alone(hub: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ORG/none", "ORG/none is no folder here, and the Hugging Face Hub has no such model"),
-        ("ORG/safe@v2", "without the revision 'v2'"),
-        ("ORG/gated", "wants its terms accepted first"),
+        ("ORG/none", "ORG/none is not a local folder, and the Hugging Face Hub has no such model"),
+        ("ORG/safe@v2", "has no revision 'v2' of it"),
+        ("ORG/gated", "requires that you accept its terms"),
     ],
 )
 def test_what_the_hub_refuses_is_one_clear_error(name: str, message: str, hub: list[str]) -> None:

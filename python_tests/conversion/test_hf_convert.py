@@ -305,9 +305,12 @@ class TestFolders:
         "args, words",
         [
             (["--search", "layers"], "--search needs --calibrate"),
-            (["--plan", "cla", "--budget", "0.5"], "--budget is a share"),
+            (
+                ["--plan", "cla", "--budget", "0.5"],
+                "at most 1, with --search, got 0.5",
+            ),
             (["--plan", "gqa"], "num_key_value_heads"),
-            (["--plan", "cla", "--storage-layers", "2"], "no option storage_layers"),
+            (["--plan", "cla", "--storage-layers", "2"], "a plan with the option storage_layers, got cla"),
         ],
     )
     def test_options_that_do_not_go_together_are_refused(self, args, words, original, tmp_path, capsys):
@@ -332,7 +335,7 @@ class TestFolders:
             words = "at least 2048 tokens"
         elif wrong == "taken":
             out.mkdir()
-            words = "exists already"
+            words = "--out must not exist, got "
         elif wrong == "unknown plan":
             plan, words = "fusedkw", "got 'fusedkw'"
         elif wrong == "truncated":

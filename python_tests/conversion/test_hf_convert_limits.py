@@ -115,12 +115,12 @@ def test_numbers_out_of_range_are_wrong_usage(args, words, original, text, tmp_p
 @pytest.mark.parametrize("args", [["--repair"], ["--metric", "plain"], ["--refit", "o_proj"]])
 def test_options_of_calibration_need_its_text(args, original, tmp_path, capsys):
     assert run(original, "--plan", "fusedkv", *args, "--out", tmp_path / "out") == 2
-    assert f"{args[0]} says nothing without --calibrate" in capsys.readouterr().err
+    assert f"{args[0]} needs --calibrate" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_found_out_at_once(original, text, tmp_path, capsys):
     assert run(original, "--plan", "fusedkv", "--calibrate", text, "--out", text / "out") == 2
-    assert f"{text} is no folder" in capsys.readouterr().err
+    assert f"--out must be in a folder, got a path in {text}" in capsys.readouterr().err
 
 
 def test_copying_needs_no_tokenizer_and_a_named_one_is_kept(original, text, tmp_path, capsys):

@@ -227,7 +227,7 @@ def test_processes_that_write_to_different_disks_end_the_run(two: list[dict], fo
 def test_a_damaged_part_is_an_error_of_all(two: list[dict]) -> None:
     for rank in two:
         assert "__1_0.distcp is damaged: it has 100 bytes" in rank["damaged"]
-        assert "delete it to go on from the checkpoint before it" in rank["damaged"]
+        assert "delete it to resume from the previous checkpoint" in rank["damaged"]
 
 
 def test_each_part_is_compared_with_its_checksum(two: list[dict]) -> None:

@@ -275,7 +275,7 @@ def test_one_rank_alone_receives_nothing() -> None:
 def test_a_sequence_that_cannot_be_cut_is_said_before_the_run() -> None:
     changes = {"data.seq_len": 130, "parallel.cp": 2}
     with pytest.raises(
-        ConfigError, match=r"data.seq_len \(130\) must be a multiple of 2 x parallel.cp \(4\)"
+        ConfigError, match=r"data.seq_len must be a multiple of 2 x parallel.cp \(4\), got 130"
     ):
         TrainConfig().updated(changes.items())
 
@@ -285,9 +285,9 @@ def test_what_cannot_be_shared_is_said(two: list[dict[str, Any]]) -> None:
         said = rank["said"]
         assert "2 x cp = 4 equal chunks, but seq_len is 22" in said["length"]
         assert "generate with another model" in said["generate"]
-        assert "leave out cache and logits_to_keep" in said["cache"]
-        assert "leave out cache and logits_to_keep" in said["keep"]
-        assert "a layer sees all rows and keeps no cache" in said["layer"]
+        assert "cache must be None and logits_to_keep 0" in said["cache"]
+        assert "cache must be None and logits_to_keep 0" in said["keep"]
+        assert "cache and last must be None" in said["layer"]
         assert "q must have 12 tokens, 1/2 of keys' 24, got 24" in said["rows"]
         assert "mesh must have one dimension" in said["mesh"]
         assert "causal must be True" in said["causal"]

@@ -163,13 +163,13 @@ def test_the_model_is_left_in_the_mode_it_was_in() -> None:
     [
         (
             {"context": 65},
-            "a context of 65 tokens is more than the model takes: its max_position_embeddings is 64",
+            r"context must be at most max_position_embeddings of the model \(64\), got 65",
         ),
         ({"context": 8, "stride": 9}, "stride must be from 1 to the context of 8 tokens, got 9"),
         ({"context": 8, "stride": 0}, "stride must be from 1 to the context of 8 tokens, got 0"),
-        ({"context": 0}, "a context must be at least 1 token, got 0"),
+        ({"context": 0}, "context must be at least 1 token, got 0"),
         ({"context": 8, "max_tokens": 0}, "max_tokens must be at least 1, or None for all, got 0"),
-        ({"context": 30}, "the text has 30 tokens, but a context of 30 needs 31; give more text"),
+        ({"context": 30}, "the text must have at least 31 tokens for a context of 30, got 30"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(settings: dict[str, int], message: str) -> None:
@@ -180,7 +180,7 @@ def test_arguments_that_cannot_be_are_named(settings: dict[str, int], message: s
 def test_a_damaged_model_is_an_error_and_no_number() -> None:
     model = tiny.tiny_decoder("vanilla")
     nn.init.constant_(model.lm_head.weight, math.nan)
-    with pytest.raises(RuntimeError, match="loss is not finite"):
+    with pytest.raises(RuntimeError, match="loss must be finite"):
         evaluate.perplexity(model, text_of(20), context=8)
 
 
@@ -222,7 +222,7 @@ def test_the_default_text_is_held_out_of_all_runs_that_are_compared(
     other_text = {"text": ["notes.txt"], "valid_fraction": 0.1}
     assert chosen({"valid_fraction": 0.4}, other_text) == large
     assert chosen(None) == set(evaluate.read_text().documents)
-    with pytest.raises(ConfigError, match="run was trained on all of the default corpus but its data.valid"):
+    with pytest.raises(ConfigError, match="must be given for run, which was trained on all of"):
         chosen(None, {"valid_text": ["notes.txt"]})
 
 
@@ -320,15 +320,19 @@ def test_command_takes_a_checkpoint_folder_and_single_tasks(
     ("arguments", "code", "message"),
     [
         (["/nowhere"], 1, "/nowhere holds no checkpoint; expected a folder with"),
-        (["RUN", "RUN"], 2, "is named twice; name each once"),
+        (["RUN", "RUN"], 2, "paths must be unique, got "),
         (["RUN", "--tasks", "perplexity,haystack"], 2, "expected some of perplexity,positions,retrieval"),
-        (["RUN", "SAVED", "--context", "300"], 2, "saved takes: its max_position_embeddings is 256"),
-        (["RUN", "SAVED", "--lengths", "257"], 2, "saved takes: its max_position_embeddings is 256"),
-        (["RUN", "--context", "8150", "--tasks", "perplexity"], 1, "a context of 8150 needs 8151; give more"),
+        (["RUN", "SAVED", "--context", "300"], 2, "max_position_embeddings of saved (256), got 300"),
+        (["RUN", "SAVED", "--lengths", "257"], 2, "max_position_embeddings of saved (256), got 257"),
+        (
+            ["RUN", "--context", "8150", "--tasks", "perplexity"],
+            1,
+            "at least 8151 tokens for a context of 8150",
+        ),
         (["RUN", "--stride", "33"], 2, "stride must be from 1 to the context of 32"),
         (["RUN", "--stride", "0"], 2, "stride must be from 1 to the context of 32 tokens, got 0"),
         (["RUN", "--max-tokens", "-1"], 2, "max_tokens must be at least 1"),
-        (["RUN", "--lengths", "100"], 2, "a length of 100 tokens has no room for a haystack"),
+        (["RUN", "--lengths", "100"], 2, "for task multikey, got 100: needles, question and answer take"),
         (["RUN", "--depths", "101"], 2, "depths must be from 0 to 1"),
         (["RUN", "--text", "/nowhere"], 1, "/nowhere does not exist"),
     ],
@@ -363,7 +367,9 @@ def test_checkpoints_of_different_tokenizers_are_compared_by_bits_per_byte_only(
     words.save(str(tmp_path / "words" / "tokenizer.json"))
     arguments = ["eval", str(run), str(tmp_path / "words"), "--text", str(text)]
     assert main(arguments) == 2
-    assert "different tokenizers" in capsys.readouterr().err
+    assert (
+        "must have one tokenizer for positions and retrieval, got different ones" in capsys.readouterr().err
+    )
     assert main([*arguments, "--tasks", "perplexity", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)["checkpoints"]
     tokens = len(evaluate.read_text([text]).ids(ByteTokenizer()))

@@ -230,7 +230,7 @@ BAD = {
         "must fit the model's vocabulary of 264, got 357 tokens",
         "--tokenizer FILE",
     ),
-    damage_the_tokenizer: ("plain", "is not a Hugging Face tokenizers file"),
+    damage_the_tokenizer: ("plain", "must be a tokenizer.json of Hugging Face tokenizers"),
     become_a_model_without_a_head: (
         "plain",
         "must be a causal language model",

@@ -107,8 +107,8 @@ def test_the_model_stays_in_training_mode_and_gets_no_gradients() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(context=300), ConfigError, "a context of 300 tokens is more than the model takes"),
-        (dict(context=0), ConfigError, "a context must be at least 1 token"),
+        (dict(context=300), ConfigError, "context must be at most .* of the model .*, got 300"),
+        (dict(context=0), ConfigError, "context must be at least 1 token"),
         (dict(context=16, stride=0), ConfigError, "stride must be from 1"),
     ],
 )
@@ -121,7 +121,7 @@ def test_arguments_that_cannot_be_are_named(
 
 @pytest.mark.parametrize("ids", [torch.zeros(1, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)])
 def test_a_text_that_cannot_be_scored_is_an_error(ids: Tensor) -> None:
-    with pytest.raises(ValueError, match="one text of at least 2 tokens, got shape"):
+    with pytest.raises(ValueError, match=r"ids must have shape \(T,\) with T >= 2, got"):
         perplexity(hf_folders.tiny_llama(), ids)
 
 

@@ -157,11 +157,11 @@ def test_advancing_is_the_callers_business_if_the_caller_says_so() -> None:
             caches[1].advance(part.shape[1])
             logits = [model(part, cache=cache, advance=cache is caches[0]) for cache in caches]
             assert torch.equal(*logits) and caches[0].lengths == caches[1].lengths
-        with pytest.raises(ValueError, match="3 rows came, but this step is 2 rows long"):
+        with pytest.raises(ValueError, match="must get the 2 rows of this step, got 3"):
             model(ids[:, :3], cache=caches[1], advance=False)
         with pytest.raises(ValueError, match="advance=False needs a cache"):
             model(ids, advance=False)
-        with pytest.raises(ValueError, match="advance=False needs a cache, advanced already, and no lengths"):
+        with pytest.raises(ValueError, match="advance=False needs a cache that has advanced already, and no"):
             model(ids, cache=model.make_cache(2, 8), lengths=[8, 8], advance=False)
 
 
@@ -217,7 +217,7 @@ def test_when_a_graph_is_captured(recorded: RecordedSteps) -> None:
     assert captures() == 1 and captures(MIN_STEPS) == 0 and captures(cuda_graph=False) == 0
     assert captures(2, cuda_graph=True) == 1 and captures(1, cuda_graph=True) == 0
     assert captures(use_cache=False) == 0
-    with pytest.raises(ValueError, match="cuda_graph=True needs .* use_cache is False"):
+    with pytest.raises(ValueError, match="cuda_graph=True needs .* use_cache=False"):
         captures(cuda_graph=True, use_cache=False)
     handle = model.model.layers[1].register_forward_hook(lambda *args: None)
     assert captures() == 0
@@ -228,7 +228,7 @@ def test_when_a_graph_is_captured(recorded: RecordedSteps) -> None:
 def test_the_cpu_has_no_graphs() -> None:
     model, prompts = tiny_decoder("fusedkv"), some_prompts()
     assert not cuda_graph.pays_off(model, torch.device("cpu"), 10**6)
-    with pytest.raises(ValueError, match="cuda_graph=True needs a model on a CUDA device .* is on cpu"):
+    with pytest.raises(ValueError, match="cuda_graph=True needs a model on a CUDA device .* on cpu"):
         model.generate(prompts, NEW, cuda_graph=True)
 
 

@@ -169,29 +169,35 @@ def test_nothing_to_do() -> None:
 def test_the_longest_possible_sequence() -> None:
     model = tiny_decoder("fusedkv", max_position_embeddings=12)
     assert model.generate(torch.ones(1, 4, dtype=torch.int64), 8).shape == (1, 12)
-    with pytest.raises(ValueError, match="has 4 tokens and max_new_tokens is 9.*embeddings=12"):
+    with pytest.raises(
+        ValueError, match="embeddings=12 .*, got 4 tokens in the longest prompt .* max_new_tokens=9"
+    ):
         model.generate(torch.ones(1, 4, dtype=torch.int64), 9)
-    with pytest.raises(ValueError, match="longest prompt has 13 tokens"):
+    with pytest.raises(ValueError, match="got 13 tokens in the longest prompt"):
         model.generate(torch.ones(1, 13, dtype=torch.int64), 1)
 
 
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
-        (torch.ones(4, dtype=torch.int64), {}, r"ids must be \(B, S\) or a list"),
+        (torch.ones(4, dtype=torch.int64), {}, r"ids must have shape \(B, S\) or be a list"),
         ([torch.ones(2, 2, dtype=torch.int64)], {}, "prompt 0 must be a 1-D integer tensor"),
         ([torch.ones(2)], {}, "prompt 0 must be a 1-D integer tensor, got torch.float32"),
-        ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], {}, "prompt 1 is empty"),
-        (torch.zeros(2, 0, dtype=torch.int64), {}, "prompt 0 is empty"),
+        (
+            [torch.tensor([1]), torch.tensor([], dtype=torch.int64)],
+            {},
+            "prompt 1 must have at least one token",
+        ),
+        (torch.zeros(2, 0, dtype=torch.int64), {}, "prompt 0 must have at least one token"),
         ([torch.tensor([61])], {}, r"token ids must be in 0..60, got ids from 61 to 61"),
         ([torch.tensor([-1, 5])], {}, "got ids from -1 to 5"),
-        ([torch.tensor([1])], {"attention_mask": torch.ones(1, 1)}, "attention_mask goes with ids"),
+        ([torch.tensor([1])], {"attention_mask": torch.ones(1, 1)}, "attention_mask must be None for a list"),
         (
             torch.ones(1, 3, dtype=torch.int64),
             {"attention_mask": torch.ones(3)},
             "must have the shape of ids",
         ),
-        (torch.ones(1, 2, dtype=torch.int64), {"attention_mask": torch.zeros(1, 2)}, "prompt 0 is empty"),
+        (torch.ones(1, 2, dtype=torch.int64), {"attention_mask": torch.zeros(1, 2)}, "prompt 0 must have"),
         ([torch.tensor([1])], {"max_new_tokens": -1}, "max_new_tokens must not be negative"),
         ([torch.tensor([1])], {"temperature": -0.5}, "temperature must be finite"),
         ([torch.tensor([1])], {"temperature": float("nan")}, "temperature must be finite"),

@@ -84,7 +84,7 @@ def may_refuse(plan: CachePlan, types: str, cache: str) -> bool:
 
 
 def greedy(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The logits of each new token (NEW, VOCAB), where each step computes all tokens anew."""
+    """The logits of each new token (NEW, VOCAB), where each step recomputes all tokens."""
     found = []
     for _ in range(NEW):
         logits = model(ids, use_cache=False).logits[:, -1]

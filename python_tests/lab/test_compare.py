@@ -91,7 +91,7 @@ def test_files_are_methods_by_their_name(tmp_path: Path) -> None:
     mine, other = str(tmp_path / "mine.json"), str(tmp_path / "a" / "mine.json")
     (entry,) = parse_all([mine, "", mine])
     assert (entry.label, entry.folder, entry.paper, entry.options) == ("mine", "mine", mine, ())
-    with pytest.raises(ConfigError, match="are both called mine"):
+    with pytest.raises(ConfigError, match="labels must be unique, got mine for"):
         parse_all([mine, other])
 
 
@@ -188,7 +188,9 @@ def test_runs_are_equal_in_all_but_the_method_and_are_not_done_twice(
     before = [file.stat().st_mtime_ns for file in files]
     assert run_all(small, tmp_path) == results
     assert [file.stat().st_mtime_ns for file in files] == before
-    with pytest.raises(ConfigError, match=r"run.steps = 4, now it is 5; .* choose another --out"):
+    with pytest.raises(
+        ConfigError, match=r"run.steps must be 4, as in the run of .*, got 5; .* choose another --out"
+    ):
         run_all(small.updated([("run.steps", 5)]), tmp_path)
 
 
@@ -203,7 +205,7 @@ def test_runs_of_other_text_are_not_taken_for_those_of_this(
     one_run = {"seeds": 1, "labels": ["vanilla"], "jobs": 1}
     assert len(run_all(config, tmp_path / "out", **one_run)) == 1
     (folder / "b.txt").write_text("more\n" * 100, encoding="utf-8")
-    with pytest.raises(ConfigError, match="holds a run with other text; restore it"):
+    with pytest.raises(ConfigError, match="must have a run with the same text, got another one; restore"):
         run_all(config, tmp_path / "out", **one_run)
 
 
@@ -227,7 +229,9 @@ def test_a_file_with_another_plan_than_its_run_is_refused(small: TrainConfig, tm
         if name == "cla":
             assert [str(key) for key, _, _ in runs] == ["mine lr 0.001 seed 0"]
         else:
-            with pytest.raises(ConfigError, match=r"another plan than .*mine.json has now"):
+            with pytest.raises(
+                ConfigError, match=r"mine.json must have the plan of the run in .*, got another plan"
+            ):
                 list(runs)
 
 
@@ -348,14 +352,14 @@ def test_documents_are_what_the_results_give(name: str) -> None:
     ("arguments", "message"),
     [
         (["--methods", "nope"], "got 'nope'"),
-        (["--methods", ","], "--methods names no method"),
+        (["--methods", ","], "--methods must name a method, got none"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--jobs", "0"], "--jobs must be >= 1 and --threads >= 0, got 0 and 0"),
         (["--config", "huge"], "--config: huge does not exist; expected a TOML file or one of"),
         (["--rates", "fast"], "--rates must be numbers such as 1e-3,2e-3, got 'fast'"),
         (["--rates", "-1"], "optim.lr must be > 0"),
         (["--rates", "1e-3,1.0000001e-3"], "--rates must differ within six digits"),
-        (["--set", "run.steps"], "--set takes KEY=VALUE"),
+        (["--set", "run.steps"], "--set must be KEY=VALUE"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ def test_an_interrupted_comparison_leaves_no_process(
         time.sleep(0.01)
     try:
         going.send_signal(number)
-        assert "goes on" in going.communicate(timeout=30)[1]  # ends when every process has closed the pipe
+        assert "resumes" in going.communicate(timeout=30)[1]  # ends when every process has closed the pipe
         assert going.returncode == 130
     finally:
         if going.poll() is None:

@@ -178,7 +178,7 @@ def test_table_shows_values_and_ratios_also_of_what_is_worse(result: report.Demo
 
 
 def test_report_says_when_training_ended_early(result: report.DemoResult) -> None:
-    assert "of 100 planned: time ran out" in report.settings_text(result.settings)
+    assert "of 100 planned; the time limit stopped all models" in report.settings_text(result.settings)
     settings = {**result.settings, "steps": 100}
     assert "planned" not in report.settings_text(settings)
 

@@ -184,7 +184,7 @@ def test_another_interval_in_the_same_folder_is_refused(config: TrainConfig, tmp
 
 @pytest.mark.parametrize(
     ("steps", "message"),
-    [(4, r"gradients of the steps \[6\]\.\.\., not of \[2, 4, 6\]"), (6, "gradients of 0 steps, not of 3")],
+    [(4, r"gradients of steps \[2, 4, 6\]\.\.\., got \[6\]\.\.\.;"), (6, "gradients of 3 steps, got 0")],
 )
 def test_a_run_without_all_its_records_is_refused(
     config: TrainConfig, tmp_path: Path, steps: int, message: str
@@ -197,7 +197,9 @@ def test_a_run_without_all_its_records_is_refused(
 
 
 def test_recording_nothing_after_the_warm_up_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no step is recorded after the warm-up: run.steps 6, --every 7"):
+    with pytest.raises(
+        ConfigError, match=r"a step after the warm-up must be recorded, got run.steps 6, --every 7"
+    ):
         gradients_of(config, tmp_path / "out", every=7)
     assert not (tmp_path / "out").exists()
 
@@ -258,13 +260,16 @@ def test_bad_files_are_named_with_what_was_expected(
     path = tmp_path / "result.json"
     assert read_gradients(path, good) == KNOWN
     for change, message in [
-        ({"series": 3}, "'series' is missing or no list; expected the grads.json that `fusedkv grads` wrote"),
+        (
+            {"series": 3},
+            "'series' must be a list, got int; expected the grads.json that `fusedkv grads` wrote",
+        ),
         (
             {"series": good["series"][:1]},
             "'series' must have 2 rows of 2 norms for each projection of the 2 plans",
         ),
         ({"means": [{"q_proj": [[1.0]]}] * 2}, "'means' must have 2 rows of 2 norms"),
-        ({"config": {}}, "'config' has no model.num_hidden_layers"),
+        ({"config": {}}, "'config' must have model.num_hidden_layers"),
         ({"shallow_layers": [2]}, "'shallow_layers' must be layers below 2, got [2]"),
         ({"kind": "probe"}, "expected the probe.json"),
     ]:

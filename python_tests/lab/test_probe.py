@@ -118,7 +118,9 @@ def test_only_plans_with_scalars_on_common_sources_can_be_probed() -> None:
 def test_latent_attention_is_refused_before_it_is_trained(config: TrainConfig, tmp_path: Path) -> None:
     sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
     latent = config.updated((f"model.{name}", size) for name, size in sizes.items())
-    with pytest.raises(ConfigError, match="latent attention stores none; leave out model.kv_lora_rank"):
+    with pytest.raises(
+        ConfigError, match="model.kv_lora_rank must be none for the probe, got 16: latent attention"
+    ):
         probe_of(latent, tmp_path / "probe")
     assert not (tmp_path / "probe").exists()
 
@@ -204,7 +206,7 @@ def test_killed_before_the_last_validation_it_is_made_up_for(config: TrainConfig
 
 def test_another_configuration_in_the_same_folder_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     probe_of(config, tmp_path / "out", seeds=1)
-    with pytest.raises(ConfigError, match=r"holds a run with optim.lr = 0.001, now it is 0.1"):
+    with pytest.raises(ConfigError, match=r"optim.lr must be 0.001, as in the run of .*, got 0.1"):
         probe_of(config.updated([("optim.lr", 0.1)]), tmp_path / "out", seeds=1)
     with pytest.raises(Stopped):
         probe_of(config, tmp_path / "other", should_stop=lambda: True)
@@ -242,7 +244,7 @@ def test_ctrl_c_ends_it_with_130_and_the_same_command_goes_on(
     monkeypatch.setattr(DecoderTrainer, "train_step", interrupted)
     command = ["probe", "--out", str(tmp_path / "probe"), *options(config)]
     assert main(command) == 130
-    assert "goes on" in capsys.readouterr().err and not (tmp_path / "probe" / "probe.json").exists()
+    assert "resumes" in capsys.readouterr().err and not (tmp_path / "probe" / "probe.json").exists()
     monkeypatch.setattr(DecoderTrainer, "train_step", step)
     assert main(command) == 0
     assert "from step 1" in capsys.readouterr().out
@@ -271,10 +273,13 @@ def test_bad_files_are_named_with_what_was_expected(
     short = {**good, "keys": [good["keys"][0], [[0.0, 1.0]]]}
     for content, message in [
         ("{", "is not JSON"),
-        ("[]", "expected the probe.json of `fusedkv probe` or the grads.json"),
-        ('{"kind": "train"}', "has the kind 'train'; expected the probe.json"),
-        (json.dumps({**good, "values": None}), "'values' is missing or no list; expected the probe.json"),
-        (json.dumps({**good, "format": 2}), "has format 2; this version reads format 1"),
+        ("[]", "must be the probe.json of `fusedkv probe` or the grads.json of `fusedkv grads`"),
+        ('{"kind": "train"}', "the grads.json of `fusedkv grads`, got kind 'train'"),
+        (
+            json.dumps({**good, "values": None}),
+            "'values' must be a list, got NoneType; expected the probe.json",
+        ),
+        (json.dumps({**good, "format": 2}), "must have format 1, got 2; another version wrote it"),
         (json.dumps(short), "'keys' must have 2 rows of 3 weights for each of 2 seeds"),
         (
             json.dumps({**good, "rms": {"keys": [[1.0]]}}),
@@ -288,9 +293,9 @@ def test_bad_files_are_named_with_what_was_expected(
         assert str(path) in error and message in error
     (tmp_path / "empty").mkdir()
     assert main(["plot", str(tmp_path / "empty")]) == 1
-    assert "empty holds neither probe.json nor grads.json nor metrics.jsonl" in capsys.readouterr().err
+    assert "empty must have one of probe.json, grads.json and metrics.jsonl" in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "gone.json")]) == 1
     assert "gone.json is not a file; expected" in capsys.readouterr().err
     assert main(["plot", str(path), str(path)]) == 2
-    assert "draw it alone" in capsys.readouterr().err
+    assert "plot it alone" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()

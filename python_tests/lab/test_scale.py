@@ -260,10 +260,10 @@ def test_prefill_memory_is_that_of_the_decoder(method: str, chunk: int) -> None:
     ("change", "message"),
     [
         ({"batch": 0}, "batch must be at least 1, got 0"),
-        ({"layout": Layout()}, "must say dp_shard"),
+        ({"layout": Layout()}, "dp_shard of the layout must be at least 1, got 0"),
         ({"precision": "fp8"}, 'precision must be "bf16" or "fp32", got \'fp8\''),
         ({"checkpointing": "full"}, "checkpointing must be one of none, non_reentrant, reentrant"),
-        ({"layout": Layout(dp_shard=1, cp=3)}, "cuts a context into 6 chunks"),
+        ({"layout": Layout(dp_shard=1, cp=3)}, "context must be a multiple of 2 x cp = 6 chunks, got"),
         ({"layout": Layout(dp_shard=1, tp=3)}, "must be a multiple of tp"),
     ],
 )
@@ -273,11 +273,13 @@ def test_a_job_that_cannot_be_is_an_error_with_its_reason(change: dict[str, Any]
 
 
 def test_decoders_without_formulas_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"heads 0\.\.1/2 of 1 KV heads are not whole heads"):
+    with pytest.raises(
+        ValueError, match=r"interval 0\.\.1/2 of the KV heads must .* whole heads, got 1 KV heads"
+    ):
         count(all_shapes(replace(shape("332m", "skipv1"), num_key_value_heads=1)))
     windows = shapes.load("332m").updated([("model.sliding_window", 64)])
     with pytest.raises(ValueError, match="full attention"):
         Job(shapes.shape(windows, "vanilla"), ONE)
     experts = shapes.load("332m").updated([("model.num_experts", 4)])
-    with pytest.raises(ValueError, match="dense decoders"):
+    with pytest.raises(ValueError, match="needs a dense decoder"):
         Server(shapes.shape(experts, "vanilla"))

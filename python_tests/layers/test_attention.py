@@ -330,11 +330,11 @@ def test_errors_name_what_is_wrong() -> None:
     _, kv = stack[0](x)
     with pytest.raises(ValueError, match=r"sources must be the KV of layers \(0, 1\).*layer 3.*got 1"):
         stack[3](x, (kv,))
-    with pytest.raises(ValueError, match=r"x must be \(B, S, 32\), got \(2, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, S, 32\), got \(2, 4, 5\)"):
         stack[0](x[..., :5])
     with pytest.raises(ValueError, match="last must be at least 1"):
         stack[0](x, last=0)
-    with pytest.raises(ValueError, match="cache is for another plan, 'yoco'"):
+    with pytest.raises(ValueError, match="cache must be for plan 'fusedkv' .*, got one for 'yoco'"):
         stack[0](x, cache=KVCache(PLANS["yoco"], 2, 8, G, D))
     with pytest.raises(ValueError, match="call advance"), torch.no_grad():
         stack[0](x, cache=KVCache(PLANS["fusedkv"], 2, 8, G, D))

@@ -1,5 +1,7 @@
-"""Latent attention against the equations of arXiv 2405.04434, written out head by head, with every plan that
-can be said on latents; and that caches, pieces, absorption and the early exit change nothing but rounding."""
+"""Latent attention against the equations of arXiv 2405.04434, for every plan that latents support.
+
+Caches, chunked prefill, absorption and the early exit change only rounding.
+"""
 
 from __future__ import annotations
 
@@ -648,8 +650,8 @@ def test_yarn_scales_the_scores_as_deepseek_does() -> None:
         ({"qk_rope_head_dim": 0}, "qk_rope_head_dim must be a positive int, got 0"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even, got 7"),
         ({"q_lora_rank": 0}, "q_lora_rank must be a positive int or None, got 0"),
-        ({"head_dim": 16}, "head_dim must be left out or be qk_rope_head_dim=8, got 16"),
-        ({"kv_lora_rank": None}, "qk_nope_head_dim needs kv_lora_rank"),
+        ({"head_dim": 16}, "head_dim must be None or qk_rope_head_dim=8 with kv_lora_rank, got 16"),
+        ({"kv_lora_rank": None}, "qk_nope_head_dim must be None without kv_lora_rank"),
     ],
 )
 def test_bad_configs_name_the_field(changes: dict[str, object], message: str) -> None:
@@ -663,17 +665,17 @@ def test_bad_calls_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"sources must be the KV of layers \(1,\)"):
         stack[3](x)
     ordinary = KVCache(plan, 1, 8, 1, R)
-    with pytest.raises(ValueError, match="cache must keep latents with rope_dim=8, got rope_dim=None"):
+    with pytest.raises(ValueError, match="cache must have latents with rope_dim=8, got rope_dim=None"):
         stack[0](x, cache=ordinary)
     cache = KVCache(plan, 1, 8, 1, R, rope_dim=D)
     cache.advance(4)
     with pytest.raises(ValueError, match="not differentiable"):
         stack[0](x, cache=cache)
-    with torch.no_grad(), pytest.raises(ValueError, match="3 rows came, but this step is 4 rows long"):
+    with torch.no_grad(), pytest.raises(ValueError, match="must get the 4 rows of this step, got 3"):
         stack[0](x[:, :3], cache=cache)
     with pytest.raises(ValueError, match="num_kv_heads must be 1 and rope_dim even"):
         KVCache(plan, 1, 8, 2, R, rope_dim=D)
-    with pytest.raises(ValueError, match="rope is for 16 channels, qk_rope_head_dim is 8"):
+    with pytest.raises(ValueError, match="rope must have qk_rope_head_dim=8 channels, got 16"):
         LatentAttention(plan, 0, HIDDEN, H, rope=RotaryEmbedding(16), **SIZES)
     with pytest.raises(ValueError, match="num_attention_heads must be at least 1, got 0"):
         LatentAttention(plan, 0, HIDDEN, 0, **SIZES)

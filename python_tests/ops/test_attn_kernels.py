@@ -1,7 +1,8 @@
-"""The GPU kernels of cached attention: every kernel and shape class, how work is cut, and what lies outside.
+"""GPU kernels of cached attention: every kernel and shape class, the schedule, out-of-bounds accesses.
 
-Cases choose the kernel by their rows (S * H / G): up to 8 the warp kernel, up to 64 the rows kernel with 16,
-32 or 64 of them, more in groups; float32, more than two sources and unaligned memory take the generic kernel.
+The number of query rows (S * H / G) selects the kernel. Up to 8 rows use mma_warp. Up to 64 rows use
+mma_block with tiles of 16, 32 or 64 rows, and more rows are split into groups. The fallback kernel covers
+float32, more than two sources, and unaligned memory.
 """
 
 from __future__ import annotations

@@ -372,5 +372,5 @@ def test_a_compiled_model_has_the_same_loss() -> None:
 
 
 def test_without_labels_there_is_no_loss() -> None:
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="must be True without labels, got False"):
         tiny_decoder("fusedkv")(torch.zeros(1, 4, dtype=torch.long), return_logits=False)

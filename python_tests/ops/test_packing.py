@@ -202,7 +202,7 @@ def test_num_target_tokens_is_what_the_sum_is_divided_by() -> None:
             {"document_ids": torch.zeros(2, 18, dtype=torch.long, device="meta")},
             "document_ids must be on .* got a tensor on meta",
         ),
-        ({"num_target_tokens": 3.0}, "num_target_tokens must be above 0, and needs labels"),
+        ({"num_target_tokens": 3.0}, "num_target_tokens must be above 0, with labels, got 3.0"),
         (
             {"num_target_tokens": 0.0, "labels": torch.zeros(2, 18, dtype=torch.long)},
             "num_target_tokens must be above 0",
@@ -221,7 +221,7 @@ def test_a_cache_takes_no_packed_prompts(case: str) -> None:
     model = model_of(case)
     ids, document_ids, _ = packed()
     cache = model.make_cache(2, 32)
-    with pytest.raises(ValueError, match="document_ids cannot be used with a cache"):
+    with pytest.raises(ValueError, match="document_ids must be None with a cache"):
         model(ids, document_ids=document_ids, cache=cache)
     assert list(cache.lengths) == [0, 0]  # nothing has been done
 

@@ -1,5 +1,7 @@
-"""Every method of the registry and its variants in every combination: the cache changes nothing but rounding,
-costs what the formula says, gradients reach what is read, and prompts end early where the top only reads.
+"""Every method of the registry with its variants: cache, cost, gradients and early exit.
+
+The cache changes only rounding and has the size of the formula. Gradients reach every source. Prefill exits
+early if the upper layers store nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""Tests of the executor that runs the CUDA kernels on the host: single instructions against the PTX ISA's own
-formulas, and kernels with a planted fault, each of which must be caught."""
+"""Tests of the host executor of the CUDA kernels.
+
+Single instructions are compared with the formulas of the PTX ISA. Kernels with a planted fault must be
+caught.
+"""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ def test_a_configuration_for_a_tokenizer_is_not_trained_on_bytes(
     ]
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "a vocabulary of about 32,000 (data.vocab_size), but without data.tokenizer" in message
-    assert "bytes and has 256; give another one with --tokenizer" in message
+    assert "about 32,000 tokens (data.vocab_size), got 256 from the byte vocabulary" in message
+    assert "give another one with --tokenizer" in message
 
 
 def test_names_and_paths_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,7 +286,7 @@ def test_damaged_files_are_named_with_what_to_do(case: str, config: TrainConfig,
     file, damage, message = DAMAGE[case]
     newest = run_in(tmp_path / "run", config, stop_after=3)
     damage(newest / "state" / file)
-    advice = r"restore .*step-00000003 from a copy, or delete it to go on from the checkpoint before it$"
+    advice = r"restore .*step-00000003 from a copy, or delete it to resume from the previous checkpoint$"
     for read in (load_pretrained, lambda folder: loop.resume(folder.parents[1])):
         with pytest.raises(ValueError, match=message + advice):
             read(newest)
@@ -317,7 +317,7 @@ def as_torch_reads(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("file", ["state/__0_0.distcp", "state/.metadata", "trainer.json"])
 def test_a_flipped_bit_is_found(file: str, at: float, checkpoint: Path) -> None:
     flip(checkpoint / file, at)
-    message = rf"{Path(file).name} is damaged.*; restore .*step-00000003 from a copy, or delete it to go on"
+    message = rf"{Path(file).name} is damaged.*; restore .*step-00000003 from a copy, or delete it to resume"
     with pytest.raises(ValueError, match=message):
         loop.resume(checkpoint.parents[1])
     if file.startswith("state"):
@@ -343,7 +343,7 @@ def test_every_file_has_a_checksum_or_none(checkpoint: Path) -> None:
     sums = json.loads(path.read_text())
     for name in ("__0_0.distcp", ".metadata"):
         path.write_text(json.dumps({"crc32": {k: v for k, v in sums["crc32"].items() if k != name}}))
-        with pytest.raises(ValueError, match=rf"checksums.json has no checksum of {name}; restore"):
+        with pytest.raises(ValueError, match=rf"must have a checksum of {name}, got none; restore"):
             load_pretrained(checkpoint)
     for text in ("{}", "[]", "", '{"crc32": {"__0_0.distcp": 1}}', '{"crc32": {"__0_0.distcp": "x"}}'):
         path.write_text(text)
@@ -382,7 +382,7 @@ def test_a_list_of_tensors_runs_no_code(
     else:  # would be unpickled when it is read
         metadata.state_dict_metadata[name] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
     path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"asks for \w+\.mkdir, which no|lists other things than tensors"):
+    with pytest.raises(ValueError, match=r"refers to \w+\.mkdir, which no|must list tensors only"):
         load_pretrained(newest)
     assert not (tmp_path / "owned").exists()
 
@@ -391,7 +391,7 @@ def test_another_model_is_an_error_that_names_the_weight(config: TrainConfig, tm
     newest = run_in(tmp_path / "run", config, stop_after=1)
     data = json.loads((newest / "config.json").read_text())
     for changes, message in [
-        ({"hidden_size": 64}, r"state: model\.embed_tokens\.weight has shape \(256, 32\), the config wants"),
+        ({"hidden_size": 64}, r"state: model\.embed_tokens\.weight must have shape .*, got \(256, 32\)"),
         ({"qk_norm": False}, r"state has unexpected model\.layers\.0\.self_attn\.k_norm\.weight"),
         ({"attention_bias": True}, r"state misses model\.layers\.0\.self_attn\.k_proj\.bias"),
     ]:
@@ -435,9 +435,9 @@ def test_export_writes_a_whole_folder_or_none(
     huggingface.mkdir()
     (huggingface / "config.json").write_text('{"model_type": "llama"}')
     for source, target, code, message in (
-        (newest, tmp_path / "there", 2, "there exists already; choose another folder"),
+        (newest, tmp_path / "there", 2, "FOLDER must not exist, got "),
         (tmp_path / "nothing", out, 1, "holds no checkpoint"),
-        (huggingface, out, 2, "is a Hugging Face folder already; there is nothing to export"),
+        (huggingface, out, 2, "RUN must be the folder of a training run, got the Hugging Face folder"),
     ):
         assert main(["export", str(source), str(target)]) == code
         assert message in capsys.readouterr().err

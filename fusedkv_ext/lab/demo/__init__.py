@@ -1,1 +1,1 @@
-"""The demonstration: train vanilla and FusedKV models alike, measure them side by side, show the result."""
+"""The demo: trains vanilla and FusedKV models under equal conditions, and measures and compares them."""

@@ -1,4 +1,4 @@
-"""Side-by-side timing of models, and what their caches take."""
+"""Interleaved timing of models, and their cache sizes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fusedkv_ext.layers.decoder import Decoder
 
 
 def cache_bytes_per_token(model: Decoder, context: int) -> float:
-    """What a cache for `context` tokens of one sequence has really allocated, per token."""
+    """Allocated cache bytes per token of one sequence with `context` tokens."""
     return model.make_cache(1, context).nbytes / context
 
 
 @torch.inference_mode()
 def first_token(models: Mapping[str, Decoder], prompt: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds from a prompt (1, S) and an empty cache to the first new token."""
+    """Median seconds of a prefill: from a prompt (1, S) and an empty cache to the first new token."""
 
     def call(model: Decoder) -> Callable[[], object]:
         cache = model.make_cache(1, prompt.shape[1])
@@ -34,7 +34,7 @@ def first_token(models: Mapping[str, Decoder], prompt: Tensor, repeats: int) -> 
 
 @torch.inference_mode()
 def next_token(models: Mapping[str, Decoder], prompt: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of one greedy decoding step of one sequence whose cache holds the prompt (1, S)."""
+    """Median seconds of one greedy decode step after the prompt (1, S)."""
     warm_up = 3
 
     def call(model: Decoder) -> Callable[[], object]:

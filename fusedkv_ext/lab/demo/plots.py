@@ -1,4 +1,4 @@
-"""Pictures of the demo: bars of cache and time, learned fusion weights."""
+"""Plots of the demo: bars of cache size and time, learned fusion weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FusedSource:
-    """Weights of one source in one layer: `values` (G, D), drawn relative to `start`, their initial value."""
+    """Fusion weights of one source in one layer.
+
+    Attributes:
+        layer: The layer that fuses.
+        side: "keys" or "values".
+        source: The source layer.
+        values: The weights, (G, D).
+        start: Their initial value. The plot shows the difference.
+    """
 
     layer: int
-    side: str  # "keys" or "values"
+    side: str
     source: int
     values: Tensor
     start: float
 
 
 def bars(panels: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
-    """One bar per model and panel, labeled with its value and its ratio to the first model.
+    """Plots one bar per model and panel, labeled with its value and its ratio to the first model.
 
-    panels: (title, unit, name -> value).
+    Args:
+        panels: (title, unit, name -> value) of each panel.
     """
     figure, grid = new_figure(3.2 * len(panels), 3.4, ncols=len(panels), squeeze=False)
     for axes, (title, unit, values) in zip(grid[0], panels, strict=True):
@@ -56,16 +65,19 @@ def bars(panels: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
 
 
 def fusion_weights(sources: Sequence[FusedSource]) -> Figure:
-    """What the fusion weights have learned: change since the start, per layer (rows) and channel (columns).
+    """Plots the change of the fusion weights in training, per layer (rows) and channel (columns).
 
-    One panel per side and source layer; all share one diverging scale, white where nothing has changed.
+    There is one panel per side and source layer. All share one diverging color scale; white is no change.
+
+    Raises:
+        ValueError: `sources` is empty.
     """
     panels = sorted({(item.side, item.source, item.start) for item in sources})
     if not panels:
         raise ValueError("sources must not be empty: this model has no fusion weights")
     figure, grid = new_figure(7.2, 1.1 + 1.25 * len(panels), nrows=len(panels), squeeze=False, sharex=False)
     changes = [(item.values - item.start).flatten() for item in sources]
-    # The 99.5th percentile: a single outlier must not bleach the rest.
+    # The 99.5th percentile, so that outliers do not determine the color scale.
     limit = max(float(change.abs().float().quantile(0.995)) for change in changes) or 1.0
     image: Any = None
     for axes, (side, source, start) in zip(grid[:, 0], panels, strict=True):

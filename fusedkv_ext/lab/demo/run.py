@@ -1,4 +1,4 @@
-"""The demo from text to report: equal models with different cache plans, equal tokens, measured in turns."""
+"""The demo from text to report: models with different cache plans, equal tokens, interleaved measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fusedkv_ext.training.trainer import DecoderTrainer
 
 
 def _fused_sources(model: Decoder) -> list[plots.FusedSource]:
-    """The fusion weights of all layers with what they started from."""
+    """The fusion weights of all layers, with their initial values."""
     found = []
     for index, layer in enumerate(model.model.layers):
         fusion = layer.self_attn.kv_fusion
@@ -41,7 +41,7 @@ def _fused_sources(model: Decoder) -> list[plots.FusedSource]:
                 weights = weights_of(number)
                 if weights is None:
                     continue
-                assert segment.fusion is not None  # it has weights
+                assert segment.fusion is not None
                 init = segment.fusion.init
                 starts = (0.0,) * len(segment.sources) if isinstance(init, str) else init
                 for source, start, values in zip(
@@ -52,7 +52,7 @@ def _fused_sources(model: Decoder) -> list[plots.FusedSource]:
 
 
 def _processor() -> str:
-    """The CPU's name where the system tells it."""
+    """The name of the CPU, as far as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -73,7 +73,7 @@ def _results(
         progress.line(f"validating {name}")
         losses[name] = trainer.evaluate(settings.final_valid_batches)
     prompt = data.valid[: settings.context].to(torch.int64)[None].to(device)
-    progress.line(f"timing the first token after {settings.context} tokens, then decoding, in turns")
+    progress.line(f"timing the prefill of {settings.context} tokens and decode steps, models interleaved")
     first = measure.first_token(models, prompt, settings.prompt_repeats)
     following = measure.next_token(models, prompt, settings.decode_repeats)
     return tuple(
@@ -92,7 +92,7 @@ def _results(
 
 
 def _sample(models: Mapping[str, Decoder], settings: DemoSettings) -> dict[str, Any]:
-    """Text from the last model, and the size of its cache and of the first model's for that text."""
+    """Generated text of the last model, and the cache bytes of the last and the first model for it."""
     first, last = models[PLANS[0]], models[PLANS[-1]]
     tokenizer = ByteTokenizer()
     ids = torch.tensor([tokenizer.encode(PROMPT)])
@@ -137,7 +137,7 @@ def _described(
 def _draw(
     folders: Mapping[str, Path], models: Mapping[str, Decoder], result: report.DemoResult, out: Path
 ) -> None:
-    """Pictures and the page that shows them."""
+    """Writes the plots, the page with them and results.json."""
     context = result.settings["context"]
     panels = [
         ("KV cache", "bytes per token", {m.name: m.cache_bytes_per_token for m in result.models}),
@@ -158,8 +158,8 @@ def _draw(
         ),
         "fusion_weights": (
             "Learned fusion weights",
-            "How far each fusion weight of the FusedKV model moved from its start, per layer and channel. "
-            "Key weights repeat within a head: the two channels of a RoPE pair share one.",
+            "Change of each fusion weight of the FusedKV model since initialization, per layer and channel. "
+            "Key weights repeat within a head, because the two channels of a RoPE pair share one weight.",
             plots.fusion_weights(_fused_sources(models[PLANS[-1]])),
         ),
     }
@@ -173,7 +173,13 @@ def _draw(
 
 
 def run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.DemoResult:
-    """Trains, measures, draws and writes everything into `out`."""
+    """Trains and measures the models, and writes all results into `out`.
+
+    Args:
+        settings: Sizes and time limits.
+        out: Output folder.
+        progress: Progress display.
+    """
     threads = torch.get_num_threads()
     try:
         return _run_demo(settings, out, progress)
@@ -185,17 +191,17 @@ def _run_demo(settings: DemoSettings, out: Path, progress: Progress) -> report.D
     figures.need_matplotlib()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    progress.line("reading the text (once; later runs find it encoded)")
+    progress.line("encoding the text (once; later runs use the cached tokens)")
     data = load_data(settings.config, ByteTokenizer())
     progress.line(f"text: {data.info}")
     torch.set_num_threads(choose_threads(settings.config, data))
     step_seconds = calibrate(settings.config, data)
     budget = settings.minutes * 60 * (1 - settings.reserve) - (time.monotonic() - started)
-    # The rest is for validation on the way and for a machine that gets a little slower.
+    # The rest is for validation during training and for fluctuations of the machine's speed.
     planned = max(20, int(budget * 0.85 / sum(step_seconds.values())))
     shown = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in step_seconds.items())
     progress.line(
-        f"one training step: {shown}, threads: {torch.get_num_threads()}; {planned} steps each fit into "
+        f"one training step: {shown}, threads: {torch.get_num_threads()}; {planned} steps per model fit into "
         f"{settings.minutes:g} minutes"
     )
     warm_up = min(settings.config.optim.warmup_steps, planned // 5)

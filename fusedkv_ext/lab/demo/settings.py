@@ -1,4 +1,4 @@
-"""What the demo trains and measures, in its two sizes."""
+"""Settings of the demo, in its two sizes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 from fusedkv_ext.training.config import TrainConfig
 
-PLANS = ("vanilla", "fusedkv-lite", "fusedkv")  # the first one is what the others are compared with
+PLANS = ("vanilla", "fusedkv-lite", "fusedkv")  # the first is the baseline
 PROMPT = "import torch\nfrom torch import Tensor, nn\n\n\nclass "
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does and how long it may take."""
+    """Sizes, repetitions and time limit of the demo."""
 
     config: TrainConfig
-    minutes: float  # of everything, from reading the text to the report
-    reserve: float  # share of it that is kept for all that follows training
+    minutes: float  # total time, from reading the text to the report
+    reserve: float  # fraction of the time that is reserved for the work after training
     context: int = 4096
     prompt_repeats: int = 7
     decode_repeats: int = 100
@@ -25,13 +25,13 @@ class DemoSettings:
 
 
 def standard(minutes: float | None = None) -> DemoSettings:
-    """What `fusedkv demo` runs: 8 layers, 7 minutes, about a million tokens per model on two cores."""
+    """Settings of `fusedkv demo`: 8 layers, 7 minutes, about a million tokens per model on two cores."""
     values = {
         "model.hidden_size": 128,
         "model.head_dim": 32,
         "run.batch_size": 4,
-        # Near the best rate of vanilla, so that it is not beaten for being trained badly: its validation loss
-        # after 961 steps was 2.258 bits per byte at 6e-4, 2.203 at 1e-3, 2.432 at 2e-3, 2.472 at 4e-3.
+        # Near the best rate of vanilla, for a fair baseline. Its validation loss after 961 steps was 2.258
+        # bits per byte at 6e-4, 2.203 at 1e-3, 2.432 at 2e-3 and 2.472 at 4e-3.
         "optim.lr": 1e-3,
         "optim.warmup_steps": 60,
     }
@@ -39,7 +39,7 @@ def standard(minutes: float | None = None) -> DemoSettings:
 
 
 def quick(minutes: float | None = None) -> DemoSettings:
-    """The same in small, for a check that everything works: half a minute."""
+    """Settings of `fusedkv demo --quick`, a smoke test of half a minute."""
     base = standard(minutes or 0.5)
     values = {
         "model.hidden_size": 64,

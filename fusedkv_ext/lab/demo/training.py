@@ -1,4 +1,4 @@
-"""Training several models alike: equal seeds and windows, one step of each in turn."""
+"""Interleaved training of several models with equal seeds and windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusedkv_ext.training.trainer import DecoderTrainer, StepResult, build_model
 
 
 def make_trainers(config: TrainConfig, data: TokenData) -> dict[str, DecoderTrainer]:
-    """One trainer per plan; equal seeds, so all see the same windows in the same order."""
+    """Creates one trainer per plan. Equal seeds give all of them the same windows in the same order."""
     device = resolve_device(config.run.device)
     trainers = {}
     for plan in PLANS:
@@ -32,8 +32,9 @@ def make_trainers(config: TrainConfig, data: TokenData) -> dict[str, DecoderTrai
 
 
 def choose_threads(config: TrainConfig, data: TokenData) -> int:
-    """The number of threads with the shortest training step: all cores are too many for small models on large
-    or busy machines.
+    """Measures the number of CPU threads with the shortest training step.
+
+    For small models on large or busy machines this is less than the number of cores.
     """
     most = torch.get_num_threads()
     trainer = make_trainers(config, data)[PLANS[0]]
@@ -50,7 +51,7 @@ def choose_threads(config: TrainConfig, data: TokenData) -> int:
 
 
 def calibrate(config: TrainConfig, data: TokenData) -> dict[str, float]:
-    """Median seconds of one training step of each plan, with models that are thrown away."""
+    """Median seconds of one training step of each plan, measured on temporary models."""
     trainers = make_trainers(config, data)
     device = next(iter(trainers.values())).device
     return timing.in_turns({name: t.train_step for name, t in trainers.items()}, 5, device, warm_up=2)
@@ -58,7 +59,7 @@ def calibrate(config: TrainConfig, data: TokenData) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainingDone:
-    """Steps done by every model, and the median seconds of a step of each."""
+    """Number of steps of every model, and the median seconds per step of each."""
 
     steps: int
     step_seconds: Mapping[str, float]
@@ -67,7 +68,14 @@ class TrainingDone:
 def train(
     trainers: Mapping[str, DecoderTrainer], folders: Mapping[str, Path], progress: Progress, deadline: float
 ) -> TrainingDone:
-    """One step of each model in turn, at least one; ends before the planned number when `deadline` passes."""
+    """Trains all models, one step of each in turn.
+
+    Args:
+        trainers: The trainer of each model.
+        folders: The output folder of each model.
+        progress: Progress display.
+        deadline: Time of `time.monotonic` after which no step starts, except the first.
+    """
     planned = next(iter(trainers.values())).config.run.steps
     log_every, valid_every = max(1, planned // 200), max(1, planned // 8)
     results: dict[str, list[StepResult]] = {name: [] for name in trainers}

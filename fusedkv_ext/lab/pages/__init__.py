@@ -1,1 +1,1 @@
-"""Generated parts of the documents, one module per document."""
+"""Generators of the generated parts of documents."""

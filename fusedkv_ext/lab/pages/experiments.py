@@ -1,8 +1,8 @@
-"""The generated parts of docs/experiments.md, docs/analysis.md and docs/conversion.md, and their pictures.
+"""Generator of the tables and figures of docs/experiments.md, docs/analysis.md and docs/conversion.md.
 
     python -m fusedkv_ext.lab.pages.experiments ROOT
 
-generates them from ROOT/benchmarks/results/experiments.
+The input is ROOT/benchmarks/results/experiments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PICTURES = "docs/img"
 
 
 def conditions(result: Result) -> str:
-    """One paragraph: what all methods got."""
+    """One paragraph: the training conditions of all methods."""
     config, data = result["config"], result["data"]
     model, run, optim, seq_len = config["model"], config["run"], config["optim"], config["data"]["seq_len"]
     sentences = (
@@ -40,12 +40,12 @@ def conditions(result: Result) -> str:
 
 
 def losses(result: Result) -> str:
-    """The table of all methods, the best first."""
+    """The table of all methods, sorted by loss."""
     return comparison.markdown_table(result)
 
 
 def orderings(result: Result) -> str:
-    """Which of the papers' orderings are seen."""
+    """The table of the papers' orderings and our verdicts."""
     return comparison.verdicts_table(result)
 
 
@@ -60,10 +60,10 @@ def rates(result: Result) -> str:
 
 
 def evaluated(result: Result) -> str:
-    """What `fusedkv eval` found of trained models: loss at both ends of the context, and retrieval."""
+    """Results of `fusedkv eval` on trained models: loss at both ends of the context, and retrieval."""
     models = list(result["checkpoints"].values())
     spans = models[0]["positions"]
-    near, far = 4, -1  # buckets: the first that holds more than one position, and the last
+    near, far = 4, -1  # buckets: the first with more than one position, and the last
     ends = [f"after {spans['first'][i]} to {spans['last'][i]} tokens" for i in (near, far)]
     rows = []
     for model in models:
@@ -106,12 +106,12 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
 
 
 def made(text: str, results: Path) -> str:
-    """The document with its generated parts, from the files of the folder ``results``."""
+    """The document with generated parts from the result files in ``results``."""
     return filled_from_results(text, BLOCKS, results)
 
 
 def main(root: Path) -> None:
-    """Generates the pages of the repository at ``root`` and their pictures."""
+    """Generates the pages of the repository at ``root`` and their figures."""
     from fusedkv_ext.lab.figures import save
 
     for path in (root / name for name in DOCUMENTS):

@@ -1,8 +1,6 @@
-"""The generated parts of docs/methods.md.
+"""Generator of the tables of docs/methods.md from the registry.
 
-    python -m fusedkv_ext.lab.pages.methods ROOT
-
-generates them from the registry.
+python -m fusedkv_ext.lab.pages.methods ROOT
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ DOCUMENT = "docs/methods.md"
 
 
 def call(method: Method, options: Mapping[str, Any]) -> str:
-    """How a plan is made, with L for the number of layers."""
+    """The call that creates a plan, with L for the number of layers."""
     arguments = "".join(f", {name}={value!r}" for name, value in options.items())
     return f'CachePlan.named("{method.name}", L{arguments})'.replace("'", '"')
 
@@ -33,7 +31,7 @@ def methods_table(_: str = "") -> str:
 
 
 def descriptions(_: str = "") -> str:
-    """One paragraph per method: what it is, its options, and what else a comparison of all methods runs."""
+    """One paragraph per method: its summary, its options, and its variants in comparisons."""
     parts = []
     for method in METHODS.values():
         text = " ".join(method.summary.split()).replace(" Args: ", " Options: ")

@@ -1,8 +1,6 @@
-"""The generated parts of docs/scale.md.
+"""Generator of the tables of docs/scale.md from the planner's formulas.
 
-    python -m fusedkv_ext.lab.pages.planner ROOT
-
-generates them from the formulas.
+python -m fusedkv_ext.lab.pages.planner ROOT
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ METHODS = ("vanilla", "gqa", "fusedkv", "fusedkv-lite")
 CONTEXTS = (2**13, 2**15, 2**17, 2**19, 2**20)
 CLUSTERS = (8, 64)
 MEMORY = 80 * GB
-CHUNK = 8192  # tokens of a prompt that a server reads at once
+CHUNK = 8192  # prompt tokens per prefill step of a server
 
 
 @cache
@@ -41,13 +39,13 @@ def _shape(name: str, method: str) -> DecoderConfig:
 
 
 def _columns(what: str) -> tuple[str, ...]:
-    """Titles of one column per method."""
+    """Column titles, one per method."""
     return (f"{what}: {METHODS[0]}", *METHODS[1:])
 
 
 @cache
 def _training(name: str, context: int, gpus: int) -> tuple[dict[str, Job], bool]:
-    """The job of each method, on the layout that is chosen for vanilla, and whether that fits."""
+    """The job of each method on the layout that is chosen for vanilla, and whether vanilla fits."""
     chosen, fits = choose.training(_shape(name, "vanilla"), gpus, context, MEMORY)
     return {method: replace(chosen, config=_shape(name, method)) for method in METHODS}, fits
 
@@ -60,8 +58,8 @@ def _layout(job: Job) -> str:
 
 
 def shapes_table(_: str = "") -> str:
-    """One row per shape, with its parameters under each method."""
-    titles = ("", "layers", "width", "FFN", "heads", "KV heads", "head dim", "words")
+    """One row per shape, with its number of parameters for each method."""
+    titles = ("", "layers", "width", "FFN", "heads", "KV heads", "head dim", "vocabulary")
     rows = []
     for name in ("332m", "1.5b", "4b", "70b"):
         c = _shape(name, "vanilla")
@@ -73,13 +71,13 @@ def shapes_table(_: str = "") -> str:
 
 
 def training_table(name: str) -> str:
-    """Peak and messages of the four methods, for contexts and clusters."""
+    """Peak memory and traffic of the four methods, per context and cluster."""
     rows = []
     for context in CONTEXTS:
         for gpus in CLUSTERS:
             jobs, fits = _training(name, context, gpus)
             layout = _layout(jobs["vanilla"])
-            row = [tokens(context), str(gpus), layout if fits else f"none fits; least: {layout}"]
+            row = [tokens(context), str(gpus), layout if fits else f"none fits; smallest: {layout}"]
             peaks = [memory(job).peak for job in jobs.values()]
             row += [number(peak / GB) if peak <= MEMORY else f"**{number(peak / GB)}**" for peak in peaks]
             rows.append([*row, *(number(traffic(job).total / GB) for job in jobs.values())])
@@ -89,7 +87,7 @@ def training_table(name: str) -> str:
 
 
 def traffic_table(name: str) -> str:
-    """What the messages of the training table are, of 64 GPUs."""
+    """The traffic of the training table by kind, on 64 GPUs."""
     rows = []
     for context in CONTEXTS:
         jobs, _ = _training(name, context, CLUSTERS[-1])
@@ -97,12 +95,19 @@ def traffic_table(name: str) -> str:
             received = traffic(jobs[method])
             parts = (received.dp_shard, received.cp, received.tp)
             rows.append([tokens(context), _layout(jobs[method]), method, *(number(x / GB) for x in parts)])
-    titles = ("context", "layout", "plan", "weights and gradients", "keys and values (cp)", "sums (tp)")
+    titles = (
+        "context",
+        "layout",
+        "plan",
+        "weights and gradients",
+        "keys and values (cp)",
+        "all-reduces (tp)",
+    )
     return table(titles, rows, numbers=True)
 
 
 def serving_table(name: str) -> str:
-    """Cache, sequences and reads of the four methods, on the fewest GPUs that serve vanilla."""
+    """Cache size, sequences and cache reads of the four methods, on the fewest GPUs that serve vanilla."""
     rows = []
     for context in CONTEXTS:
         tp = choose.server(_shape(name, "vanilla"), context, MEMORY, CHUNK).tp
@@ -111,15 +116,15 @@ def serving_table(name: str) -> str:
         row = [tokens(context), str(tp), *(number(server.cache / GB) for server in servers)]
         row += [f"{n:,} / {8 * n:,}" if n else "**none**" for n in fit]
         rows.append([*row, *(number(server.cache_read / GB) for server in servers)])
-    titles = ("context", "GPUs of a server", *_columns("cache GB"))
+    titles = ("context", "GPUs per server", *_columns("cache GB"))
     titles += (*_columns("sequences on 8 / 64 GPUs"), *_columns("cache GB read per token"))
     return table(titles, rows, numbers=True)
 
 
 def servers_table(_: str = "") -> str:
-    """Weights, messages, and products at a context of 8192 tokens."""
-    titles = ["", "GPUs of a server", "plan", "weights GB", "of which a step reads", "MB received per token"]
-    titles += ["TFLOP of an 8k prompt", "GFLOP of a token at 8k"]
+    """Weights, traffic and FLOPs at a context of 8192 tokens."""
+    titles = ["", "GPUs per server", "plan", "weights GB", "GB read per step", "MB received per token"]
+    titles += ["TFLOP per 8k prompt", "GFLOP per token at 8k"]
     rows = []
     for name in ("1.5b", "4b", "70b"):
         tp = choose.server(_shape(name, "vanilla"), CHUNK, MEMORY, CHUNK).tp
@@ -133,30 +138,31 @@ def servers_table(_: str = "") -> str:
 
 
 _FINDINGS = (
-    "**Logits do not decide the context of a GPU.** With a vocabulary of 128,000 the loss has the logits of "
-    "{rows:,} tokens at a time. It needs {loss} GB for 8192 tokens, most of it for the gradient of the head. "
-    "A loss of all logits would need {logits} GB, and as much again for every further 8192 tokens.",
-    "**FusedKV keeps what it fuses**: {peak[fusedkv]} GB beside vanilla's {peak[vanilla]}, 1.5b at 8k on "
-    "8 GPUs. Fused again in the backward (`model.recompute_fusion`) it is {refused}, like "
-    "FusedKV-Lite.",
-    "**With activation checkpointing and cp, cross-layer plans need more**, not less: what later layers read "
-    "stays on every GPU, whole, until the backward has passed them, while vanilla's keys and values come and "
-    "go. {far[fusedkv]} GB beside {far[vanilla]}, 1.5b at 1M on 64 GPUs.",
-    "**cp moves half** of vanilla's keys and values, as half of the layers store: there {moved[fusedkv]} GB "
-    "instead of {moved[vanilla]}.",
-    "**Serving holds twice the sequences**, or a few more because weights and prefill take their part once: "
-    "{fit[fusedkv]} instead of {fit[vanilla]} on a GPU, 1.5b at 128k. For a token FusedKV reads "
+    "**Logits do not limit the context of a GPU.** With a vocabulary of 128,000 the loss computes the logits "
+    "of {rows:,} tokens at a time. It needs {loss} GB for 8192 tokens, mostly for the gradient of the head. "
+    "A loss on all logits would need {logits} GB, and as much again for every further 8192 tokens.",
+    "**FusedKV saves fused keys and values for the backward.** The peak of 1.5b at 8k on 8 GPUs is "
+    "{peak[fusedkv]} GB, vanilla's is {peak[vanilla]} GB. With recomputation (`model.recompute_fusion`) it "
+    "is {refused} GB, like FusedKV-Lite.",
+    "**With activation checkpointing and cp, cross-layer plans need more memory, not less.** The gathered "
+    "keys and values of source layers stay on every GPU until the backward has passed their consumers. "
+    "Vanilla frees them after each layer. 1.5b at 1M on 64 GPUs: {far[fusedkv]} GB, vanilla {far[vanilla]} "
+    "GB.",
+    "**cp traffic halves**, because half of the layers store: {moved[fusedkv]} GB instead of "
+    "{moved[vanilla]} GB in the same case.",
+    "**A server holds at least twice the sequences**: {fit[fusedkv]} instead of {fit[vanilla]} on a GPU, "
+    "1.5b at 128k. The weights are smaller too, and only whole sequences count. Per token, FusedKV reads "
     "{read[fusedkv]:.1f} times vanilla's cache, FusedKV-Lite {read[fusedkv-lite]:.1f} times, GQA "
     "{read[gqa]:.1f} times.",
-    "**Prompts cost half**, because layers that store nothing run for the last token only: {prompt[fusedkv]} "
+    "**Prefill costs half**, because layers without storage run for the last token only: {prompt[fusedkv]} "
     "TFLOP instead of {prompt[vanilla]}, 1.5b at 8k.",
-    "**KV heads run out, layers do not**: the 4 heads of 70b's gqa are copied on 8 GPUs, so that its cache "
-    "per GPU is vanilla's, {copied[gqa]} GB at 1M; FusedKV's is {copied[fusedkv]}.",
+    "**GQA's saving is limited by the number of KV heads.** The 4 KV heads of 70b's gqa are replicated on 8 "
+    "GPUs. So its cache per GPU equals vanilla's, {copied[gqa]} GB at 1M. FusedKV's is {copied[fusedkv]} GB.",
 )
 
 
 def findings(_: str = "") -> str:
-    """What is to be seen in the tables, with their numbers."""
+    """Findings from the tables, with their numbers."""
     near, far = _training("1.5b", 2**13, 8)[0], _training("1.5b", 2**20, 64)[0]
     refusing = replace(near["fusedkv"], config=replace(_shape("1.5b", "fusedkv"), recompute_fusion=True))
     alone = replace(near["vanilla"], batch=1)
@@ -183,7 +189,7 @@ def findings(_: str = "") -> str:
 
 
 def recipes(_: str = "") -> str:
-    """Every recipe with what it needs."""
+    """All recipes with their expected memory and traffic."""
     return "\n".join(map(str, RECIPES))
 
 

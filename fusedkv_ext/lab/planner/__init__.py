@@ -1,8 +1,8 @@
-"""Planning on paper: what a decoder of any plan needs per GPU to be trained and served, from formulas.
+"""Planner: memory, traffic and FLOPs per GPU of training and serving a decoder, from formulas.
 
-Every quantity is one short function with its formula. Tests compare them with the decoder itself: parameters
-and what autograd keeps are counted on the meta device, messages in runs of several processes. Nothing here
-has been measured on a GPU.
+Every quantity is one short function with its formula. Tests compare the formulas with the decoder: parameters
+and saved activations are counted on the meta device, and traffic in runs of several processes. Nothing here
+is measured on a GPU.
 """
 
 from fusedkv_ext.lab.planner.job import Job

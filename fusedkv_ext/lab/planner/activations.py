@@ -1,9 +1,11 @@
-"""Activations: what autograd keeps of a forward, and what its largest moment needs beside that.
+"""Activation memory: tensors that autograd saves in the forward, and temporaries of the loss and backward.
 
-All in bytes on one GPU, from the code of the decoder and from what torch's CUDA kernels save: RMSNorm its
-input and one fp32 number per row, a matrix product its input, FlashAttention q, k, v, its output and the lse.
-t: tokens of this GPU; T: those of all cp GPUs that share its sequences; e: bytes of an element; heads (H,
-k_i, v_i) and I are those of one tp GPU, other letters as in weights.py.
+All sizes are bytes on one GPU. They follow from the decoder's code and from what torch's CUDA kernels save.
+RMSNorm saves its input and one fp32 number per row, a matrix product its input, and FlashAttention q, k, v,
+the output and the lse.
+
+t: tokens of this GPU; T: tokens of all cp GPUs that shard its sequences; e: bytes per element. Heads (H, k_i,
+v_i) and I are those of one tp GPU. The other letters are as in weights.py.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ __all__ = ["kept", "kept_by_layer", "layer_backward", "loss", "loss_kept"]
 
 
 def kept_by_layer(job: Job, layer: int) -> int:
-    """A layer without checkpointing: hidden states, attention, feed-forward network."""
+    """Saved bytes of a layer without checkpointing: hidden states, attention, feed-forward network."""
     return _hidden(job) + _queries(job, layer) + _stored(job, layer) + _fused(job, layer) + _mlp(job)
 
 
 def _hidden(job: Job) -> int:
-    """t (4 h e + 8): input and result of both norms, and their fp32 numbers."""
+    """t (4 h e + 8): input and output of both norms, and their fp32 numbers."""
     return job.tokens * (4 * job.config.hidden_size * job.element + 8)
 
 
 def _queries(job: Job, layer: int) -> int:
-    """t H (2 D e + 4): rotated queries, attention's result and lse; D e + 4 more before a q-norm; D e more
-    where results of several calls are joined (head segments, chunks of cp)."""
+    """t H (2 D e + 4): queries after RoPE, attention output and lse.
+
+    A q-norm adds t H (D e + 4). Concatenation of several calls (head segments, cp chunks) adds t H D e.
+    """
     config, e = job.config, job.element
     size = 2 * config.head_dim * e + 4
     if config.qk_norm:
@@ -39,9 +43,11 @@ def _queries(job: Job, layer: int) -> int:
 
 
 def _stored(job: Job, layer: int) -> int:
-    """T (k_i + v_i) D e: what the layer stores, gathered over cp; t k_i (D e + 4) more before a k-norm.
-    Learned mixing before storing keeps what it mixes: t D e for each head that was projected and, with cp,
-    for this GPU's tokens of each source."""
+    """T (k_i + v_i) D e: stored keys and values, gathered over cp.
+
+    A k-norm adds t k_i (D e + 4). Learned mixing before storage adds its inputs: t D e per projected head
+    and, with cp, per source.
+    """
     config, (cp, tp) = job.config, (job.layout.cp, job.layout.tp)
     row, channels = config.plan.layers[layer], config.head_dim * job.element
     size = stored_bytes(job, layer)
@@ -60,9 +66,11 @@ def stored_bytes(job: Job, layer: int) -> int:
 
 
 def _fused(job: Job, layer: int) -> int:
-    """T (k + v) D e for the k and v heads that the layer fuses as it reads, unless the backward fuses again,
-    which it leaves to non-reentrant checkpointing. With cp each of two chunks fuses its own prefix, together
-    1 + 1 / (2 cp) of T."""
+    """T (k + v) D e for the k and v heads that the layer fuses when it reads.
+
+    It is 0 with recomputation of the fusion. Non-reentrant checkpointing replaces that recomputation. With cp
+    each of two chunks fuses its own prefix, together (1 + 1 / (2 cp)) T tokens.
+    """
     config, cp = job.config, job.layout.cp
     if config.recompute_fusion and job.checkpointing != "non_reentrant":
         return 0
@@ -74,17 +82,20 @@ def _fused(job: Job, layer: int) -> int:
 
 
 def fuses(segment: Segment, layer: int) -> bool:
-    """Whether attention of the layer fuses a segment as it reads."""
+    """Whether the layer's attention fuses a segment when it reads."""
     return layer not in segment.sources and (segment.fusion is not None or len(segment.sources) > 1)
 
 
 def _mlp(job: Job) -> int:
-    """4 t I e: gate, silu(gate), up and their product."""
+    """4 t I e: gate, silu(gate), up, and their product."""
     return 4 * job.tokens * shared(job.config.intermediate_size, job.layout.tp) * job.element
 
 
 def kept(job: Job) -> int:
-    """All layers. With checkpointing t h e each, and T k_i D e and T v_i D e where later layers read them."""
+    """Saved bytes of all layers.
+
+    With checkpointing, t h e per layer, and T k_i D e and T v_i D e of layers that later layers read.
+    """
     config = job.config
     layers = range(config.num_hidden_layers)
     if job.checkpointing == "none":
@@ -98,22 +109,26 @@ def kept(job: Job) -> int:
 
 
 def ends(job: Job) -> int:
-    """t (h e + 4) and 4 D per token of one sequence: the last norm's input and one fp32 number per row; cos
-    and sin in fp32."""
+    """t (h e + 4) for the input and fp32 numbers of the last norm, and 4 D per token of one sequence.
+
+    The latter are cos and sin in fp32.
+    """
     config = job.config
     tables = job.context // job.layout.cp * 4 * config.head_dim
     return job.tokens * (config.hidden_size * job.element + 4) + tables
 
 
 def loss_kept(job: Job) -> int:
-    """4 h (t + V): gradients of the last hidden states and of the head, in fp32."""
+    """4 h (t + V): fp32 gradients of the last hidden states and of the head."""
     return 4 * job.config.hidden_size * (job.tokens + vocabulary(job))
 
 
 def loss(job: Job) -> int:
-    """c V (e + 4) + e h V and 2 e c h beside ``loss_kept``, while the loss is computed: logits of c tokens
-    and their log-probabilities in fp32, the part of the head's gradient that is added up, and the hidden
-    states of these tokens and their gradient. t h e: the result of the last norm, which nothing keeps."""
+    """Bytes while the loss is computed: ``loss_kept`` + c V (e + 4) + e h V + 2 e c h + t h e.
+
+    The terms are: logits of c tokens with fp32 log-probabilities, a summand of the head's gradient, hidden
+    states of the c tokens with gradients, and the output of the last norm.
+    """
     config, words = job.config, vocabulary(job)
     rows = chunk_rows(job.tokens, words, "cuda")
     logits = rows * words * (job.element + 4)
@@ -122,13 +137,15 @@ def loss(job: Job) -> int:
 
 
 def vocabulary(job: Job) -> int:
-    """V: tokens of the vocabulary that this GPU has logits of, one tp-th, rounded up."""
+    """V: size of this GPU's vocabulary shard, ceil(vocab_size / tp)."""
     return -(-job.config.vocab_size // job.layout.tp)
 
 
 def layer_backward(job: Job) -> int:
-    """Gradients inside a layer, at most: t (3 I + 2 h) e in the feed-forward network; with checkpointing
-    the layer's own activations too, which are there again."""
+    """Largest gradients inside a layer: t (3 I + 2 h) e in the feed-forward network.
+
+    With checkpointing, the recomputed activations of the layer are added.
+    """
     config, layers = job.config, range(job.config.num_hidden_layers)
     width = 3 * shared(config.intermediate_size, job.layout.tp) + 2 * config.hidden_size
     gradients = job.tokens * width * job.element

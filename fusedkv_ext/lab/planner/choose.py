@@ -1,4 +1,4 @@
-"""Layouts for the tables of docs/scale.md: of all that fit, the one that sends least."""
+"""Choice of layouts for the tables of docs/scale.md: the least traffic among those that fit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ BATCHES = (1, 2, 4, 8)
 def _fitting(
     config: DecoderConfig, gpus: int, context: int, gpu_memory: float, checkpointing: str
 ) -> tuple[list[Job], tuple[int, Job]]:
-    """For every tp the smallest cp that fits, as more only sends more, with the largest micro-batch; and the
-    smallest peak of one sequence at a time, with its job. All GPUs that remain share the weights."""
+    """Jobs that fit: for each tp the smallest cp, with the largest micro-batch; and the smallest peak.
+
+    More cp would only add traffic. The peak is that of micro-batch 1, with its job. All remaining GPUs shard
+    the weights.
+    """
     fitting, tried = [], []
     for tp in HEADS:
         for cp in (2**i for i in range((gpus // tp).bit_length())):
@@ -34,9 +37,18 @@ def _fitting(
 
 
 def training(config: DecoderConfig, gpus: int, context: int, gpu_memory: float) -> tuple[Job, bool]:
-    """The job whose GPUs receive the fewest bytes per token of those that fit, and True; with activation
-    checkpointing only where none fits without. Where none fits at all the one with the smallest peak, and
-    False.
+    """Chooses the job with the least traffic per token among those that fit.
+
+    Activation checkpointing is used only if no job fits without it.
+
+    Args:
+        config: The decoder.
+        gpus: Number of GPUs.
+        context: Tokens per sequence.
+        gpu_memory: Bytes of memory per GPU.
+
+    Returns:
+        The job and True, or the job with the smallest peak and False if none fits.
     """
     for checkpointing in ("none", "non_reentrant"):
         fitting, smallest = _fitting(config, gpus, context, gpu_memory, checkpointing)
@@ -46,6 +58,6 @@ def training(config: DecoderConfig, gpus: int, context: int, gpu_memory: float) 
 
 
 def server(config: DecoderConfig, context: int, gpu_memory: float, chunk: int) -> Server:
-    """The fewest GPUs of a machine that hold the weights and one sequence; else a whole machine."""
+    """The server with the fewest GPUs of a machine that fits one sequence; otherwise a whole machine."""
     servers = [Server(config, tp, context, chunk=chunk) for tp in HEADS]
     return next((found for found in servers if found.sequences(gpu_memory)), servers[-1])

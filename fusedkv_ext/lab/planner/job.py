@@ -1,4 +1,4 @@
-"""What a training job is, as far as memory and messages depend on it."""
+"""Parameters of a training job that determine memory and traffic."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Job:
     """One training step of a decoder on a cluster.
 
     Attributes:
-        config: the decoder.
-        layout: processes along each dimension; its dp_shard must be given.
-        batch: the micro-batch, sequences that a data rank runs at once.
-        context: tokens of a sequence.
-        accumulate: micro-batches per optimizer step.
-        precision: "bf16" gathers fp32 weights, and computes, in bf16; or "fp32".
-        checkpointing: activation checkpointing of each layer.
+        config: The decoder.
+        layout: Ranks along each dimension. Its dp_shard must be given.
+        batch: Micro-batch: sequences per data rank and forward pass.
+        context: Tokens per sequence.
+        accumulate: Micro-batches per optimizer step.
+        precision: "bf16" all-gathers fp32 weights as bf16 and computes in bf16; or "fp32".
+        checkpointing: Activation checkpointing of each layer.
 
     Raises:
-        ValueError: a field is invalid; the message names it.
+        ValueError: A field is invalid. The message names it.
     """
 
     config: DecoderConfig
@@ -45,7 +45,7 @@ class Job:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.layout.dp_shard < 1:
-            raise ValueError("the layout must say dp_shard, the GPUs that share the weights, got 0")
+            raise ValueError("dp_shard of the layout must be at least 1, got 0; give the number of GPUs")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
         if self.checkpointing not in CHECKPOINTING:
@@ -53,38 +53,38 @@ class Job:
             raise ValueError(f"checkpointing must be one of {known}, got {self.checkpointing!r}")
         if self.layout.cp > 1 and self.context % (2 * self.layout.cp):
             raise ValueError(
-                f"cp={self.layout.cp} cuts a context into {2 * self.layout.cp} chunks; context must be a "
-                f"multiple of that, got {self.context}"
+                f"context must be a multiple of 2 x cp = {2 * self.layout.cp} chunks, got {self.context}; "
+                "choose another context or cp"
             )
         check_shares(self.config, self.layout.tp)
 
     @property
     def element(self) -> int:
-        """Bytes of an activation."""
+        """Bytes per activation."""
         return 2 if self.precision == "bf16" else 4
 
     @property
     def whole(self) -> int:
-        """Tokens of the sequences of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.batch * self.context
 
     @property
     def tokens(self) -> int:
-        """Those of them that one GPU runs."""
+        """Tokens of a micro-batch on one GPU."""
         return self.whole // self.layout.cp
 
     @property
     def fsdp(self) -> int:
-        """GPUs that share the weights: dp_shard x cp."""
+        """GPUs that shard the weights: dp_shard x cp."""
         return self.layout.dp_shard * self.layout.cp
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """Number of all GPUs."""
         return self.layout.dp_replicate * self.fsdp * self.layout.tp
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all GPUs together, over the micro-batches of a step."""
+        """Tokens per optimizer step on all GPUs, over all micro-batches."""
         layout = self.layout
         return layout.dp_replicate * layout.dp_shard * self.whole * self.accumulate

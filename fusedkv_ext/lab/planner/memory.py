@@ -1,10 +1,11 @@
-"""Training memory of one GPU, in bytes: what is there all the time, and the three moments of a step that can
-be its largest.
+"""Training memory of one GPU in bytes: the permanent state, and three candidates for the peak of a step.
 
-FSDP2 keeps a part of every parameter, gradient and moment in fp32. While a layer runs its parameters are
-there whole, those of the next one come in meanwhile; what belongs to no layer (embeddings, output head) and
-the fusion weights stay whole through the step. Not counted: what CUDA, NCCL and the allocator take for
-themselves, and AdamW's temporaries, which come when the activations are gone.
+FSDP2 keeps an fp32 shard of every parameter, gradient and optimizer moment. It all-gathers the parameters of
+the running layer and prefetches the next one. Embeddings, output head and fusion weights stay gathered
+through the step.
+
+Not counted: memory of CUDA, NCCL and the allocator, and AdamW's temporaries, which are allocated after the
+activations are freed.
 """
 
 from __future__ import annotations
@@ -32,53 +33,55 @@ def _fusion(job: Job) -> list[Shape]:
 
 
 def parameters(job: Job) -> int:
-    """4 P / N: this GPU's part of the fp32 parameters."""
+    """4 P / N: this GPU's shard of the fp32 parameters."""
     return 4 * sharded(all_shapes(job.config, job.layout.tp), job.fsdp)
 
 
 def moments(job: Job) -> int:
-    """8 P / N: AdamW's two."""
+    """8 P / N: AdamW's two moments."""
     return 8 * sharded(all_shapes(job.config, job.layout.tp), job.fsdp)
 
 
 def gradients(job: Job) -> int:
-    """4 P / N; 4 P, whole, where micro-batches are added up, because only the last of a step is shared."""
+    """4 P / N, or 4 P with gradient accumulation, which reduces only after the last micro-batch."""
     shapes = all_shapes(job.config, job.layout.tp)
     return 4 * (sharded(shapes, job.fsdp) if job.accumulate == 1 else count(shapes))
 
 
 def whole_weights(job: Job) -> int:
-    """e (V h + h), twice V h with a head of its own, and 4 bytes per fusion weight: gathered all the time."""
+    """e (V h + h) + 4 bytes per fusion weight, always gathered; 2 V h with an untied output head."""
     return job.element * count(outer_shapes(job.config, job.layout.tp)) + 4 * count(_fusion(job))
 
 
 def largest_layer(job: Job) -> int:
-    """Parameters of the layer that has most of them."""
+    """Number of parameters of the largest layer."""
     layers = range(job.config.num_hidden_layers)
     return max(count(layer_shapes(job.config, i, job.layout.tp)) for i in layers)
 
 
 def layer_buffers(job: Job) -> int:
-    """p (2 e + e + 4) for p parameters of a layer: two layers gathered, the gradient of one, and the fp32
-    copy of it that is reduced."""
+    """p (2 e + e + 4) for p parameters of a layer.
+
+    These are two gathered layers, the gradient of one, and its fp32 copy for the reduce-scatter.
+    """
     return largest_layer(job) * (3 * job.element + 4)
 
 
 def outer_gradient(job: Job) -> int:
-    """e (V h + h), twice V h with a head of its own: it is there from the head's backward to the end."""
+    """e (V h + h), allocated from the head's backward to the end; 2 V h with an untied output head."""
     return job.element * count(outer_shapes(job.config, job.layout.tp))
 
 
 class Memory(NamedTuple):
-    """Bytes on one GPU. peak: the largest of the three moments."""
+    """Bytes on one GPU."""
 
     parameters: int
     gradients: int
     moments: int
-    gathered: int  # parameters that FSDP2 has whole while a layer runs, and the layer's gradient
-    activations: int  # what autograd keeps
+    gathered: int  # all-gathered parameters while a layer runs, and the layer's gradient
+    activations: int  # saved by autograd
     loss: int  # logits of a chunk of tokens, and the gradients of the last hidden states and the head
-    peak: int
+    peak: int  # largest of the three candidates of `memory`
 
     @property
     def state(self) -> int:
@@ -87,8 +90,11 @@ class Memory(NamedTuple):
 
 
 def memory(job: Job) -> Memory:
-    """The three moments: the loss has its gradient; the backward is in the last layer; gradients of
-    embeddings and head are reduced at the end."""
+    """Memory of a training step.
+
+    The candidates for the peak are: the end of the loss, the backward of the last layer, and the reduction of
+    the gradients of embeddings and head.
+    """
     state = parameters(job), gradients(job), moments(job)
     whole, activations = whole_weights(job), kept(job) + ends(job)
     at_loss = whole + activations + loss(job)

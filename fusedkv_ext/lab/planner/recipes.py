@@ -1,4 +1,4 @@
-"""Launches of the package's configurations on machines of 8 GPUs, with what each GPU needs."""
+"""Launch commands of packaged configurations on machines with 8 GPUs, with memory and traffic per GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fusedkv_ext.lab.planner.weights import all_shapes, count
 
 __all__ = ["RECIPES", "Recipe"]
 
-_GPUS = 8  # of a machine
+_GPUS = 8  # per machine
 _PLAN = "fusedkv"
 
 
 class Recipe(NamedTuple):
-    """A configuration, on how many machines, and in how many parts they run a step."""
+    """A configuration, the number of machines, and the number of micro-batches per step."""
 
     config: str
     machines: int
@@ -27,11 +27,11 @@ class Recipe(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        """Weights are shared within a machine and copied between machines: only gradients go further."""
+        """Weights are sharded within a machine and replicated across machines."""
         return Layout(self.machines, _GPUS)
 
     def job(self, checkpointing: str = "none") -> Job:
-        """What each GPU runs."""
+        """The training job."""
         config = shapes.load(self.config)
         run = config.run
         batch = run.batch_size // (_GPUS * self.machines * self.accumulate)
@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The line to start on every machine, over several lines."""
+        """The shell command for every machine."""
         run, out = f"{_PLAN}-{self.config}", f"{_PLAN}-{self.config}"
         where = ["torchrun --standalone"]
         if self.machines > 1:
@@ -58,7 +58,7 @@ class Recipe(NamedTuple):
         return " \\\n    ".join(lines)
 
     def __str__(self) -> str:
-        """In Markdown: title, command, expectations."""
+        """Title, command and expected memory and traffic as Markdown."""
         job, layout = self.job(), self.layout
         size, received = memory(job), traffic(job)
         again = memory(self.job("non_reentrant")).peak
@@ -67,8 +67,8 @@ class Recipe(NamedTuple):
         between = f", {number(received.dp_replicate / GB)} GB of them from other machines"
         return (
             f"**{self.config} on {job.gpus} GPUs** ({machines})\n\n```sh\n{self.command}\n```\n\n"
-            f"Layout {layout.dp_replicate} x {layout.dp_shard} (copies x GPUs that share one). Micro-batch "
-            f"{job.batch}, {job.accumulate} per step, {job.tokens_per_step:,} tokens.\nExpected on each GPU: "
+            f"Layout {layout.dp_replicate} x {layout.dp_shard} (replicas x shards). Micro-batch "
+            f"{job.batch}, {job.accumulate} per step, {job.tokens_per_step:,} tokens.\nExpected per GPU: "
             f"**{number(size.peak / GB)} GB** at the peak, of which {number(size.state / GB)} GB weights, "
             f"gradients and moments, {number(size.activations / GB)} GB activations,\n"
             f"{number(size.loss / GB)} GB in the loss; {number(again / GB)} GB with `--set "

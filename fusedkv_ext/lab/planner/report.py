@@ -1,4 +1,4 @@
-"""What the formulas say, as rows of numbers and as tables: several plans side by side."""
+"""Results of the formulas as rows of numbers and as tables that compare plans."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNITS = {"k": 2**10, "m": 2**20}
 
 
 def tokens(number: int) -> str:
-    """8192 as 8k, 1048576 as 1M."""
+    """Formats a number of tokens: 8192 as 8k, 1048576 as 1M."""
     for unit, size in (("M", 2**20), ("k", 2**10)):
         if number >= size and number % size == 0:
             return f"{number // size}{unit}"
@@ -37,7 +37,11 @@ def tokens(number: int) -> str:
 
 
 def parse_tokens(text: str) -> int:
-    """The inverse; ValueError for what is no positive number."""
+    """The inverse of `tokens`.
+
+    Raises:
+        ValueError: The text is not a positive number.
+    """
     unit = _UNITS.get(text[-1:].lower(), 1)
     number = int(text[:-1] if unit > 1 else text) * unit
     if number < 1:
@@ -46,7 +50,14 @@ def parse_tokens(text: str) -> int:
 
 
 def training_row(label: str, job: Job, gpu_memory: float, bandwidth: float | None = None) -> Row:
-    """Bytes of one GPU. gpu_memory in bytes; bandwidth, in byte/s, gives the seconds that messages take."""
+    """The row of one GPU of a training job.
+
+    Args:
+        label: Name of the plan.
+        job: The training job.
+        gpu_memory: Bytes of memory per GPU.
+        bandwidth: Network bandwidth in byte/s, or None. With it, the row has the seconds of the traffic.
+    """
     size, received = memory(job), traffic(job)
     row: Row = {"plan": label, "context": job.context, "kv_heads": job.config.num_key_value_heads}
     row |= {"num_parameters": count(all_shapes(job.config)), "tokens_per_step": job.tokens_per_step}
@@ -56,7 +67,7 @@ def training_row(label: str, job: Job, gpu_memory: float, bandwidth: float | Non
 
 
 def training_table(rows: Sequence[Row]) -> str:
-    """Aligned lines, GB = 1e9 bytes; an empty dimension of the layout has no column."""
+    """Aligned table in GB = 1e9 bytes. Dimensions of the layout without traffic have no column."""
     messages = [d for d in ("dp_shard", "dp_replicate", "cp", "tp") if any(row["traffic"][d] for row in rows)]
     parts = ("state", "gathered", "activations", "loss", "peak")
     timed = ["seconds"] if "traffic_seconds" in rows[0] else []
@@ -79,11 +90,11 @@ def serving_row(label: str, server: Server, gpu_memory: float, bandwidth: float 
     """The row of one GPU of a server.
 
     Args:
-        label: the name of the plan.
-        server: the server.
-        gpu_memory: bytes of memory of a GPU.
-        bandwidth: of the memory, in byte/s. The row then has the seconds of reading in a step, for one
-            sequence and for all that fit.
+        label: Name of the plan.
+        server: The server.
+        gpu_memory: Bytes of memory per GPU.
+        bandwidth: Memory bandwidth in byte/s, or None. With it, the row has the read time of a step in
+            seconds, for one sequence and for all that fit.
     """
     fit = server.sequences(gpu_memory)
     row: Row = {"plan": label, "context": server.context, "kv_heads": server.config.num_key_value_heads}
@@ -99,7 +110,7 @@ def serving_row(label: str, server: Server, gpu_memory: float, bandwidth: float 
 
 
 def serving_table(rows: Sequence[Row]) -> str:
-    """Aligned lines: GB = 1e9 bytes."""
+    """Aligned table in GB = 1e9 bytes."""
     timed = ["ms/step, 1", "ms/step, all"] if "step_seconds" in rows[0] else []
     sizes = ("weights", "prefill", "cache")
     titles = ["plan", "context", "G par.", "KV heads", *sizes, "sequences", "cache read", "weights read"]
@@ -124,7 +135,7 @@ def serving_table(rows: Sequence[Row]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, none after the point from 100 on."""
+    """Formats a number with three significant digits, and as an integer from 100 on."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,8 +1,8 @@
-"""Estimates of serving: memory of one GPU, bytes read per token, messages and FLOPs.
+"""Estimates of serving: memory of one GPU, bytes read per token, traffic and FLOPs.
 
 A server is tp GPUs that shard the heads of a decoder. Letters are those of weights.py. S: tokens in the
-cache; e: bytes of an element of the weights; c: of the cache. Heads and widths in formulas are those of one
-GPU.
+cache; e: bytes per element of the weights; c: bytes per element of the cache. Heads and widths in formulas
+are those of one GPU.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ class Server:
     """tp GPUs that decode sequences of ``context`` tokens.
 
     Attributes:
-        element: bytes of an element of weights and activations.
-        cache_element: bytes of an element of the cache.
-        chunk: tokens of a prompt that are processed at once; 0 means all.
+        config: The decoder.
+        tp: Number of GPUs.
+        context: S, tokens per sequence.
+        element: Bytes per element of weights and activations.
+        cache_element: Bytes per element of the cache.
+        chunk: Prompt tokens per prefill step; 0 means all.
 
     Raises:
-        ValueError: tp GPUs cannot shard the decoder, or it has no formulas.
+        ValueError: A number is out of range, tp GPUs cannot shard the decoder, or it has no formulas.
     """
 
     config: DecoderConfig
@@ -55,7 +58,7 @@ class Server:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.chunk < 0:
-            raise ValueError(f"chunk must be a number of tokens, or 0 for all of a prompt, got {self.chunk}")
+            raise ValueError(f"chunk must be at least 1 token, or 0 for the whole prompt, got {self.chunk}")
 
     @property
     def _layers(self) -> range:
@@ -65,28 +68,27 @@ class Server:
 
     @property
     def weights(self) -> int:
-        """e P / tp, fusion weights in fp32; k and v projections whole where there are fewer KV heads than
-        GPUs."""
+        """e P / tp, with fusion weights in fp32. If tp > G, the k and v projections are replicated."""
         fusion = sum(count(fusion_shapes(self.config, i, self.tp)) for i in self._layers)
         return self.element * (count(all_shapes(self.config, self.tp)) - fusion) + 4 * fusion
 
     @property
     def cache_per_token(self) -> int:
-        """sum_i (k_i + v_i) D c; at least one head of each layer that stores."""
+        """sum_i (k_i + v_i) D c, with at least one head per storage layer."""
         heads = sum(sum(stored_heads(self.config, i, self.tp)) for i in self._layers)
         return heads * self.config.head_dim * self.cache_element
 
     @property
     def cache(self) -> int:
-        """S times that: one sequence."""
+        """S times that: the cache of one sequence."""
         return self.context * self.cache_per_token
 
     @property
     def prefill(self) -> int:
-        """Working memory while s = min(chunk, S) tokens of a prompt are processed.
+        """Working memory of a prefill step of s = min(chunk, S) tokens.
 
-        It is s (3 I + 4 h) e in the feed-forward network or s (2 h + 4 H D + 4 k D) e in attention, and 4 S D
-        for cos and sin.
+        It is the larger of s (3 I + 4 h) e (feed-forward network) and s (2 h + 4 H D + 4 k D) e (attention),
+        plus 4 S D for cos and sin.
         """
         config, tp = self.config, self.tp
         heads = shared(config.num_attention_heads, tp) + shared(config.num_key_value_heads, tp)
@@ -96,14 +98,16 @@ class Server:
         return tokens * max(mlp, attention) * self.element + 4 * self.context * config.head_dim
 
     def sequences(self, gpu_memory: float) -> int:
-        """(memory - weights - prefill) / cache: sequences that fit while one more prompt is read."""
+        """(memory - weights - prefill) / cache: sequences that fit during the prefill of another one."""
         return max(int((gpu_memory - self.weights - self.prefill) // self.cache), 0)
 
-    # What a decoded token reads, receives and computes
+    # Reads and traffic of a decode step
 
     def _reads(self, layer: int) -> Iterator[tuple[int, int]]:
-        """KV heads of each key and value segment of a layer, and how many stored tensors attention reads for
-        it: what a layer mixed before it stored is one."""
+        """(KV heads, stored tensors that attention reads) of each key and value segment of a layer.
+
+        A segment that is mixed before storage is one tensor.
+        """
         row = self.config.plan.layers[layer]
         for segment in (*row.keys, *row.values):
             sources = 1 if layer in segment.sources else len(segment.sources)
@@ -111,32 +115,34 @@ class Server:
 
     @property
     def cache_read(self) -> int:
-        """S D c sum_i (KV heads of all sources): by one token of one sequence. Vanilla 2 L S G D c, FusedKV
-        half as much again."""
+        """S D c sum_i (KV heads of all sources), per token of one sequence.
+
+        It is 2 L S G D c for vanilla and 1.5 times that for FusedKV.
+        """
         reads = (read for i in self._layers for read in self._reads(i))
         heads = sum(shared(heads, self.tp) * sources for heads, sources in reads)
         return self.context * heads * self.config.head_dim * self.cache_element
 
     @property
     def weights_read(self) -> int:
-        """By one step of all sequences together: all weights; of embeddings that are not the head, rows."""
+        """Per step of all sequences: all weights except untied embeddings, of which it reads a few rows."""
         embeddings = 0 if self.config.tie_word_embeddings else self._head
         return self.weights - self.element * embeddings
 
     @property
     def messages(self) -> int:
-        """Bytes that a GPU receives per token: (2 L + 1) all-reduces of h e, and V e logits gathered."""
+        """Bytes received per token: (2 L + 1) all-reduces of h e, and an all-gather of V e logits."""
         hidden = 2 * (2 * len(self._layers) + 1) * self.config.hidden_size // self.tp
         return (self.tp - 1) * (hidden + shared(self.config.vocab_size, self.tp)) * self.element
 
-    # FLOPs of one GPU: of matrix products and attention, which is all but a few per cent of them
+    # FLOPs of one GPU in matrix products and attention, which are all but a few percent
 
     @property
     def _head(self) -> int:
         return count(outer_shapes(self.config, self.tp)[:1])
 
     def _matrices(self, layer: int) -> tuple[int, int]:
-        """Weights of the k and v projections of a layer on one GPU, and of all its other matrices."""
+        """Number of weights in the k and v projections of a layer on one GPU, and in its other matrices."""
         config = self.config
         kv = sum(stored_heads(config, layer, self.tp)) * config.head_dim * config.hidden_size
         held = sum(count([shape]) for shape in kv_shapes(config, layer, self.tp) if len(shape) == 2)
@@ -144,7 +150,7 @@ class Server:
         return kv, both - held
 
     def _attention(self, layer: int) -> int:
-        """Of one token: 2 S D per query head and tensor that its KV head reads."""
+        """FLOPs of one token: 2 S D per query head and tensor that its KV head reads."""
         config = self.config
         group = config.num_attention_heads // config.num_key_value_heads
         heads = group * sum(heads * sources for heads, sources in self._reads(layer))
@@ -152,18 +158,21 @@ class Server:
 
     @property
     def decode_products(self) -> int:
-        """2 per weight of layers and head: one token."""
+        """FLOPs of one token in matrix products: 2 per weight of layers and head."""
         return 2 * (sum(sum(self._matrices(i)) for i in self._layers) + self._head)
 
     @property
     def decode_attention(self) -> int:
-        """One token in all layers."""
+        """FLOPs of one token in the attention of all layers."""
         return sum(map(self._attention, self._layers))
 
     @property
     def prefill_products(self) -> int:
-        """2 per weight and token, with the early exit: the last layer that stores makes keys and values of
-        all S tokens, and it and all later ones do the rest for the last token only."""
+        """FLOPs of a prompt in matrix products: 2 per weight and token, with early exit.
+
+        The last storage layer computes keys and values of all S tokens. Its other products and all later
+        layers run for the last token only.
+        """
         exit_layer = self.config.plan.prefill_layers - 1
         weights = self._head
         for i in self._layers:
@@ -174,7 +183,7 @@ class Server:
 
     @property
     def prefill_attention(self) -> int:
-        """4 D H S (S + 1) / 2 per layer before the last one that stores; one token in the others."""
+        """4 D H S (S + 1) / 2 per layer before the last storage layer; one token in the others."""
         config, S = self.config, self.context
         exit_layer = config.plan.prefill_layers - 1
         square = 2 * config.head_dim * config.num_attention_heads * S * (S + 1) // self.tp

@@ -1,9 +1,10 @@
-"""Messages of a training step: bytes that one GPU receives. It sends as many.
+"""Traffic of a training step: bytes that one GPU receives. It sends as many.
 
-N GPUs that gather parts of x bytes each receive (N - 1) x; reducing and scattering them is the same the other
-way, and an all-reduce of y bytes is one after the other, 2 (N - 1) / N y. Not counted, a few numbers each:
-the loss (three numbers per token under tp), the norm of the gradient, the gradients of q- and k-norms and of
-whole fusion weights under tp.
+An all-gather of shards of x bytes over N GPUs receives (N - 1) x, and so does the reduce-scatter. An
+all-reduce of y bytes is one of each, 2 (N - 1) / N y.
+
+Not counted, because they are small: the loss (three numbers per token with tp), the gradient norm, and the
+gradients of q-norms, k-norms and replicated fusion weights with tp.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ __all__ = ["Traffic", "traffic"]
 
 
 def gathered_weights(job: Job) -> int:
-    """Per micro-batch (N - 1) / N e P: layers once forward and once backward, what is in none of them once;
-    fusion weights once, in fp32."""
+    """Per micro-batch (N - 1) / N e P for each all-gather.
+
+    Layers are gathered in the forward and in the backward, the other parameters once. Fusion weights are
+    gathered once, in fp32.
+    """
     config, (tp, N) = job.config, (job.layout.tp, job.fsdp)
     layers = range(config.num_hidden_layers)
     in_layers = sum(sharded(layer_shapes(config, i, tp), N) for i in layers)
@@ -39,20 +43,23 @@ def gathered_weights(job: Job) -> int:
 
 
 def scattered_gradients(job: Job) -> int:
-    """Per step (N - 1) / N 4 P: fp32, after the last micro-batch."""
+    """Per step (N - 1) / N 4 P: the fp32 reduce-scatter after the last micro-batch."""
     return (job.fsdp - 1) * 4 * sharded(all_shapes(job.config, job.layout.tp), job.fsdp)
 
 
 def copied_gradients(job: Job) -> int:
-    """Per step 2 (R - 1) / R 4 P / N: the all-reduce of this GPU's part over dp_replicate = R copies."""
+    """Per step 2 (R - 1) / R 4 P / N: the all-reduce of this GPU's shard over dp_replicate = R replicas."""
     return _all_reduce(4 * sharded(all_shapes(job.config, job.layout.tp), job.fsdp), job.layout.dp_replicate)
 
 
 def sums_over_heads(job: Job) -> int:
-    """Per micro-batch and layer 4 all-reduces of t h e under tp: after attention and feed-forward network,
-    and the gradients of what they read. Checkpointing runs the first two again, non-reentrant one but the
-    last, whose result nobody keeps. Then one for the embeddings and one for what the head reads: its logits
-    stay where they are. Where tp > G the gradients of the k and v projections are summed too."""
+    """Per micro-batch and layer 4 all-reduces of t h e with tp, plus two outside the layers.
+
+    The 4 are after attention and feed-forward network, and for the gradients of their inputs. Recomputation
+    repeats the first two; non-reentrant checkpointing skips the last, whose result is unused. The other two
+    are for the embeddings and for the gradient of the head's input; logits stay sharded. If tp > G, the
+    gradients of the k and v projections are reduced too.
+    """
     config, tp = job.config, job.layout.tp
     if tp == 1:
         return 0
@@ -67,8 +74,11 @@ def sums_over_heads(job: Job) -> int:
 
 
 def gathered_tokens(job: Job) -> int:
-    """Per micro-batch what the layers store, (cp - 1) / cp of it (`context_traffic`): gathered in the
-    forward, reduced and scattered in the backward, and gathered once more with checkpointing."""
+    """Per micro-batch and transfer (cp - 1) / cp of the stored keys and values (`context_traffic`).
+
+    The transfers are an all-gather in the forward and a reduce-scatter in the backward. Checkpointing adds
+    another all-gather.
+    """
     config, layout = job.config, job.layout
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
     sizes = (config.num_key_value_heads, config.head_dim, job.whole, layout.cp, dtype)
@@ -81,7 +91,7 @@ def _all_reduce(size: int, ranks: int) -> int:
 
 
 class Traffic(NamedTuple):
-    """Bytes that one GPU receives in a step, by the dimension of the layout over which they go."""
+    """Bytes that one GPU receives in a step, by dimension of the layout."""
 
     dp_shard: int
     dp_replicate: int
@@ -94,7 +104,9 @@ class Traffic(NamedTuple):
 
 
 def traffic(job: Job) -> Traffic:
-    """Of one optimizer step, all micro-batches together. Weights are shared by dp_shard x cp GPUs; that
-    traffic is ``dp_shard``."""
+    """Traffic of one optimizer step over all micro-batches.
+
+    The weights are sharded over dp_shard x cp GPUs. Their traffic is counted as ``dp_shard``.
+    """
     weights = gathered_weights(job) + scattered_gradients(job)
     return Traffic(weights, copied_gradients(job), gathered_tokens(job), sums_over_heads(job))

@@ -1,9 +1,11 @@
-"""Numbers of parameters: of a layer, of a whole decoder, and of what one GPU holds of them.
+"""Parameter counts of a layer, of a decoder, and of the shard on one GPU.
 
-Letters: h hidden_size, I intermediate_size, H, G and D heads, KV heads and head dim, V vocab_size; k_i and
-v_i the heads whose keys and values layer i stores. Tensor parallelism (tp GPUs) shares heads, I and V: q, k,
-v, gate, up, embeddings and output head by their rows, o and down by their columns. Where tp > G, each GPU
-computes with one KV head and has the k and v projections and the fusion weights whole.
+Letters: h hidden_size, I intermediate_size, H heads, G KV heads, D head dim, V vocab_size. k_i and v_i are
+the numbers of heads whose keys and values layer i stores.
+
+Tensor parallelism over tp GPUs shards heads, I and V: the rows of q, k, v, gate, up, embeddings and output
+head, and the columns of o and down. If tp > G, each GPU computes with one KV head, and the k and v
+projections and the fusion weights are replicated.
 """
 
 from __future__ import annotations
@@ -35,26 +37,30 @@ Shape = tuple[int, ...]
 
 
 def check(config: DecoderConfig) -> None:
-    """Raises ValueError for decoders that these formulas do not describe."""
+    """Raises ValueError for decoders without formulas."""
     if config.kv_lora_rank is not None or config.num_experts or config.sliding_window is not None:
         raise ValueError(
-            "planning has formulas for dense decoders with full attention; this one has latent attention "
-            "(kv_lora_rank), experts (num_experts) or a sliding window (sliding_window)"
+            "the planner needs a dense decoder with full attention, got latent attention (kv_lora_rank), "
+            "experts (num_experts) or a sliding window (sliding_window); leave them out"
         )
 
 
 def shared(number: int, tp: int) -> int:
-    """Of ``number`` heads or channels, those of one of tp GPUs: ceil(number / tp)."""
+    """Heads or channels of one of tp GPUs: ceil(number / tp)."""
     return -(-number // tp)
 
 
 def _holders(config: DecoderConfig, tp: int) -> int:
-    """GPUs that share the parameters of the KV heads: tp, or 1 where there are fewer heads than GPUs."""
+    """GPUs that shard the parameters of the KV heads: tp, or 1 if there are fewer KV heads than GPUs."""
     return tp if tp <= config.num_key_value_heads else 1
 
 
 def stored_heads(config: DecoderConfig, layer: int, tp: int = 1) -> tuple[int, int]:
-    """k_i and v_i of one of tp GPUs. Raises ValueError for shares that are not whole heads."""
+    """k_i and v_i of one of tp GPUs.
+
+    Raises:
+        ValueError: A head interval of the plan does not consist of whole heads.
+    """
     keys, values = (
         sum(_heads(config, start, stop) for start, stop in config.plan.stored_shares(layer, side))
         for side in SIDES
@@ -63,26 +69,25 @@ def stored_heads(config: DecoderConfig, layer: int, tp: int = 1) -> tuple[int, i
 
 
 def segment_heads(config: DecoderConfig, segment: Segment) -> int:
-    """KV heads of a segment."""
+    """Number of KV heads of a segment."""
     return _heads(config, *segment.heads)
 
 
 def _heads(config: DecoderConfig, start: Fraction, stop: Fraction) -> int:
-    """KV heads of a share."""
+    """Number of KV heads in an interval."""
     kv_heads = config.num_key_value_heads
-    # In whole numbers: this is asked for every layer of every layout.
+    # Integer arithmetic for speed: this runs for every layer of every layout.
     first, last = (divmod(kv_heads * bound.numerator, bound.denominator) for bound in (start, stop))
     if first[1] or last[1]:
         raise ValueError(
-            f"heads {start}..{stop} of {kv_heads} KV heads are not whole heads; give the model another "
-            "number of KV heads, or the plan another share"
+            f"the interval {start}..{stop} of the KV heads must consist of whole heads, got {kv_heads} KV "
+            "heads; give the model another number of KV heads, or the plan another interval"
         )
     return last[0] - first[0]
 
 
 def layer_shapes(config: DecoderConfig, layer: int, tp: int = 1) -> list[Shape]:
-    """Parameters of a layer without its fusion weights: 2 h H D + h (k_i + v_i) D + 3 h I, norms and
-    biases."""
+    """Parameters of a layer without fusion weights: 2 h H D + h (k_i + v_i) D + 3 h I, norms and biases."""
     h, D, width = config.hidden_size, config.head_dim, shared(config.intermediate_size, tp)
     q = shared(config.num_attention_heads, tp) * D
     shapes: list[Shape] = [(q, h), (h, q), (width, h), (width, h), (h, width), (h,), (h,)]
@@ -94,15 +99,18 @@ def layer_shapes(config: DecoderConfig, layer: int, tp: int = 1) -> list[Shape]:
 
 
 def kv_shapes(config: DecoderConfig, layer: int, tp: int = 1) -> list[Shape]:
-    """Of these the k and v projections: h (k_i + v_i) D and biases, of what the layer stores."""
+    """The k and v projections of a layer: h (k_i + v_i) D, and biases."""
     widths = [heads * config.head_dim for heads in stored_heads(config, layer, _holders(config, tp)) if heads]
     biases: list[Shape] = [(width,) for width in widths] if config.attention_bias else []
     return [*((width, config.hidden_size) for width in widths), *biases]
 
 
 def fusion_shapes(config: DecoderConfig, layer: int, tp: int = 1) -> list[Shape]:
-    """Fusion weights of a layer, one parameter per side and source: (g, D), (g, D / 2) where the two channels
-    of a pair share a number, one row where heads and one column where channels do."""
+    """Fusion weights of a layer, one parameter per side and source.
+
+    The shape is (g, D), or (g, D / 2) if the two channels of a RoPE pair share a weight. It has one row if
+    heads share weights, and one column if channels do.
+    """
     row = config.plan.layers[layer]
     return [
         _fusion_shape(config, segment, tp)
@@ -129,7 +137,7 @@ def outer_shapes(config: DecoderConfig, tp: int = 1) -> list[Shape]:
 
 
 def all_shapes(config: DecoderConfig, tp: int = 1) -> list[Shape]:
-    """Every parameter of a decoder that one of tp GPUs holds."""
+    """All parameters of a decoder on one of tp GPUs."""
     layers = range(config.num_hidden_layers)
     inner = [shape for i in layers for shape in layer_shapes(config, i, tp)]
     fusion = [shape for i in layers for shape in fusion_shapes(config, i, tp)]
@@ -137,11 +145,10 @@ def all_shapes(config: DecoderConfig, tp: int = 1) -> list[Shape]:
 
 
 def count(shapes: Iterable[Shape]) -> int:
-    """Elements of all of them."""
+    """Total number of elements."""
     return sum(map(math.prod, shapes))
 
 
 def sharded(shapes: Iterable[Shape], ranks: int) -> int:
-    """Elements on the first of ``ranks`` GPUs: FSDP2 shares the rows of each parameter, ceil(rows /
-    ranks)."""
+    """Elements on the first of ``ranks`` GPUs: FSDP2 shards each parameter into ceil(rows / ranks) rows."""
     return sum(shared(rows, ranks) * math.prod(rest) for rows, *rest in shapes)

@@ -1,1 +1,1 @@
-"""Data of a training run: text files, tokenizers, token files."""
+"""Training data: text files, tokenizers, token files."""

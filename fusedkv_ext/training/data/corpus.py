@@ -1,8 +1,7 @@
-"""Which files make the corpus, and which of them are held out for validation.
+"""Files of the corpus, and their split into training and validation.
 
-A file belongs to training or to validation as a whole, by a hash of its path *relative* to the root it was
-found under, so the split is the same on every machine. Files with equal content count once: a license header
-that is copied around cannot be on both sides.
+The split is by file: a hash of the path *relative* to its root decides, so every machine has the same split.
+Files with equal content count once, so no text is on both sides.
 """
 
 from __future__ import annotations
@@ -13,14 +12,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Parts of an installation that are not worth learning from: tables of code points, and test data that is
-# broken on purpose.
+# Excluded parts of an installation: tables of code points, and tests with intentionally broken files.
 _NOT_SOURCE = frozenset({"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"})
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One document. `name` is the path below its root, with forward slashes; `digest` is the content's."""
+    """One document.
+
+    Attributes:
+        name: Path relative to its root, with forward slashes.
+        path: Path of the file.
+        digest: SHA-256 of the content.
+        size: Bytes.
+    """
 
     name: str
     path: Path
@@ -30,7 +35,14 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of a corpus, where they come from, and how many were left out for not being UTF-8 text."""
+    """Files of a corpus.
+
+    Attributes:
+        files: The files, sorted by name.
+        origin: Description of their source.
+        skipped: Number of excluded files that are empty or not UTF-8 text.
+        duplicates: Number of excluded files whose content occurs before.
+    """
 
     files: tuple[TextFile, ...]
     origin: str
@@ -39,7 +51,7 @@ class Corpus:
 
 
 def _read(path: Path, name: str) -> TextFile | None:
-    """None when the file is empty or no text: not UTF-8, or with a zero byte."""
+    """Reads a file; None if it is empty, is not UTF-8 or has a zero byte."""
     content = path.read_bytes()
     if not content or b"\0" in content:
         return None
@@ -74,10 +86,17 @@ def _collect(found: Iterable[tuple[Path, str]], origin: str) -> Corpus:
 
 
 def user_corpus(paths: Sequence[str | Path], key: str = "text") -> Corpus:
-    """UTF-8 text from files and folders (all files below a folder, hidden ones left out).
+    """Collects UTF-8 text from files and folders.
 
-    Raises FileNotFoundError for a path that is not there and ValueError for a named file that is no UTF-8
-    text, or when no text is found at all. Inside folders, files that are no text are skipped and counted.
+    Folders are searched recursively without hidden files. Files in them that are not text are skipped.
+
+    Args:
+        paths: Files and folders.
+        key: Name of the setting for error messages.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A named file is not UTF-8 text, or no text was found.
     """
     found: list[tuple[Path, str]] = []
     for entry in paths:
@@ -93,13 +112,14 @@ def user_corpus(paths: Sequence[str | Path], key: str = "text") -> Corpus:
     corpus = _collect(found, ", ".join(str(path) for path in paths))
     if not corpus.files:
         raise ValueError(
-            f"{key}: no UTF-8 text found in {corpus.origin} ({corpus.skipped} other files there)"
+            f"{key} must contain UTF-8 text, got {corpus.origin} with none in {corpus.skipped} files; give "
+            "text files"
         )
     return corpus
 
 
 def default_corpus() -> Corpus:
-    """The Python sources that are on every machine: standard library and installed torch, tests left out."""
+    """Python sources of the standard library and of the installed torch, without tests."""
     import torch
 
     roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"]), "torch": Path(torch.__file__).parent}
@@ -113,19 +133,27 @@ def default_corpus() -> Corpus:
         "Python sources of the standard library (PSF-2.0) and of the installed torch (BSD-3-Clause)",
     )
     if not corpus.files:
-        raise ValueError("no Python sources found in this installation; name a text of your own with --text")
+        raise ValueError("this installation has no Python sources; give your own text with --text")
     return corpus
 
 
 def _position(file: TextFile) -> float:
-    """A number in [0, 1) that depends on the file's relative path alone."""
+    """Hash of the relative path as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(file.name.encode("utf-8")).digest()[:8], "big") / 2.0**64
 
 
 def split_files(files: Sequence[TextFile], fraction: float) -> tuple[list[TextFile], list[TextFile]]:
-    """(training, validation): a file is held out when the hash of its name falls below `fraction`.
+    """Splits files by the hash of their names. Both sides get at least one file.
 
-    Both sides get at least one file; needs two files or more.
+    Args:
+        files: Two or more files.
+        fraction: Files whose hash is below this number are held out for validation.
+
+    Returns:
+        (training, validation).
+
+    Raises:
+        ValueError: There are fewer than two files.
     """
     if len(files) < 2:
         raise ValueError(f"a split by file needs at least 2 files, got {len(files)}")
@@ -137,8 +165,12 @@ def split_files(files: Sequence[TextFile], fraction: float) -> tuple[list[TextFi
 
 
 def split_text(text: str, fraction: float) -> tuple[str, str]:
-    """(training, validation) of one lone document: its last `fraction`, cut after a line end where there
-    is one.
+    """Splits one document into training and validation.
+
+    The validation side is the last `fraction` of the text. The cut is after a line end, if one is near.
+
+    Returns:
+        (training, validation).
     """
     cut = min(max(round(len(text) * (1.0 - fraction)), 1), len(text) - 1)
     line_end = text.rfind("\n", 0, cut)

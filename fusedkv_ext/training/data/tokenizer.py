@@ -1,8 +1,7 @@
-"""Text to token ids and back: raw UTF-8 bytes, or a Hugging Face `tokenizers` file.
+"""Tokenizers: raw UTF-8 bytes, or a Hugging Face `tokenizers` file.
 
-The byte-level tokenizer needs no vocabulary file and gives every byte its own id, so its loss in bits per
-token is a loss in bits per byte. Byte 0 never occurs in text files (a file that has one is not taken as
-text), so it marks the end of a document.
+The byte tokenizer needs no vocabulary file. Every byte has its own id, so bits per token are bits per byte.
+Byte 0 ends a document: it cannot occur in text, because files with a zero byte are not read as text.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Protocol
 
 from fusedkv_ext.extras import need
 
-# Tokens by which published vocabularies end a document, in the order in which they are looked for.
+# End-of-document tokens of published vocabularies, in order of preference.
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
 
 
 class StreamDecoder(Protocol):
-    """Turns ids into text piece by piece; holds back bytes that do not make a whole character yet."""
+    """Incremental decoder from ids to text. It holds back the bytes of an incomplete character."""
 
     def push(self, token: int) -> str: ...
 
@@ -29,11 +28,11 @@ class StreamDecoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What training and generation ask of a tokenizer."""
+    """Interface of a tokenizer for training and generation."""
 
     vocab_size: int
-    separator: int | None  # the id between documents; None: the vocabulary has no such token
-    identity: str  # equal exactly when two tokenizers encode alike
+    separator: int | None  # end-of-document id; None if the vocabulary has no such token
+    identity: str  # equal for tokenizers that encode equally
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -72,13 +71,13 @@ class ByteTokenizer:
         return _ByteStream()
 
     def save(self, folder: Path) -> None:
-        """Bytes need no file."""
+        """Does nothing; the byte tokenizer has no file."""
 
 
 class _WholeTextStream:
-    """Decodes everything so far again and gives out what is new: right for every kind of vocabulary.
+    """Decodes all ids again at each token and returns the new text, which is correct for any vocabulary.
 
-    A replacement character at the end means that a character is still incomplete, so it is held back.
+    A replacement character at the end belongs to an incomplete character and is held back.
     """
 
     def __init__(self, tokenizer: FileTokenizer) -> None:
@@ -102,7 +101,15 @@ class _WholeTextStream:
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` package."""
+    """A `tokenizer.json` of the Hugging Face package `tokenizers`.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a tokenizer.
+    """
 
     def __init__(self, path: str | Path) -> None:
         tokenizers = need("tokenizers", "Reading a tokenizer file")
@@ -112,7 +119,9 @@ class FileTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"tokenizer: {path} is not a Hugging Face tokenizers file ({error})") from error
+            raise ValueError(
+                f"tokenizer must be a tokenizer.json of Hugging Face tokenizers, got {path} ({error})"
+            ) from error
         self._json = self._tokenizer.to_str()
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.identity: str = hashlib.sha256(self._json.encode()).hexdigest()
@@ -133,16 +142,16 @@ class FileTokenizer:
 
 
 def load_tokenizer(path: str | Path | None) -> Tokenizer:
-    """The tokenizer of a file, or bytes when `path` is None or empty."""
+    """Loads the tokenizer of a file, or the byte tokenizer if `path` is None or empty."""
     return FileTokenizer(path) if path else ByteTokenizer()
 
 
 def saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` left in a checkpoint folder."""
+    """Loads the tokenizer of a checkpoint folder."""
     path = folder / "tokenizer.json"
     return FileTokenizer(path) if path.is_file() else ByteTokenizer()
 
 
 def pack(ids: Sequence[int], vocab_size: int) -> bytes:
-    """Ids as they lie in a token file: uint8 for vocabularies up to 256, else int32."""
+    """Encodes ids for a token file: uint8 for vocabularies of up to 256 tokens, otherwise int32."""
     return bytes(ids) if vocab_size <= 256 else array("i", ids).tobytes()

@@ -1,10 +1,11 @@
 """Token files and batches.
 
-A corpus is encoded once into two flat files of ids, `train.bin` and `valid.bin`, in the user's cache folder
-under a key made of the content of the files, the tokenizer and the split, and memory-mapped from then on.
-The order of the data is a pure function of (seed, step): the windows of a step are drawn for the whole
-batch, and each data parallel rank takes its rows (`rows_of`). So a resumed run needs no state of a loader,
-any number of ranks trains on the same windows, and ranks that share sequences get equal ones.
+A corpus is encoded once into two flat files of ids, `train.bin` and `valid.bin`, which are memory-mapped.
+They are in the user's cache folder, under a key that hashes the text files, the tokenizer and the split.
+
+The windows of a step are a pure function of (seed, step). They are drawn for the whole batch, and each data
+parallel rank takes its rows (`rows_of`). So a resumed run needs no loader state, and any number of ranks
+trains on the same windows.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from fusedkv_ext.training.data.corpus import (
 )
 from fusedkv_ext.training.data.tokenizer import Tokenizer, pack
 
-_FORMAT = 1  # of the token files; part of the key, so that a new format never reads an old file
+_FORMAT = 1  # format version of the token files, part of their key
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What is in a pair of token files. Bytes are those of the text; each document adds one separator."""
+    """Sizes and origin of a pair of token files. Bytes are those of the text, without separators."""
 
     key: str
     origin: str
@@ -64,21 +65,28 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Memory-mapped ids, 1-D, uint8 (vocabularies up to 256) or int32."""
+    """Memory-mapped token ids.
+
+    Attributes:
+        train: Training ids, 1-D, uint8 for vocabularies of up to 256 tokens, otherwise int32.
+        valid: Validation ids, likewise.
+        info: Sizes and origin.
+        separator: The id that ends a document; None if there is none.
+    """
 
     train: Tensor
     valid: Tensor
     info: DataInfo
-    separator: int | None = None  # the id that ends a document
+    separator: int | None = None
 
     @property
     def tokens_per_byte(self) -> float:
-        """Of the validation text, where the end of a document counts as one byte. Exactly 1 for bytes."""
+        """Tokens per byte of the validation text. The end of a document counts as one byte."""
         return self.info.valid_tokens / (self.info.valid_bytes + self.info.valid_files)
 
 
 def cache_root(folder: str | Path | None = None) -> Path:
-    """Where token files go: `folder`, else $XDG_CACHE_HOME/fusedkv, else ~/.cache/fusedkv."""
+    """Folder of the token files: `folder`, else $XDG_CACHE_HOME/fusedkv, else ~/.cache/fusedkv."""
     if folder:
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -87,10 +95,10 @@ def cache_root(folder: str | Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class _Documents:
-    """One side of the split: whole files, or one part of a lone document."""
+    """One side of the split: whole files, or one part of a single document."""
 
     files: tuple[TextFile, ...]
-    part: int | None = None  # 0 or 1: the part of `split_text` to take
+    part: int | None = None  # index into the result of `split_text`; None: the whole text
     fraction: float = 0.0
 
     def texts(self) -> Iterator[str]:
@@ -107,7 +115,10 @@ def _split(corpus: Corpus, held_out: Corpus | None, fraction: float) -> tuple[_D
         known = {file.digest for file in held_out.files}
         train = tuple(file for file in corpus.files if file.digest not in known)
         if not train:
-            raise ValueError("text: every training file is also a validation file; name different files")
+            raise ValueError(
+                "text must have a file that is not a validation file, got validation files only; name "
+                "different files"
+            )
         return _Documents(train), _Documents(held_out.files)
     if len(corpus.files) == 1:
         return _Documents(corpus.files, 0, fraction), _Documents(corpus.files, 1, fraction)
@@ -116,7 +127,7 @@ def _split(corpus: Corpus, held_out: Corpus | None, fraction: float) -> tuple[_D
 
 
 def _write_tokens(path: Path, documents: _Documents, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Returns (tokens, bytes of text)."""
+    """Writes a token file; returns its number of tokens and of bytes of text."""
     tokens = text_bytes = 0
     with checked_files.naming(path), path.open("wb") as file:
         for text in documents.texts():
@@ -132,7 +143,7 @@ def _write_tokens(path: Path, documents: _Documents, tokenizer: Tokenizer) -> tu
 
 
 def _read_info(folder: Path) -> DataInfo | None:
-    """None unless the folder holds both files at their full length."""
+    """Reads info.json; None unless both token files are complete."""
     try:
         info = DataInfo(**json.loads((folder / "info.json").read_text(encoding="utf-8")))
         width = 1 if info.vocab_size <= 256 else 4
@@ -145,7 +156,7 @@ def _read_info(folder: Path) -> DataInfo | None:
 def _build(
     target: Path, key: str, corpus: Corpus, sides: tuple[_Documents, _Documents], tokenizer: Tokenizer
 ) -> None:
-    """Writes the files next to `target` and renames the folder: nobody ever sees half of it."""
+    """Writes the token files into a scratch folder and renames it to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     try:
@@ -171,7 +182,7 @@ def _build(
         try:
             scratch.rename(target)
         except OSError:
-            if _read_info(target) is None:  # otherwise another process was faster with the same content
+            if _read_info(target) is None:  # otherwise another process has written the same content
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -185,11 +196,20 @@ def prepare(
     valid_fraction: float = 0.02,
     cache_dir: str | Path | None = None,
 ) -> TokenData:
-    """Encodes a corpus, or finds it encoded already, and maps it into memory.
+    """Encodes a corpus, or finds its token files in the cache, and maps them into memory.
 
-    `text` empty: the Python sources of this machine. `valid_text`: files held out by name; otherwise files
-    are held out by a hash of their relative path, and of a single file its last part. Raises ValueError or
-    FileNotFoundError naming the file in question.
+    Args:
+        tokenizer: The tokenizer.
+        text: Files and folders of the corpus. If empty, the Python sources of this machine.
+        valid_text: Files and folders to hold out. If empty, files are held out by a hash of their relative
+            path, or the last part of a single file.
+        valid_fraction: Fraction of the corpus to hold out if `valid_text` is empty.
+        cache_dir: Cache folder. If None, see `cache_root`.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A file is not UTF-8 text, or one side of the split is empty.
+        OSError: The token files cannot be written.
     """
     corpus = user_corpus(text) if text else default_corpus()
     held_out = user_corpus(valid_text, "valid_text") if valid_text else None
@@ -221,16 +241,16 @@ def _windows(tokens: Tensor, starts: Sequence[int], seq_len: int) -> Tensor:
 
 
 def check_length(tokens: Tensor, seq_len: int, side: str) -> None:
-    """Raises ValueError when not even one window of `seq_len` fits."""
+    """Raises ValueError if the tokens are fewer than one window of `seq_len`."""
     if tokens.numel() < seq_len:
         raise ValueError(
-            f"data.seq_len is {seq_len}, but the {side} text has only {tokens.numel()} tokens; "
+            f"data.seq_len must be at most the {tokens.numel()} tokens of the {side} text, got {seq_len}; "
             "give more text or a smaller data.seq_len"
         )
 
 
 def rows_of(rank: int, ranks: int, batch_size: int) -> slice:
-    """The rows of a batch that data parallel rank `rank` of `ranks` has: equal shares, side by side."""
+    """The rows of a batch that belong to data parallel rank `rank` of `ranks`: equal, contiguous parts."""
     share = batch_size // ranks
     return slice(rank * share, (rank + 1) * share)
 
@@ -238,9 +258,21 @@ def rows_of(rank: int, ranks: int, batch_size: int) -> slice:
 def training_batch(
     tokens: Tensor, seed: int, step: int, batch_size: int, seq_len: int, rows: slice = slice(None)
 ) -> Tensor:
-    """Ids (batch_size, seq_len) int64 of windows drawn uniformly; a pure function of the arguments.
+    """Draws the windows of a training step uniformly. The result is a pure function of the arguments.
 
-    rows: those wanted of the batch; the others are drawn but not read.
+    Args:
+        tokens: Ids of the text, 1-D.
+        seed: Seed of the run.
+        step: Optimizer step.
+        batch_size: Windows of the whole batch.
+        seq_len: Tokens per window.
+        rows: Rows of the batch to return. The others are drawn but not read.
+
+    Returns:
+        Ids (rows, seq_len) int64.
+
+    Raises:
+        ValueError: The text is shorter than one window.
     """
     check_length(tokens, seq_len, "training")
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
@@ -250,16 +282,28 @@ def training_batch(
 
 
 def num_target_tokens(ids: Tensor, separator: int | None) -> int:
-    """Tokens of windows (B, T) that a model's loss predicts: all but the first of each window or, with a
-    separator, of each document in it.
+    """Number of target tokens of windows (B, T).
+
+    The first token of each window is not a target. With a separator, neither is the first of each document.
     """
     document_ids = None if separator is None else document_ids_of(ids, separator)
     return int((next_tokens(ids, document_ids) != IGNORED).sum())
 
 
 def validation_batches(tokens: Tensor, batch_size: int, seq_len: int, max_batches: int) -> Iterator[Tensor]:
-    """Windows (<= batch_size, seq_len) int64 that do not overlap, spread evenly over the text; the same
-    every time.
+    """Yields batches of non-overlapping windows that are spread evenly over the text, always the same.
+
+    Args:
+        tokens: Ids of the text, 1-D.
+        batch_size: Largest number of windows in a batch.
+        seq_len: Tokens per window.
+        max_batches: Largest number of batches.
+
+    Yields:
+        Ids (<= batch_size, seq_len) int64.
+
+    Raises:
+        ValueError: The text is shorter than one window.
     """
     check_length(tokens, seq_len, "validation")
     available = tokens.numel() // seq_len

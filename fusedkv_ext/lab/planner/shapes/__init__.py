@@ -1,5 +1,4 @@
-"""Shapes to plan with: the configurations of the package, and larger models of which only the sizes are
-here."""
+"""Shapes for the planner: the packaged configurations, and the sizes of larger models."""
 
 from __future__ import annotations
 
@@ -18,25 +17,35 @@ _BYTES = 256  # vocabulary without a tokenizer
 
 
 def names() -> list[str]:
-    """Names that `find` knows."""
+    """Names of the shapes."""
     return sorted([*recipes.names(), *(path.stem for path in _FOLDER.glob("*.toml"))])
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The TOML file of a name that `names` lists, else the file of that path. Raises ConfigError if there is
-    none."""
+    """Finds a TOML file by the name of a shape or by its path.
+
+    Raises:
+        ConfigError: There is neither.
+    """
     own = _FOLDER / f"{name_or_path}.toml"
     return own if str(name_or_path) in names() and own.is_file() else recipes.find(name_or_path)
 
 
 def load(name_or_path: str | Path) -> TrainConfig:
-    """The configuration of that file."""
+    """Loads the configuration of a file that `find` finds."""
     return TrainConfig.from_dict(load_toml(find(name_or_path)))
 
 
 def shape(config: TrainConfig, method: Entry | str, *, recompute_fusion: bool = False) -> DecoderConfig:
-    """The decoder of a configuration with another method, which gets its number of KV heads: `gqa` half of
-    them. Raises ConfigError for what cannot be.
+    """The decoder configuration for another method, with the method's number of KV heads.
+
+    Args:
+        config: The configuration.
+        method: A method or its label. `gqa` halves the number of KV heads.
+        recompute_fusion: Recomputes fused keys and values in the backward.
+
+    Raises:
+        ConfigError: The method does not support these sizes.
     """
     entry = parse(method) if isinstance(method, str) else method
     config = entry.config(config).updated([("model.recompute_fusion", recompute_fusion)])
