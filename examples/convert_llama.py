@@ -2,7 +2,7 @@
 
     python examples/convert_llama.py
 
-Needs transformers (pip install fusedkv_ext[hf]). The Llama is tiny and random, so that nothing is downloaded.
+Needs transformers (pip install "fusedkv_ext[hf]"). The Llama is tiny and random, so nothing is downloaded.
 With a real checkpoint use ``AutoModelForCausalLM.from_pretrained(folder)`` and the token ids of a real text,
 or the command ``fusedkv convert``.
 """

@@ -3,6 +3,7 @@
     python examples/train_your_own_loop.py
 
 The text is this file and its tokens are bytes: enough to see the loss fall in a few seconds on a CPU.
+Saving needs safetensors (pip install "fusedkv_ext[io]").
 ``fusedkv train`` does the same for real, with data, checkpoints, several GPUs and resuming.
 """
 

@@ -258,6 +258,6 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "saving and loading checkpoints needs the safetensors package: pip install fusedkv_ext[io]"
+            "saving and loading checkpoints needs the safetensors package: pip install 'fusedkv_ext[io]'"
         ) from error
     return safetensors

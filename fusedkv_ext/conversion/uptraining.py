@@ -259,7 +259,8 @@ class UptrainRun(loop.Run):
         self._logged = self._saved = time.monotonic()
 
     def progress(self) -> tuple[int, int]:
-        return min(1000, round(1000 * self.trainer.share)), 1000
+        total = self.trainer.options.total_steps
+        return (self.trainer.step, total) if total else (min(1000, round(1000 * self.trainer.share)), 1000)
 
     def due(self, before: float, last: bool) -> tuple[bool, bool, bool]:
         trainer, options, now = self.trainer, self.trainer.options, time.monotonic()

@@ -5,6 +5,10 @@ classes, and the attention implementation "fusedkv". Nothing is patched. Unteste
 PEFT, accelerate and torch give a warning.
 """
 
+from fusedkv_ext.extras import need
+
+need("transformers", "fusedkv_ext.hf", "hf")
+
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -191,7 +191,8 @@ def save_like(model: Any, source: Path, target: Path) -> None:
     if (source / GENERATION).is_file():
         model.generation_config = type(settings)()
     try:
-        model.save_pretrained(target)
+        with _quiet(need("transformers", "Writing a Hugging Face folder", "hf")):
+            model.save_pretrained(target)
     finally:
         model.generation_config = settings
     if (source / GENERATION).is_file():

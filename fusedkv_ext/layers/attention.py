@@ -356,7 +356,9 @@ def check_call(
         )
     # Not len(source_layers): torch.compile would compile one graph for each set of layers.
     if len(sources) != attention.num_sources and (cache is None or attention.mixes_before_storing):
+        layers = attention.source_layers
+        expected = f"the KV of layers {layers}, in that order," if layers else "empty"
         raise ValueError(
-            f"sources must be the KV of layers {attention.source_layers}, in that order, for layer "
-            f"{attention.layer} of plan {plan.name!r}; got {len(sources)}"
+            f"sources must be {expected} for layer {attention.layer} of plan {plan.name!r}; "
+            f"got {len(sources)}"
         )

@@ -34,7 +34,7 @@ def attend_layer(call: AttentionCall) -> Tensor:
     """
     if checks.may_differentiate(call.q, call.key_weights, call.value_weights):
         inputs = {"q": call.q, "key_weights": call.key_weights, "value_weights": call.value_weights}
-        checks.check_no_grad("attention over a cache", inputs, "pass .detach()ed tensors")
+        checks.check_no_grad("attention over a cache", inputs, "decode under torch.no_grad()")
     if not debug.active and folds_cached(call.q, call.keys, call.values, device_type_of(call.q)):
         return call.fold()[0]  # nearly every call of a step: without another look at its options
     return attend(call)[0]
@@ -65,7 +65,7 @@ def append(call: AppendCall) -> Tensor:
     """
     if checks.may_differentiate(call.key, call.value, call.query):
         inputs = {"key": call.key, "value": call.value, "query": call.query}
-        checks.check_no_grad("append_kvcache", inputs, "append .detach()ed tensors")
+        checks.check_no_grad("append_kvcache", inputs, "decode under torch.no_grad()")
     if debug.active:
         checks.check_contents(call.cache_seqlens, call.block_table, call.key_cache)
     return run_op("append_kvcache", *call)

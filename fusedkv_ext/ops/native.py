@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,25 @@ import torch
 _BUILD = "pip install --no-build-isolation ."
 _BUILD_HINT = f"build it with `{_BUILD}` in the environment that has torch"
 
+
+def _why_not(error: ImportError) -> str:
+    """Why there is no native module, and what to do."""
+    if importlib.util.find_spec("fusedkv_ext._C") is not None:
+        torch_name = f"torch {torch.__version__}"
+        return f"does not load with {torch_name} ({error}): it is for another Python or torch; {_BUILD_HINT}"
+    source = Path(__file__).resolve().parents[2]
+    if (source / "setup.py").is_file():
+        return (
+            f"is missing in the source tree {source}, which hides an installed package; start Python in "
+            "another folder, or install with `pip install --no-build-isolation -e .`"
+        )
+    return f"is missing; {_BUILD_HINT}"
+
+
 try:
     from fusedkv_ext import _C
 except ImportError as error:
-    found = importlib.util.find_spec("fusedkv_ext._C") is not None
-    reason = (
-        f"does not load with torch {torch.__version__} ({error}): it was built for another Python or torch"
-        if found
-        else "is missing"
-    )
-    raise ImportError(f"fusedkv_ext's native module _C {reason}; {_BUILD_HINT}.") from None
+    raise ImportError(f"fusedkv_ext's native module _C {_why_not(error)}.") from None
 
 
 def _load_cuda_ops() -> str | None:

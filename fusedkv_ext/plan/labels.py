@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
@@ -50,7 +51,9 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
     """
     found = METHODS.get(name.lower().replace("_", "-"))
     if found is None:
-        raise ValueError(f"plan name must be one of {', '.join(METHODS)}, got {name!r}")
+        close = difflib.get_close_matches(name.lower(), METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"plan name must be one of {', '.join(METHODS)}, got {name!r}{hint}")
     if unknown := sorted(set(options) - set(found.options)):
         known, names = ", ".join(found.options) or "none", ", ".join(map(repr, unknown))
         raise ValueError(f"plan {found.name!r} has no option {names}; its options: {known}")

@@ -150,11 +150,11 @@ def _fusedkv(
 
     Args:
         storage_layers: n, default num_layers // 2.
-        granularity: see Fusion.
+        granularity: see ``fkv.plan.Fusion``.
         init: "lite" starts as fusedkv-lite (keys 1 on layer n, values 1 on layer 1); "normal" is N(0, 1);
             "half" and "uniform" are one over the number of sources.
-        tie_values: ties the value weights per RoPE pair, see Fusion.
-        multiplier: see Fusion.
+        tie_values: ties the value weights per RoPE pair, see ``fkv.plan.Fusion``.
+        multiplier: see ``fkv.plan.Fusion``.
     """
 
     def reader(n: int) -> LayerPlan:
@@ -235,7 +235,7 @@ def _dense_fusion(
 
     Args:
         storage_layers: n, default num_layers // 2.
-        granularity: see Fusion.
+        granularity: see ``fkv.plan.Fusion``.
     """
 
     def reader(n: int) -> LayerPlan:

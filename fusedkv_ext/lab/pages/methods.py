@@ -34,7 +34,7 @@ def descriptions(_: str = "") -> str:
     """One paragraph per method: its summary, its options, and its variants in comparisons."""
     parts = []
     for method in METHODS.values():
-        text = " ".join(method.summary.split()).replace(" Args: ", " Options: ")
+        text = " ".join(method.summary.split()).replace(" Args: ", " Options: ").replace("``", "`")
         defaults = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in method.options.items())
         also = "; ".join(
             ", ".join(f"{k}={json.dumps(v)}" for k, v in some.items()) for some in method.variants
