@@ -227,10 +227,10 @@ def test_a_file_that_does_not_fit_the_disk_is_named_and_the_old_one_stays(
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint; expected model.safetensors"):
         load_pretrained(tmp_path / "nowhere")
     safetensors_torch.save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match="expected a config.json"):
         load_pretrained(tmp_path)
 
 

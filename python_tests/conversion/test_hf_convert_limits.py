@@ -98,9 +98,9 @@ def test_windows_of_long_texts_end_inside_them():
         (["--window", 257], "256 positions"),
         (["--window", 128, "--tokens", 100], "--tokens must be at least 2048"),
         (["--window", 128, "--pooling", "middle"], "--pooling"),
-        (["--window", 128, "--search", "prefix", "--budget", 0.1], "0 of 4 layers"),
-        (["--window", 128, "--search", "kvsharer", "--storage-layers", 0], "0 of 4 layers"),
-        (["--window", 128, "--search", "layers", "--storage-layers", 9], "9 of 4 layers"),
+        (["--window", 128, "--search", "prefix", "--budget", 0.1], "from 1 to 4, got 0"),
+        (["--window", 128, "--search", "kvsharer", "--storage-layers", 0], "from 1 to 4, got 0"),
+        (["--window", 128, "--search", "layers", "--storage-layers", 9], "from 1 to 4, got 9"),
     ],
 )
 def test_numbers_out_of_range_are_wrong_usage(args, words, original, text, tmp_path, capsys, monkeypatch):

@@ -176,9 +176,8 @@ def test_ratios_by_hand() -> None:
 
 def test_another_interval_in_the_same_folder_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     gradients_of(config, tmp_path / "out")
-    with pytest.raises(
-        ConfigError, match=r"steps \[2, 4, 6\]\.\.\., not of \[3, 6\]\.\.\.; give the same --every"
-    ):
+    wanted = r"must have gradients of steps \[3, 6\]\.\.\., got \[2, 4, 6\]\.\.\.; give the same --every"
+    with pytest.raises(ConfigError, match=wanted):
         gradients_of(config, tmp_path / "out", every=3)
 
 
