@@ -82,6 +82,7 @@ def session() -> Iterator[None]:
     dist.init_process_group(backend, store=group, rank=number, world_size=world)
     try:
         yield
+        total(0.0)  # nobody leaves while another still talks to it
     except KeyboardInterrupt:
         if number:  # rank 0 says it
             raise SystemExit(130) from None
@@ -93,7 +94,6 @@ def session() -> Iterator[None]:
         if known is not error:
             raise known from error
         raise
-    total(0.0)  # nobody leaves while another still talks to it
     dist.destroy_process_group()
     _store = _files = None
 

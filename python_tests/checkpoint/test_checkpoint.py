@@ -244,6 +244,6 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(builtins, "__import__", without)
     for call in (lambda: save_pretrained(tiny_decoder("yoco"), tmp_path), lambda: load_pretrained(tmp_path)):
-        with pytest.raises(ImportError, match=r"pip install fusedkv_ext\[io\]"):
+        with pytest.raises(ImportError, match=r"pip install 'fusedkv_ext\[io\]'"):
             call()
     assert pretrained.WEIGHTS == "model.safetensors"

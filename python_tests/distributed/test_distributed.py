@@ -207,6 +207,29 @@ def test_a_killed_process_ends_the_run_which_resumes_and_stops_on_a_signal(folde
     assert run_folder.checkpoints(run / "checkpoints")[-1][0] == stopped["step"] > saved + 5
 
 
+def test_a_process_that_dies_while_another_has_finished_is_lost_contact(folder: Path) -> None:
+    """The last of all collectives, in which the processes leave together."""
+    script = folder / "leave.py"
+    script.write_text(
+        "import os, signal, torch\n"
+        "from fusedkv_ext.errors import LostContact\n"
+        "from fusedkv_ext.training import session\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the others\n"
+        "try:\n"
+        "    with session.session():\n"
+        "        session.total(0.0)\n"
+        "        if session.rank() == 1:\n"
+        "            os._exit(9)\n"
+        "except LostContact as error:\n"
+        "    print('lost:', error, flush=True)\n"
+        "os._exit(1)\n"
+    )
+    done = torchrun(script, folder=folder)
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 1
+    assert out.startswith("lost: lost contact with the other processes"), out + err
+
+
 def test_a_batch_that_cannot_be_shared_is_said_once(folder: Path) -> None:
     wrong = train_arguments(folder, "--out", folder / "wrong", "--set", "run.batch_size=9")
     done = torchrun(*wrong, folder=folder)
