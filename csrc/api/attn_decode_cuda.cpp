@@ -17,9 +17,14 @@ bool aligned16(const void* data, DType dtype, std::initializer_list<int64_t> str
 }
 
 bool aligned16(const AttnDecodeParams& p) {
-  bool aligned = aligned16(p.q, p.dtype, {p.q_stride_b, p.q_stride_s, p.q_stride_h});
+  const auto used = [](int64_t stride, int64_t size) {
+    return size > 1 ? stride : 0;
+  };  // torch sets any else
+  bool aligned =
+      aligned16(p.q, p.dtype, {used(p.q_stride_b, p.B), used(p.q_stride_s, p.S), used(p.q_stride_h, p.H)});
   const auto check = [&](const CacheTensor& x) {
-    aligned = aligned && aligned16(x.data, p.dtype, {x.stride_b, x.stride_t, x.stride_g});
+    const int64_t stride_b = p.block_table ? x.stride_b : used(x.stride_b, p.B);
+    aligned = aligned && aligned16(x.data, p.dtype, {stride_b, x.stride_t, used(x.stride_g, p.G)});
   };
   for (int j = 0; j < p.num_keys; ++j) check(p.keys[j]);
   for (int j = 0; j < p.num_values; ++j) check(p.values[j]);

@@ -49,6 +49,12 @@ __device__ __forceinline__ void narrow(float x, f16* out) {
   out->bits = uint16_t(ptx::cvt_f16x2(x, 0.f));
 }
 
+// N adjacent elements, loaded and stored as one.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T element[N];
+};
+
 // 16 bytes of elements, loaded and stored as one.
 template <typename T>
 union Piece {

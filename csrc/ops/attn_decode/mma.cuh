@@ -112,16 +112,10 @@ __device__ __forceinline__ const T* query_data(const AttnCudaParams& p, const Wo
          at.h * p.attn.q_stride_h;
 }
 
-// Two adjacent channels of a query row times the key weights of source j, rounded once. Rows and channels
-// beyond the last are zeros.
+// q (.) a of two adjacent channels, rounded once.
 template <typename T>
-__device__ __forceinline__ uint32_t folded_query(const AttnDecodeParams& p, int g, const T* row, int j,
-                                                 int d) {
-  if (!row || d >= p.D) return 0;
-  const uint32_t pair = load(reinterpret_cast<const uint32_t*>(row + d));
-  if (!p.key_weights) return pair;
-  const float* a = p.key_weights + (j * p.G + g) * p.D + d;  // may be a view: aligned to 4 bytes only
-  return pack(widen(T{uint16_t(pair)}) * load(a), widen(T{uint16_t(pair >> 16)}) * load(a + 1), T{});
+__device__ __forceinline__ uint32_t folded_pair(uint32_t q, float a0, float a1) {
+  return pack(widen(T{uint16_t(q)}) * a0, widen(T{uint16_t(q >> 16)}) * a1, T{});
 }
 
 __device__ __forceinline__ float value_weight(const AttnDecodeParams& p, int j, int g, int d) {

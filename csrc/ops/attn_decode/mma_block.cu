@@ -40,18 +40,28 @@ struct RowState {
   float max[K::kRowTiles][2], sum[K::kRowTiles][2];
 };
 
-// q (.) a_j of all rows, rounded once, into shared memory.
+// q (.) a_j of all rows, rounded once, into shared memory. Rows and channels beyond the last are zeros. All
+// loads are unconditional, from addresses that exist, so that they are in flight together.
 template <typename K>
 __device__ __forceinline__ void fold_queries(const AttnCudaParams& p, const WorkChunk& w, uint32_t queries) {
+  using T = typename K::T;
+  const AttnDecodeParams& a = p.attn;
 #pragma unroll 1
   for (int i = threadIdx.x; i < K::kKeys * K::kRows * K::kD / 8; i += K::kThreads) {
     const int vector = i % (K::kD / 8), row = i / (K::kD / 8) % K::kRows, j = i / (K::kD / 8) / K::kRows;
-    const auto* from = query_data<typename K::T>(p, w, w.row_begin + row);
-    uint4 x;
-    x.x = folded_query(p.attn, w.g, from, j, vector * 8);
-    x.y = folded_query(p.attn, w.g, from, j, vector * 8 + 2);
-    x.z = folded_query(p.attn, w.g, from, j, vector * 8 + 4);
-    x.w = folded_query(p.attn, w.g, from, j, vector * 8 + 6);
+    const T* from = query_data<T>(p, w, w.row_begin + row);
+    const bool there = from && vector * 8 < a.D;
+    const int d = there ? vector * 8 : 0;
+    uint4 x = load(reinterpret_cast<const uint4*>(there ? from + d : static_cast<const T*>(a.q)));
+    if (a.key_weights) {
+      const float* weights = a.key_weights + (j * a.G + w.g) * a.D + d;  // aligned to 4 bytes only
+      float y[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) y[c] = load(weights + c);
+      x = {folded_pair<T>(x.x, y[0], y[1]), folded_pair<T>(x.y, y[2], y[3]), folded_pair<T>(x.z, y[4], y[5]),
+           folded_pair<T>(x.w, y[6], y[7])};
+    }
+    if (!there) x = {0, 0, 0, 0};
     ptx::st_shared_b128(tile_address<K::kD>(queries + j * (K::kRows * K::kD * 2), row, vector), x);
   }
 }
@@ -310,7 +320,7 @@ __global__ void __launch_bounds__(K::kThreads, 1)
 #pragma unroll
             for (int j = 0; j < K::kValues; ++j) x += weights[j] * out.o[j][m][n][half * 2 + r];
             const float lse = ptx::ld_shared_f32(base + K::kLayout.maxima + row * 4) + log2f(sum);
-            write_result<typename K::T>(p, w, row, d, sum == 0.f ? 0.f : x / sum,
+            write_result<typename K::T>(p, w, row, d, Vector<float, 1>{{sum == 0.f ? 0.f : x / sum}},
                                         sum == 0.f ? minus_infinity() : lse);
           }
       }

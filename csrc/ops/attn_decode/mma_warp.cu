@@ -100,17 +100,41 @@ __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)
   probabilities[1] = ptx::movmatrix_trans(pack(s[2], s[3], typename K::T{}));
 }
 
-// q (.) a_j of 8 rows as B fragments, rounded once.
+// q (.) a_j of 8 rows as B fragments, rounded once. Rows and channels beyond the last are zeros. Every load
+// is unconditional, from an address that exists, and selects come after: so all loads of a round are in
+// flight.
 template <typename K>
 __device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][2], const AttnCudaParams& p,
                                              const WorkChunk& w) {
+  using T = typename K::T;
+  constexpr int kPairs = K::kD / 8;  // of channels that a lane has
+  const AttnDecodeParams& a = p.attn;
   const int lane = threadIdx.x % 32;
-  const auto* row = query_data<typename K::T>(p, w, w.row_begin + lane / 4);
+  const auto channel = [&](int i) { return i * 8 + lane % 4 * 2; };
+  const auto existing = [&](int i) { return channel(i) < a.D ? channel(i) : 0; };
+  const T* row = query_data<T>(p, w, w.row_begin + lane / 4);
+  const T* from = row ? row : static_cast<const T*>(a.q);
+  uint32_t pairs[kPairs];
 #pragma unroll
-  for (int j = 0; j < K::kKeys; ++j)
+  for (int i = 0; i < kPairs; ++i) pairs[i] = load(reinterpret_cast<const uint32_t*>(from + existing(i)));
 #pragma unroll
-    for (int i = 0; i < K::kD / 8; ++i)
-      q[j][i / 2][i % 2] = folded_query(p.attn, w.g, row, j, i * 8 + lane % 4 * 2);
+  for (int i = 0; i < kPairs; ++i)
+    if (!row || channel(i) >= a.D) pairs[i] = 0;
+  if (!a.key_weights) {
+#pragma unroll
+    for (int i = 0; i < K::kKeys * kPairs; ++i) q[i / kPairs][i % kPairs / 2][i % 2] = pairs[i % kPairs];
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < K::kKeys; ++j) {
+    const float* weights = a.key_weights + (j * a.G + w.g) * a.D;  // may be a view: aligned to 4 bytes only
+    float x[kPairs][2];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      x[i][0] = load(weights + existing(i)), x[i][1] = load(weights + existing(i) + 1);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) q[j][i / 2][i % 2] = folded_pair<T>(pairs[i], x[i][0], x[i][1]);
+  }
 }
 
 // All steps of this warp: tokens first, first + 16 kWarps, ...

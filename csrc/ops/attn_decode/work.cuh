@@ -210,29 +210,29 @@ __device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, int th
     }
     const QueryRow row = query_row(p, w.g, w.row_begin + r);
     T* to = static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * a.Dv + d;
+    Vector<T, 4> narrowed;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      T narrowed;
-      narrow(sum == 0.f ? 0.f : out[c] / sum, &narrowed);
-      store(to + c, narrowed);
-    }
+    for (int c = 0; c < 4; ++c) narrow(sum == 0.f ? 0.f : out[c] / sum, &narrowed.element[c]);
+    store(reinterpret_cast<Vector<T, 4>*>(to), narrowed);
   }
 }
 
-// Writes element (row r, channel d) of a chunk: `out` is normalized, `lse` in the log2 domain.
-template <typename T>
+// Writes channels d .. d + N - 1 of row r of a chunk: `out` is normalized, `lse` in the log2 domain.
+template <typename T, int N>
 __device__ __forceinline__ void write_result(const AttnCudaParams& p, const WorkChunk& w, int r, int d,
-                                             float out, float lse) {
+                                             const Vector<float, N>& out, float lse) {
   const AttnDecodeParams& a = p.attn;
   if (w.splits == 1) {
     const QueryRow row = query_row(p, w.g, w.row_begin + r);
-    T narrowed;
-    narrow(out, &narrowed);
-    store(static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * a.Dv + d, narrowed);
+    T* to = static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * a.Dv + d;
+    Vector<T, N> narrowed;
+#pragma unroll
+    for (int c = 0; c < N; ++c) narrow(out.element[c], &narrowed.element[c]);
+    store(reinterpret_cast<Vector<T, N>*>(to), narrowed);
     if (d == 0) store(a.lse + (w.b * a.H + row.h) * a.S + row.s, lse * kLn2);
   } else {
     const int64_t at = w.slot(w.split) * p.slot_rows + r;
-    store(a.partial_out + at * a.Dv + d, out);
+    store(reinterpret_cast<Vector<float, N>*>(a.partial_out + at * a.Dv + d), out);
     if (d == 0) store(a.partial_lse + at, lse);
   }
 }
@@ -255,7 +255,7 @@ __device__ __forceinline__ void finish_chunk(const AttnCudaParams& p, const Work
 
 // The softmax states of several warps, or teams of lanes, of a block in shared memory. `maxima` and `sums`
 // are (states, rows) floats in the log2 domain. `outs` are (states, rows, pitch) floats, relative to their
-// maximum and not normalized. `flag` is a word for finish_chunk.
+// maximum and not normalized; rows begin at multiples of 16 bytes. `flag` is a word for finish_chunk.
 struct BlockStates {
   uint32_t maxima, sums, outs, flag;
   int states, rows, pitch;
@@ -266,25 +266,32 @@ __device__ __forceinline__ BlockStates block_states(uint32_t base, int states, i
   return {base, base + size, base + 2 * size, base + 2 * size + size * pitch, states, rows, pitch};
 }
 
-// Merges the states into the result of the block's chunk.
+// Merges the states into the result of the block's chunk: one warp per row, four channels per lane.
 template <typename T>
 __device__ __forceinline__ void merge_states(const AttnCudaParams& p, const WorkChunk& w,
                                              const BlockStates& s, int threads) {
   const int Dv = int(p.attn.Dv), rows = rows_of_chunk(p, w);
-  for (int i = threadIdx.x; i < rows * Dv; i += threads) {
-    const int r = i / Dv, d = i % Dv;
+  for (int r = threadIdx.x / 32; r < rows; r += threads / 32) {
+    const auto at = [&](int k) { return k * s.rows + r; };
     float highest = minus_infinity();
-    for (int k = 0; k < s.states; ++k)
-      highest = fmaxf(highest, ptx::ld_shared_f32(s.maxima + (k * s.rows + r) * 4));
+#pragma unroll 4
+    for (int k = 0; k < s.states; ++k) highest = fmaxf(highest, ptx::ld_shared_f32(s.maxima + at(k) * 4));
     const float base = highest == minus_infinity() ? 0.f : highest;
-    float out = 0.f, sum = 0.f;
-    for (int k = 0; k < s.states; ++k) {
-      const float weight = exp2f(ptx::ld_shared_f32(s.maxima + (k * s.rows + r) * 4) - base);
-      sum += weight * ptx::ld_shared_f32(s.sums + (k * s.rows + r) * 4);
-      out += weight * ptx::ld_shared_f32(s.outs + ((k * s.rows + r) * s.pitch + d) * 4);
+    for (int d = threadIdx.x % 32 * 4; d < Dv; d += 128) {
+      Vector<float, 4> out = {{0.f, 0.f, 0.f, 0.f}};
+      float sum = 0.f;
+#pragma unroll 4
+      for (int k = 0; k < s.states; ++k) {
+        const float weight = exp2f(ptx::ld_shared_f32(s.maxima + at(k) * 4) - base);
+        sum += weight * ptx::ld_shared_f32(s.sums + at(k) * 4);
+        const uint4 x = ptx::ld_shared_b128(s.outs + (at(k) * s.pitch + d) * 4);
+        out.element[0] += weight * __uint_as_float(x.x), out.element[1] += weight * __uint_as_float(x.y);
+        out.element[2] += weight * __uint_as_float(x.z), out.element[3] += weight * __uint_as_float(x.w);
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) out.element[c] = sum == 0.f ? 0.f : out.element[c] / sum;
+      write_result<T>(p, w, r, d, out, sum == 0.f ? minus_infinity() : base + log2f(sum));
     }
-    write_result<T>(p, w, r, d, sum == 0.f ? 0.f : out / sum,
-                    sum == 0.f ? minus_infinity() : base + log2f(sum));
   }
 }
 
