@@ -17,9 +17,8 @@ bool aligned16(const void* data, DType dtype, std::initializer_list<int64_t> str
 }
 
 bool aligned16(const AttnDecodeParams& p) {
-  const auto used = [](int64_t stride, int64_t size) {
-    return size > 1 ? stride : 0;
-  };  // torch sets any else
+  // The stride of a dim of size 1 is arbitrary.
+  const auto used = [](int64_t stride, int64_t size) { return size > 1 ? stride : 0; };
   bool aligned =
       aligned16(p.q, p.dtype, {used(p.q_stride_b, p.B), used(p.q_stride_s, p.S), used(p.q_stride_h, p.H)});
   const auto check = [&](const CacheTensor& x) {

@@ -88,7 +88,7 @@ class Uptrainer(Trainer):
         mesh: the data ranks; None for one process.
 
     Raises:
-        ConfigError: distillation lacks a teacher, or the batch cannot be split over the data ranks.
+        ConfigError: distillation lacks a teacher.
         ValueError: for a teacher that does not fit, and for a text that is too short.
     """
 
@@ -104,7 +104,6 @@ class Uptrainer(Trainer):
         mesh: Mesh | None = None,
     ) -> None:
         self.trainable, self.options = trainable, options
-        session.check_parts(options.batch_size, options.accumulate, 1 if mesh is None else mesh.data_ranks)
         trainable.model.eval()
         # Groups of shards: no weight is gathered before the first forward pass.
         groups = trainable.groups(options.weight_decay, options.fusion_lr)
@@ -460,13 +459,15 @@ def load(
     """Reads everything, checks it, and measures the losses before the first step. facts: of the checkpoint
     that the run goes on from.
     """
+    session.check_parts(settings.batch_size, settings.accumulate, session.world_size())
     device = resolve_device(settings.device)
     mesh = session.data_parallel_mesh(device)
+    place = device if mesh is None else torch.device("cpu")  # FSDP2 moves each process's shard to its device
     conversion = read_conversion(folder)
     teacher_folder = _teacher_folder(settings, folder, conversion)
     model = load_causal_lm(folder)
     dtype = model.dtype
-    model = _exact(model, device if mesh is None else torch.device("cpu"))
+    model = _exact(model, place)
     size = model.get_input_embeddings().weight.shape[0]
     tokenizer = load_tokenizer(folder, size, settings.tokenizer)
     data = session.rank_zero_first(
@@ -483,12 +484,13 @@ def load(
     session.check_alike({**identity, "settings": settings, "version of torch": torch.__version__})
     teacher: Any = None
     if teacher_folder is not None and (settings.distill or facts is None):
-        teacher = _exact(load_causal_lm(teacher_folder), device if mesh is None else torch.device("cpu"))
+        teacher = _exact(load_causal_lm(teacher_folder), place)
     changed = None if conversion is None else conversion.get("changed")
     trainable = Trainable(model, settings.train, changed=changed, rank=settings.rank, seed=settings.seed)
     if mesh is not None:
         for shared in (model, teacher):
-            _shard(shared, mesh, settings, device)
+            if shared is not None:
+                _shard(shared, mesh, settings, device)
     trainer = Uptrainer(trainable, teacher if settings.distill else None, data, settings, device, mesh)
     progress.line(f"text: {data.info}")
     this = UptrainRun(trainer, tokenizer, folder, out, dtype, conversion, text, identity)
@@ -514,11 +516,9 @@ def _exact(model: Any, device: torch.device) -> Any:
 
 
 def _shard(model: Any, mesh: Mesh, settings: UptrainSettings, device: torch.device) -> None:
-    """Shards a model of transformers, or None, over the data ranks. Its decoder layers are the modules that
+    """Shards a model of transformers over the data ranks. Its decoder layers are the modules that
     transformers does not split either.
     """
-    if model is None:
-        return
     kinds = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     shard_weights(model, layers, mesh.fsdp, "bf16" if settings.precision == "bf16" else "fp32")
