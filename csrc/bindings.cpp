@@ -48,12 +48,13 @@ pybind11::dict build_info() {
 // The GPU kernel of a call and how its work is divided, by the functions that divide it. `cost`: the KV tiles
 // of all sequences, plus one per sequence, times KV heads. Shared memory alone decides how many blocks fit on
 // an SM.
-pybind11::dict decode_launch(int64_t rows, int64_t head_dim, int64_t value_dim, int num_keys, int num_values,
-                             int element_size, int64_t cost, int sm_count, int shared_per_block) {
+pybind11::dict decode_launch(int64_t batch, int64_t rows, int64_t head_dim, int64_t value_dim, int num_keys,
+                             int num_values, int element_size, int64_t cost, int sm_count,
+                             int shared_per_block) {
   using namespace fusedkv;
   const DType dtype = element_size == 4 ? DType::f32 : DType::bf16;
   const AttnLaunch launch =
-      attn_launch({dtype, rows, head_dim, value_dim, num_keys, num_values, true, shared_per_block});
+      attn_launch({dtype, batch, rows, head_dim, value_dim, num_keys, num_values, true, shared_per_block});
   // Every block uses 1 KiB more than it requests, and an SM has 1 KiB more than the largest block may
   // request.
   const int blocks = grid_blocks(sm_count, (shared_per_block + 1024) / (launch.shared_bytes + 1024));
@@ -72,10 +73,10 @@ pybind11::dict decode_launch(int64_t rows, int64_t head_dim, int64_t value_dim, 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of fusedkv_ext: registers torch.ops.fusedkv and describes the build.";
   m.def("build_info", &build_info, "What this module was built with.");
-  m.def("decode_launch", &decode_launch, pybind11::arg("rows"), pybind11::arg("head_dim"),
-        pybind11::arg("value_dim"), pybind11::arg("num_keys"), pybind11::arg("num_values"),
-        pybind11::arg("element_size"), pybind11::arg("cost"), pybind11::arg("sm_count"),
-        pybind11::arg("shared_per_block"),
+  m.def("decode_launch", &decode_launch, pybind11::arg("batch"), pybind11::arg("rows"),
+        pybind11::arg("head_dim"), pybind11::arg("value_dim"), pybind11::arg("num_keys"),
+        pybind11::arg("num_values"), pybind11::arg("element_size"), pybind11::arg("cost"),
+        pybind11::arg("sm_count"), pybind11::arg("shared_per_block"),
         "The GPU kernel of a cached-attention call, its block and its grid.");
   m.def("cpu_levels", &cpu_levels, "SIMD targets of this build that this CPU supports, best first.");
   m.def("cpu_level", [] { return std::string(fusedkv::cpu_kernels().target); }, "The SIMD target in use.");

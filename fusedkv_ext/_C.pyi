@@ -6,6 +6,7 @@ def build_info() -> dict[str, Any]:
     """What this module was built with."""
 
 def decode_launch(
+    batch: int,
     rows: int,
     head_dim: int,
     value_dim: int,

@@ -1,5 +1,6 @@
 // attn_with_kvcache and attn_schedule on the GPU.
 
+#include <algorithm>
 #include <tuple>
 
 #include "api/attn_decode.h"
@@ -45,17 +46,17 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_hea
   check_value(capacity >= 0, "capacity must be at least 0, got ", capacity);
   const DeviceScope scope(cache_seqlens);
   AttnScheduleParams p{};
-  p.B = cache_seqlens.size(0);
-  p.S = query_length;
-  p.capacity = capacity;
-  p.window_left = window_left < INT32_MAX ? window_left : -1;
-  p.seq_lens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
-  p.batch_invariant = batch_invariant;
-  p.num_counters =
-      num_counters(p.B, query_length * (num_heads / num_kv_heads), num_kv_heads, batch_invariant);
-  Tensor schedule = torch::stable::new_empty(cache_seqlens, {p.B + 1 + p.num_counters});
+  const int64_t B = cache_seqlens.size(0);
+  p.costs = {B,
+             query_length,
+             capacity,
+             window_left < INT32_MAX ? window_left : -1,
+             static_cast<const int32_t*>(cache_seqlens.const_data_ptr()),
+             batch_invariant};
+  p.num_counters = num_counters(B, query_length * (num_heads / num_kv_heads), num_kv_heads, batch_invariant);
+  Tensor schedule = torch::stable::new_empty(cache_seqlens, {B + 1 + p.num_counters});
   p.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
-  p.counters = p.schedule + p.B + 1;
+  p.counters = p.schedule + B + 1;
   scope.uses(cache_seqlens, "cache_seqlens");
   scope.makes(schedule, "schedule");
   check_launch(attn_schedule_cuda(p, scope.stream()), "attn_schedule");
@@ -82,34 +83,40 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   if (a.B * a.S == 0) return {out, lse};
 
   p.capacity = layout.capacity;
-  p.num_pages = layout.num_pages;
+  p.cache_rows = int(std::min<int64_t>(block_table ? layout.num_pages : a.B, INT32_MAX));
   p.batch_invariant = batch_invariant;
   p.aligned = aligned16(a);
   p.whole_pages = !block_table || layout.page_size % 16 == 0;
   const int64_t rows = num_rows(a), counters = num_counters(a.B, rows, a.G, batch_invariant);
-  if (!schedule)
+  if (!schedule && a.B > kMaxCopiedBatch)
     schedule = attn_schedule(cache_seqlens, a.S, a.H, a.G, p.capacity, a.window_left, batch_invariant);
-  check_int32(*schedule, "schedule", 1, kCuda);
-  check_value(schedule->size(0) == a.B + 1 + counters, "schedule must have ", a.B + 1 + counters,
-              " entries, got ", schedule->size(0),
-              "; compute it with decode_schedule for this batch, these heads and this mode");
-  p.schedule = static_cast<const int32_t*>(schedule->const_data_ptr());
-  p.counters = static_cast<int32_t*>(schedule->mutable_data_ptr()) + a.B + 1;
-
   const DeviceScope scope(q);
+  Tensor own_counters;  // of this call
+  if (schedule) {
+    check_int32(*schedule, "schedule", 1, kCuda);
+    check_value(schedule->size(0) == a.B + 1 + counters, "schedule must have ", a.B + 1 + counters,
+                " entries, got ", schedule->size(0),
+                "; compute it with decode_schedule for this batch, these heads and this mode");
+    p.schedule = static_cast<const int32_t*>(schedule->const_data_ptr());
+    p.counters = static_cast<int32_t*>(schedule->mutable_data_ptr()) + a.B + 1;
+  } else {
+    p.counters = scope.zeros(cache_seqlens, counters, &own_counters);
+  }
   int shared_limit = 0, blocks = 0;
   check_launch(attn_shared_limit(&shared_limit), "attn_with_kvcache");
   const AttnLaunch launch =
-      attn_launch({a.dtype, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
+      attn_launch({a.dtype, a.B, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
   check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
   p.group = int(a.H / a.G);
   p.num_rows = int(rows);
   p.rows = launch.rows;
   p.slot_rows = p.num_rows < p.rows ? p.num_rows : p.rows;
   p.row_groups = launch.row_groups;
+  p.cost_sums = launch.cost_sums;
   p.max_splits = fixed_splits(p.capacity);
   // A block has at most two split work units. With fixed splits, every split has a slot.
   const int64_t slots = batch_invariant ? a.B * a.G * p.row_groups * p.max_splits : 2 * int64_t(blocks);
+  check_value(slots <= INT32_MAX, "batch_invariant calls must have fewer than 2^31 splits, got ", slots);
   Tensor partial = torch::stable::new_empty(q, {slots * p.slot_rows * (a.Dv + 1)}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -126,7 +133,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   if (value_weights) use(*value_weights, "value_weights");
   if (block_table) use(*block_table, "block_table");
   use(cache_seqlens, "cache_seqlens");
-  use(*schedule, "schedule");
+  if (schedule) use(*schedule, "schedule");
   scope.uses(q, "q");
   for (const Tensor* x : {&out, &lse, &partial}) scope.makes(*x, "an output");
   check_launch(attn_decode_cuda(p, launch, blocks, scope.stream()), "attn_with_kvcache");

@@ -7,7 +7,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "api/checks.h"
 
@@ -35,6 +39,13 @@ class DeviceScope {
   DeviceScope& operator=(const DeviceScope&) = delete;
 
   void* stream() const { return nullptr; }
+
+  // `count` zeros in `own`, an int32 tensor as `like`.
+  int32_t* zeros(const Tensor& like, int64_t count, Tensor* own) const {
+    *own = torch::stable::new_empty(like, {count});
+    uses(*own, "counters");
+    return static_cast<int32_t*>(std::memset(own->mutable_data_ptr(), 0, size_t(count) * sizeof(int32_t)));
+  }
 
   void uses(const Tensor& x, const char* name) const {
     if (size_t bytes = extent(x)) simt::register_buffer(x.const_data_ptr(), bytes, name);
@@ -72,6 +83,11 @@ class DeviceScope {
 
   void* stream() const { return stream_; }
 
+  // `count` zeros for a kernel that leaves zeros. Calls on one stream run one after another and share theirs.
+  // A graph may be replayed on any stream: while one is captured, the call's zeros are in `own`, an int32
+  // tensor as `like`, which the graph clears.
+  int32_t* zeros(const Tensor& like, int64_t count, Tensor* own) const;
+
   void uses(const Tensor&, const char*) const {}
   void makes(const Tensor&, const char*) const {}
 
@@ -79,6 +95,44 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+inline int32_t* DeviceScope::zeros(const Tensor& like, int64_t count, Tensor* own) const {
+  const auto check = [](cudaError_t error) {
+    if (error) fail("RuntimeError", "no memory for counters: ", cudaGetErrorString(error));
+  };
+  auto* const stream = static_cast<cudaStream_t>(stream_);
+  const auto cleared = [&](void* data, int64_t n) {
+    check(cudaMemsetAsync(data, 0, size_t(n) * sizeof(int32_t), stream));
+    return static_cast<int32_t*>(data);
+  };
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status));
+  if (status != cudaStreamCaptureStatusNone) {
+    *own = torch::stable::new_empty(like, {count});
+    return cleared(own->mutable_data_ptr(), count);
+  }
+  struct Kept {
+    int32_t* data = nullptr;
+    int64_t count = 0;
+  };
+  static std::mutex mutex;
+  static std::map<std::pair<int, void*>, Kept> of_streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Kept& kept = of_streams[{like.get_device_index(), stream_}];
+  if (kept.count < count) {
+    // Not torch's memory: the pool of a graph must not lose a part to later calls. Kernels may still use the
+    // smaller block, so it stays.
+    const int64_t n = std::max(count, 2 * kept.count);
+    void* data = nullptr;
+    auto mode = cudaStreamCaptureModeRelaxed;  // another thread may capture
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    const cudaError_t error = cudaMalloc(&data, size_t(n) * sizeof(int32_t));
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    check(error);
+    kept = {cleared(data, n), n};
+  }
+  return kept.data;
+}
 
 inline void check_launch(int error, const char* op) {
   if (error) fail("RuntimeError", op, " could not be launched: ", cudaGetErrorString(cudaError_t(error)));

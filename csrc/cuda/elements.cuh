@@ -55,6 +55,16 @@ struct alignas(N * sizeof(T)) Vector {
   T element[N];
 };
 
+// Four floats in shared memory, which is accessed by address (ptx.cuh).
+__device__ __forceinline__ uint4 bits_of(const Vector<float, 4>& x) {
+  return {__float_as_uint(x.element[0]), __float_as_uint(x.element[1]), __float_as_uint(x.element[2]),
+          __float_as_uint(x.element[3])};
+}
+
+__device__ __forceinline__ Vector<float, 4> floats_of(uint4 x) {
+  return {{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)}};
+}
+
 // 16 bytes of elements, loaded and stored as one.
 template <typename T>
 union Piece {

@@ -36,37 +36,45 @@ __device__ __forceinline__ void store(T* to, const T& x) {
   *to = x;
 }
 
+// Of a call that returns an error. The runtime keeps it too, and the next launch would report it again.
+inline int taken(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return int(error);
+}
+
 // What a kernel may use of the current device.
 struct DeviceLimits {
+  int device;
   int sm_count;
   int shared_per_block;  // bytes, with the opt-in beyond 48 KiB
+  int major;             // of the compute capability
 };
 
 inline int device_limits(DeviceLimits* limits) {
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device)) return int(error);
-  if (cudaError_t error = cudaDeviceGetAttribute(&limits->sm_count, cudaDevAttrMultiProcessorCount, device))
-    return int(error);
-  return int(
-      cudaDeviceGetAttribute(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (int error = taken(cudaGetDevice(&limits->device))) return error;
+  const auto get = [&](int* value, cudaDeviceAttr attribute) {
+    return taken(cudaDeviceGetAttribute(value, attribute, limits->device));
+  };
+  if (int error = get(&limits->sm_count, cudaDevAttrMultiProcessorCount)) return error;
+  if (int error = get(&limits->major, cudaDevAttrComputeCapabilityMajor)) return error;
+  return get(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Permits a kernel more shared memory per block than the default, and prefers the largest carveout for it.
+// Permits a kernel all shared memory of the current device, and prefers the largest carveout for it. Once per
+// kernel and device.
 template <typename Params>
-int allow_shared(void (*kernel)(Params), size_t shared_bytes) {
-  if (shared_bytes <= 48 * 1024) return 0;
-  if (cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
-    return int(error);
-  return int(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
+int allow_shared(void (*kernel)(Params), const DeviceLimits& limits) {
+  if (int error = taken(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block)))
+    return error;
+  return taken(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared));
 }
 
 // Resident blocks of this kernel per SM.
 template <typename Params>
 int blocks_per_sm(int* blocks, void (*kernel)(Params), int threads, size_t shared_bytes) {
-  if (int error = allow_shared(kernel, shared_bytes)) return error;
-  return int(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes));
+  return taken(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes));
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(params). `stream` is a cudaStream_t. Returns a cudaError_t, 0
@@ -74,9 +82,28 @@ int blocks_per_sm(int* blocks, void (*kernel)(Params), int threads, size_t share
 template <typename Params>
 int launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            const Params& params) {
-  if (int error = allow_shared(kernel, shared_bytes)) return error;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   return int(cudaGetLastError());
+}
+
+// The same for a kernel that begins with ptx::grid_dependency_wait(): since sm_90 its blocks may be placed
+// while the kernel before it still runs (programmatic dependent launch).
+template <typename Params>
+int launch_overlapped(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                      const Params& params) {
+  DeviceLimits limits;
+  if (int error = device_limits(&limits)) return error;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = limits.major >= 9 ? 1 : 0;
+  return taken(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 }  // namespace fusedkv

@@ -82,6 +82,17 @@ __device__ __forceinline__ int32_t atom_add_acq_rel(int32_t* address, int32_t x)
   return old;
 }
 
+// ---- kernels that follow each other ------------------------------------------------------------
+
+// Lets the next kernel's blocks be placed, then waits until the kernel before has ended and its memory is
+// visible. Nothing before sm_90, where kernels never overlap (gpu.cuh: launch_overlapped).
+__device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- tensor cores ------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8. Of each

@@ -203,12 +203,18 @@ inline void store(T* to, const T& x, simt::Site site = simt::Site::here()) {
 }
 
 struct DeviceLimits {
+  int device;
   int sm_count;
   int shared_per_block;
 };
 
 inline int device_limits(DeviceLimits* limits) {
-  *limits = {simt::settings().sm_count, simt::settings().shared_per_block};
+  *limits = {0, simt::settings().sm_count, simt::settings().shared_per_block};
+  return 0;
+}
+
+template <typename Params>
+int allow_shared(void (*)(Params), const DeviceLimits&) {
   return 0;
 }
 
@@ -223,6 +229,12 @@ int launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, v
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   simt::run(grid, block, shared_bytes, [&] { kernel(params); });
   return 0;
+}
+
+template <typename Params>
+int launch_overlapped(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                      const Params& params) {
+  return launch(kernel, grid, block, shared_bytes, stream, params);
 }
 
 }  // namespace fusedkv

@@ -187,6 +187,10 @@ inline int32_t atom_add_acq_rel(int32_t* address, int32_t x, Site site = Site::h
   return old;
 }
 
+// ---- kernels that follow each other ------------------------------------------------------------
+
+inline void grid_dependency_wait() {}  // kernels never overlap here
+
 // ---- tensor cores ------------------------------------------------------------------------------
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, Site site = Site::here()) {

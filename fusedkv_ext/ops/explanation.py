@@ -285,6 +285,7 @@ def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tup
     cell = info["cell_tokens"]
     costs = [max(-(-end // cell) - begin // cell, 1) + info["item_cost_cells"] for begin, end in spans]
     launch = _C.decode_launch(
+        batch=len(call.q),
         rows=call.query_rows,
         head_dim=keys.head_dim,
         value_dim=values.head_dim,

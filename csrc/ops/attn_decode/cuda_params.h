@@ -11,28 +11,34 @@ namespace fusedkv {
 
 struct AttnCudaParams {
   AttnDecodeParams
-      attn;          // without the CPU's members; partials: (slots, slot_rows, Dv) and (slots, slot_rows)
-  int64_t capacity;  // tokens that a sequence may have
-  int64_t num_pages;
+      attn;              // without the CPU's members; partials: (slots, slot_rows, Dv) and (slots, slot_rows)
+  int64_t capacity;      // tokens that a sequence may have
   int group, num_rows;   // H / G; query rows per KV head, S * H / G
   int rows, row_groups;  // of the launch: query rows per work unit, and work units per sequence and KV head
   int slot_rows;         // of partial results: rows without padding
   bool batch_invariant;
   int max_splits;    // of a work unit, if batch_invariant: fixed_splits of the capacity
+  int cache_rows;    // sequences or pages that the caches have
+  int cost_sums;     // AttnLaunch
   bool aligned;      // every row of q and the caches starts at a multiple of 16 bytes
   bool whole_pages;  // tokens 16 i .. 16 i + 15 are consecutive in memory: contiguous caches, or pages of a
                      // multiple of 16
-  const int32_t* schedule;  // (B + 1,) running sum of sequence_cost
+  const int32_t* schedule;  // (B + 1,) running sum of sequence_cost, or nullptr up to kMaxCopiedBatch
   int32_t* counters;        // finished chunks; one counter per block, or per work unit if batch_invariant;
                             // zeros between calls
 };
 
-struct AttnScheduleParams {
+// What the costs of a batch's sequences follow from.
+struct SequenceCosts {
   int64_t B, S;
   int64_t capacity;
   int64_t window_left;
   const int32_t* seq_lens;  // (B,)
   bool batch_invariant;
+};
+
+struct AttnScheduleParams {
+  SequenceCosts costs;
   int32_t* schedule;  // (B + 1,)
   int32_t* counters;  // (num_counters,) set to zero
   int64_t num_counters;

@@ -84,11 +84,12 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkCh
   bool bad = false;
 #pragma unroll 1
   for (int t = w.token_begin + team; t - team < w.token_end; t += K::kTeams) {
-    const TokenPlace place = find_token(p, w, t, &bad);
+    const TokenPlace place = find_token(p, w, t);
+    const bool there = exists(p, place, &bad);
     float x[kVec] = {}, v[kVec] = {};
-    if (place.row >= 0 && d < a.D)
+    if (there && d < a.D)
       fuse_token<typename K::T>(x, a.keys, a.num_keys, a.key_weights, a.G, a.D, w.g, place, d, p.aligned);
-    if (place.row >= 0 && d < a.Dv)
+    if (there && d < a.Dv)
       fuse_token<typename K::T>(v, a.values, a.num_values, a.value_weights, a.G, a.Dv, w.g, place, d,
                                 p.aligned);
 #pragma unroll
@@ -98,7 +99,7 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkCh
       for (int i = 0; i < kVec; ++i) score += q[r][i] * x[i];
 #pragma unroll
       for (int apart = 1; apart < K::kLanes; apart *= 2) score += __shfl_xor_sync(kFullWarp, score, apart);
-      const bool sees = place.row >= 0 && t >= visible[r].begin && t < visible[r].end;
+      const bool sees = there && t >= visible[r].begin && t < visible[r].end;
       score = sees ? score * (a.scale * kLog2e) : minus_infinity();
       const float old = state.max[r];
       state.max[r] = fmaxf(old, score);
@@ -120,11 +121,8 @@ __global__ void __launch_bounds__(K::kThreads)
     attn_decode_fallback_kernel(const __grid_constant__ AttnCudaParams p) {
   const int team = threadIdx.x / K::kLanes, d = threadIdx.x % K::kLanes * kVec;
   const BlockStates states = block_states(shared_base(), K::kTeams, kRows, K::kD);
-  const BlockWork work = block_work(p);
-  for (int64_t at = work.begin; at < work.end;) {
-    const WorkChunk w = find_chunk(p, at, work);
-    at = w.next;
-    if (w.splits == 0) continue;
+  const BlockWork work = begin_block(p, K::kThreads);
+  for (WorkChunk w = next_chunk(p, work, work.begin); w.splits > 0; w = next_chunk(p, work, w.next)) {
     TeamState state;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(K::kThreads)
     }
     __syncthreads();
     merge_states<typename K::T>(p, w, states, K::kThreads);
-    finish_chunk<typename K::T>(p, w, states.flag, K::kThreads);
+    finish_chunk<typename K::T>(p, w, states.flag, states.outs, K::kThreads);
     __syncthreads();  // the next chunk reuses shared memory
   }
 }

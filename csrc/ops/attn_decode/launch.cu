@@ -34,23 +34,24 @@ int attn_shared_limit(int* bytes) {
 int attn_blocks(const AttnDecodeParams& p, const AttnLaunch& l, int* blocks) {
   DeviceLimits limits;
   if (int error = device_limits(&limits)) return error;
-  // The occupancy query takes microseconds, and decoding would repeat it for every layer. GPUs of one kind
-  // have one answer.
+  // What the kernel is permitted and its occupancy take microseconds to set and to query. Decoding would
+  // repeat it for every layer.
   static std::mutex mutex;
   static std::map<std::tuple<AttnKernelFunction, int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& per_sm = known[{kernel_function(p, l), limits.sm_count, limits.shared_per_block}];
+  const AttnKernelFunction kernel = kernel_function(p, l);
+  int& per_sm = known[{kernel, limits.device, l.shared_bytes}];
   if (per_sm == 0) {
-    if (int error = blocks_per_sm(&per_sm, kernel_function(p, l), l.threads, size_t(l.shared_bytes)))
-      return error;
+    if (int error = allow_shared(kernel, limits)) return error;
+    if (int error = blocks_per_sm(&per_sm, kernel, l.threads, size_t(l.shared_bytes))) return error;
   }
   *blocks = grid_blocks(limits.sm_count, per_sm);
   return 0;
 }
 
 int attn_decode_cuda(const AttnCudaParams& p, const AttnLaunch& l, int blocks, void* stream) {
-  return launch(kernel_function(p.attn, l), dim3(unsigned(blocks)), dim3(unsigned(l.threads)),
-                size_t(l.shared_bytes), stream, p);
+  return launch_overlapped(kernel_function(p.attn, l), dim3(unsigned(blocks)), dim3(unsigned(l.threads)),
+                           size_t(l.shared_bytes), stream, p);
 }
 
 }  // namespace fusedkv

@@ -7,25 +7,32 @@
 
 namespace fusedkv {
 
+// Shared memory after that of a layout: one word that tells a block whether it merges.
+constexpr int kFlagBytes = 16;
+
 // ---- mma_warp.cu: up to 8 query rows, every warp independent ------------------------------------
 
 struct MmaWarpLayout {
-  int warps, threads;
   int ring_bytes;  // per warp: two stages of 16 tokens of every source
-  int pitch;       // floats from one row of a warp's output to the next, after the ring
-  int shared_bytes;
+  int pitch;       // floats from one row of a warp's output to the next
+  int warp_bytes;  // ring and softmax state: maximum, sum and output of 8 rows
 };
 
 constexpr MmaWarpLayout mma_warp_layout(int head_dim, int keys, int values) {
   MmaWarpLayout l{};
-  const int stage_bytes = (keys + values) * 16 * head_dim * 2;
-  l.warps = stage_bytes > 8192 ? 2 : 4;
-  l.threads = l.warps * 32;
-  l.ring_bytes = 2 * stage_bytes;
+  l.ring_bytes = 2 * (keys + values) * 16 * head_dim * 2;
   l.pitch = head_dim + 4;  // rows fall into different banks
-  const int states = l.warps * 8 * (l.pitch + 2) * 4 + 16;
-  l.shared_bytes = l.warps * l.ring_bytes > states ? l.warps * l.ring_bytes : states;
+  l.warp_bytes = l.ring_bytes + 8 * (l.pitch + 2) * 4;
   return l;
+}
+
+constexpr int kSharedBytesSm90 = 227 * 1024;  // that a block may have; no architecture permits more
+
+// One block per SM, with as many warps as shared memory holds. More than 12 warps would have too few
+// registers each.
+constexpr int mma_warp_count(int head_dim, int keys, int values, int shared_bytes) {
+  const int warps = (shared_bytes - kFlagBytes) / mma_warp_layout(head_dim, keys, values).warp_bytes;
+  return warps < 1 ? 1 : warps < 12 ? warps : 12;
 }
 
 // ---- mma_block.cu: 9 to 64 query rows, the warps of a block cooperate ---------------------------
@@ -37,9 +44,8 @@ struct MmaBlockLayout {
   int tile_bytes;         // 32 tokens of one source
   int probability_pitch;  // bytes from one token's probabilities to the next
   // Byte offsets: two stages of keys, then of values; queries (keys, rows, head_dim); probabilities (32
-  // tokens, rows); maxima (2 halves of the tokens, rows); rescale (rows); sums (2, rows); one word.
+  // tokens, rows); maxima (2 halves of the tokens, rows); rescale (rows); sums (2, rows).
   int value_ring, queries, probabilities, maxima, rescale, sums, flag;
-  int shared_bytes;
 };
 
 constexpr MmaBlockLayout mma_block_layout(int head_dim, int keys, int values, int rows) {
@@ -58,7 +64,6 @@ constexpr MmaBlockLayout mma_block_layout(int head_dim, int keys, int values, in
   l.rescale = l.maxima + 2 * rows * 4;
   l.sums = l.rescale + rows * 4;
   l.flag = l.sums + 2 * rows * 4;
-  l.shared_bytes = l.flag + 16;
   return l;
 }
 
@@ -69,7 +74,7 @@ constexpr int kFallbackRows = 4;
 struct FallbackLayout {
   int threads;
   int lanes, teams;  // lanes of a team, 8 channels each; teams of a block
-  int shared_bytes;
+  int state_bytes;   // maximum, sum and output of 4 rows of every team
 };
 
 constexpr FallbackLayout fallback_layout(int head_dim) {
@@ -77,7 +82,7 @@ constexpr FallbackLayout fallback_layout(int head_dim) {
   l.threads = 128;
   l.lanes = head_dim / 8;
   l.teams = l.threads / l.lanes;
-  l.shared_bytes = l.teams * kFallbackRows * (head_dim + 2) * 4 + 16;
+  l.state_bytes = l.teams * kFallbackRows * (head_dim + 2) * 4;
   return l;
 }
 
@@ -105,12 +110,14 @@ struct AttnLaunch {
   int rows;          // query rows per work unit
   int row_groups;    // work units per sequence and KV head
   int threads;       // per block
+  int cost_sums;     // byte offset in shared memory of the block's copy of the schedule
   int shared_bytes;  // per block
 };
 
 // The arguments of attn_launch.
 struct AttnShape {
   DType dtype;
+  int64_t B;
   int64_t rows;  // query rows per KV head, S * H / G
   int64_t D, Dv;
   int num_keys, num_values;
@@ -123,29 +130,31 @@ inline AttnLaunch attn_launch(const AttnShape& s) {
   AttnLaunch l{};
   l.head_dim = wider <= 64 ? 64 : wider <= 128 ? 128 : 256;
   const int most_sources = l.head_dim == 256 ? 1 : 2;
+  const int cost_bytes = cost_sums_bytes(s.B), limit = s.shared_limit - cost_bytes;
   if (s.dtype == DType::f32 || !s.aligned || s.num_keys > most_sources || s.num_values > most_sources) {
     const FallbackLayout layout = fallback_layout(l.head_dim);
     l.kernel = AttnKernel::kFallback;
     l.rows = kFallbackRows;
     l.threads = layout.threads;
-    l.shared_bytes = layout.shared_bytes;
+    l.cost_sums = layout.state_bytes + kFlagBytes;
   } else if (s.rows <= 8) {
-    const MmaWarpLayout layout = mma_warp_layout(l.head_dim, s.num_keys, s.num_values);
+    const int warps = mma_warp_count(l.head_dim, s.num_keys, s.num_values, limit);
     l.kernel = AttnKernel::kMmaWarp;
     l.rows = 8;
-    l.threads = layout.threads;
-    l.shared_bytes = layout.shared_bytes;
+    l.threads = warps * 32;
+    l.cost_sums = warps * mma_warp_layout(l.head_dim, s.num_keys, s.num_values).warp_bytes + kFlagBytes;
   } else {
     l.kernel = AttnKernel::kMmaBlock;
     l.rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : 64;
     MmaBlockLayout layout = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
-    while (layout.shared_bytes > s.shared_limit && l.rows > 16) {
+    while (layout.flag + kFlagBytes > limit && l.rows > 16) {
       l.rows /= 2;
       layout = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
     }
     l.threads = layout.threads;
-    l.shared_bytes = layout.shared_bytes;
+    l.cost_sums = layout.flag + kFlagBytes;
   }
+  l.shared_bytes = l.cost_sums + cost_bytes;
   l.row_groups = int((s.rows + l.rows - 1) / l.rows);
   return l;
 }

@@ -46,24 +46,24 @@ __device__ __forceinline__ void load_value_fragment(uint32_t (&a)[4], uint32_t t
 // The places of a tile's tokens. With p.whole_pages, runs of 16 tokens are consecutive in memory, and every
 // lane has the first token of its run. Otherwise a lane has token lane % kTokens.
 template <int kTokens>
-__device__ __forceinline__ TokenPlace find_tile(const AttnCudaParams& p, const WorkChunk& w, int t,
-                                                bool* bad) {
+__device__ __forceinline__ TokenPlace find_tile(const AttnCudaParams& p, const WorkChunk& w, int t) {
   const int lane = threadIdx.x % kTokens;
-  if (!p.whole_pages) return find_token(p, w, t + lane, bad);
-  const int run = t + lane / 16 * 16;
+  if (!p.whole_pages) return find_token(p, w, t + lane);
   // A run may begin before the chunk, in the same page.
-  TokenPlace place =
-      find_token(p, w, run < w.token_begin && run + 16 > w.token_begin ? w.token_begin : run, bad);
-  if (place.row >= 0 && run < w.token_begin) place.slot -= w.token_begin - run;
+  const int run = t + lane / 16 * 16;
+  const int before = run < w.token_begin && run + 16 > w.token_begin ? w.token_begin - run : 0;
+  TokenPlace place = find_token(p, w, run + before);
+  place.slot -= before;
   return place;
 }
 
 // Starts copying tokens t .. t + kTokens - 1 of each source into its tile; kThreads threads copy 16 bytes
 // each at a time. Channels beyond head_dim, tokens outside the chunk and pages out of range become zeros.
+// Sets `bad` if there is such a page.
 template <typename T, int kD, int kSources, int kTokens, int kThreads>
 __device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkChunk& w,
                                           const CacheTensor* caches, int head_dim, uint32_t tiles, int t,
-                                          TokenPlace place, int thread) {
+                                          TokenPlace place, int thread, bool* bad) {
   constexpr int kVectors = kD / 8, kTileBytes = kTokens * kD * 2;
   constexpr int kStep = kThreads / kVectors;  // tokens that the threads copy at a time
   const int first = thread / kVectors, vector = thread % kVectors;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkChu
         at.row = __shfl_sync(kFullWarp, place.row, run);
         at.slot = __shfl_sync(kFullWarp, place.slot, run);
       }
-      const unsigned there = at.row >= 0 ? tokens : 0;
+      const unsigned there = exists(p, at, bad) ? tokens : 0;
       at.slot += first;
 #pragma unroll
       for (int j = 0; j < kSources; ++j) {
@@ -96,9 +96,9 @@ __device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkChu
       TokenPlace at;
       at.row = __shfl_sync(kFullWarp, place.row, i);
       at.slot = __shfl_sync(kFullWarp, place.slot, i);
+      const bool there = exists(p, at, bad) && tokens > 0;
 #pragma unroll
-      for (int j = 0; j < kSources; ++j)
-        copy(token_data<T>(caches[j], w.g, at), j, i, at.row >= 0 && tokens > 0);
+      for (int j = 0; j < kSources; ++j) copy(token_data<T>(caches[j], w.g, at), j, i, there);
     }
   }
 }
@@ -118,9 +118,10 @@ __device__ __forceinline__ uint32_t folded_pair(uint32_t q, float a0, float a1) 
   return pack(widen(T{uint16_t(q)}) * a0, widen(T{uint16_t(q >> 16)}) * a1, T{});
 }
 
+// b_j of channel d. Of a channel that exists, so that the loads of many channels are in flight together: the
+// values of the others are zeros.
 __device__ __forceinline__ float value_weight(const AttnDecodeParams& p, int j, int g, int d) {
-  if (d >= p.Dv) return 0.f;
-  return p.value_weights ? load(p.value_weights + (j * p.G + g) * p.Dv + d) : 1.f;
+  return p.value_weights ? load(p.value_weights + (j * p.G + g) * p.Dv + (d < p.Dv ? d : 0)) : 1.f;
 }
 
 }  // namespace fusedkv

@@ -213,19 +213,19 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkChu
   bool bad = false;
   const auto copy_keys = [&](int stage, int t, TokenPlace at) {
     copy_tile<typename K::T, K::kD, K::kKeys, kTokens, K::kThreads>(
-        p, w, a.keys, int(a.D), base + stage * (K::kKeys * K::kTileBytes), t, at, threadIdx.x);
+        p, w, a.keys, int(a.D), base + stage * (K::kKeys * K::kTileBytes), t, at, threadIdx.x, &bad);
   };
   const auto copy_values = [&](int stage, int t, TokenPlace at) {
     copy_tile<typename K::T, K::kD, K::kValues, kTokens, K::kThreads>(
         p, w, a.values, int(a.Dv), base + K::kLayout.value_ring + stage * (K::kValues * K::kTileBytes), t, at,
-        threadIdx.x);
+        threadIdx.x, &bad);
   };
 
   const int first = w.token_begin / kTokens * kTokens;
   if (first < w.token_end) {
-    const TokenPlace now = find_tile<kTokens>(p, w, first, &bad);
-    TokenPlace next = find_tile<kTokens>(p, w, first + kTokens, &bad);
-    TokenPlace after = find_tile<kTokens>(p, w, first + 2 * kTokens, &bad);
+    const TokenPlace now = find_tile<kTokens>(p, w, first);
+    TokenPlace next = find_tile<kTokens>(p, w, first + kTokens);
+    TokenPlace after = find_tile<kTokens>(p, w, first + 2 * kTokens);
     copy_keys(0, first, now);
     ptx::cp_async_commit();
     copy_values(0, first, now);
@@ -246,7 +246,7 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkChu
       copy_keys(stage, t + 2 * kTokens, after);
       ptx::cp_async_commit();
       next = after;
-      after = find_tile<kTokens>(p, w, t + 3 * kTokens, &bad);
+      after = find_tile<kTokens>(p, w, t + 3 * kTokens);
       probabilities<K>(s, state, base, token_half, row_begin);
       ptx::cp_async_wait<1>();
       __syncthreads();
@@ -284,11 +284,8 @@ __global__ void __launch_bounds__(K::kThreads, 1)
     attn_decode_mma_block_kernel(const __grid_constant__ AttnCudaParams p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = shared_base();
-  const BlockWork work = block_work(p);
-  for (int64_t at = work.begin; at < work.end;) {
-    const WorkChunk w = find_chunk(p, at, work);
-    at = w.next;
-    if (w.splits == 0) continue;
+  const BlockWork work = begin_block(p, K::kThreads);
+  for (WorkChunk w = next_chunk(p, work, work.begin); w.splits > 0; w = next_chunk(p, work, w.next)) {
     RowState<K> state;
 #pragma unroll
     for (int n = 0; n < K::kRowTiles; ++n)
@@ -324,7 +321,7 @@ __global__ void __launch_bounds__(K::kThreads, 1)
                                         sum == 0.f ? minus_infinity() : lse);
           }
       }
-    finish_chunk<typename K::T>(p, w, base + K::kLayout.flag, K::kThreads);
+    finish_chunk<typename K::T>(p, w, base + K::kLayout.flag, base, K::kThreads);
     __syncthreads();  // the next chunk reuses shared memory
   }
 }

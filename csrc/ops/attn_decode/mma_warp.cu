@@ -14,8 +14,9 @@
 //
 //   wait V_i-1, K_i | scores i | copy V_i+1, K_i+2 | softmax | wait V_i, K_i+1 | values i
 //
-// A block needs at most 64 KiB of shared memory. Three fit on an SM of 227 KiB, two on one of 163 KiB, and
-// one on every other since sm_80.
+// There is one block per SM, with as many warps as shared memory holds (layout.h): few chunks, few splits to
+// merge. States are merged outside the rings. A warp that is done fills its ring for the next chunk, and
+// those copies are under way while the block merges.
 
 #include "ops/attn_decode/kernels.h"
 #include "ops/attn_decode/mma.cuh"
@@ -33,7 +34,8 @@ struct MmaWarpKernel {
   static constexpr int kSteps = kD / 16;  // of 16 channels
   static constexpr int kTileBytes = kTokens * kD * 2;
   static constexpr MmaWarpLayout kLayout = mma_warp_layout(kD, kKeys, kValues);
-  static constexpr int kWarps = kLayout.warps, kThreads = kLayout.threads, kRingBytes = kLayout.ring_bytes;
+  static constexpr int kMaxThreads = 32 * mma_warp_count(kD, kKeys, kValues, kSharedBytesSm90);
+  static constexpr int kRingBytes = kLayout.ring_bytes;
 };
 
 template <typename K>
@@ -137,41 +139,69 @@ __device__ __forceinline__ void fold_queries(uint32_t (&q)[K::kKeys][K::kSteps][
   }
 }
 
-// All steps of this warp: tokens first, first + 16 kWarps, ...
+// A warp's steps: tokens first_token, first_token + token_stride, ...
+__device__ __forceinline__ int first_token(const WorkChunk& w) {
+  return (w.token_begin / kTokens + int(threadIdx.x) / 32) * kTokens;
+}
+
+__device__ __forceinline__ int token_stride() {
+  return int(blockDim.x) / 32 * kTokens;
+}
+
+template <typename K>
+__device__ __forceinline__ void copy_keys(const AttnCudaParams& p, const WorkChunk& w, uint32_t ring,
+                                          int stage, int t, TokenPlace at, bool* bad) {
+  copy_tile<typename K::T, K::kD, K::kKeys, kTokens, 32>(p, w, p.attn.keys, int(p.attn.D),
+                                                         ring + stage * (K::kKeys * K::kTileBytes), t, at,
+                                                         threadIdx.x % 32, bad);
+}
+
+template <typename K>
+__device__ __forceinline__ void copy_values(const AttnCudaParams& p, const WorkChunk& w, uint32_t ring,
+                                            int stage, int t, TokenPlace at, bool* bad) {
+  constexpr int kFirst = kStages * K::kKeys * K::kTileBytes;
+  copy_tile<typename K::T, K::kD, K::kValues, kTokens, 32>(
+      p, w, p.attn.values, int(p.attn.Dv), ring + kFirst + stage * (K::kValues * K::kTileBytes), t, at,
+      threadIdx.x % 32, bad);
+}
+
+// What a warp knows of a chunk whose first copies are under way.
+struct Lookahead {
+  TokenPlace next, after;  // of the tokens one and two steps on
+  bool bad;                // a page is out of range
+};
+
+// Starts the copies of a warp's first step and of the keys of its second. One group of copies per step: the
+// values of the step before and the keys of this one.
+template <typename K>
+__device__ __forceinline__ Lookahead start_copies(const AttnCudaParams& p, const WorkChunk& w,
+                                                  uint32_t ring) {
+  const int first = first_token(w), stride = token_stride();
+  const TokenPlace now = find_tile<kTokens>(p, w, first);
+  Lookahead l = {find_tile<kTokens>(p, w, first + stride), find_tile<kTokens>(p, w, first + 2 * stride),
+                 false};
+  if (first >= w.token_end) return l;
+  copy_keys<K>(p, w, ring, 0, first, now, &l.bad);
+  ptx::cp_async_commit();
+  copy_values<K>(p, w, ring, 0, first, now, &l.bad);
+  copy_keys<K>(p, w, ring, 1, first + stride, l.next, &l.bad);
+  ptx::cp_async_commit();
+  return l;
+}
+
+// All steps of a warp, after start_copies.
 template <typename K>
 __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkChunk& w, uint32_t ring,
-                                          State<K>& state) {
-  const AttnDecodeParams& a = p.attn;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+                                          Lookahead l, State<K>& state) {
+  const int lane = threadIdx.x % 32, first = first_token(w), stride = token_stride();
+  const uint32_t value_ring = ring + kStages * K::kKeys * K::kTileBytes;
   TokenRangeOf<int> visible[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     visible[r] = visible_tokens(p, w, w.row_begin + lane % 4 * 2 + r);
     visible[r].end = visible[r].end < w.token_end ? visible[r].end : w.token_end;
   }
-
-  bool bad = false;
-  const int first = w.token_begin / kTokens * kTokens + warp * kTokens, stride = K::kWarps * kTokens;
-  const uint32_t value_ring = ring + kStages * K::kKeys * K::kTileBytes;
-  const auto copy_keys = [&](int stage, int t, TokenPlace at) {
-    copy_tile<typename K::T, K::kD, K::kKeys, kTokens, 32>(
-        p, w, a.keys, int(a.D), ring + stage * (K::kKeys * K::kTileBytes), t, at, lane);
-  };
-  const auto copy_values = [&](int stage, int t, TokenPlace at) {
-    copy_tile<typename K::T, K::kD, K::kValues, kTokens, 32>(
-        p, w, a.values, int(a.Dv), value_ring + stage * (K::kValues * K::kTileBytes), t, at, lane);
-  };
-
   if (first < w.token_end) {
-    // One group of copies per step: the values of the step before and the keys of this one.
-    const TokenPlace now = find_tile<kTokens>(p, w, first, &bad);
-    TokenPlace next = find_tile<kTokens>(p, w, first + stride, &bad);
-    TokenPlace after = find_tile<kTokens>(p, w, first + 2 * stride, &bad);
-    copy_keys(0, first, now);
-    ptx::cp_async_commit();
-    copy_values(0, first, now);
-    copy_keys(1, first + stride, next);
-    ptx::cp_async_commit();
     uint32_t q[K::kKeys][K::kSteps][2];
     fold_queries<K>(q, p, w);
     ptx::cp_async_wait<1>();
@@ -181,13 +211,13 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkChu
       float s[4];
       scores<K>(s, ring + stage * (K::kKeys * K::kTileBytes), q);
       __syncwarp();  // all lanes have read these keys, and the values of the step before
-      copy_values(stage ^ 1, t + stride, next);
-      copy_keys(stage, t + 2 * stride, after);
+      copy_values<K>(p, w, ring, stage ^ 1, t + stride, l.next, &l.bad);
+      copy_keys<K>(p, w, ring, stage, t + 2 * stride, l.after, &l.bad);
       ptx::cp_async_commit();
-      next = after;
-      after = find_tile<kTokens>(p, w, t + 3 * stride, &bad);
+      l.next = l.after;
+      l.after = find_tile<kTokens>(p, w, t + 3 * stride);
       uint32_t probabilities[2];
-      softmax(probabilities, s, state, a.scale * kLog2e, t + lane / 4, visible);
+      softmax(probabilities, s, state, p.attn.scale * kLog2e, t + lane / 4, visible);
       ptx::cp_async_wait<1>();
       __syncwarp();
 #pragma unroll
@@ -201,21 +231,52 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkChu
         }
     }
     ptx::cp_async_wait<0>();
+    __syncwarp();  // all lanes have read the last values: the ring is free
   }
-  if (__any_sync(kFullWarp, bad) || w.len < 0) state.sum[0] = state.sum[1] = not_a_number();
+  if (__any_sync(kFullWarp, l.bad) || w.len < 0) state.sum[0] = state.sum[1] = not_a_number();
+}
+
+// Stores a warp's state, with the sources of the output added up, for merge_states.
+template <typename K>
+__device__ __forceinline__ void store_state(const AttnCudaParams& p, const WorkChunk& w,
+                                            const BlockStates& to, State<K>& state) {
+  const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * kRows + lane % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int apart = 4; apart < 32; apart *= 2)
+      state.sum[r] += __shfl_xor_sync(kFullWarp, state.sum[r], apart);
+    if (lane < 4) ptx::st_shared_f32(to.maxima + (row + r) * 4, state.max[r]);
+    if (lane < 4) ptx::st_shared_f32(to.sums + (row + r) * 4, state.sum[r]);
+  }
+#pragma unroll
+  for (int step = 0; step < K::kSteps; ++step)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int d = step * 16 + half * 8 + lane / 4;
+      float out[2] = {0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < K::kValues; ++j) {
+        const float b = value_weight(p.attn, j, w.g, d);
+        out[0] += b * state.o[j][step][half * 2];
+        out[1] += b * state.o[j][step][half * 2 + 1];
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) ptx::st_shared_f32(to.outs + ((row + r) * to.pitch + d) * 4, out[r]);
+    }
 }
 
 template <typename K>
-__global__ void __launch_bounds__(K::kThreads, 1)
+__global__ void __launch_bounds__(K::kMaxThreads, 1)
     attn_decode_mma_warp_kernel(const __grid_constant__ AttnCudaParams p) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const BlockStates states = block_states(shared_base(), K::kWarps, kRows, K::kLayout.pitch);
-
-  const BlockWork work = block_work(p);
-  for (int64_t at = work.begin; at < work.end;) {
-    const WorkChunk w = find_chunk(p, at, work);
-    at = w.next;
-    if (w.splits == 0) continue;
+  const int threads = int(blockDim.x), warps = threads / 32;
+  const uint32_t ring = shared_base() + threadIdx.x / 32 * K::kRingBytes;
+  const BlockStates states =
+      block_states(shared_base() + warps * K::kRingBytes, warps, kRows, K::kLayout.pitch);
+  const BlockWork work = begin_block(p, threads);
+  WorkChunk w = next_chunk(p, work, work.begin);
+  Lookahead lookahead = start_copies<K>(p, w, ring);
+  while (w.splits > 0) {
     State<K> state;
 #pragma unroll
     for (int r = 0; r < 2; ++r) state.max[r] = minus_infinity(), state.sum[r] = 0.f;
@@ -225,39 +286,16 @@ __global__ void __launch_bounds__(K::kThreads, 1)
       for (int step = 0; step < K::kSteps; ++step)
 #pragma unroll
         for (int i = 0; i < 4; ++i) state.o[j][step][i] = 0.f;
-    run_steps(p, w, shared_base() + warp * K::kRingBytes, state);
+    run_steps(p, w, ring, lookahead, state);
+    const WorkChunk next = next_chunk(p, work, w.next);
+    lookahead = start_copies<K>(p, next, ring);
 
-    __syncthreads();  // the rings are free
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int apart = 4; apart < 32; apart *= 2)
-        state.sum[r] += __shfl_xor_sync(kFullWarp, state.sum[r], apart);
-      const int at_row = (warp * kRows + lane % 4 * 2 + r) * 4;
-      if (lane < 4) ptx::st_shared_f32(states.maxima + at_row, state.max[r]);
-      if (lane < 4) ptx::st_shared_f32(states.sums + at_row, state.sum[r]);
-    }
-#pragma unroll
-    for (int step = 0; step < K::kSteps; ++step)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int d = step * 16 + half * 8 + lane / 4;
-        float out[2] = {0.f, 0.f};
-#pragma unroll
-        for (int j = 0; j < K::kValues; ++j) {
-          const float b = value_weight(p.attn, j, w.g, d);
-          out[0] += b * state.o[j][step][half * 2];
-          out[1] += b * state.o[j][step][half * 2 + 1];
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          ptx::st_shared_f32(states.outs + ((warp * kRows + lane % 4 * 2 + r) * K::kLayout.pitch + d) * 4,
-                             out[r]);
-      }
+    __syncthreads();  // the chunk before is merged
+    store_state(p, w, states, state);
     __syncthreads();
-    merge_states<typename K::T>(p, w, states, K::kThreads);
-    finish_chunk<typename K::T>(p, w, states.flag, K::kThreads);
-    __syncthreads();  // the next chunk reuses shared memory
+    merge_states<typename K::T>(p, w, states, threads);
+    finish_chunk<typename K::T>(p, w, states.flag, states.outs, threads);
+    w = next;
   }
 }
 

@@ -7,8 +7,12 @@
 //
 // The schedule of a step is the running sum of the sequences' costs. Everything else follows by arithmetic:
 // all work units of all sequences form one row, and block i takes the i-th quota of it. The grid never
-// depends on the lengths, and all layers of a step share one schedule. A work unit of several chunks is a
-// split one. The block that finishes its last chunk merges the chunks in their order.
+// depends on the lengths. A work unit of several chunks is a split one. The block that finishes its last
+// chunk merges the chunks in their order.
+//
+// Every block has a copy of the running sum in shared memory: from a schedule that all layers of a step
+// share, or summed by itself from the lengths. Only larger batches need a schedule, which blocks read in
+// place.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +26,16 @@ constexpr int kKVTileTokens = 32;
 // What starting a work unit costs, in KV tiles: its queries are folded, its output is merged.
 constexpr int kUnitCostTiles = 1;
 // The smallest quota: merging more chunks would take longer than it saves.
-constexpr int kMinBlockTiles = 4;
+constexpr int kMinBlockTiles = 3;
+// The largest batch whose running sum fits in a block's shared memory.
+constexpr int kMaxCopiedBatch = 1024;
 // Batch-invariant mode: splits of this many KV tiles, for any batch.
 constexpr int kFixedSplitTiles = 32;
+
+// Bytes of a block's copy of the running sum.
+constexpr int cost_sums_bytes(int64_t B) {
+  return B <= kMaxCopiedBatch ? int(B + 1) * 4 : 0;
+}
 
 // KV tiles [begin, end).
 struct KVTileRange {
