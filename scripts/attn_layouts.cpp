@@ -1,5 +1,6 @@
-// Prints the dynamic shared memory of every decode kernel, "name<arguments> bytes", from the functions that the
-// launcher uses. ptxas does not report it. ptxas_report.py adds it to its table.
+// Prints the dynamic shared memory of every decode kernel, "name<arguments> bytes", as the launcher requests it on
+// sm_90 for the largest batch that blocks copy the schedule of. ptxas does not report it. ptxas_report.py adds it
+// to its table.
 
 #include <cstdio>
 #include <initializer_list>
@@ -8,15 +9,18 @@
 
 int main() {
   using namespace fusedkv;
+  const auto bytes = [](DType dtype, int rows, int dim, int keys, int values) {
+    return attn_launch({dtype, kMaxCopiedBatch, rows, dim, dim, keys, values, true, kSharedBytesSm90}).shared_bytes;
+  };
   for (int dim : {64, 128, 256}) {
-    printf("FallbackKernel<%d> %d\n", dim, fallback_layout(dim).shared_bytes);
-    const int most = dim == 256 ? 1 : 2;
-    for (int keys = 1; keys <= most; ++keys)
-      for (int values = 1; values <= most; ++values) {
-        printf("MmaWarpKernel<%d, %d, %d> %d\n", dim, keys, values, mma_warp_layout(dim, keys, values).shared_bytes);
+    printf("FallbackKernel<%d> %d\n", dim, bytes(DType::f32, 1, dim, 1, 1));
+    for (int keys : {1, 2})
+      for (int values : {1, 2}) {
+        if (dim < 256 || keys + values == 2)
+          printf("MmaWarpKernel<%d, %d, %d> %d\n", dim, keys, values, bytes(DType::bf16, 1, dim, keys, values));
         for (int rows : {16, 32, 64})
           printf("MmaBlockKernel<%d, %d, %d, %d> %d\n", dim, keys, values, rows,
-                 mma_block_layout(dim, keys, values, rows).shared_bytes);
+                 bytes(DType::bf16, rows, dim, keys, values));
       }
   }
 }

@@ -128,7 +128,7 @@ def collect(build: Path) -> dict[str, object]:
         log = Path(f"{built}.ptxas")
         if not log.exists():
             sys.exit(f"ptxas_report: {log} is missing; delete {build} and run make cuda-objects")
-        name = source.relative_to(root).as_posix()
+        name = source_name(source, root)
         text = log.read_text()
         rows = parse(text)
         kernels += [{"file": name, **row} for row in rows]
@@ -150,6 +150,14 @@ def collect(build: Path) -> dict[str, object]:
         row["dynamic"] = dynamic.get(f"{template[1]}<{template[2]}>") if template else None
     kernels.sort(key=lambda row: (row["file"], row["kernel"], row["arch"]))
     return dict(files=files, kernels=kernels)
+
+
+def source_name(source: Path, root: Path) -> str:
+    """The .cu file below the root; for units/KERNEL.ARGUMENTS.cu, which includes KERNEL.cu, with its arguments."""
+    if source.parent.name != "units":
+        return source.relative_to(root).as_posix()
+    kernel, arguments, _ = source.name.split(".")
+    return f"csrc/ops/attn_decode/{kernel}.cu {arguments}"
 
 
 def dynamic_shared(program: Path) -> dict[str, int]:

@@ -57,7 +57,9 @@ CASES = [
     Case("no_weights", S=1, H=4, G=2, D=64, dtype=BF16, weights="none", **RAGGED),
     Case("transposed", S=2, H=4, G=2, D=64, dtype=BF16, layout="transposed", **RAGGED),
     Case("generic_three_keys", S=2, H=6, G=2, D=64, m_k=3, m_v=1, dtype=BF16, page_size=16, **RAGGED),
-    Case("generic_two_sources_of_D256", S=1, H=4, G=2, D=256, dtype=BF16, **RAGGED),
+    Case("2_2_D256", S=1, H=4, G=2, D=256, dtype=BF16, page_size=16, **RAGGED),
+    Case("2_1_D192_rows_20", S=5, H=4, G=1, D=192, m_v=1, dtype=BF16, **RAGGED),
+    Case("1_2_D256_rows_40", S=5, H=8, G=1, D=256, m_k=1, dtype=FP16, page_size=7, **RAGGED),
     Case("generic_unaligned", S=1, H=4, G=2, D=64, dtype=BF16, layout="sliced", **RAGGED),
     Case("generic_float32_D128", S=3, H=4, G=2, D=128, page_size=16, **RAGGED),
     Case("forty_sequences", B=40, S=1, T=33, H=2, G=1, D=64, dtype=BF16, lengths=(*range(34), *[33] * 6)),
@@ -118,8 +120,73 @@ def test_result_does_not_depend_on_how_many_blocks_share_the_work(
     assert_near(got_lse[got_lse.isfinite()], lse[lse.isfinite()])
 
 
+# How warps divide a merge: several per row, one per row, several rows per warp; channels over several rounds.
+MERGE_CASES = [
+    Case("one_row", H=1, D=128, Dv=256, m_k=1, m_v=1, dtype=BF16),
+    Case("three_rows", H=3, D=64, Dv=24, dtype=BF16),
+    Case("eight_rows", H=8, D=128, dtype=BF16, m_v=1),
+    Case("rows_of_a_block", H=33, D=64, dtype=BF16),
+    Case("fallback", H=2, D=64, Dv=136, m_k=1),
+]
+
+
+@pytest.mark.parametrize("tokens", [193, 800, 1700, 3300])
+@pytest.mark.parametrize(**named(MERGE_CASES))
+def test_any_number_of_splits_is_merged(
+    case: Case, tokens: int, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 to 35 splits of 96 tokens, so that rounds of 8 are full, end early or begin just so."""
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
+    simt.configure(sm_count=132)
+    case = Case(**{**vars(case), "B": 1, "S": 1, "G": 1, "T": tokens, "lengths": (tokens,)})
+    args, state = cache_inputs(case, CPU)
+    oracle = reference.fused_kv_attn_with_kvcache
+    assert_matches_oracle(fused_kv_attn_with_kvcache, oracle, *args, **state, **case.options)
+
+
+@pytest.mark.parametrize("batch", [1, 33, 200, 1024, 1025, 1100])
+def test_calls_without_a_schedule_sum_the_costs_themselves(
+    batch: int, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 1024 sequences in every block, beyond that in a launch of its own: the same bits."""
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
+    lengths = tuple(torch.randint(0, 40, (batch,)).tolist())
+    case = Case("batch", B=batch, S=1, T=40, H=1, G=1, D=8, m_k=1, m_v=1, dtype=BF16, lengths=lengths)
+    args, state = cache_inputs(case, CPU)
+    for sm_count in (3, 50):
+        simt.configure(sm_count=sm_count)
+        own = attend(case, args, state)
+        assert_same_bits(own, attend(case, args, state, schedule=make_schedule(case, state, 40)))
+    invariant = {"batch_invariant": True}
+    shared = make_schedule(case, state, 40, **invariant)
+    assert_same_bits(
+        attend(case, args, state, **invariant), attend(case, args, state, schedule=shared, **invariant)
+    )
+    oracle = reference.fused_kv_attn_with_kvcache
+    assert_matches_oracle(fused_kv_attn_with_kvcache, oracle, *args, **state, **case.options)
+
+
+@pytest.mark.parametrize("which", ["q", "keys"])
+def test_the_stride_of_a_dim_of_size_1_does_not_matter(
+    which: str, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch leaves it arbitrary. An odd one must not lead to the fallback kernel, which rounds otherwise."""
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
+    case = Case("odd", B=1, S=1, T=70, H=4, G=1, D=64, dtype=BF16)
+    (q, keys, *rest), state = cache_inputs(case, CPU)
+    expected = attend(case, (q, keys, *rest), state)
+
+    def odd(x: Tensor) -> Tensor:
+        return x.as_strided(
+            x.shape, [n if size > 1 else 3 for n, size in zip(x.stride(), x.shape, strict=True)]
+        )
+
+    got = (odd(q), keys) if which == "q" else (q, [odd(x) for x in keys])
+    assert_same_bits(attend(case, (*got, *rest), state), expected)
+
+
 def test_more_splits_than_lanes_are_merged(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
-    """41 splits of 128 tokens: the merging warp goes round twice."""
+    """55 splits of 96 tokens: the lanes that find the maximum go round twice."""
     monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
     simt.configure(sm_count=132)
     case = Case("many", B=1, S=1, T=5200, H=3, G=1, D=64, m_k=1, m_v=1, dtype=BF16, lengths=(5200,))
@@ -173,6 +240,21 @@ def test_order_of_blocks_and_warps_does_not_change_a_bit(
     for seed in (2, 3, 4):
         simt.configure(seed=seed, sm_count=7)
         assert_same_bits(attend(case, args, state), first)
+
+
+@pytest.mark.parametrize("kib", [99, 163])
+@pytest.mark.parametrize(**named(CASES))
+def test_gpus_with_less_shared_memory_get_the_same_result(
+    case: Case, kib: int, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sm_86 and sm_89 permit 99 KiB, sm_80 163: fewer warps or rows, or another kernel."""
+    monkeypatch.setattr("fusedkv_ext.ops.native._ops", torch.ops.fusedkv_simt)
+    args, state = cache_inputs(case, CPU)
+    simt.configure(shared_per_block=kib * 1024)
+    oracle = reference.fused_kv_attn_with_kvcache
+    assert_matches_oracle(
+        fused_kv_attn_with_kvcache, oracle, *args, **state, **case.options, terms=case.terms
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4])

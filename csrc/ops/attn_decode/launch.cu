@@ -11,15 +11,23 @@ namespace fusedkv {
 
 namespace {
 
+template <typename T, int kD>
+AttnKernelFunction mma_kernel(const AttnDecodeParams& p, const AttnLaunch& l) {
+  if (l.kernel == AttnKernel::kMmaWarp) return attn_mma_warp_kernel<T, kD>(p.num_keys, p.num_values);
+  return p.num_keys == 2 ? attn_mma_block_kernel<T, kD, 2>(p.num_values, l.rows)
+                         : attn_mma_block_kernel<T, kD, 1>(p.num_values, l.rows);
+}
+
+template <typename T>
+AttnKernelFunction mma_kernel(const AttnDecodeParams& p, const AttnLaunch& l) {
+  return l.head_dim == 64    ? mma_kernel<T, 64>(p, l)
+         : l.head_dim == 128 ? mma_kernel<T, 128>(p, l)
+                             : mma_kernel<T, 256>(p, l);
+}
+
 AttnKernelFunction kernel_function(const AttnDecodeParams& p, const AttnLaunch& l) {
-  switch (l.kernel) {
-    case AttnKernel::kMmaWarp:
-      return attn_mma_warp_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values);
-    case AttnKernel::kMmaBlock:
-      return attn_mma_block_kernel(p.dtype, l.head_dim, p.num_keys, p.num_values, l.rows);
-    default:
-      return attn_fallback_kernel(p.dtype, l.head_dim);
-  }
+  if (l.kernel == AttnKernel::kFallback) return attn_fallback_kernel(p.dtype, l.head_dim);
+  return p.dtype == DType::bf16 ? mma_kernel<bf16>(p, l) : mma_kernel<f16>(p, l);
 }
 
 }  // namespace

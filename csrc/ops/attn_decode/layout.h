@@ -129,15 +129,21 @@ inline AttnLaunch attn_launch(const AttnShape& s) {
   const int64_t wider = s.D > s.Dv ? s.D : s.Dv;
   AttnLaunch l{};
   l.head_dim = wider <= 64 ? 64 : wider <= 128 ? 128 : 256;
-  const int most_sources = l.head_dim == 256 ? 1 : 2;
   const int cost_bytes = cost_sums_bytes(s.B), limit = s.shared_limit - cost_bytes;
-  if (s.dtype == DType::f32 || !s.aligned || s.num_keys > most_sources || s.num_values > most_sources) {
+  // One warp cannot hold the output of two sources of 256 channels. A block can, on GPUs that have the
+  // memory.
+  const bool wide = l.head_dim == 256 && s.num_keys + s.num_values > 2;
+  const auto block_bytes = [&](int rows) {
+    return mma_block_layout(l.head_dim, s.num_keys, s.num_values, rows).flag + kFlagBytes;
+  };
+  if (s.dtype == DType::f32 || !s.aligned || s.num_keys > 2 || s.num_values > 2 ||
+      (wide && block_bytes(16) > limit)) {
     const FallbackLayout layout = fallback_layout(l.head_dim);
     l.kernel = AttnKernel::kFallback;
     l.rows = kFallbackRows;
     l.threads = layout.threads;
     l.cost_sums = layout.state_bytes + kFlagBytes;
-  } else if (s.rows <= 8) {
+  } else if (s.rows <= 8 && !wide) {
     const int warps = mma_warp_count(l.head_dim, s.num_keys, s.num_values, limit);
     l.kernel = AttnKernel::kMmaWarp;
     l.rows = 8;
@@ -146,13 +152,9 @@ inline AttnLaunch attn_launch(const AttnShape& s) {
   } else {
     l.kernel = AttnKernel::kMmaBlock;
     l.rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : 64;
-    MmaBlockLayout layout = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
-    while (layout.flag + kFlagBytes > limit && l.rows > 16) {
-      l.rows /= 2;
-      layout = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows);
-    }
-    l.threads = layout.threads;
-    l.cost_sums = layout.flag + kFlagBytes;
+    while (block_bytes(l.rows) > limit && l.rows > 16) l.rows /= 2;
+    l.threads = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows).threads;
+    l.cost_sums = block_bytes(l.rows);
   }
   l.shared_bytes = l.cost_sums + cost_bytes;
   l.row_groups = int((s.rows + l.rows - 1) / l.rows);

@@ -15,6 +15,8 @@
 //
 // After the first barrier all warps are done with keys i and values i - 1; the copies overwrite them.
 
+#include <type_traits>
+
 #include "ops/attn_decode/kernels.h"
 #include "ops/attn_decode/mma.cuh"
 
@@ -328,15 +330,18 @@ __global__ void __launch_bounds__(K::kThreads, 1)
 
 }  // namespace
 
-AttnKernelFunction attn_mma_block_kernel(DType dtype, int head_dim, int keys, int values, int rows) {
-  return mma_kernel(
-      dtype, head_dim, keys, values, [rows](auto type, auto d, auto k, auto v) -> AttnKernelFunction {
-        using T = typename decltype(type)::type;
-        constexpr int kD = decltype(d)::value, kKeys = decltype(k)::value, kValues = decltype(v)::value;
-        if (rows == 16) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 16>>;
-        if (rows == 32) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 32>>;
-        return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 64>>;
-      });
+template <typename T, int kD, int kKeys>
+AttnKernelFunction attn_mma_block_kernel(int values, int rows) {
+  const auto of_values = [&](auto v) -> AttnKernelFunction {
+    constexpr int kValues = decltype(v)::value;
+    if (rows == 16) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 16>>;
+    if (rows == 32) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 32>>;
+    return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 64>>;
+  };
+  return values == 2 ? of_values(std::integral_constant<int, 2>{})
+                     : of_values(std::integral_constant<int, 1>{});
 }
+
+template AttnKernelFunction attn_mma_block_kernel<FUSEDKV_UNIT>(int values, int rows);
 
 }  // namespace fusedkv

@@ -301,12 +301,16 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
 
 }  // namespace
 
-AttnKernelFunction attn_mma_warp_kernel(DType dtype, int head_dim, int keys, int values) {
-  return mma_kernel(
-      dtype, head_dim, keys, values, [](auto type, auto d, auto k, auto v) -> AttnKernelFunction {
-        return attn_decode_mma_warp_kernel<MmaWarpKernel<typename decltype(type)::type, decltype(d)::value,
-                                                         decltype(k)::value, decltype(v)::value>>;
-      });
+template <typename T, int kD>
+AttnKernelFunction attn_mma_warp_kernel(int keys, int values) {
+  if constexpr (kD <= 128) {
+    if (keys == 2 && values == 2) return attn_decode_mma_warp_kernel<MmaWarpKernel<T, kD, 2, 2>>;
+    if (keys == 2) return attn_decode_mma_warp_kernel<MmaWarpKernel<T, kD, 2, 1>>;
+    if (values == 2) return attn_decode_mma_warp_kernel<MmaWarpKernel<T, kD, 1, 2>>;
+  }
+  return attn_decode_mma_warp_kernel<MmaWarpKernel<T, kD, 1, 1>>;
 }
+
+template AttnKernelFunction attn_mma_warp_kernel<FUSEDKV_UNIT>(int keys, int values);
 
 }  // namespace fusedkv
