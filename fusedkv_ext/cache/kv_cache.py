@@ -460,7 +460,7 @@ class KVCache:
             self._table.reorder(order)
             self._sync_table()
         else:
-            rows = torch.tensor(order, device=self.device)
+            rows = self._staged(torch.tensor(order)).to(self.seq_lens.device, non_blocking=True)
             used = max(self._lengths)
             for tensor in self._owned:
                 tensor[:, :used] = tensor[:, :used].index_select(0, rows)
@@ -500,17 +500,23 @@ class KVCache:
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if not copies:
             return
-        source, target = torch.tensor(copies, device=self.device).unbind(1)
+        pages = self._staged(torch.tensor(copies)).to(self.seq_lens.device, non_blocking=True)
+        source, target = pages.unbind(1)
         for tensor in self._owned:
             tensor[target] = tensor[source]
 
+    def _staged(self, host: Tensor) -> Tensor:
+        """``host`` where a GPU copies it from without a wait: pinned memory, which torch keeps until then."""
+        return host.pin_memory() if self.seq_lens.is_cuda else host
+
     def _sync_lengths(self) -> None:
         self._schedules.clear()
-        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
+        lengths = torch.tensor(self._lengths, dtype=torch.int32)
+        self.seq_lens.copy_(self._staged(lengths), non_blocking=True)
 
     def _sync_table(self) -> None:
         if self._table is not None and self.block_table is not None:
-            self.block_table.copy_(self._table.rows)
+            self.block_table.copy_(self._staged(self._table.rows), non_blocking=True)
 
 
 def as_heads(latent: Tensor) -> Tensor:

@@ -358,3 +358,25 @@ def test_layers_that_ask_alike_share_the_schedule_of_a_step(monkeypatch: pytest.
         before = cache.schedule(1, 4, 2)
         change()
         assert cache.schedule(1, 4, 2) is not before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a torch built with CUDA")
+@pytest.mark.parametrize("options", [{}, {"page_size": 4}], ids=str)
+def test_a_step_never_waits_for_the_gpu(options: dict) -> None:
+    """New pages, new lengths, copies on write and a new order go to the device from pinned memory."""
+    cache = KVCache(CachePlan.named("fusedkv", 4), 3, 40, 2, 8, device="cuda", **options)
+    cache.advance([3, 5, 7])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(9):
+            cache.advance(1)
+        cache.reorder([1, 1, 2])
+        cache.advance(1)
+        cache.crop(9)
+        cache.free(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.seq_lens.tolist() == [9, 0, 9]
+    if cache.block_table is not None:
+        assert torch.equal(cache.block_table.cpu(), cache._table.rows)
