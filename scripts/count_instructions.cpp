@@ -122,7 +122,7 @@ int64_t count_decode(const CpuKernels& kernels, const Case& c, int64_t tokens) {
   Numbers numbers;
   AttnDecodeParams p{};
   p.dtype = c.dtype;
-  p.B = p.S = 1;
+  p.B = p.S = p.total_q = 1;
   p.G = kHeads, p.H = kHeads * c.group;
   p.D = p.Dv = kDim;
   p.num_keys = p.num_values = kSources;
@@ -154,8 +154,10 @@ int64_t count_decode(const CpuKernels& kernels, const Case& c, int64_t tokens) {
   p.scale = 1.f / std::sqrt(float(kDim));
   p.window_left = p.window_right = -1;
   p.task_heads = kHeads;
-  const int64_t splits = num_splits(p, tokens), split_offsets[] = {0, splits};
-  p.split_offsets = split_offsets;
+  const int64_t splits = num_splits(p, 0), task_offsets[] = {0, splits * num_row_groups(p, 0)};
+  const int64_t partial_offsets[] = {0, splits * p.H};
+  p.task_offsets = task_offsets;
+  p.partial_offsets = partial_offsets;
   std::vector<float> partial_out(splits * p.H * kDim), partial_lse(splits * p.H), lse(p.H), out(p.H * kDim);
   p.partial_out = partial_out.data();
   p.partial_lse = partial_lse.data();
@@ -164,7 +166,7 @@ int64_t count_decode(const CpuKernels& kernels, const Case& c, int64_t tokens) {
   const size_t workspace_bytes = (size_t(attn_decode_workspace(p)) + 63) / 64 * 64;
   void* workspace = std::aligned_alloc(64, workspace_bytes);
   const auto call = [&] {
-    const int64_t tasks = splits * num_row_groups(p) * num_head_blocks(p);
+    const int64_t tasks = task_offsets[1] * num_head_blocks(p);
     for (int64_t task = 0; task < tasks; ++task)
       kernels.attn_decode(p, task, task + 1 < tasks ? task + 1 : -1, workspace);
     kernels.attn_decode_merge(p, 0, p.H);

@@ -27,7 +27,7 @@ constexpr int64_t kStretchBytes = 4096, kStretchBytesOfAllSources = 16384;
 int64_t cache_bytes(const AttnDecodeParams& p) {
   int64_t tokens = 0;
   for (int64_t b = 0; b < p.B; ++b) {
-    const TokenRange visible = visible_tokens(p, p.seq_lens[b]);
+    const TokenRange visible = visible_tokens(p, b);
     tokens += visible.end - visible.begin;
   }
   return tokens * p.G * (p.num_keys * p.D + p.num_values * p.Dv) * size_of(p.dtype);
@@ -36,16 +36,27 @@ int64_t cache_bytes(const AttnDecodeParams& p) {
 // KV heads that a task processes together: adjacent heads up to kStretchBytes, or one if heads are not
 // adjacent, and few enough for several tasks per thread. Heads are independent, so that the bits do not
 // depend on it.
-int64_t heads_per_task(const AttnDecodeParams& p, int64_t splits, int64_t threads) {
+int64_t heads_per_task(const AttnDecodeParams& p, int64_t tasks_per_head, int64_t threads) {
   const CacheTensor& keys = p.keys[0];
   if (keys.stride_g > p.D) return 1;
   constexpr int64_t kTasksPerThread = 4;
   const int64_t bytes = std::min(kStretchBytes, kStretchBytesOfAllSources / (p.num_keys + p.num_values));
   const int64_t stretch = std::max<int64_t>(bytes / (p.D * size_of(p.dtype)), 1);
-  const int64_t tasks = splits * num_row_groups(p) * p.G;
-  const int64_t for_threads = tasks / (threads * kTasksPerThread);
+  const int64_t for_threads = tasks_per_head * p.G / (threads * kTasksPerThread);
   const int64_t most = std::min(stretch, std::max<int64_t>(for_threads, 1));
   return std::min(most, p.G);
+}
+
+void check_packed_queries(const AttnDecodeParams& p) {
+  if (!p.cu_seqlens_q) return;
+  check_value(p.cu_seqlens_q[0] == 0, "cu_seqlens_q[0] must be 0, got ", p.cu_seqlens_q[0]);
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t count = queries_of(p, b).count;
+    check_value(count >= 0 && count <= p.S, "cu_seqlens_q[", b + 1, "] - cu_seqlens_q[", b,
+                "] must be from 0 to max_seqlen_q = ", p.S, ", got ", count);
+  }
+  check_value(p.cu_seqlens_q[p.B] == p.total_q, "cu_seqlens_q must end with ", p.total_q,
+              ", the tokens of q, got ", p.cu_seqlens_q[p.B]);
 }
 
 std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
@@ -54,41 +65,50 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
                                              std::optional<Tensor> value_weights, Tensor cache_seqlens,
                                              std::optional<Tensor> block_table, double softmax_scale,
                                              int64_t window_left, int64_t window_right,
-                                             std::optional<Tensor> /*schedule*/, bool /*batch_invariant*/) {
-  AttnDecodeParams p = attn_params(q, key_caches, value_caches, key_weights, value_weights, false);
+                                             std::optional<Tensor> /*schedule*/, bool /*batch_invariant*/,
+                                             std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q) {
+  AttnDecodeParams p =
+      attn_params(q, key_caches, value_caches, key_weights, value_weights, cu_seqlens_q, max_seqlen_q, false);
+  check_packed_queries(p);
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
   set_options(p, layout, softmax_scale, window_left, window_right);
-  bool several_splits = false;
-  int64_t splits = 0;
+  bool all_written = true;  // by tasks: every sequence has one split
+  int64_t partials = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     check_length(layout, b);
-    const TokenRange visible = visible_tokens(p, p.seq_lens[b]);
+    const TokenRange visible = visible_tokens(p, b);
     check_pages(layout, b, visible.begin, visible.end);
-    splits += num_splits(p, p.seq_lens[b]);
-    several_splits |= num_splits(p, p.seq_lens[b]) > 1;
+    const int64_t splits = num_splits(p, b);
+    all_written &= splits == 1;
+    if (splits > 1) partials += splits * p.G * num_rows(p, b);
   }
 
-  const int64_t partials = several_splits ? splits * p.G * num_rows(p) : 0;
-  const int64_t offset_bytes = (p.B + 1) * int64_t(sizeof(int64_t));
+  const int64_t offset_bytes = 2 * (p.B + 1) * int64_t(sizeof(int64_t));
   auto* shared = static_cast<char*>(
       cpu_workspace(Workspace::kCall, offset_bytes + partials * (p.Dv + 1) * int64_t(sizeof(float))));
-  auto* offsets = reinterpret_cast<int64_t*>(shared);
-  offsets[0] = 0;
-  for (int64_t b = 0; b < p.B; ++b) offsets[b + 1] = offsets[b] + num_splits(p, p.seq_lens[b]);
-  p.split_offsets = offsets;
+  auto* task_offsets = reinterpret_cast<int64_t*>(shared);
+  int64_t* partial_offsets = task_offsets + p.B + 1;
+  task_offsets[0] = partial_offsets[0] = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t splits = num_splits(p, b);
+    task_offsets[b + 1] = task_offsets[b] + splits * num_row_groups(p, b);
+    partial_offsets[b + 1] = partial_offsets[b] + (splits > 1 ? splits * p.G * num_rows(p, b) : 0);
+  }
+  p.task_offsets = task_offsets;
+  p.partial_offsets = partial_offsets;
   p.partial_out = reinterpret_cast<float*>(shared + offset_bytes);
   p.partial_lse = p.partial_out + partials * p.Dv;
-  Tensor out = empty_tensor(q, {p.B, p.S, p.H, p.Dv}, dtype_code(q));
-  Tensor lse = empty_tensor(q, {p.B, p.H, p.S}, aoti_torch_dtype_float32());
+  Tensor out = empty_tensor(q, {q.size(0), q.size(1), p.H, p.Dv}, dtype_code(q));
+  Tensor lse = empty_tensor(q, {q.size(0), p.H, q.size(1)}, aoti_torch_dtype_float32());
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
 
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads =
       std::clamp<int64_t>(cache_bytes(p) / kGrainBytes, 1, torch::stable::get_num_threads());
-  p.task_heads = heads_per_task(p, splits, threads);
-  const int64_t tasks = splits * num_row_groups(p) * num_head_blocks(p);
+  p.task_heads = heads_per_task(p, task_offsets[p.B], threads);
+  const int64_t tasks = task_offsets[p.B] * num_head_blocks(p);
   // Threads take the next task when they are free: sequences differ in length, and other processes use cores.
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
@@ -107,10 +127,10 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
     work(0, 1);
   else
     torch::stable::parallel_for(0, threads, 1, work);
-  if (splits < p.B || several_splits) {
-    const int64_t rows = p.B * p.G * num_rows(p);
-    torch::stable::parallel_for(
-        0, rows, 64, [&](int64_t begin, int64_t end) { kernels.attn_decode_merge(p, begin, end); });
+  if (!all_written) {
+    torch::stable::parallel_for(0, p.total_q * p.H, 64, [&](int64_t begin, int64_t end) {
+      kernels.attn_decode_merge(p, begin, end);
+    });
   }
   return {out, lse};
 }

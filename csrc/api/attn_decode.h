@@ -21,10 +21,24 @@ inline void set_caches(const std::vector<Tensor>& caches, const char* name, cons
   }
 }
 
+// Queries (1, total_q, H, D) of sequences of different lengths.
+inline void set_packed_queries(AttnDecodeParams& p, const Tensor& q, const Tensor& cu_seqlens_q,
+                               int64_t max_seqlen_q, bool cuda) {
+  check_value(q.size(0) == 1, "q must be (1, total_q, H, D) with cu_seqlens_q, got ", Shape{q});
+  check_int32(cu_seqlens_q, "cu_seqlens_q", 1, cuda);
+  check_value(cu_seqlens_q.size(0) >= 1, "cu_seqlens_q must have B + 1 entries, got 0");
+  check_value(max_seqlen_q >= 0, "max_seqlen_q must be at least 0, got ", max_seqlen_q);
+  p.B = cu_seqlens_q.size(0) - 1;
+  p.S = p.total_q == 0 ? 0 : max_seqlen_q;
+  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
+}
+
 inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys,
                                     const std::vector<Tensor>& values,
                                     const std::optional<Tensor>& key_weights,
-                                    const std::optional<Tensor>& value_weights, bool cuda) {
+                                    const std::optional<Tensor>& value_weights,
+                                    const std::optional<Tensor>& cu_seqlens_q, int64_t max_seqlen_q,
+                                    bool cuda) {
   check_device(q, "q", cuda);
   check_rank4(q, "q", "(B, S, H, D)");
   AttnDecodeParams p{};
@@ -34,6 +48,8 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   set_caches(values, "value_caches", q, p.values, cuda);
   p.B = q.size(0);
   p.S = q.size(1);
+  p.total_q = p.B * p.S;
+  if (cu_seqlens_q) set_packed_queries(p, q, *cu_seqlens_q, max_seqlen_q, cuda);
   p.H = q.size(2);
   p.D = q.size(3);
   p.G = keys[0].size(2);
@@ -61,7 +77,7 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
     p.value_weights = static_cast<const float*>(value_weights->const_data_ptr());
   }
   p.q = q.const_data_ptr();
-  p.q_stride_b = q.stride(0);
+  p.q_stride_b = cu_seqlens_q ? 0 : q.stride(0);
   p.q_stride_s = q.stride(1);
   p.q_stride_h = q.stride(2);
   return p;

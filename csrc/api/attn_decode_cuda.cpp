@@ -20,8 +20,9 @@ bool aligned16(const void* data, DType dtype, std::initializer_list<int64_t> str
 bool aligned16(const AttnDecodeParams& p) {
   // The stride of a dim of size 1 is arbitrary.
   const auto used = [](int64_t stride, int64_t size) { return size > 1 ? stride : 0; };
-  bool aligned =
-      aligned16(p.q, p.dtype, {used(p.q_stride_b, p.B), used(p.q_stride_s, p.S), used(p.q_stride_h, p.H)});
+  bool aligned = aligned16(p.q, p.dtype,
+                           {used(p.q_stride_b, p.B), used(p.q_stride_s, p.cu_seqlens_q ? p.total_q : p.S),
+                            used(p.q_stride_h, p.H)});
   const auto check = [&](const CacheTensor& x) {
     const int64_t stride_b = p.block_table ? x.stride_b : used(x.stride_b, p.B);
     aligned = aligned && aligned16(x.data, p.dtype, {stride_b, x.stride_t, used(x.stride_g, p.G)});
@@ -37,6 +38,23 @@ int64_t num_counters(int64_t B, int64_t rows, int64_t G, bool batch_invariant) {
   return kMaxBlocks + (batch_invariant ? B * G * ((rows + kFallbackRows - 1) / kFallbackRows) : 0);
 }
 
+// The schedule of these costs, and its counters set to zero.
+Tensor make_schedule(const Tensor& cache_seqlens, const std::optional<Tensor>& cu_seqlens_q,
+                     const SequenceCosts& costs, int64_t num_counters) {
+  const DeviceScope scope(cache_seqlens);
+  Tensor schedule = torch::stable::new_empty(cache_seqlens, {costs.B + 1 + num_counters});
+  AttnScheduleParams p{};
+  p.costs = costs;
+  p.num_counters = num_counters;
+  p.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
+  p.counters = p.schedule + costs.B + 1;
+  scope.uses(cache_seqlens, "cache_seqlens");
+  uses(scope, cu_seqlens_q, "cu_seqlens_q");
+  scope.makes(schedule, "schedule");
+  check_launch(attn_schedule_cuda(p, scope.stream()), "attn_schedule");
+  return schedule;
+}
+
 Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_heads, int64_t num_kv_heads,
                      int64_t capacity, int64_t window_left, bool batch_invariant) {
   check_int32(cache_seqlens, "cache_seqlens", 1, kCuda);
@@ -44,23 +62,15 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_hea
   check_value(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0,
               "num_heads must be a multiple of num_kv_heads = ", num_kv_heads, ", got ", num_heads);
   check_value(capacity >= 0, "capacity must be at least 0, got ", capacity);
-  const DeviceScope scope(cache_seqlens);
-  AttnScheduleParams p{};
-  const int64_t B = cache_seqlens.size(0);
-  p.costs = {B,
-             query_length,
-             capacity,
-             window_left < INT32_MAX ? window_left : -1,
-             static_cast<const int32_t*>(cache_seqlens.const_data_ptr()),
-             batch_invariant};
-  p.num_counters = num_counters(B, query_length * (num_heads / num_kv_heads), num_kv_heads, batch_invariant);
-  Tensor schedule = torch::stable::new_empty(cache_seqlens, {B + 1 + p.num_counters});
-  p.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
-  p.counters = p.schedule + B + 1;
-  scope.uses(cache_seqlens, "cache_seqlens");
-  scope.makes(schedule, "schedule");
-  check_launch(attn_schedule_cuda(p, scope.stream()), "attn_schedule");
-  return schedule;
+  SequenceCosts costs{};
+  costs.B = cache_seqlens.size(0);
+  costs.S = query_length;
+  costs.capacity = capacity;
+  costs.window_left = window_left < INT32_MAX ? window_left : -1;
+  costs.seq_lens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
+  costs.batch_invariant = batch_invariant;
+  const int64_t rows = query_length * (num_heads / num_kv_heads);
+  return make_schedule(cache_seqlens, {}, costs, num_counters(costs.B, rows, num_kv_heads, batch_invariant));
 }
 
 std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
@@ -69,29 +79,47 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
                                              std::optional<Tensor> value_weights, Tensor cache_seqlens,
                                              std::optional<Tensor> block_table, double softmax_scale,
                                              int64_t window_left, int64_t window_right,
-                                             std::optional<Tensor> schedule, bool batch_invariant) {
+                                             std::optional<Tensor> schedule, bool batch_invariant,
+                                             std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q) {
   AttnCudaParams p{};
-  p.attn = attn_params(q, key_caches, value_caches, key_weights, value_weights, kCuda);
+  p.attn =
+      attn_params(q, key_caches, value_caches, key_weights, value_weights, cu_seqlens_q, max_seqlen_q, kCuda);
   AttnDecodeParams& a = p.attn;
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
   set_options(a, layout, softmax_scale, window_left, window_right);
   check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens,
               "key_caches[0] must hold fewer than 2^31 tokens per sequence, got ", layout.capacity);
-  Tensor out = torch::stable::new_empty(q, {a.B, a.S, a.H, a.Dv});
-  Tensor lse = torch::stable::new_empty(q, {a.B, a.H, a.S}, ScalarType::Float);
-  if (a.B * a.S == 0) return {out, lse};
+  check_value(!schedule || !cu_seqlens_q, "schedule must be None with cu_seqlens_q, got a tensor");
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), a.H, a.Dv});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), a.H, q.size(1)}, ScalarType::Float);
+  if (a.total_q == 0) return {out, lse};
 
+  const DeviceScope scope(q);
   p.capacity = layout.capacity;
   p.cache_rows = int(std::min<int64_t>(block_table ? layout.num_pages : a.B, INT32_MAX));
   p.batch_invariant = batch_invariant;
   p.aligned = aligned16(a);
   p.whole_pages = !block_table || layout.page_size % 16 == 0;
-  const int64_t rows = num_rows(a), counters = num_counters(a.B, rows, a.G, batch_invariant);
+  const int64_t rows = num_rows(a);
+  int shared_limit = 0, blocks = 0;
+  check_launch(attn_shared_limit(&shared_limit), "attn_with_kvcache");
+  const AttnLaunch launch =
+      attn_launch({a.dtype, a.B, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
+  check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
+  p.group = int(a.H / a.G);
+  p.by_group = divisor(p.group);
+  p.by_page_size = divisor(std::clamp<int64_t>(a.page_size, 1, INT32_MAX));
+  p.rows = launch.rows;
+  p.slot_rows = int(std::min<int64_t>(rows, launch.rows));
+  p.row_groups = launch.row_groups;
+  p.cost_sums = launch.cost_sums;
+  p.max_splits = fixed_splits(p.capacity);
+
+  const int64_t counters = num_counters(a.B, rows, a.G, batch_invariant);
   if (!schedule && a.B > kMaxCopiedBatch)
-    schedule = attn_schedule(cache_seqlens, a.S, a.H, a.G, p.capacity, a.window_left, batch_invariant);
-  const DeviceScope scope(q);
-  Tensor own_counters;  // of this call
+    schedule = make_schedule(cache_seqlens, cu_seqlens_q, sequence_costs(p), counters);
+  Tensor own_counters;
   if (schedule) {
     check_int32(*schedule, "schedule", 1, kCuda);
     check_value(schedule->size(0) == a.B + 1 + counters, "schedule must have ", a.B + 1 + counters,
@@ -102,18 +130,6 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   } else {
     p.counters = scope.zeros(cache_seqlens, counters, &own_counters);
   }
-  int shared_limit = 0, blocks = 0;
-  check_launch(attn_shared_limit(&shared_limit), "attn_with_kvcache");
-  const AttnLaunch launch =
-      attn_launch({a.dtype, a.B, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
-  check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
-  p.group = int(a.H / a.G);
-  p.num_rows = int(rows);
-  p.rows = launch.rows;
-  p.slot_rows = p.num_rows < p.rows ? p.num_rows : p.rows;
-  p.row_groups = launch.row_groups;
-  p.cost_sums = launch.cost_sums;
-  p.max_splits = fixed_splits(p.capacity);
   // A block has at most two split work units. With fixed splits, every split has a slot.
   const int64_t slots = batch_invariant ? a.B * a.G * p.row_groups * p.max_splits : 2 * int64_t(blocks);
   check_value(slots <= INT32_MAX, "batch_invariant calls must have fewer than 2^31 splits, got ", slots);
@@ -133,6 +149,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   if (value_weights) use(*value_weights, "value_weights");
   if (block_table) use(*block_table, "block_table");
   use(cache_seqlens, "cache_seqlens");
+  if (cu_seqlens_q) use(*cu_seqlens_q, "cu_seqlens_q");
   if (schedule) use(*schedule, "schedule");
   scope.uses(q, "q");
   for (const Tensor* x : {&out, &lse, &partial}) scope.makes(*x, "an output");

@@ -19,7 +19,7 @@ struct CpuKernels {
                                  int64_t end);  // blocks of 8 channels of m * G * D
   // One task. next_task is the thread's next one (-1: none), whose beginning it prefetches.
   void (*attn_decode)(const AttnDecodeParams&, int64_t task, int64_t next_task, void* workspace);
-  void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);  // (b, g, row)
+  void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);  // (query token, h)
   void (*append_kvcache)(const AppendKVCacheParams&, int64_t begin, int64_t end);  // tokens of B * S
 };
 

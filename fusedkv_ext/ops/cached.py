@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -46,15 +47,21 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if debug.active:
         checks.check_contents(call.seqlens, call.block_table, keys[0])
         _check_schedule(call)
-    if call.return_lse or call.batch_invariant:
-        folds = native_head_dim(q.shape[3], values[0].shape[3])
-    else:
-        folds = folds_cached(q, keys, values, device_type_of(q))
-    if folds:
+    if _folds(call):
         return call.fold()
+    if call.cu_seqlens_q is not None:
+        return _attend_packed(call, call.cu_seqlens_q)
     if native_head_dim(q.shape[3], values[0].shape[3]):
         return _prefill(call), None
     return _gather(call)
+
+
+def _folds(call: AttentionCall) -> bool:
+    """Whether the native kernel runs the call."""
+    q, keys, values = call.q, call.keys, call.values
+    if call.return_lse or call.batch_invariant:
+        return native_head_dim(q.shape[3], values[0].shape[3])
+    return folds_cached(q, keys, values, device_type_of(q), call.query_length)
 
 
 def append(call: AppendCall) -> Tensor:
@@ -94,6 +101,39 @@ def _check_schedule(call: AttentionCall) -> None:
     fresh = make_schedule(seqlens, S, H, G, call.capacity, left, invariant)
     if not torch.equal(call.schedule[: B + 1], fresh[: B + 1]):
         raise ValueError("schedule must be for these lengths and options; call decode_schedule again")
+
+
+def _attend_packed(call: AttentionCall, cu_seqlens_q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Packed queries of which some sequence has many rows: each such sequence alone, the others together.
+
+    The host reads ``cu_seqlens_q``, and so waits for the device.
+    """
+    q, bounds = call.q[0], cu_seqlens_q.tolist()
+    counts = [end - begin for begin, end in itertools.pairwise(bounds)]
+    if bounds[:1] != [0] or bounds[-1] != len(q) or not all(0 <= n <= call.max_seqlen_q for n in counts):
+        raise ValueError(
+            f"cu_seqlens_q must rise from 0 to {len(q)}, the tokens of q, in steps of at most max_seqlen_q = "
+            f"{call.max_seqlen_q}, got {bounds}"
+        )
+    out = q.new_empty((1, *q.shape[:2], call.values[0].shape[3]))
+    lse = q.new_empty((1, q.shape[1], q.shape[0]), dtype=torch.float32) if call.return_lse else None
+    rest = torch.ones(len(q), dtype=torch.bool)  # rows of the others
+    for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        alone = call.sequences(slice(b, b + 1), q[None, begin:end])
+        if begin == end or _folds(alone):
+            continue
+        counts[b], rest[begin:end] = 0, False
+        out[:, begin:end], own_lse = attend(alone)
+        if lse is not None and own_lse is not None:
+            lse[:, :, begin:end] = own_lse
+    if rest.any():
+        rows = rest.nonzero()[:, 0].to(q.device)
+        cu_seqlens = cu_seqlens_q.new_tensor([0, *itertools.accumulate(counts)])
+        others = call._replace(q=q[None, rows], cu_seqlens_q=cu_seqlens, max_seqlen_q=max(counts))
+        out[:, rows], own_lse = others.fold()
+        if lse is not None:
+            lse[:, :, rows] = own_lse
+    return out, lse
 
 
 def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

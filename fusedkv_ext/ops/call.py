@@ -24,9 +24,9 @@ Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of value
 class AttentionCall(NamedTuple):
     """One call of attention. Weights are contiguous float32 (m, G, D), or float64 for float64 tensors.
 
-    The first 12 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
+    The first 14 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
     keys and values are (B, T, G, D). With it they are caches: (B, capacity, G, D), or (P, page_size, G, D)
-    with a ``block_table``.
+    with a ``block_table``. With ``cu_seqlens_q`` queries are packed: q is (1, total_q, H, D).
     """
 
     q: Tensor
@@ -41,6 +41,8 @@ class AttentionCall(NamedTuple):
     right: int
     schedule: Tensor | None = None
     batch_invariant: bool = False
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int = 0
     host_seqlens: Sequence[int] | None = None
     return_lse: bool = False
     document_ids: Tensor | None = None
@@ -51,9 +53,14 @@ class AttentionCall(NamedTuple):
         return (self.keys, self.key_weights), (self.values, self.value_weights)
 
     @property
+    def query_length(self) -> int:
+        """S, the most query tokens of a sequence."""
+        return self.q.shape[1] if self.cu_seqlens_q is None else self.max_seqlen_q
+
+    @property
     def query_rows(self) -> int:
         """Query rows per KV head, S * H / G."""
-        return self.q.shape[1] * (self.q.shape[2] // self.keys[0].shape[2])
+        return self.query_length * (self.q.shape[2] // self.keys[0].shape[2])
 
     @property
     def page_size(self) -> int | None:
@@ -82,19 +89,21 @@ class AttentionCall(NamedTuple):
             out and lse.
         """
         if lengths is None:
-            return run_op("attn_with_kvcache", *self[:12])
-        return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:12])
+            return run_op("attn_with_kvcache", *self[:14])
+        return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:14])
 
     def check(self) -> None:
         """Runs the checks of the native operation: its messages without its work, on no query rows."""
         run_op("attn_with_kvcache", self.q[:, :0], *self[1:10], None, False)
 
-    def sequences(self, rows: slice) -> AttentionCall:
-        """The same call for some sequences of a cached batch."""
+    def sequences(self, rows: slice, q: Tensor | None = None) -> AttentionCall:
+        """The same call for some sequences of a cached batch. ``q``: their rows if queries are packed."""
         table = self.block_table
         paged = table is not None
         return self._replace(
-            q=self.q[rows],
+            q=self.q[rows] if q is None else q,
+            cu_seqlens_q=None,
+            max_seqlen_q=0,
             keys=self.keys if paged else [x[rows] for x in self.keys],
             values=self.values if paged else [x[rows] for x in self.values],
             cache_seqlens=self.seqlens[rows],
@@ -104,7 +113,8 @@ class AttentionCall(NamedTuple):
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> AttentionCall:
         """The call that is left once keys and values are fused: one source each, no cache, no weights."""
-        options = (self.scale, self.left, self.right, None, False, None, self.return_lse, document_ids)
+        options = (self.scale, self.left, self.right, None, False, None, 0, None)
+        options = (*options, self.return_lse, document_ids)
         return AttentionCall(q, [k], [v], None, None, None, None, *options)
 
 
@@ -149,7 +159,7 @@ def attention_call(
     checks.check_same_device(
         {"q": q, "keys": keys, "values": values, **weights, "document_ids": document_ids}
     )
-    options = (scale, left, right, None, False, None, return_lse, document_ids)
+    options = (scale, left, right, None, False, None, 0, None, return_lse, document_ids)
     return AttentionCall(q, keys, values, key_weights, value_weights, None, None, *options)
 
 
@@ -168,6 +178,8 @@ def cached_attention_call(
     schedule: Tensor | None,
     batch_invariant: bool,
     host_seqlens: Sequence[int] | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
 ) -> AttentionCall:
     """The checked arguments of ``fused_kv_attn_with_kvcache``.
 
@@ -175,17 +187,22 @@ def cached_attention_call(
     """
     keys = checks.as_list("key_caches", key_caches)
     values = checks.as_list("value_caches", value_caches)
-    optional = [x for x in (key_weights, value_weights, block_table) if x is not None]
+    optional = [x for x in (key_weights, value_weights, block_table, cu_seqlens_q) if x is not None]
     if not checks.plain_on_cpu([q, *keys, *values, cache_seqlens, *optional]):
+        weights = {"key_weights": key_weights, "value_weights": value_weights}
         checks.check_inputs(
             "fused_kv_attn_with_kvcache",
             {"q": q, "key_caches": keys, "value_caches": values, "cache_seqlens": cache_seqlens},
-            {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table},
+            {**weights, "block_table": block_table, "cu_seqlens_q": cu_seqlens_q},
             "use fused_kv_attn_func to train, torch.no_grad() and plain tensors to decode",
             ("key_caches", "value_caches"),
         )
     if q.dtype != keys[0].dtype:
         q = checks.autocast_like(q, keys[0])
+    if cu_seqlens_q is not None:
+        q, max_seqlen_q = checks.check_packed_queries(q, cu_seqlens_q, max_seqlen_q)
+    elif max_seqlen_q is not None:
+        raise ValueError(f"max_seqlen_q must be None without cu_seqlens_q, got {max_seqlen_q}")
     if not q.dim() == keys[0].dim() == values[0].dim() == 4:
         checks.check_rank4({"q": q, "key_caches": keys[:1], "value_caches": values[:1]})
     scale = checks.check_scale(softmax_scale, q.shape[3])
@@ -197,7 +214,8 @@ def cached_attention_call(
         checks.check_tensor("schedule", schedule)
         checks.check_same_device({"q": q, "schedule": schedule})
     cache = (cache_seqlens, block_table)
-    options: tuple[Any, ...] = (scale, left, right, schedule, batch_invariant, host_seqlens, return_lse)
+    options: tuple[Any, ...] = (scale, left, right, schedule, batch_invariant)
+    options = (*options, cu_seqlens_q, max_seqlen_q or 0, host_seqlens, return_lse)
     return AttentionCall(q, keys, values, key_weights, value_weights, *cache, *options)
 
 

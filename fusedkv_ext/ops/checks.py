@@ -144,6 +144,19 @@ def check_not_negated(name: str, written: Tensor) -> None:
         raise ValueError(f"{name} must be memory to write to, got a lazily negated view; call .resolve_neg()")
 
 
+def check_packed_queries(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int | None) -> tuple[Tensor, int]:
+    """q (total_q, H, D) as (1, total_q, H, D), and the most query tokens of a sequence.
+
+    Raises:
+        ValueError: q has other dims, or the most is not given.
+    """
+    if q.dim() != 3:
+        raise ValueError(f"q must have 3 dims (total_q, H, D) with cu_seqlens_q, got {tuple(q.shape)}")
+    if max_seqlen_q is None:
+        raise ValueError("max_seqlen_q must be the most query tokens of a sequence, got None")
+    return q.unsqueeze(0), max_seqlen_q
+
+
 def check_contents(cache_seqlens: Tensor, block_table: Tensor | None, cache: Tensor) -> None:
     """Checks lengths and pages of CUDA tensors, for ``debug_checks``; the CPU operations always do."""
     if not cache_seqlens.is_cuda:

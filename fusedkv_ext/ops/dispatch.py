@@ -79,13 +79,19 @@ def folds_dense(
     return aligned and q.dtype != torch.float64 and _few_rows(q, keys, values, device_type)
 
 
-def folds_cached(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
-    """Whether ``fused_kv_attn_with_kvcache`` without lse folds.
+def folds_cached(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    device_type: str,
+    query_length: int | None = None,
+) -> bool:
+    """Whether ``fused_kv_attn_with_kvcache`` without lse folds. ``query_length``: the most of packed queries.
 
     Fusing needs the lengths on the host. There are none in a graph, of torch.compile or of CUDA, and none for
     DTensors, where this process has its own sequences only.
     """
-    if _few_rows(q, keys, values, device_type):
+    if _few_rows(q, keys, values, device_type, query_length):
         return True
     return in_graph(q, device_type) and native_head_dim(q.shape[3], values[0].shape[3])
 
@@ -97,12 +103,20 @@ def in_graph(q: Tensor, device_type: str) -> bool:
     return hasattr(q, "to_local") or (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _few_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], device_type: str) -> bool:
+def _few_rows(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    device_type: str,
+    query_length: int | None = None,
+) -> bool:
     """Whether a kernel takes the head dims, and folding is the faster path for so few rows."""
     _, steps, num_heads, head_dim = q.shape
     value_dim = values[0].shape[3]
     if not native_head_dim(head_dim, value_dim):
         return False
+    if query_length is not None:
+        steps = query_length
     rows = steps * (num_heads // (keys[0].shape[2] or 1))
     if rows <= FEW_ROWS:
         return True

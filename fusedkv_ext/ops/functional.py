@@ -199,6 +199,8 @@ def fused_kv_attn_with_kvcache(
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
     host_seqlens: Sequence[int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
@@ -228,10 +230,15 @@ def fused_kv_attn_with_kvcache(
             ``return_lse``, calls with many rows then fold too, which is slow for prompts.
         host_seqlens: The numbers in cache_seqlens, if the host has them. With many rows a CUDA call then does
             not wait for the device. CUDA calls trust them; ``debug_checks`` compares.
+        cu_seqlens_q: (B + 1,) int32, for sequences with different numbers of new tokens, as in a batch that
+            mixes prefill and decoding. q is then packed, (total_q, H, D). Sequence b has its rows
+            cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1, none or more. ``schedule`` must be None. If some
+            sequence has many rows, the host reads cu_seqlens_q. A CUDA call ignores rows out of range.
+        max_seqlen_q: The most rows of a sequence, with ``cu_seqlens_q`` only.
 
     Returns:
-        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. A sequence of length 0 gives
-        zeros and -inf.
+        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. Of packed queries
+        (total_q, H, Dv) and (H, total_q). A sequence of length 0 gives zeros and -inf.
 
     Raises:
         ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode
@@ -253,8 +260,12 @@ def fused_kv_attn_with_kvcache(
         schedule,
         batch_invariant,
         host_seqlens,
+        cu_seqlens_q,
+        max_seqlen_q,
     )
     out, lse = cached.attend(call)
+    if call.cu_seqlens_q is not None:
+        out, lse = out.squeeze(0), None if lse is None else lse.squeeze(0)
     return (out, cast(Tensor, lse)) if call.return_lse else out
 
 

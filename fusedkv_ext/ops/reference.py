@@ -115,6 +115,8 @@ def fused_kv_attn_with_kvcache(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache: ``fused_kv_attn_func`` row by row.
@@ -131,17 +133,21 @@ def fused_kv_attn_with_kvcache(
         block_table: (B, max_pages): token t of sequence b is in page block_table[b, t // page_size], slot
             t % page_size. Entries beyond n are never read.
         softmax_scale, causal, window_size, return_lse: As in the operation.
+        cu_seqlens_q: (B + 1,): q is (total_q, H, D), and sequence b has S = cu_seqlens_q[b + 1] -
+            cu_seqlens_q[b] rows, from cu_seqlens_q[b] on.
+        max_seqlen_q: Not needed.
         dtype: Of the computation and the results.
 
     Returns:
-        (B, S, H, Dv) and, with ``return_lse``, (B, H, S).
+        (B, S, H, Dv) and, with ``return_lse``, (B, H, S); of packed rows (total_q, H, Dv) and (H, total_q).
     """
     key_caches, value_caches = _as_list(key_caches), _as_list(value_caches)
     outs, lses = [], []
+    sequences = q if cu_seqlens_q is None else q.split(cu_seqlens_q.diff().tolist())
     for b, length in enumerate(cache_seqlens.tolist()):
         pages = None if block_table is None else block_table[b]
         out, lse = _attend(
-            q[b],
+            sequences[b],
             _fused([_tokens(cache, b, length, pages) for cache in key_caches], key_weights, dtype or q.dtype),
             _fused(
                 [_tokens(cache, b, length, pages) for cache in value_caches], value_weights, dtype or q.dtype
@@ -150,11 +156,14 @@ def fused_kv_attn_with_kvcache(
             causal,
             window_size,
         )
-        padding = max(q.shape[1] - length, 0)
+        padding = max(len(sequences[b]) - length, 0)
         out[:padding] = 0
         lse[:, :padding] = -math.inf
         outs.append(out)
         lses.append(lse)
+    if cu_seqlens_q is not None:
+        out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+        return (out, lse) if return_lse else out
     return _stacked(q, value_caches, outs, lses, return_lse, dtype or q.dtype)
 
 

@@ -136,11 +136,13 @@ def _attn_with_kvcache(
     window_right: int,
     schedule: DTensorSpec | None,
     batch_invariant: bool,
+    cu_seqlens_q: DTensorSpec | None = None,
+    max_seqlen_q: int = 0,
 ) -> list[Rule]:
     """Results (B, S, H, Dv) and (B, H, S)."""
     caches = [*key_caches, *value_caches]
     weights = [x for x in (key_weights, value_weights) if x is not None]
-    rest = [] if schedule is None else [_WHOLE]
+    rest = [_WHOLE for x in (schedule, cu_seqlens_q) if x is not None]
 
     def rule(dim: int | None, q_dim: int | None, lse_dim: int | None) -> Rule:
         inputs = [_sharded(q_dim), *[_of_cache(dim, block_table)] * len(caches)]
@@ -150,7 +152,8 @@ def _attn_with_kvcache(
     rules = [rule(None, None, None)]
     if schedule is not None and schedule.shape.numel():
         return rules  # it was made for these sequences and this many heads
-    rules.append(rule(_BATCH, _BATCH, 0))
+    if cu_seqlens_q is None:
+        rules.append(rule(_BATCH, _BATCH, 0))
     num_kv_heads = caches[0].shape[_HEADS]
     if num_kv_heads == 1:
         rules.append(rule(None, _HEADS, 1))

@@ -35,29 +35,40 @@ inline float minus_infinity() {
 // The sequence, KV heads, rows and tokens of a task.
 struct Task {
   int64_t b, head_begin, heads, row_group, rows, split, splits;
+  QueryRange queries;
+  int64_t sequence_rows;  // query rows per KV head of the sequence
   TokenRange tokens;
 };
 
-Task find_task(const AttnDecodeParams& p, int64_t index) {
-  Task task;
-  const int64_t blocks = num_head_blocks(p), per_split = num_row_groups(p) * blocks;
-  int64_t low = 0, high = p.B;
+// The last b of 0 .. n - 1 with offset(b) <= index.
+template <typename Offset>
+int64_t find_offset(int64_t n, int64_t index, const Offset& offset) {
+  int64_t low = 0, high = n;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (p.split_offsets[middle] * per_split <= index ? low : high) = middle;
+    (offset(middle) <= index ? low : high) = middle;
   }
-  task.b = low;
-  int64_t rest = index - p.split_offsets[low] * per_split;
+  return low;
+}
+
+Task find_task(const AttnDecodeParams& p, int64_t index) {
+  Task task;
+  const int64_t blocks = num_head_blocks(p);
+  task.b = find_offset(p.B, index, [&](int64_t b) { return p.task_offsets[b] * blocks; });
+  task.queries = queries_of(p, task.b);
+  task.sequence_rows = num_rows(p, task.b);
+  const int64_t row_groups = num_row_groups(p, task.b);
+  int64_t rest = index - p.task_offsets[task.b] * blocks;
   task.head_begin = rest % blocks * p.task_heads;
   task.heads = p.G - task.head_begin < p.task_heads ? p.G - task.head_begin : p.task_heads;
   rest /= blocks;
-  task.row_group = rest % num_row_groups(p);
-  const int64_t rows = num_rows(p) - task.row_group * kMaxTaskRows;
+  task.row_group = rest % row_groups;
+  const int64_t rows = task.sequence_rows - task.row_group * kMaxTaskRows;
   task.rows = rows < kMaxTaskRows ? rows : kMaxTaskRows;
-  task.split = rest / num_row_groups(p);
-  const TokenRange all = visible_tokens(p, p.seq_lens[low]);
+  task.split = rest / row_groups;
+  const TokenRange all = visible_tokens(p, task.b);
   const int64_t grid = (all.begin / kSplitTokens + task.split) * kSplitTokens;
-  task.splits = num_splits(p, p.seq_lens[low]);
+  task.splits = num_splits(p, task.b);
   task.tokens.begin = grid < all.begin ? all.begin : grid;
   task.tokens.end = grid + kSplitTokens < all.end ? grid + kSplitTokens : all.end;
   return task;
@@ -75,7 +86,7 @@ inline Row row_of(const AttnDecodeParams& p, int64_t g, int64_t row) {
 
 // The slot of the partial result of a row of a KV head in a split.
 inline int64_t partial_slot(const AttnDecodeParams& p, int64_t b, int64_t split, int64_t g, int64_t row) {
-  return ((p.split_offsets[b] + split) * p.G + g) * num_rows(p) + row;
+  return p.partial_offsets[b] + (split * p.G + g) * num_rows(p, b) + row;
 }
 
 // ---- one task -----------------------------------------------------------------------------------
@@ -109,7 +120,7 @@ void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch
     const float* a = p.key_weights ? p.key_weights + (j * p.G + g) * p.D : nullptr;
     for (int64_t r = 0; r < w.rows; ++r) {
       const Row row = row_of(p, g, task.row_group * kMaxTaskRows + (r < task.rows ? r : 0));
-      const T* q = (const T*)p.q + task.b * p.q_stride_b + row.s * p.q_stride_s + row.h * p.q_stride_h;
+      const T* q = (const T*)p.q + query_offset(p, task.b, task.queries.first, row.s, row.h);
       for_lanes(p.D, [&](int64_t d, int n) {
         const Vec x = load(q + d, n);
         store(folded + d, a ? mul(load(a + d, n), x) : x);
@@ -232,7 +243,7 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
       P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
       for (int64_t r = 0; r < task.rows; ++r) {
         const int64_t s = row_of(p, 0, task.row_group * kMaxTaskRows + r).s;
-        TokenRange visible = visible_to_row(len - p.S + s, len, p.window_left, p.window_right);
+        TokenRange visible = visible_to_row(len - task.queries.count + s, len, p.window_left, p.window_right);
         if (visible.end > now->tokens.end) visible.end = now->tokens.end;
         softmax_row(p, w, head, r, visible, now->tokens.begin);
         ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
@@ -275,9 +286,9 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
     const int64_t row = task.row_group * kMaxTaskRows + r;
     if (task.splits == 1) {
       const Row at = row_of(p, g, row);
-      T* target = (T*)p.out + ((task.b * p.S + at.s) * p.H + at.h) * p.Dv;
+      T* target = (T*)p.out + out_offset(p, task.queries.first, at.s, at.h);
       for_lanes(p.Dv, [&](int64_t d, int n) { store(target + d, load(out + d), n); });
-      p.lse[(task.b * p.H + at.h) * p.S + at.s] = lse * kLn2;
+      p.lse[lse_offset(p, task.b, task.queries.first, at.s, at.h)] = lse * kLn2;
     } else {
       const int64_t slot = partial_slot(p, task.b, task.split, g, row);
       __builtin_memcpy(p.partial_out + slot * p.Dv, out, size_t(p.Dv) * sizeof(float));
@@ -287,7 +298,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
 }
 
 template <typename P>
-void decode(const AttnDecodeParams& p, int64_t index, int64_t next_index, void* workspace) {
+void decode(const AttnDecodeParams& p, Task task, int64_t next_index, void* workspace) {
   const int64_t pad = P::kPad;
   Scratch<P> w;
   w.rows = P::padded_rows(num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows);
@@ -298,7 +309,6 @@ void decode(const AttnDecodeParams& p, int64_t index, int64_t next_index, void* 
   w.s = w.sum + p.task_heads * w.rows * kLanes;
   w.max = w.s + w.rows * kBlock;
   w.q = (typename P::Query*)(w.max + p.task_heads * w.rows);
-  const Task task = find_task(p, index);
   w.rows = P::padded_rows(task.rows);
   P::begin_task(w.rows);
   for (int64_t head = 0; head < task.heads; ++head) fold_key_weights<P>(p, task, w, head);
@@ -314,8 +324,8 @@ void decode(const AttnDecodeParams& p, int64_t index, int64_t next_index, void* 
 
 // out = sum_k 2^(lse_k - lse) out_k over the splits k in their order. An empty sequence gives 0 and -inf.
 template <typename T>
-void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t row, int64_t splits) {
-  const Row at = row_of(p, g, row);
+void merge_row(const AttnDecodeParams& p, int64_t b, int64_t first, Row at, int64_t splits) {
+  const int64_t group = p.H / p.G, g = at.h / group, row = at.s * group + at.h % group;
   const auto slot = [&](int64_t split) { return partial_slot(p, b, split, g, row); };
   float highest = minus_infinity();
   for (int64_t k = 0; k < splits; ++k) {
@@ -331,23 +341,27 @@ void merge_row(const AttnDecodeParams& p, int64_t b, int64_t g, int64_t row, int
     const float* partial = p.partial_out + slot(k) * p.Dv;
     for (int64_t d = 0; d < p.Dv; ++d) out[d] += weight * partial[d];
   }
-  T* target = (T*)p.out + ((b * p.S + at.s) * p.H + at.h) * p.Dv;
+  T* target = (T*)p.out + out_offset(p, first, at.s, at.h);
   for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
-  p.lse[(b * p.H + at.h) * p.S + at.s] = sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
+  p.lse[lse_offset(p, b, first, at.s, at.h)] =
+      sum == 0.f ? minus_infinity() : (base + __builtin_log2f(sum)) * kLn2;
 }
 
 template <typename T>
 void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index % num_rows(p), g = index / num_rows(p) % p.G, b = index / num_rows(p) / p.G;
-    const int64_t splits = num_splits(p, p.seq_lens[b]);
-    if (splits != 1) merge_row<T>(p, b, g, row, splits);  // else the task has written the output
+    const int64_t token = index / p.H;
+    const int64_t b = find_offset(p.B, token, [&](int64_t at) { return queries_of(p, at).first; });
+    const int64_t first = queries_of(p, b).first, splits = num_splits(p, b);
+    // A task has written the output of a single split.
+    if (splits != 1) merge_row<T>(p, b, first, {token - first, index % p.H}, splits);
   }
 }
 
 }  // namespace
 
-void attn_decode(const AttnDecodeParams& p, int64_t task, int64_t next_task, void* workspace) {
+void attn_decode(const AttnDecodeParams& p, int64_t index, int64_t next_task, void* workspace) {
+  const Task task = find_task(p, index);
   switch (p.dtype) {
     case DType::f32:
       return decode<Fp32Products<float>>(p, task, next_task, workspace);
@@ -355,7 +369,7 @@ void attn_decode(const AttnDecodeParams& p, int64_t task, int64_t next_task, voi
       return decode<Fp32Products<f16>>(p, task, next_task, workspace);
     case DType::bf16:
 #if defined(FUSEDKV_AMX)
-      if (num_rows(p) >= kMinAmxRows && p.D % 32 == 0 && p.Dv % 32 == 0)
+      if (task.sequence_rows >= kMinAmxRows && p.D % 32 == 0 && p.Dv % 32 == 0)
         return decode<AmxProducts>(p, task, next_task, workspace);
 #endif
 #if defined(__AVX512BF16__)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/divisor.h"
 #include "ops/attn_decode/layout.h"
 #include "ops/attn_decode/params.h"
 #include "ops/attn_decode/schedule.h"
@@ -11,11 +12,13 @@ namespace fusedkv {
 
 struct AttnCudaParams {
   AttnDecodeParams
-      attn;              // without the CPU's members; partials: (slots, slot_rows, Dv) and (slots, slot_rows)
-  int64_t capacity;      // tokens that a sequence may have
-  int group, num_rows;   // H / G; query rows per KV head, S * H / G
-  int rows, row_groups;  // of the launch: query rows per work unit, and work units per sequence and KV head
-  int slot_rows;         // of partial results: rows without padding
+      attn;          // without the CPU's members; partials: (slots, slot_rows, Dv) and (slots, slot_rows)
+  int64_t capacity;  // tokens that a sequence may have
+  Divisor by_group, by_page_size;
+  int group;  // H / G
+  int rows,
+      row_groups;  // of the launch: query rows per work unit; work units per sequence and KV head, at most
+  int slot_rows;   // of partial results: rows without padding
   bool batch_invariant;
   int max_splits;    // of a work unit, if batch_invariant: fixed_splits of the capacity
   int cache_rows;    // sequences or pages that the caches have
@@ -35,7 +38,17 @@ struct SequenceCosts {
   int64_t window_left;
   const int32_t* seq_lens;  // (B,)
   bool batch_invariant;
+  // Packed queries: cu_seqlens_q, or nullptr. A sequence's cost is then that of all its row groups.
+  const int32_t* cu_seqlens_q;
+  int64_t total_q;
+  int group, rows;  // AttnCudaParams
 };
+
+FUSEDKV_HOST_DEVICE SequenceCosts sequence_costs(const AttnCudaParams& p) {
+  const AttnDecodeParams& a = p.attn;
+  return {a.B,       a.S,     p.capacity, a.window_left, a.seq_lens, p.batch_invariant, a.cu_seqlens_q,
+          a.total_q, p.group, p.rows};
+}
 
 struct AttnScheduleParams {
   SequenceCosts costs;

@@ -74,11 +74,11 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkCh
     const QueryRow at = query_row(p, w.g, row);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) q[r][i] = 0.f;
-    if (row < p.num_rows && d < a.D)
-      load_channels(q[r],
-                    static_cast<const typename K::T*>(a.q) + w.b * a.q_stride_b + at.s * a.q_stride_s +
-                        at.h * a.q_stride_h + d,
-                    p.aligned);
+    if (row < w.num_rows && d < a.D)
+      load_channels(
+          q[r],
+          static_cast<const typename K::T*>(a.q) + query_offset(a, w.b, w.queries.first, at.s, at.h) + d,
+          p.aligned);
     visible[r] = visible_tokens(p, w, row);
   }
   bool bad = false;

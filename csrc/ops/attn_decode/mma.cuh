@@ -106,10 +106,9 @@ __device__ __forceinline__ void copy_tile(const AttnCudaParams& p, const WorkChu
 // The channels of a query row; nullptr for rows beyond the last.
 template <typename T>
 __device__ __forceinline__ const T* query_data(const AttnCudaParams& p, const WorkChunk& w, int row) {
-  if (row >= p.num_rows) return nullptr;
+  if (row >= w.num_rows) return nullptr;
   const QueryRow at = query_row(p, w.g, row);
-  return static_cast<const T*>(p.attn.q) + w.b * p.attn.q_stride_b + at.s * p.attn.q_stride_s +
-         at.h * p.attn.q_stride_h;
+  return static_cast<const T*>(p.attn.q) + query_offset(p.attn, w.b, w.queries.first, at.s, at.h);
 }
 
 // q (.) a of two adjacent channels, rounded once.
@@ -118,10 +117,9 @@ __device__ __forceinline__ uint32_t folded_pair(uint32_t q, float a0, float a1) 
   return pack(widen(T{uint16_t(q)}) * a0, widen(T{uint16_t(q >> 16)}) * a1, T{});
 }
 
-// b_j of channel d. Of a channel that exists, so that the loads of many channels are in flight together: the
-// values of the others are zeros.
-__device__ __forceinline__ float value_weight(const AttnDecodeParams& p, int j, int g, int d) {
-  return p.value_weights ? load(p.value_weights + (j * p.G + g) * p.Dv + (d < p.Dv ? d : 0)) : 1.f;
+// b_j of a KV head; nullptr: all ones.
+__device__ __forceinline__ const float* value_weights(const AttnDecodeParams& p, int j, int g) {
+  return p.value_weights ? p.value_weights + (j * p.G + g) * p.Dv : nullptr;
 }
 
 }  // namespace fusedkv

@@ -306,7 +306,10 @@ __global__ void __launch_bounds__(K::kThreads, 1)
         const int d = (warp * K::kChannelTiles + m) * 16 + half * 8 + lane / 4;
         float weights[K::kValues];
 #pragma unroll
-        for (int j = 0; j < K::kValues; ++j) weights[j] = value_weight(p.attn, j, w.g, d);
+        for (int j = 0; j < K::kValues; ++j) {
+          const float* b = value_weights(p.attn, j, w.g);
+          weights[j] = b && d < p.attn.Dv ? load(b + d) : 1.f;
+        }
 #pragma unroll
         for (int n = 0; n < K::kRows / 8; ++n)
 #pragma unroll

@@ -249,21 +249,29 @@ __device__ __forceinline__ void store_state(const AttnCudaParams& p, const WorkC
     if (lane < 4) ptx::st_shared_f32(to.maxima + (row + r) * 4, state.max[r]);
     if (lane < 4) ptx::st_shared_f32(to.sums + (row + r) * 4, state.sum[r]);
   }
+  // All loads of a source's weights are in flight together.
+  float out[K::kSteps * 2][2] = {};
 #pragma unroll
-  for (int step = 0; step < K::kSteps; ++step)
+  for (int j = 0; j < K::kValues; ++j) {
+    const float* weights = value_weights(p.attn, j, w.g);
+    float b[K::kSteps * 2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int d = step * 16 + half * 8 + lane / 4;
-      float out[2] = {0.f, 0.f};
+    for (int i = 0; i < K::kSteps * 2; ++i) b[i] = 1.f;
+    if (weights) {
 #pragma unroll
-      for (int j = 0; j < K::kValues; ++j) {
-        const float b = value_weight(p.attn, j, w.g, d);
-        out[0] += b * state.o[j][step][half * 2];
-        out[1] += b * state.o[j][step][half * 2 + 1];
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) ptx::st_shared_f32(to.outs + ((row + r) * to.pitch + d) * 4, out[r]);
+      for (int i = 0; i < K::kSteps * 2; ++i)
+        if (i * 8 + lane / 4 < p.attn.Dv) b[i] = load(weights + lane / 4 + i * 8);
     }
+#pragma unroll
+    for (int i = 0; i < K::kSteps * 2; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) out[i][r] += b[i] * state.o[j][i / 2][i % 2 * 2 + r];
+  }
+  const uint32_t first = to.outs + (row * to.pitch + lane / 4) * 4;
+#pragma unroll
+  for (int i = 0; i < K::kSteps * 2; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) ptx::st_shared_f32(first + (r * to.pitch + i * 8) * 4, out[i][r]);
 }
 
 template <typename K>

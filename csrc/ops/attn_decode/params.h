@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 #include "common/limits.h"
 #include "ops/attn_decode/visibility.h"
 
@@ -29,9 +30,13 @@ struct CacheTensor {
 
 struct AttnDecodeParams {
   DType dtype;                // of q, the caches and out: f32, bf16 or f16
-  int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8
-  const void* q;              // (B, S, H, D)
+  int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8; packed queries: S is the most
+  // q is (B, S, H, D). With cu_seqlens_q it is packed, (1, total_q, H, D): sequence b has the query tokens
+  // cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1.
+  const void* q;
   int64_t q_stride_b, q_stride_s, q_stride_h;
+  const int32_t* cu_seqlens_q;      // (B + 1,) or nullptr
+  int64_t total_q;                  // query tokens of all sequences
   int num_keys, num_values;         // sources of keys and of values, 1 .. kMaxSources
   CacheTensor keys[kMaxSources];    // head dim D
   CacheTensor values[kMaxSources];  // head dim Dv
@@ -45,37 +50,69 @@ struct AttnDecodeParams {
   int64_t window_left, window_right;  // visibility.h
 
   // CPU. A task is one (sequence, split, row group, block of task_heads KV heads).
-  int64_t task_heads;            // KV heads that a task processes together
-  const int64_t* split_offsets;  // (B + 1,) first split of each sequence
+  int64_t task_heads;              // KV heads that a task processes together
+  const int64_t* task_offsets;     // (B + 1,) first task of each sequence, of one block of heads
+  const int64_t* partial_offsets;  // (B + 1,) first partial row of each sequence
 
-  // Partial results. CPU: of the splits of sequences with several, (splits, G, rows, Dv) and (splits, G,
-  // rows). CUDA: cuda_params.h.
+  // Partial results. CPU: of each sequence (splits, G, its rows, Dv) and (splits, G, its rows). CUDA:
+  // cuda_params.h.
   float* partial_out;  // normalized output of a split
   float* partial_lse;  // its log2-sum-exp2
 
-  void* out;   // (B, S, H, Dv) contiguous
-  float* lse;  // (B, H, S) natural log
+  void* out;   // (total_q, H, Dv) contiguous
+  float* lse;  // (B, H, S), packed queries: (H, total_q); natural log
 };
 
-// The tokens that any query row of a sequence of `len` tokens sees.
-static inline TokenRange visible_tokens(const AttnDecodeParams& p, int64_t len) {
-  return visible_to_any_row(len, p.S, p.window_left);
+// The query tokens of a sequence, in q and in out.
+struct QueryRange {
+  int64_t first, count;
+};
+
+FUSEDKV_HOST_DEVICE int64_t query_offset(const AttnDecodeParams& p, int64_t b, int64_t first, int64_t s,
+                                         int64_t h) {
+  return (p.cu_seqlens_q ? first * p.q_stride_s : b * p.q_stride_b) + s * p.q_stride_s + h * p.q_stride_h;
+}
+
+FUSEDKV_HOST_DEVICE int64_t out_offset(const AttnDecodeParams& p, int64_t first, int64_t s, int64_t h) {
+  return ((first + s) * p.H + h) * p.Dv;
+}
+
+FUSEDKV_HOST_DEVICE int64_t lse_offset(const AttnDecodeParams& p, int64_t b, int64_t first, int64_t s,
+                                       int64_t h) {
+  return p.cu_seqlens_q ? h * p.total_q + first + s : (b * p.H + h) * p.S + s;
+}
+
+// ---- CPU ----------------------------------------------------------------------------------------
+
+static inline QueryRange queries_of(const AttnDecodeParams& p, int64_t b) {
+  if (!p.cu_seqlens_q) return {b * p.S, p.S};
+  return {p.cu_seqlens_q[b], p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]};
+}
+
+// The tokens that any query row of sequence b sees.
+static inline TokenRange visible_tokens(const AttnDecodeParams& p, int64_t b) {
+  return visible_to_any_row<int64_t>(p.seq_lens[b], queries_of(p, b).count, p.window_left);
 }
 
 // Splits lie on a fixed grid, so that a sliding window does not move every split.
-static inline int64_t num_splits(const AttnDecodeParams& p, int64_t len) {
-  const TokenRange range = visible_tokens(p, len);
-  if (range.begin >= range.end) return 0;
+static inline int64_t num_splits(const AttnDecodeParams& p, int64_t b) {
+  const TokenRange range = visible_tokens(p, b);
+  if (range.begin >= range.end || queries_of(p, b).count == 0) return 0;
   return (range.end - 1) / kSplitTokens - range.begin / kSplitTokens + 1;
 }
 
-// Query rows of one KV head, and how they are divided among tasks.
+// Query rows of one KV head: of a sequence with S query tokens, the most, and of sequence b.
 static inline int64_t num_rows(const AttnDecodeParams& p) {
   return p.S * (p.H / p.G);
 }
 
-static inline int64_t num_row_groups(const AttnDecodeParams& p) {
-  return (num_rows(p) + kMaxTaskRows - 1) / kMaxTaskRows;
+static inline int64_t num_rows(const AttnDecodeParams& p, int64_t b) {
+  return queries_of(p, b).count * (p.H / p.G);
+}
+
+// How a sequence's rows are divided among tasks.
+static inline int64_t num_row_groups(const AttnDecodeParams& p, int64_t b) {
+  return (num_rows(p, b) + kMaxTaskRows - 1) / kMaxTaskRows;
 }
 
 static inline int64_t num_head_blocks(const AttnDecodeParams& p) {

@@ -31,6 +31,25 @@ __device__ __forceinline__ int inclusive_sum(int x) {
   return x;
 }
 
+// The query tokens of a sequence, in q and in out.
+struct Queries {
+  int first, count;
+};
+
+// None for packed queries that are out of range: nothing of theirs is read or written.
+__device__ __forceinline__ Queries find_queries(const int32_t* cu_seqlens_q, int64_t b, int64_t S,
+                                                int64_t total_q) {
+  if (!cu_seqlens_q) return {int(b * S), int(S)};
+  const int first = load(cu_seqlens_q + b);
+  const int64_t count = load(cu_seqlens_q + b + 1) - int64_t(first);
+  const bool in_range = first >= 0 && count >= 0 && count <= S && first + count <= total_q;
+  return {first, in_range ? int(count) : 0};
+}
+
+__device__ __forceinline__ int row_groups_of(int num_rows, int rows) {
+  return (num_rows + rows - 1) / rows;
+}
+
 // Calls write(b, cost of all sequences before b) for b = 0 .. B. The threads of the block take one sequence
 // each at a time; costs are summed within warps, then over the warps. `scratch` is a word per warp.
 template <typename Write>
@@ -41,9 +60,12 @@ __device__ __forceinline__ void sum_costs(const SequenceCosts& c, int threads, u
   for (int64_t round = 0; round < c.B; round += threads) {
     const int64_t b = round + threadIdx.x;
     int cost = 0;
-    if (b < c.B)
-      cost = sequence_cost(visible_kv_tiles(load(c.seq_lens + b), c.S, c.capacity, c.window_left),
+    if (b < c.B) {
+      const Queries queries = find_queries(c.cu_seqlens_q, b, c.S, c.total_q);
+      cost = sequence_cost(visible_kv_tiles(load(c.seq_lens + b), queries.count, c.capacity, c.window_left),
                            c.batch_invariant);
+      if (c.cu_seqlens_q) cost *= row_groups_of(queries.count * c.group, c.rows);
+    }
     const int in_warp = inclusive_sum(cost);
     if (lane == 31) ptx::st_shared_b32(scratch + warp * 4, in_warp);
     __syncthreads();
@@ -67,8 +89,7 @@ __device__ __forceinline__ void copy_cost_sums(const AttnCudaParams& p, int thre
   if (p.schedule) {
     for (int b = threadIdx.x; b <= a.B; b += threads) write(b, load(p.schedule + b));
   } else {
-    sum_costs({a.B, a.S, p.capacity, a.window_left, a.seq_lens, p.batch_invariant}, threads, shared_base(),
-              write);
+    sum_costs(sequence_costs(p), threads, shared_base(), write);
   }
   __syncthreads();
 }
@@ -81,6 +102,11 @@ __device__ __forceinline__ int cost_before(const AttnCudaParams& p, int b) {
 
 // ---- chunks ------------------------------------------------------------------------------------
 
+// How often the cost of a sequence counts: once per KV head and, if it is that of one row group, per group.
+__device__ __forceinline__ int units_per_cost(const AttnCudaParams& p) {
+  return p.attn.cu_seqlens_q ? int(p.attn.G) : int(p.attn.G) * p.row_groups;
+}
+
 // This block's range of the row of all work units, whose total cost is `total`.
 struct BlockWork {
   int64_t begin, end, quota, total;
@@ -91,7 +117,7 @@ struct BlockWork {
 __device__ __forceinline__ BlockWork begin_block(const AttnCudaParams& p, int threads) {
   ptx::grid_dependency_wait();
   copy_cost_sums(p, threads);
-  const int64_t total = int64_t(cost_before(p, int(p.attn.B))) * (p.attn.G * p.row_groups);
+  const int64_t total = int64_t(cost_before(p, int(p.attn.B))) * units_per_cost(p);
   const int64_t quota = block_quota(total, gridDim.x, p.batch_invariant), begin = blockIdx.x * quota;
   return {begin, begin + quota < total ? begin + quota : total, quota, total};
 }
@@ -99,7 +125,9 @@ __device__ __forceinline__ BlockWork begin_block(const AttnCudaParams& p, int th
 // One block's part of a work unit (schedule.h): split `split` of `splits`. Each split has a slot for its
 // partial result.
 struct WorkChunk {
-  int b, g, row_begin;          // sequence, KV head, first query row
+  int b, g, row_begin;  // sequence, KV head, first query row
+  int num_rows;         // query rows per KV head of the sequence
+  Queries queries;
   int len;                      // valid tokens; -1: out of range, the output is NaN
   int token_begin, token_end;   // tokens of the chunk; both 0 for an empty sequence
   int split, splits;            // splits == 0: nothing to do before `next`
@@ -133,11 +161,16 @@ __device__ __forceinline__ int quotas_of(int64_t cost, int64_t quota) {
 
 // The chunk at `at` of the row of all work units, the same for all threads of the block.
 __device__ __forceinline__ WorkChunk find_chunk(const AttnCudaParams& p, int64_t at, const BlockWork& work) {
-  const int units = int(p.attn.G) * p.row_groups;
   WorkChunk w;
-  w.b = find_sequence(p, at, units);
-  const int sequence = cost_before(p, w.b), cost = cost_before(p, w.b + 1) - sequence;
-  const int64_t begin = int64_t(sequence) * units;
+  w.b = find_sequence(p, at, units_per_cost(p));
+  w.queries = find_queries(p.attn.cu_seqlens_q, w.b, p.attn.S, p.attn.total_q);
+  w.num_rows = w.queries.count * p.group;
+  w.len = load(p.attn.seq_lens + w.b);
+  const int row_groups = row_groups_of(w.num_rows, p.rows), units = int(p.attn.G) * row_groups;
+  const int sequence = cost_before(p, w.b);
+  int cost = cost_before(p, w.b + 1) - sequence;
+  if (p.attn.cu_seqlens_q) cost = row_groups > 0 ? cost / row_groups : 0;
+  const int64_t begin = int64_t(sequence) * units_per_cost(p);
   const int64_t unit = cost > 0 ? (at - begin) / cost : units;
   const int64_t start = begin + unit * cost, stop = start + cost;
   // True for a schedule of another call.
@@ -148,8 +181,7 @@ __device__ __forceinline__ WorkChunk find_chunk(const AttnCudaParams& p, int64_t
   }
   w.g = int(unit) % int(p.attn.G);
   w.row_begin = int(unit) / int(p.attn.G) * p.rows;
-  w.len = load(p.attn.seq_lens + w.b);
-  const KVTileRange tiles = visible_kv_tiles(w.len, p.attn.S, p.capacity, p.attn.window_left);
+  const KVTileRange tiles = visible_kv_tiles(w.len, w.queries.count, p.capacity, p.attn.window_left);
   int tile_begin, tile_end;
   if (p.batch_invariant) {
     w.next = at + 1;
@@ -157,7 +189,7 @@ __device__ __forceinline__ WorkChunk find_chunk(const AttnCudaParams& p, int64_t
     // A schedule of other lengths may want more splits than there are slots.
     w.splits = cost < p.max_splits ? cost : p.max_splits;
     if (w.split >= w.splits) w.splits = 0;
-    w.counter = w.b * units + int(unit);
+    w.counter = w.b * (int(p.attn.G) * p.row_groups) + int(unit);
     w.slot0 = w.counter * p.max_splits;
     w.slot1 = w.slot0 + 1;
     w.slot_step = 1;
@@ -179,7 +211,7 @@ __device__ __forceinline__ WorkChunk find_chunk(const AttnCudaParams& p, int64_t
   }
   if (w.len < 0 || w.len > p.capacity) w.len = -1;
   const int len = w.len < 0 ? 0 : w.len;
-  const int visible = visible_to_any_row<int>(len, int(p.attn.S), int(p.attn.window_left)).begin;
+  const int visible = visible_to_any_row<int>(len, w.queries.count, int(p.attn.window_left)).begin;
   w.token_begin = tile_begin * kKVTileTokens > visible ? tile_begin * kKVTileTokens : visible;
   w.token_end = tile_end * kKVTileTokens < len ? tile_end * kKVTileTokens : len;
   if (w.token_end < w.token_begin) w.token_end = w.token_begin;
@@ -205,21 +237,21 @@ struct QueryRow {
 };
 
 __device__ __forceinline__ QueryRow query_row(const AttnCudaParams& p, int g, int row) {
-  const int s = row / p.group;
+  const int s = divide(row, p.by_group);
   return {s, g * p.group + row - s * p.group};
 }
 
 // Query rows of a chunk: the last group of rows may be smaller.
 __device__ __forceinline__ int rows_of_chunk(const AttnCudaParams& p, const WorkChunk& w) {
-  const int rows = p.num_rows - w.row_begin;
+  const int rows = w.num_rows - w.row_begin;
   return rows < p.rows ? rows : p.rows;
 }
 
 // The tokens that a query row sees; none for rows beyond the last.
 __device__ __forceinline__ TokenRangeOf<int> visible_tokens(const AttnCudaParams& p, const WorkChunk& w,
                                                             int row) {
-  if (row >= p.num_rows) return {0, 0};
-  const int position = w.len - int(p.attn.S) + query_row(p, w.g, row).s;
+  if (row >= w.num_rows) return {0, 0};
+  const int position = w.len - w.queries.count + query_row(p, w.g, row).s;
   return visible_to_row(position, w.len, int(p.attn.window_left), int(p.attn.window_right));
 }
 
@@ -233,8 +265,9 @@ struct TokenPlace {
 __device__ __forceinline__ TokenPlace find_token(const AttnCudaParams& p, const WorkChunk& w, int t) {
   if (t < w.token_begin || t >= w.token_end) return {0, -1};
   if (!p.attn.block_table) return {w.b, t};
-  const int page_size = int(p.attn.page_size);
-  return {load(p.attn.block_table + w.b * p.attn.block_table_stride + t / page_size), t % page_size};
+  const int page = divide(t, p.by_page_size);
+  return {load(p.attn.block_table + w.b * p.attn.block_table_stride + page),
+          t - page * int(p.attn.page_size)};
 }
 
 // Whether there is a token; `bad` if its page is out of range.
@@ -260,7 +293,7 @@ __device__ __forceinline__ void store_output(const AttnCudaParams& p, const Work
   Vector<T, N> narrowed;
 #pragma unroll
   for (int c = 0; c < N; ++c) narrow(x.element[c], &narrowed.element[c]);
-  T* to = static_cast<T*>(a.out) + ((w.b * a.S + row.s) * a.H + row.h) * a.Dv + d;
+  T* to = static_cast<T*>(a.out) + out_offset(a, w.queries.first, row.s, row.h) + d;
   store(reinterpret_cast<Vector<T, N>*>(to), narrowed);
 }
 
@@ -329,7 +362,7 @@ __device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, uint32
       store_output<T>(p, w, row, d, out);
     }
     if (part == 0 && lane == 0)
-      store(a.lse + (w.b * a.H + row.h) * a.S + row.s,
+      store(a.lse + lse_offset(a, w.b, w.queries.first, row.s, row.h),
             sum == 0.f ? minus_infinity() : (base + log2f(sum)) * kLn2);
   }
 }
@@ -342,7 +375,7 @@ __device__ __forceinline__ void write_result(const AttnCudaParams& p, const Work
   if (w.splits == 1) {
     const QueryRow row = query_row(p, w.g, w.row_begin + r);
     store_output<T>(p, w, row, d, out);
-    if (d == 0) store(a.lse + (w.b * a.H + row.h) * a.S + row.s, lse * kLn2);
+    if (d == 0) store(a.lse + lse_offset(a, w.b, w.queries.first, row.s, row.h), lse * kLn2);
   } else {
     const int64_t at = w.slot(w.split) * p.slot_rows + r;
     store(reinterpret_cast<Vector<float, N>*>(a.partial_out + at * a.Dv + d), out);
