@@ -217,6 +217,16 @@ def parts(kernel: Kernel, trace: Iterable[tuple[Instruction, bool]]) -> dict[str
     return costs
 
 
+def by_function(kernel: Kernel, trace: Iterable[tuple[Instruction, bool]]) -> dict[str, Cost]:
+    """Costs of a whole piece, its steps included, by the outermost two functions that the kernel calls."""
+    clock = Clock()
+    costs: dict[str, Cost] = {}
+    for code, active in trace:
+        calls = [name for name in reversed(chain(kernel, code)) if name not in ("", KERNEL)]
+        costs.setdefault("/".join(calls[:2]) or "the kernel itself", Cost()).add(*clock.issue(code, active))
+    return costs
+
+
 def chain(kernel: Kernel, code: Instruction) -> list[str]:
     """The functions that an instruction is in, from the innermost outwards."""
     return [kernel.functions[name][line] for name, line in code.source if line < len(kernel.functions[name])]
@@ -250,8 +260,8 @@ def markdown(columns: dict[str, dict[str, Cost]]) -> str:
     names = list(columns)
     header = ["part", *(f"{name}: {what}" for name in names for what in ("instructions", "cycles (waits)"))]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for part in columns[names[0]]:
-        costs = [columns[name][part] for name in names]
+    for part in dict.fromkeys(part for column in columns.values() for part in column):
+        costs = [columns[name].get(part, Cost()) for name in names]
         cells = [(f"{c.instructions:,}", f"{c.cycles:,} ({c.waits})") for c in costs]
         lines.append([part, *(cell for pair in cells for cell in pair)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -284,6 +294,9 @@ def main() -> int:
         "--splits", type=int, nargs="+", default=[9, 17, 43], help="of a sequence and KV head"
     )
     parser.add_argument("--page", type=Path, help="write the tables into this page, between its marks")
+    parser.add_argument(
+        "--functions", action="store_true", help="by function instead, of the first rows and splits"
+    )
     arguments = parser.parse_args()
     tables: dict[int, dict[str, dict[str, Cost]]] = {m: {} for m in arguments.sources}
     try:
@@ -293,14 +306,18 @@ def main() -> int:
                 copy_sources(tree, Path(folder))
                 for m in arguments.sources:
                     kernel = compile_kernel(Path(folder), m)
-                    tables[m][name or tree] = measure(kernel, arguments.rows, arguments.splits)
+                    if arguments.functions:
+                        trace = warp(kernel, arguments.rows[0], arguments.splits[0]).run()
+                        tables[m][name or tree] = by_function(kernel, trace)
+                    else:
+                        tables[m][name or tree] = measure(kernel, arguments.rows, arguments.splits)
     except (CannotModelError, NotImplementedError, RuntimeError) as error:
         print(f"sass_cycles: {error}", file=sys.stderr)
         return 1
     titles = {1: "One source (m = 1):", 2: "Two sources (m = 2):"}
     text = "\n\n".join(f"{titles[m]}\n\n{markdown(table)}" for m, table in tables.items())
     print(text)
-    if arguments.page:
+    if arguments.page and not arguments.functions:
         write_page(arguments.page, f"\n{text}\n")
     return 0
 

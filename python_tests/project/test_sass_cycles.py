@@ -377,3 +377,14 @@ def test_parts_grow_with_what_they_depend_on(kernel: sass_cycles.Kernel) -> None
     fold = few["query fold"]
     # All loads of the queries and of the weights are in flight together.
     assert fold.instructions > 100 and fold.waits <= 2
+
+
+def test_costs_by_function_add_up_to_the_whole(kernel: sass_cycles.Kernel) -> None:
+    trace = list(sass_cycles.warp(kernel, rows=1, splits=2).run())
+    clock = Clock()
+    for code, active in trace:
+        clock.issue(code, active)
+    costs = sass_cycles.by_function(kernel, trace)
+    assert sum(cost.instructions for cost in costs.values()) == len(trace)
+    assert sum(cost.cycles for cost in costs.values()) == clock.now
+    assert any(name.startswith("run_steps/fold_queries") for name in costs)
