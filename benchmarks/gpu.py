@@ -1,6 +1,7 @@
 """Times the operations on a GPU beside their rivals and beside what the GPU's memory can do.
 
-    python benchmarks/gpu.py --json FILE [--quick] [--families decode,fuse,...] [--seconds N] [--no-compile]
+    python benchmarks/gpu.py --json FILE [--quick | --headline] [--families decode,fuse,...] [--seconds N]
+                             [--no-compile] [--stall N]
     python benchmarks/gpu.py --report FILE.json          markdown tables of a result
     python benchmarks/gpu.py --device cpu                dry run of every cell on tiny shapes
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -32,13 +34,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times the operations on a GPU beside their rivals.")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: dry run, tiny shapes")
     parser.add_argument("--families", default=",".join(FAMILIES), help="of %(default)s")
-    parser.add_argument("--quick", action="store_true", help="a dozen representative cells")
+    parser.add_argument("--quick", action="store_true", help="representative cells of each family")
+    parser.add_argument("--headline", action="store_true", help="the most important cells only")
     parser.add_argument("--seconds", type=float, help="end within this time")
     parser.add_argument("--stall", type=float, default=120, help="give a cell up after that many seconds")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--report", type=Path, help="print markdown tables of this result")
+    parser.add_argument("--profile", action="store_true", help="only run the headline, for a profiler")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,6 +65,7 @@ def work(args: argparse.Namespace) -> int:
             device=args.device,
             families=args.families,
             only_quick=args.quick,
+            only_headline=args.headline,
             compile_peers=not args.no_compile,
             deadline=args.deadline,
             commit=args.commit,
@@ -91,7 +96,8 @@ def watch(args: argparse.Namespace) -> int:
         log = Path(folder) / "log"
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(log)]
         command += ["--device", args.device, "--families", ",".join(args.families)]
-        command += ["--quick"] * args.quick + ["--no-compile"] * args.no_compile
+        flags = {"--quick": args.quick, "--headline": args.headline, "--no-compile": args.no_compile}
+        command += [name for name, given in flags.items() if given]
         command += ["--commit", args.commit] if args.commit else []
         if ends is not None:
             # No cell is begun in the last tenth.
@@ -120,10 +126,19 @@ def main() -> int:
         from suite import tables
 
         result = json.loads(args.report.read_text())
-        # scripts/gpu_check.sh puts the result into a file of its own.
-        print(tables.gpu_tables(result.get("benchmark", result)), end="")
+        # scripts/gpu_check.sh puts the results of its steps into a file of its own.
+        print(tables.gpu_tables(report.merged(result) if "benchmarks" in result else result), end="")
         return 0
-    return work(args) if args.worker else watch(args)
+    if args.profile:
+        from suite.gpu import decode
+
+        decode.profile(args.device)
+        return 0
+    if args.worker:
+        return work(args)
+    # Ends the worker, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return watch(args)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ class Entry:
         calls: Per sample, for short ones.
         peak_mb: Measured before.
         flops: Of the operation; 0: not counted.
+        captured: A GPU times replays of a CUDA graph; False: calls as they are, with what the host does.
     """
 
     op: str
@@ -78,6 +79,7 @@ class Entry:
     calls: int = 1
     peak_mb: float | None = None
     flops: float = 0.0
+    captured: bool = True
 
     @property
     def ours(self) -> Contestant:
@@ -94,7 +96,8 @@ def _contestant(run: Call | Sequence[Call], check: Check | None = None) -> Conte
 
 @dataclass
 class Cell:
-    """Entries that are timed in the same rounds.
+    """Entries that are timed in the same rounds. Entries with one and the same dictionary of peers share
+    their times.
 
     cold: caches are displaced before each call. slow: a round takes seconds, so there are fewer. base: label
     of the entry that the others are compared with. twin: the same entries and peers at a small size; each of
@@ -165,19 +168,23 @@ class _Place:
 
 
 class Bench:
-    """Times cells. partial: receives each row before its peers are tried."""
+    """Times cells. partial: receives each row before its peers are tried; trying: the name of each peer."""
 
     def __init__(self, clock: Clock, partial: Callable[[Row], None] = lambda row: None) -> None:
         self.clock, self.partial = clock, partial
+        self.trying: Callable[[str], None] = lambda name: None
 
     def rows(self, cell: Cell) -> list[Row]:
         """Checks every entry and its peers, then times them. Raises WrongResult."""
-        places = [self._place(cell, i) for i in range(len(cell.entries))]
+        places: list[_Place] = []
+        for i in range(len(cell.entries)):
+            places.append(self._place(cell, i, places))
         names = sorted({entry.roof for entry in cell.entries if entry.roof})
         roofs = {name: self.clock.roof(name, cell.cold) for name in names}
         running = [timed for group, _ in roofs.values() for timed in group]
         self.clock.sample(running, 1)  # warms up
-        running += [timed for place in places for timed in (place.mine, *_fastest(place.rivals))]
+        timed_here = [timed for place in places for timed in (place.mine, *_fastest(place.rivals))]
+        running += {id(timed): timed for timed in timed_here}.values()
         rounds = self.clock.rounds(running, cell.slow)
         for timed in running:
             timed.samples.clear()
@@ -190,19 +197,24 @@ class Bench:
         }
         return [self._row(cell, places, place, per_unit) for place in places]
 
-    def _place(self, cell: Cell, index: int) -> _Place:
+    def _place(self, cell: Cell, index: int, earlier: Sequence[_Place]) -> _Place:
         entry, clock = cell.entries[index], self.clock
         small = cell.twin.entries[index] if cell.twin else None
         mine = clock.ready(entry.ours, entry.check, entry, cell, small and small.ours)
         clock.sample([mine], clock.estimates)
         place = _Place(entry, mine)
         self.partial(self._row(cell, [place], place, {}))
+        for other in earlier:
+            if other.entry.peers is entry.peers:
+                place.rivals, place.missing = other.rivals, other.missing
+                return place
         for name in entry.peers:
             peer, rehearsal = entry.peer(name), small and small.peer(name)
             reasons = [each for each in (rehearsal, peer) if isinstance(each, str)]
             if reasons:
                 place.missing[name] = reasons[0]
                 continue
+            self.trying(name)
             try:
                 check = peer.check or _like_ours(f"{entry.op}, {shape_text(entry.params)}: {name}", entry)
                 ready = clock.ready(peer, check, entry, cell, rehearsal)

@@ -108,6 +108,21 @@ def collect(events: Iterable[Record]) -> Record:
     return result
 
 
+def merged(checked: Record) -> Record:
+    """The benchmarks in a report of scripts/gpu_check.sh as one. Of a row that two have, the later one."""
+    parts = list(checked["benchmarks"].values())
+    rows: dict[tuple[str, str, str], Record] = {}
+    for row in (row for part in parts for row in part["rows"]):
+        key = row["family"], row["op"], row["shape"]
+        if key not in rows or not row["error"]:
+            rows[key] = row
+    found = list(rows.values())
+    result = parts[0] | {"rows": found, "geomean": geomeans(found), "two_sources_per_byte": per_byte(found)}
+    result["machine"] = parts[0]["machine"] | {"commit": checked["commit"]}
+    result["not_run"] = {cell: reason for part in parts for cell, reason in part["not_run"].items()}
+    return result
+
+
 def per_byte(rows: list[Record]) -> float | None:
     """Time of two sources over twice the time of one, over all decode shapes that have both."""
     times: dict[tuple[str, str], dict[str, float]] = {}

@@ -107,8 +107,10 @@ def _microseconds(row: Record) -> str:
     return f"{short(row['us'])} ({short(row['us_low'])} to {short(row['us_high'])})"
 
 
-def _beside(row: Record) -> str:
+def _beside(row: Record, versus: bool) -> str:
     parts = [f"{times(peer['x'])} {name}" for name, peer in by_time(row)]
+    if versus and row["versus"]:
+        parts.append(f"{times(row['versus']['x'])} of the time of {row['versus']['to']}")
     parts += [f"{name}: none" for name, peer in row["peers"].items() if "reason" in peer]
     return ", ".join(parts)
 
@@ -119,9 +121,11 @@ def _shares(row: Record) -> list[str]:
     return [bandwidth, share]
 
 
-def _operations(rows: Sequence[Record]) -> str:
+def _operations(rows: Sequence[Record], versus: bool = False) -> str:
     titles = ["operation", "shape", "dtype", "us (quartiles)", "GB/s", "of the roof", "times as fast as"]
-    lines = [[r["op"], r["shape"], r["dtype"], _microseconds(r), *_shares(r), _beside(r)] for r in rows]
+    lines = [
+        [r["op"], r["shape"], r["dtype"], _microseconds(r), *_shares(r), _beside(r, versus)] for r in rows
+    ]
     if any(row.get("tflop_per_s") for row in rows):
         titles.insert(5, "TFLOP/s")
         for row, cells in zip(rows, lines, strict=True):
@@ -220,7 +224,7 @@ def gpu_tables(result: Result) -> str:
         rows = [row for row in result["rows"] if row["family"] == family]
         if rows:
             parts.append(f"\n### {title}\n")
-            parts += [_operations(group) for group in _same_peers(rows)]
+            parts += [_operations(group, versus=True) for group in _same_peers(rows)]
             parts += _notes(rows)
     parts += [f"\n{line}." for line in means(result)]
     if result["not_run"]:
@@ -232,8 +236,8 @@ def _same_peers(rows: list[Record]) -> list[list[Record]]:
     """One table each for one and for two sources, whose peers differ; rows by the numbers in their shapes."""
     rows = [row for row in rows if row.get("us") is not None]
     rows.sort(key=lambda row: [int(n) for n in re.findall(r"\d+", row["shape"])])
-    single = [row for row in rows if row["op"] == "decode, 1 source"]
-    other = [row for row in rows if row["op"] != "decode, 1 source"]
+    single = [row for row in rows if row["op"].startswith("decode, 1 source")]
+    other = [row for row in rows if row not in single]
     return [group for group in (other, single) if group]
 
 

@@ -22,13 +22,14 @@ from fusedkv_ext.testing import WrongResult
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from suite import report, tables
+from suite.clocks import GraphClock
 from suite.gpu import decode, worker
 from suite.gpu.inputs import Decode, DecodeInputs
 from suite.gpu.lab import Lab
 from suite.gpu.supervise import read_log, supervise
 from suite.gpu.tasks import FAMILIES, NO_TIME, TINY, TITLES, Sizes
 from suite.gpu.worker import ordered_tasks
-from suite.measure import Contestant, Entry, require_same_function
+from suite.measure import Cell, Contestant, Entry, require_same_function
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,7 @@ def test_rows_have_the_peers_that_run_here(result: dict[str, Any]) -> None:
         "KV projection + RoPE + SDPA",
         "SDPA alone",
         "planned in the call",
+        "fuse_kv + SDPA",
         "vanilla",
     }
     missing = [p["reason"] for row in result["rows"] for p in row["peers"].values() if "us" not in p]
@@ -90,12 +92,66 @@ def test_result_is_json_and_makes_tables(result: dict[str, Any]) -> None:
         assert report.line(row).count(" | ") == 5
 
 
+def test_rows_with_a_shared_schedule_stand_beside_those_that_plan_and_share_their_peers(
+    result: dict[str, Any],
+) -> None:
+    rows = {(row["family"], row["op"], row["shape"]): row for row in result["rows"]}
+    planning = [key for key in rows if key[0] in ("decode", "latency", "ragged", "head_dim")]
+    planning = [key for key in planning if not key[1].endswith(", shared schedule")]
+    assert len(planning) > 20
+    for family, op, shape in planning:
+        own, shared = rows[family, op, shape], rows[family, f"{op}, shared schedule", shape]
+        times = [{n: p["us"] for n, p in row["peers"].items() if "us" in p} for row in (own, shared)]
+        assert times[0] and times[0] == times[1]
+        assert shared["versus"]["to"] == op and own["versus"] is None
+        assert shared["versus"]["x"] == pytest.approx(shared["us"] / own["us"])
+
+
+def test_many_query_rows_are_measured_against_fusing_first(result: dict[str, Any]) -> None:
+    rows = [row for row in result["rows"] if row["family"] in ("crossover", "chunked")]
+    assert {row["params"]["rows"] for row in rows if row["family"] == "crossover"} == {*TINY.crossover_rows}
+    assert {row["params"]["S"] for row in rows if row["family"] == "chunked"} == {*TINY.chunks}
+    assert all(row["best_peer"] == "fuse_kv + SDPA" for row in rows)
+    assert Sizes().crossover_rows == (16, 32, 64, 128, 256, 512) and Sizes().chunks == (512, 1024, 2048)
+
+
+def test_pages_with_heads_first_are_other_memory_and_another_result() -> None:
+    x = DecodeInputs(Decode((40, 23), 4, 2, 32, 2, 16), Lab(torch.device("cpu"), torch.bfloat16))
+    (usual, _), (permuted, _) = (view(x.key_buffers[0]) for view in (x.paged, x.heads_first))
+    assert usual.shape == permuted.shape and usual.data_ptr() == permuted.data_ptr()
+    assert usual.stride()[1:] == (2 * 32, 32, 1) and permuted.stride()[1:] == (32, 16 * 32, 1)
+    out = decode.ours(x, x.heads_first)[0]()
+    x.check("ours", "heads first", out, ours=True)
+    with pytest.raises(WrongResult):
+        x.check("ours", "paged", out, ours=True)
+
+
+def test_each_peer_is_announced_before_it_is_tried(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options: dict[str, Any] = {"only_quick": True, "only_headline": True, "compile_peers": False}
+    worker.run(worker.Log(log), device="cpu", families=["decode"], deadline=None, **options)
+    events = [event for event in read_log(log) if event.get("cell", "").startswith("decode: decode, 2")]
+    kinds = [event["event"] for event in events]
+    tried = [event["peer"] for event in events if event["event"] == "peer"]
+    row = next(event["row"] for event in events if event["event"] == "row")
+    assert tried == [name for name, peer in row["peers"].items() if "us" in peer] and len(tried) > 2
+    assert kinds.index("partial") < kinds.index("peer") < kinds.index("row")
+
+
+def test_a_call_that_the_host_decides_is_timed_without_a_graph() -> None:
+    entry = Entry("op", "op", {}, torch.float32, list, lambda result: None, captured=False)
+    ready = GraphClock(torch.device("cpu"))._launcher(entry.ours, entry.check, entry, Cell("op", []), None)
+    assert (ready.timing, ready.calls) == ("stream", 1)
+
+
 def test_cells_are_unique_and_the_important_ones_come_first() -> None:
     for sizes in (Sizes(), TINY):
         cells = ordered_tasks(sizes, FAMILIES, quick=False)
         assert len({cell.key for cell in cells}) == len(cells)
         assert [cell.priority for cell in cells] == sorted(cell.priority for cell in cells)
         assert {cell.family for cell in ordered_tasks(sizes, FAMILIES, quick=True)} == set(FAMILIES)
+        headline = [cell.key for cell in ordered_tasks(sizes, FAMILIES, quick=True, headline=True)]
+        assert headline == [cell.key for cell in cells if cell.priority == 0] != []
     assert len(ordered_tasks(Sizes(), ["decode"], quick=False)) == 2 * 3**4
 
 
@@ -149,6 +205,7 @@ for cell in ("decode: a", "decode: b", "decode: c"):
     write("begin", cell=cell)
     if cell == "decode: b":
         write("partial", cell=cell, row={**row, "shape": cell})
+        write("peer", cell=cell, peer="the slow one")
         if fate == "dies":
             os.abort()
         time.sleep(100)
@@ -174,6 +231,7 @@ def test_a_lost_worker_costs_only_its_cell(fake_worker: Path, fate: str, reason:
     assert rows.keys() == {"decode: a", "decode: b", "decode: c"}
     assert rows["decode: a"]["error"] is None and rows["decode: c"]["error"] is None
     assert reason in rows["decode: b"]["error"] and rows["decode: b"]["us"] == 1.0
+    assert rows["decode: b"]["error"].startswith("while the slow one was tried: ")
 
 
 def test_time_ends_a_run_and_costs_no_error(fake_worker: Path) -> None:

@@ -1,4 +1,4 @@
-"""Families of cached attention: decode (the grid), latency, ragged, schedule."""
+"""Families of cached attention with few query tokens: decode, latency, head_dim, layout, ragged, schedule."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import fusedkv_ext as fkv
 from suite.gpu import peers
 from suite.gpu.inputs import Decode, DecodeInputs
 from suite.gpu.lab import Lab
-from suite.gpu.tasks import Sizes, Task
+from suite.gpu.tasks import TINY, Sizes, Task
 from suite.measure import Call, Entry, Peer, Row
 
 
-def ours(x: DecodeInputs, **options: object) -> list[Call]:
+def ours(
+    x: DecodeInputs, view: Callable[[Tensor], list[Tensor]] | None = None, **options: object
+) -> list[Call]:
+    """view: of a buffer as the sources' caches; ``x.paged`` by default."""
+    caches = view or x.paged
+
     def run(i: int) -> Tensor:
         return fkv.fused_kv_attn_with_kvcache(
             x.q,
-            x.paged(x.key_buffers[i]),
-            x.paged(x.value_buffers[i]),
+            caches(x.key_buffers[i]),
+            caches(x.value_buffers[i]),
             x.key_weights,
             x.value_weights,
             cache_seqlens=x.seqlens,
@@ -45,16 +51,19 @@ def plan(x: DecodeInputs, batch_invariant: bool = False) -> Tensor:
     )
 
 
-def _entry(op: str, x: DecodeInputs, mine: list[Call], peers: dict[str, Peer]) -> Entry:
-    s, check = x.shape, partial(x.check, "fusedkv_ext", "paged", ours=True)
+def _entry(op: str, x: DecodeInputs, mine: list[Call], peers: dict[str, Peer], view: str = "paged") -> Entry:
+    s, check = x.shape, partial(x.check, "fusedkv_ext", view, ours=True)
     size = s.cache_bytes(x.q.element_size())
     return Entry(op, op, s.params, x.q.dtype, mine, check, size, "read", peers, flops=s.flops)
 
 
 def _against_peers(family: str, shape: Decode, compiled: bool) -> Callable[[Lab], Iterator[Row]]:
     def measure(lab: Lab) -> Iterator[Row]:
-        x = DecodeInputs(shape, lab)
-        yield lab.row(family, _entry(_op(shape), x, ours(x), peers.decode_peers(x, compiled=compiled)))
+        x, op = DecodeInputs(shape, lab), _op(shape)
+        rivals = peers.decode_peers(x, compiled=compiled)
+        own = _entry(op, x, ours(x), rivals)
+        shared = _entry(f"{op}, shared schedule", x, ours(x, schedule=plan(x)), rivals)
+        yield from lab.rows(family, own, shared)
 
     return measure
 
@@ -97,11 +106,50 @@ def decode_tasks(sizes: Sizes) -> Iterator[Task]:
         yield _cell("decode", shape, _grid_priority(B, T, ratio, page, sizes))
 
 
+def profile(device: str, calls: int = 4) -> None:
+    """Runs the headline call with a shared schedule a few times and times nothing, for a profiler."""
+    lab = Lab(torch.device(device), torch.bfloat16)
+    sizes = Sizes() if lab.cuda else TINY
+    B, T, ratio, G = sizes.batches[1], sizes.contexts[1], sizes.ratios[1], sizes.kv_heads
+    x = DecodeInputs(Decode((T,) * B, ratio * G, G, sizes.head_dim, 2, sizes.pages[0]), lab)
+    run = ours(x, schedule=plan(x))
+    for i in range(calls):
+        run[i % len(run)]()
+    if lab.cuda:
+        torch.cuda.synchronize()
+
+
 def latency_tasks(sizes: Sizes) -> Iterator[Task]:
     """One sequence, 20 query heads and 4 KV heads: what a user waits for."""
     for T, page, m in itertools.product(sizes.latency_contexts, sizes.pages[:2], (2, 1)):
         shape = Decode((T,), 5 * sizes.latency_kv_heads, sizes.latency_kv_heads, sizes.head_dim, m, page)
         yield _cell("latency", shape, 1 if T == sizes.latency_contexts[0] and page else 2)
+
+
+def head_dim_tasks(sizes: Sizes) -> Iterator[Task]:
+    """The headline with other head dims."""
+    B, T, ratio, G = sizes.batches[1], sizes.contexts[1], sizes.ratios[1], sizes.kv_heads
+    for D, m in itertools.product(sizes.head_dims, (2, 1)):
+        yield _cell("head_dim", Decode((T,) * B, ratio * G, G, D, m, sizes.pages[0]), 1)
+
+
+def layout_tasks(sizes: Sizes) -> Iterator[Task]:
+    """Pages whose tokens are neighbors per head (HND, a permuted view) against the usual ones (NHD)."""
+    T, ratio, G = sizes.contexts[1], sizes.ratios[1], sizes.kv_heads
+    for B, m in itertools.product(sizes.batches[:2], (2, 1)):
+        shape = Decode((T,) * B, ratio * G, G, sizes.head_dim, m, sizes.pages[0])
+        room = int(1.1 * shape.allocated_bytes()) + (1 << 30)
+        yield Task("layout", f"{_op(shape)} {shape}", 1 if m == 2 else 2, room, _layouts(shape))
+
+
+def _layouts(shape: Decode) -> Callable[[Lab], Iterator[Row]]:
+    def measure(lab: Lab) -> Iterator[Row]:
+        x = DecodeInputs(shape, lab)
+        usual = _entry(f"{_op(shape)}, NHD pages", x, ours(x), {})
+        heads_first = _entry(f"{_op(shape)}, HND pages", x, ours(x, x.heads_first), {}, "heads first")
+        yield from lab.rows("layout", usual, heads_first)
+
+    return measure
 
 
 def ragged_tasks(sizes: Sizes) -> Iterator[Task]:

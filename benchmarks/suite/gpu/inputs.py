@@ -54,8 +54,9 @@ class Decode:
 
     @property
     def flops(self) -> float:
-        """Of plain attention: two products per pair of a query row and a token."""
-        return 4.0 * self.steps * sum(self.lengths) * self.heads * self.head_dim
+        """Of plain attention: two products per pair of a query row and a token that it sees."""
+        unseen = self.batch * self.steps * (self.steps - 1) / 2
+        return 4.0 * (self.steps * sum(self.lengths) - unseen) * self.heads * self.head_dim
 
     @property
     def params(self) -> dict[str, int | str]:
@@ -73,8 +74,9 @@ class DecodeInputs:
     """Rotating caches. One memory serves all rivals, each of which reads it as its own layout.
 
     So every rival computes with other numbers, moves the same bytes, and is checked against its own exact
-    result: "paged" (pages in random order), "contiguous", and "concat", where the heads of the m sources lie
-    side by side as one head of dim m * D.
+    result: "paged" (pages in random order), "heads first" (the same pages, where the tokens of a head are
+    neighbors in memory), "contiguous", and "concat", where the heads of the m sources lie side by side as one
+    head of dim m * D.
     """
 
     def __init__(self, shape: Decode, lab: Lab) -> None:
@@ -109,6 +111,10 @@ class DecodeInputs:
             caches if self.shape.page is None else [x.view(-1, self.shape.page, *x.shape[2:]) for x in caches]
         )
 
+    def heads_first(self, buffer: Tensor) -> list[Tensor]:
+        """m pools of the same shape as ``paged``, with memory in the order (P, G, page size, D)."""
+        return [x.view(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2) for x in self.paged(buffer)]
+
     def concat(self, buffer: Tensor) -> Tensor:
         """One cache (B, capacity, G, m * D)."""
         s = self.shape
@@ -123,7 +129,8 @@ class DecodeInputs:
         if view == "contiguous" or self.table is None:
             return [x[b : b + 1, :length, g : g + 1] for x in self.split(buffer)]
         pages = self.table[b, : -(-length // self.shape.page)].long()
-        return [x[:, :, g][pages].flatten(0, 1)[None, :length, None] for x in self.paged(buffer)]
+        pools = self.heads_first(buffer) if view == "heads first" else self.paged(buffer)
+        return [x[:, :, g][pages].flatten(0, 1)[None, :length, None] for x in pools]
 
     @cached_property
     def checked(self) -> list[tuple[int, int]]:

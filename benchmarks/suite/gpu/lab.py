@@ -29,7 +29,11 @@ class Lab:
 
     def row(self, family: str, entry: Entry) -> Row:
         """Errors of ours are raised; those of a peer are written down."""
-        return self.bench.rows(Cell(family, [entry]))[0]
+        return self.rows(family, entry)[0]
+
+    def rows(self, family: str, *entries: Entry) -> list[Row]:
+        """Of entries that take turns; the later ones are compared with the first."""
+        return self.bench.rows(Cell(family, list(entries), base=entries[0].label))
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
         """N(0, scale^2); filled in pieces, because some tensors here have more than 2^31 elements."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+import fusedkv_ext as fkv
 from suite.gpu import triton_fused
 from suite.gpu.inputs import DecodeInputs
 from suite.gpu.lab import Lab
@@ -55,6 +56,20 @@ def backends(x: DecodeInputs) -> list[str]:
 
 
 # ---- torch ---------------------------------------------------------------------------------------------
+
+
+def fusing_first(x: DecodeInputs) -> Contestant:
+    """Our fuse_kv over the whole context, then SDPA: what folding saves, and what it has to beat."""
+    s = x.shape
+
+    def run(i: int) -> Tensor:
+        fused = []
+        for buffer, weights in ((x.key_buffers[i], x.key_weights), (x.value_buffers[i], x.value_weights)):
+            tokens = [source[:, : max(s.lengths)] for source in x.split(buffer)]
+            fused.append(tokens[0] if weights is None else fkv.fuse_kv(tokens, weights))
+        return attend(x.q, *fused, s.lengths, _scale(x))
+
+    return x.peer("fuse_kv + SDPA", "contiguous", run)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

@@ -114,7 +114,9 @@ def lost(events: list[dict[str, Any]], reason: str) -> list[dict[str, Any]]:
     partial = [e["row"] for e in mine if e["event"] == "partial"]
     found = [row for row in partial[-1:] if (row["op"], row["shape"]) not in finished]
     if found:
-        row = found[0] | {"error": f"while its peers were measured: {reason}"}
+        tried = [e["peer"] for e in mine if e["event"] == "peer"]
+        during = f"while {tried[-1]} was tried" if tried else "while its peers were measured"
+        row = found[0] | {"error": f"{during}: {reason}"}
     else:
         family, name = cell.split(": ", 1)
         row = {"family": family, "op": name, "shape": "", "dtype": "", "us": None, "error": reason}

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 TITLES = {
     "decode": "Cached attention, one query token",
     "latency": "Latency, one sequence",
-    "ragged": "Ragged batches",
     "schedule": "Schedules",
+    "crossover": "Folding against fusing once, by query rows",
+    "head_dim": "Other head dims",
+    "layout": "Order of a page in memory",
+    "ragged": "Ragged batches",
+    "chunked": "Chunked prefill over pages",
     "fuse": "Fusing",
     "append": "Appending to the cache",
     "prefill": "Attention of a layer over a prompt",
@@ -26,7 +30,10 @@ NO_TIME = "no time left"
 
 @dataclass(frozen=True)
 class Task:
-    """One or a few rows. priority: 0 first, ``--quick`` stops after 1. num_bytes: device memory it needs."""
+    """One or a few rows.
+
+    priority: 0 first, ``--headline`` stops after it, ``--quick`` after 1. num_bytes: device memory it needs.
+    """
 
     family: str
     name: str
@@ -63,6 +70,10 @@ class Sizes:
     pages: tuple[int | None, ...] = (16, None, 64)
     kv_heads: int = 8
     head_dim: int = 128
+    head_dims: tuple[int, ...] = (64, 256)
+    crossover_rows: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    crossover_contexts: tuple[int, ...] = (4096, 32768)
+    chunks: tuple[int, ...] = (512, 1024, 2048)
     latency_kv_heads: int = 4
     latency_contexts: tuple[int, ...] = (1024, 8192, 16384)
     ragged: tuple[int, ...] = (4641, 45118, 1730, 1696)
@@ -84,6 +95,10 @@ TINY = Sizes(
     pages=(16, None, 64),
     kv_heads=2,
     head_dim=32,
+    head_dims=(16, 64),
+    crossover_rows=(4, 8, 40),
+    crossover_contexts=(48,),
+    chunks=(8, 20),
     latency_kv_heads=2,
     latency_contexts=(64,),
     ragged=(37, 90, 9, 5),

@@ -7,6 +7,7 @@ that takes the device down with it costs that cell and no more.
 from __future__ import annotations
 
 import json
+import math
 import time
 import traceback
 from collections import Counter
@@ -20,7 +21,7 @@ import torch
 import fusedkv_ext as fkv
 from suite import machine
 from suite.clocks import DeadDevice
-from suite.gpu import decode, model, operations, prefill, triton_fused
+from suite.gpu import decode, many_rows, model, operations, prefill, triton_fused
 from suite.gpu.lab import Lab
 from suite.gpu.supervise import read_log
 from suite.gpu.tasks import FAMILIES, NO_TIME, TINY, Sizes, Task
@@ -55,21 +56,25 @@ def facts(lab: Lab, commit: str | None) -> dict[str, Any]:
 def all_tasks(sizes: Sizes) -> Iterator[Task]:
     yield from decode.decode_tasks(sizes)
     yield from decode.latency_tasks(sizes)
+    yield from decode.head_dim_tasks(sizes)
+    yield from decode.layout_tasks(sizes)
     yield from decode.ragged_tasks(sizes)
     yield from decode.schedule_tasks(sizes)
+    yield from many_rows.crossover_tasks(sizes)
+    yield from many_rows.chunked_tasks(sizes)
     yield from operations.fuse_tasks(sizes)
     yield from operations.append_tasks(sizes)
     yield from prefill.prefill_tasks(sizes)
     yield from model.model_tasks(sizes)
 
 
-def ordered_tasks(sizes: Sizes, families: Iterable[str], quick: bool) -> list[Task]:
+def ordered_tasks(sizes: Sizes, families: Iterable[str], quick: bool, headline: bool = False) -> list[Task]:
     """By importance; within one importance the families take turns, in the order that FAMILIES has."""
-    wanted = set(families)
+    wanted, last = set(families), 0 if headline else QUICK_PRIORITY if quick else math.inf
     seen: Counter[tuple[str, int]] = Counter()
     tasks: list[tuple[tuple[int, int, int], Task]] = []
     for task in all_tasks(sizes):
-        if task.family in wanted and not (quick and task.priority > QUICK_PRIORITY):
+        if task.family in wanted and task.priority <= last:
             turn = seen[task.family, task.priority]
             seen[task.family, task.priority] += 1
             tasks.append(((task.priority, turn, FAMILIES.index(task.family)), task))
@@ -84,6 +89,7 @@ def run(
     only_quick: bool,
     compile_peers: bool,
     deadline: float | None,
+    only_headline: bool = False,
     sizes: Sizes | None = None,
     commit: str | None = None,
 ) -> None:
@@ -96,7 +102,7 @@ def run(
         log.write("machine", **facts(lab, commit))
         forms = lab.measure_roofs()
         log.write("roofs", forms=forms, best=lab.clock.rates, after=machine.gpu_state() if lab.cuda else {})
-        for task in ordered_tasks(sizes, families, only_quick):
+        for task in ordered_tasks(sizes, families, only_quick, only_headline):
             if task.key in done:
                 continue
             if deadline is not None and time.time() > deadline:
@@ -115,6 +121,8 @@ def measure(lab: Lab, task: Task, log: Log) -> None:
         log.write("not run", cell=task.key, reason=f"needs {need:.0f} GB, {free:.0f} GB are free")
         return
     lab.bench.partial = lambda row: log.write("partial", cell=task.key, row=asdict(row))
+    # A sign of life before each peer: compiling one may take longer than a whole cell should.
+    lab.bench.trying = lambda peer: log.write("peer", cell=task.key, peer=peer)
     try:
         for row in task.measure(lab):
             log.write("row", cell=task.key, row=asdict(row))
