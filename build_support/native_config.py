@@ -23,8 +23,9 @@ NVCC_PLACES = f"CUDACXX, CUDA_HOME, CUDA_PATH, PATH, {DEFAULT_TOOLKIT}"
 MIN_TORCH = (2, 11)
 MIN_MAJOR = 8  # bfloat16 tensor cores and cp.async
 
-# CUDA 11.8 and newer know them; PTX is for what comes after them.
-DEFAULT_ARCHITECTURES = ("80-real", "90a-real", "90-virtual")
+# Of these, those that nvcc knows: Blackwell's (100, 120) since CUDA 12.8, the others since 11.8. PTX of 9.0
+# is for all other GPUs after Hopper, such as 11.0 and what follows 12: drivers compile it at the first call.
+DEFAULT_ARCHITECTURES = ("80-real", "90a-real", "100-real", "120-real", "90-virtual")
 # As in torch/utils/cpp_extension.py.
 NAMED_ARCHITECTURES = {
     "Kepler+Tesla": "3.7",
@@ -186,9 +187,15 @@ def code_names(architectures: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_nvcc_knows(nvcc: str, version: str, code: tuple[str, ...]) -> None:
+def known_to(nvcc: str, architectures: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that nvcc can compile for, in CMake's notation or its own."""
     known = set(re.findall(r"\d+", ask_nvcc(nvcc, "--list-gpu-arch")))
-    unknown = [name for name in code if not known & set(re.findall(r"\d+", name))]
+    return tuple(name for name in architectures if known & set(re.findall(r"\d+", name)))
+
+
+def check_nvcc_knows(nvcc: str, version: str, code: tuple[str, ...]) -> None:
+    known = known_to(nvcc, code)
+    unknown = [name for name in code if name not in known]
     if unknown:
         raise ConfigError(
             f"nvcc {version} ({nvcc}) cannot compile for {', '.join(unknown)}; set TORCH_CUDA_ARCH_LIST to "
@@ -259,6 +266,8 @@ def configure(wanted: str, environ: Mapping[str, str]) -> NativeConfig:
     release = re.search(r"release (\d+\.\d+)", ask_nvcc(nvcc, "--version"))
     if release is None:
         raise ConfigError(f"{nvcc} must be NVIDIA's nvcc, and tells no release; set CUDA_HOME to {toolkit}.")
+    if architectures is DEFAULT_ARCHITECTURES:
+        architectures = known_to(nvcc, architectures)
     code = code_names(architectures)
     check_nvcc_knows(nvcc, release[1], code)
     warning = ""

@@ -24,7 +24,7 @@ from fusedkv_ext.ops import native
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "build_support"
 VERSION = fusedkv_ext.__version__
-DEFAULT = ("80-real", "90a-real", "90-virtual")
+DEFAULT = ("80-real", "90a-real", "100-real", "120-real", "90-virtual")
 CUDA_TORCH = ("/torch", "2.13.0+cu128", "12.8")
 VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "FUSEDKV_CUDA", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
 CLEAN = {name: value for name, value in os.environ.items() if name not in VARIABLES}
@@ -46,7 +46,7 @@ def toolkit(folder: Path, release: str = "12.8") -> Path:
     """A folder with a bin/nvcc that answers what a build asks."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    archs = "compute_80 compute_90" if release < "12.8" else "compute_80 compute_90 compute_100"
+    archs = "compute_80 compute_90" + (" compute_100 compute_120" if release >= "12.8" else "")
     nvcc.write_text(
         f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda tools, release {release}, V{release}.93"\n'
         f'[ "$1" = --list-gpu-arch ] && printf "%s\\n" {archs}\nexit 0\n'
@@ -184,7 +184,9 @@ def test_nvcc_of_another_cuda_major_warns_with_both_versions(
     monkeypatch.setattr(config, "read_torch", lambda: CUDA_TORCH)
     home = toolkit(tmp_path / "cuda", release)
     built = config.configure("AUTO", {"CUDA_HOME": str(home)})
-    assert built.cuda_reason == "" and built.cuda_code == ("sm_80", "sm_90a", "compute_90")
+    # By default those that nvcc knows, and PTX for later GPUs.
+    blackwell = ("sm_100", "sm_120") if release >= "12.8" else ()
+    assert built.cuda_reason == "" and built.cuda_code == ("sm_80", "sm_90a", *blackwell, "compute_90")
     assert built.label == "cu" + release.replace(".", "")
     assert bool(built.build_warning) is warns
     if warns:
@@ -219,6 +221,7 @@ def test_gpu_check_finds_the_nvcc_that_the_build_takes(
     assert spec is not None and spec.loader is not None
     gpu_check = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_check", gpu_check)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     spec.loader.exec_module(gpu_check)
     monkeypatch.setenv("CUDACXX", "")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
