@@ -6,6 +6,7 @@
 #   WORKERS=0           test in one process (default: one per core, at most 4)
 #   HF=5.17.0           transformers for `make test-hf`               REAL=build/real where `make test-real` keeps downloads
 #   FUSEDKV_CUDA=0 / 1  without CUDA / with CUDA or not at all        TORCH_CUDA_ARCH_LIST="9.0a"
+#   BUNDLE_PYTHON=python3.12 BUNDLE_TORCH=2.11.0   those of the GPU machine, for `make gpu-bundle`
 #   CUDA_OBJECTS_ARCHS="10.0a;12.0a" CUDA_OBJECTS=build/blackwell     other architectures for `make cuda-objects`
 
 PYTHON ?= python3
@@ -26,6 +27,10 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEPS := $(VENV)/.deps-stamp
 NATIVE := $(VENV)/.native-stamp
+BUNDLE := build/gpu-bundle
+BUNDLE_PYTHON ?= python3.12
+BUNDLE_TORCH ?= 2.11.0
+BUNDLE_VENV ?= build/gpu-bundle-venv
 CUDA_OBJECTS ?= build/cuda-objects
 CUDA_OBJECTS_ARCHS ?= 8.0;9.0a
 WHEEL_MAX_KB := 40000
@@ -54,7 +59,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-fast test-hf test-lm-eval test-trl test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects floor abi sdist wheel clean distclean
+.PHONY: help build demo test test-fast test-hf test-lm-eval test-trl test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects gpu-bundle floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
@@ -76,6 +81,8 @@ help:
 	@echo "make lint          ruff and mypy on Python, clang-format on csrc, codespell, sentence lengths and retired words of documents"
 	@echo "make format        apply what lint asks for"
 	@echo "make cuda-objects  compile every .cu for sm_80 and sm_90a, table of registers and spills (needs nvcc, no GPU)"
+	@echo "make gpu-bundle    build for a GPU machine's Python, torch and GPU (sm_90a), into build/gpu-bundle; it fetches that"
+	@echo "                   torch (4 GB on disk, once)"
 	@echo "make floor         compile the binding layer against the headers of the oldest torch, which it fetches (80 MB, once)"
 	@echo "make abi           check that the built libraries use LibTorch's stable ABI only"
 	@echo "make build         environment and native build, nothing more"
@@ -235,6 +242,25 @@ cuda-objects: $(DEPS)
 	    $(BIN)/cmake --build $(CUDA_OBJECTS) --target _C_cuda && \
 	    echo "cuda-objects: every .cu compiled for $(CUDA_OBJECTS_ARCHS) in $$SECONDS s"; \
 	fi
+
+# Elsewhere than .venv, whose Python and torch are others. Import needs all of torch's CUDA packages, a build would not.
+$(BUNDLE_VENV)/torch-$(BUNDLE_TORCH).stamp: constraints.txt
+	@command -v "$(BUNDLE_PYTHON)" >/dev/null || { echo "error: no '$(BUNDLE_PYTHON)' here; name the GPU machine's Python: make gpu-bundle BUNDLE_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing torch $(BUNDLE_TORCH) with CUDA into $(BUNDLE_VENV) (once)"
+	@"$(BUNDLE_PYTHON)" -m venv "$(BUNDLE_VENV)"
+	@"$(BUNDLE_VENV)/bin/python" -m pip --disable-pip-version-check -qq install "torch==$(BUNDLE_TORCH)" \
+	    $$(grep -E '^(pybind11|cmake|ninja)==' constraints.txt)
+	@touch $@
+
+# scripts/gpu_check.sh takes the libraries from there. Only they are in the folder, so that all of it can be carried.
+gpu-bundle: $(BUNDLE_VENV)/torch-$(BUNDLE_TORCH).stamp
+	@bin=$(abspath $(BUNDLE_VENV))/bin; export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0a}"; \
+	    "$$bin/cmake" -S . -B $(BUNDLE)-cmake -G Ninja --log-level=WARNING "-DPython_EXECUTABLE=$$bin/python" \
+	        "-DCMAKE_MAKE_PROGRAM=$$bin/ninja" -DFUSEDKV_CUDA=ON -DFUSEDKV_SIMT=OFF; \
+	    "$$bin/cmake" --build $(BUNDLE)-cmake $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) --target _C _C_cuda; \
+	    rm -rf $(BUNDLE); "$$bin/cmake" --install $(BUNDLE)-cmake --prefix $(BUNDLE) >/dev/null; \
+	    FUSEDKV_NATIVE_DIR=$(abspath $(BUNDLE)) "$$bin/python" scripts/load_native.py; \
+	    du -b $(BUNDLE)/*; echo "gpu-bundle: built in $$SECONDS s; carry $(BUNDLE) with the sources and run scripts/gpu_check.sh"
 
 floor: $(DEPS)
 	@$(BIN)/python scripts/floor_check.py

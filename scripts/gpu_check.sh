@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: builds for that GPU, runs the CUDA tests, compute-sanitizer on small cases and the
-# benchmarks, and writes everything into one file, gpu_check.json, in under 9 minutes.
+# On a machine with an NVIDIA GPU: smoke tests, the benchmarks, the CUDA tests, ncu and compute-sanitizer, in under 10
+# minutes. Each step has a time limit and none needs another. gpu_check.json is written anew after every step.
 #
-# usage: [PYTHON=python3] [OUT=build/gpu_check] scripts/gpu_check.sh [--list] [--only STAGE,...] [--commit HASH]
-# PYTHON has torch with CUDA, pybind11, pytest, numpy, cmake and ninja; nothing is installed or downloaded. The libraries are
-# built into fusedkv_ext/. Exits with 1 when the build, a test or a sanitizer fails and with 2 where it cannot run.
+# usage: [PYTHON=python3] [OUT=build/gpu_check] scripts/gpu_check.sh [--list] [--only STEP,...] [--dry] [--commit HASH]
+# PYTHON has torch with CUDA, pytest and numpy; nothing is installed or downloaded. The library is the first that loads:
+# FUSEDKV_NATIVE_DIR's or that of `make gpu-bundle` in build/gpu-bundle, then the one in fusedkv_ext/; if none does, one is
+# built in build/gpu-check, for which PYTHON needs pybind11, cmake and ninja. fusedkv_ext/ stays as it is.
+# --dry goes through all steps without a GPU. Exits with 1 when the build, a test or memcheck fails and with 2 where it
+# cannot run. A benchmark, or a tool that runs out of time, fails nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

@@ -1,6 +1,7 @@
 """Loads the native modules and calls their operations.
 
-``_C`` (schemas and CPU operations) is always loaded, ``_C_cuda`` only if torch has CUDA.
+``_C`` (schemas and CPU operations) is always loaded, ``_C_cuda`` only if torch has CUDA. The folder that
+FUSEDKV_NATIVE_DIR names is searched before the package's own, for another build beside the installed one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ def _why_not(error: ImportError) -> str:
     return f"is missing; {_BUILD_HINT}"
 
 
+if _folder := os.environ.get("FUSEDKV_NATIVE_DIR"):
+    sys.modules["fusedkv_ext"].__path__.insert(0, _folder)
 try:
     from fusedkv_ext import _C
 except ImportError as error:
