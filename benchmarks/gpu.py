@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="end within this time")
     parser.add_argument("--stall", type=float, default=120, help="give a cell up after that many seconds")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="no torch.compile, no search for the best Triton"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--report", type=Path, help="print markdown tables of this result")
     parser.add_argument("--profile", action="store_true", help="only run the headline, for a profiler")

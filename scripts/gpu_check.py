@@ -202,7 +202,7 @@ def all_steps(out: Path, dry: bool) -> list[Step]:
         bench("model", 80, "model,prefill", *quick),
         Step("ncu", 40, lambda _: ncu(dry), ("ncu", *torch), NEVER),
         sanitize("memcheck", asked=False),
-        bench("compile", 60, "decode,fuse", "--headline"),
+        bench("compile", 120, "decode,fuse", "--headline"),
         *map(sanitize, ("racecheck", "synccheck", "initcheck")),
     ]
 

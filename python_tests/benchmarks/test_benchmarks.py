@@ -73,6 +73,12 @@ def test_rows_have_the_peers_that_run_here(result: dict[str, Any]) -> None:
         "fuse_kv + SDPA",
         "vanilla",
     }
+    # Without torch.compile there is no time for a search either, and the peer's name says so.
+    names = {name for row in result["rows"] for name in row["peers"]}
+    assert {name for name in names if "Triton" in name} == {
+        "Triton, fusing in the loop, not tuned",
+        "Triton split-KV, not tuned",
+    }
     missing = [p["reason"] for row in result["rows"] for p in row["peers"].values() if "us" not in p]
     assert missing and not [reason for reason in missing if "Error" in reason or "WrongResult" in reason]
 
