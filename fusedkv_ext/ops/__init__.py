@@ -8,6 +8,7 @@ from fusedkv_ext.ops.functional import (
     fuse_kv,
     fuse_kv_backward,
     fused_kv_attn_func,
+    fused_kv_attn_varlen_func,
     fused_kv_attn_with_kvcache,
     rope_append_kvcache,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "fuse_kv",
     "fuse_kv_backward",
     "fused_kv_attn_func",
+    "fused_kv_attn_varlen_func",
     "fused_kv_attn_with_kvcache",
     "rope_append_kvcache",
 ]

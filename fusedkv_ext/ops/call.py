@@ -16,7 +16,15 @@ from fusedkv_ext.ops import checks
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.native import run_op
 
-__all__ = ["AppendCall", "AttentionCall", "Side", "append_call", "attention_call", "cached_attention_call"]
+__all__ = [
+    "AppendCall",
+    "AttentionCall",
+    "Side",
+    "append_call",
+    "attention_call",
+    "cached_attention_call",
+    "packed_call",
+]
 
 Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of values, and their weights
 
@@ -161,6 +169,26 @@ def attention_call(
     )
     options = (scale, left, right, None, False, None, 0, None, return_lse, document_ids)
     return AttentionCall(q, keys, values, key_weights, value_weights, None, None, *options)
+
+
+def packed_call(
+    q: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    return_lse: bool,
+) -> AttentionCall:
+    """The checked arguments of ``fused_kv_attn_varlen_func`` without its lengths, as a batch of one."""
+    q = checks.check_tensor("q", q)
+    keys, values = checks.as_tensors("keys", keys), checks.as_tensors("values", values)
+    checks.check_packed(q, keys, values)
+    q, keys, values = q.unsqueeze(0), [x.unsqueeze(0) for x in keys], [x.unsqueeze(0) for x in values]
+    options = (softmax_scale, causal, window_size, return_lse, None)
+    return attention_call(q, keys, values, key_weights, value_weights, *options)
 
 
 def cached_attention_call(

@@ -216,6 +216,54 @@ def check_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor])
         raise ValueError(f"q must have a multiple of keys[0]'s {key_shape[2]} heads, got {heads}")
 
 
+def check_packed(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Checks the shapes q (total_q, H, D), keys (total_k, G, D) and values (total_k, G, Dv).
+
+    ``check_attention`` checks the rest, with a batch of one.
+    """
+    if q.dim() != 3:
+        raise ValueError(f"q must have 3 dims (total_q, H, D), got {tuple(q.shape)}")
+    for name, side in (("keys", keys), ("values", values)):
+        for j, x in enumerate(side):
+            if x.dim() != 3:
+                raise ValueError(f"{name}[{j}] must have 3 dims (total_k, G, D), got {tuple(x.shape)}")
+            if x.shape != side[0].shape:
+                expected = tuple(side[0].shape)
+                raise ValueError(f"{name}[{j}] must have shape {expected} as {name}[0], got {tuple(x.shape)}")
+    key_shape, value_shape = tuple(keys[0].shape), tuple(values[0].shape)
+    if key_shape[2] != q.shape[2]:
+        raise ValueError(f"keys[0] must be (total_k, G, D) with D = {q.shape[2]}, got {key_shape}")
+    if value_shape[:2] != key_shape[:2]:
+        raise ValueError(f"values[0] must have keys[0]'s (total_k, G) = {key_shape[:2]}, got {value_shape}")
+
+
+def check_cu_seqlens(cu_seqlens_q: object, cu_seqlens_k: object) -> tuple[Tensor, Tensor]:
+    """Two int32 tensors of one shape (B + 1,); what they hold is checked where it is read."""
+    tensors = []
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        x = check_tensor(name, x)
+        if x.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {_dtype(x)}; call .int()")
+        if x.dim() != 1 or x.shape[0] < 1:
+            raise ValueError(f"{name} must have shape (B + 1,), got {tuple(x.shape)}")
+        tensors.append(x)
+    first, second = tensors
+    if second.shape != first.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have shape {tuple(first.shape)} as cu_seqlens_q, got {tuple(second.shape)}"
+        )
+    return first, second
+
+
+def check_length(name: str, length: object) -> int:
+    """An int of at least 0."""
+    if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
+        raise TypeError(f"{name} must be an int, got {type(length).__name__}; call .item() on a tensor")
+    if length < 0:
+        raise ValueError(f"{name} must be at least 0, got {length}")
+    return length  # type: ignore[return-value]
+
+
 def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor | None:
     """(B, T) integers, the last S of which are those of the rows of q; or None."""
     if document_ids is None:

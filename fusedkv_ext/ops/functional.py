@@ -12,19 +12,27 @@ FusedKV, arXiv 2512.03870: K_i = sum_j a_ij (.) K_j and V_i = sum_j b_ij (.) V_j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops import cached, checks, fuse
-from fusedkv_ext.ops.call import append_call, attention_call, cached_attention_call
+from fusedkv_ext.ops import cached, checks, debug, fuse
+from fusedkv_ext.ops.call import (
+    AttentionCall,
+    append_call,
+    attention_call,
+    cached_attention_call,
+    packed_call,
+)
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.debug import debug_checks
 from fusedkv_ext.ops.dispatch import folds_dense
-from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_lse
+from fusedkv_ext.ops.sdpa import sdpa_attention_lse
+from fusedkv_ext.ops.varlen import Packing, varlen_attention
 
 __all__ = [
     "append_kvcache",
@@ -33,6 +41,7 @@ __all__ = [
     "fuse_kv",
     "fuse_kv_backward",
     "fused_kv_attn_func",
+    "fused_kv_attn_varlen_func",
     "fused_kv_attn_with_kvcache",
     "rope_append_kvcache",
 ]
@@ -165,22 +174,102 @@ def fused_kv_attn_func(
         return_lse,
         document_ids,
     )
+    differentiates = _differentiates(call)
     q, keys, values = call.q, call.keys, call.values
-    differentiates = checks.may_differentiate(q, *keys, *values, call.key_weights, call.value_weights)
-    if call.return_lse:
-        weights = {"key_weights": call.key_weights, "value_weights": call.value_weights}
-        checks.check_no_tangent("return_lse", {"q": q, "keys": keys, **weights}, "leave return_lse out")
     folds = document_ids is None and not differentiates
     if folds and folds_dense(q, keys, values, call.right, q.device.type):
         lengths = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
         out, lse = call.fold(lengths)
         return (out, lse) if call.return_lse else out
+    return _fuse_once(call, sdpa_attention_lse, recompute_fusion and differentiates)
+
+
+def _differentiates(call: AttentionCall) -> bool:
+    """Whether an input may need a derivative. The log-sum-exp has none: a tangent is refused with it."""
+    q, keys, values = call.q, call.keys, call.values
+    if call.return_lse:
+        weights = {"key_weights": call.key_weights, "value_weights": call.value_weights}
+        checks.check_no_tangent("return_lse", {"q": q, "keys": keys, **weights}, "leave return_lse out")
+    return checks.may_differentiate(q, *keys, *values, call.key_weights, call.value_weights)
+
+
+def _fuse_once(
+    call: AttentionCall, attend: Callable[[AttentionCall], tuple[Tensor, Tensor | None]], recompute: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fuses keys and values, then attends to them; ``recompute``: whether the backward fuses again."""
     k, v = fuse.fuse_both(*call.sides)
-    fused = call.fused(q, k, v, call.document_ids)
-    recompute = recompute_fusion and differentiates and not torch.compiler.is_compiling()
+    recompute = recompute and not torch.compiler.is_compiling()
     with fuse.fused_recomputed(*call.sides, k, v) if recompute else nullcontext():
-        out = sdpa_attention(fused)
-    return (out, sdpa_lse(fused)) if call.return_lse else out
+        out, lse = attend(call.fused(call.q, k, v, call.document_ids))
+    return (out, cast(Tensor, lse)) if call.return_lse else out
+
+
+def fused_kv_attn_varlen_func(
+    q: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    return_lse: bool = False,
+    recompute_fusion: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`fused_kv_attn_func` for B sequences of different lengths, one after another in one tensor.
+
+    The layout and the names are those of flash-attn's ``flash_attn_varlen_func``. With one source and no
+    weights both compute the same. Differentiable in q, keys, values and both weights.
+
+    Keys and values are fused once. On CUDA with 16-bit elements, head dims up to 256 and a positive scale,
+    torch's ``varlen_attn`` then runs FlashAttention, and the host reads nothing. All other calls run SDPA per
+    sequence, which on CUDA waits for the lengths. A graph of torch.compile cannot read lengths: where
+    ``varlen_attn`` does not run, it has a mask of total_q x total_k elements.
+
+    Args:
+        q: (total_q, H, D) float32, bfloat16, float16 or float64.
+        keys: m_k tensors (total_k, G, D), or one.
+        values: m_v tensors (total_k, G, Dv), or one; m_v need not be m_k.
+        key_weights, value_weights: As in :func:`fused_kv_attn_func`.
+        cu_seqlens_q: (B + 1,) int32, from 0 to total_q: sequence b has the rows cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1] - 1. A sequence may be empty.
+        cu_seqlens_k: (B + 1,) int32, from 0 to total_k, the same of the tokens.
+        max_seqlen_q, max_seqlen_k: Rows and tokens of the longest sequence, or more.
+        softmax_scale, window_size, recompute_fusion: As in :func:`fused_kv_attn_func`.
+        causal: Whether a query row sees no later key. Row i of a sequence with S rows and T tokens has
+            position i + T - S (bottom-right alignment).
+        return_lse: Whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        (total_q, H, Dv) in q's dtype; with ``return_lse`` also (H, total_q) float32, natural log, without a
+        gradient. Fully masked rows give zeros and -inf.
+
+    Raises:
+        ValueError: A shape, device, stride or length is wrong. The contents of CUDA lengths are checked where
+            they are read and under ``debug_checks``; else wrong ones give undefined results.
+        TypeError: A type or dtype is wrong.
+    """
+    recompute_fusion = checks.check_flag("recompute_fusion", recompute_fusion)
+    options = (softmax_scale, causal, window_size, return_lse)
+    call = packed_call(q, keys, values, key_weights, value_weights, *options)
+    cu_seqlens_q, cu_seqlens_k = checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    checks.check_same_device({"q": call.q, **lengths})
+    longest = (
+        checks.check_length("max_seqlen_q", max_seqlen_q),
+        checks.check_length("max_seqlen_k", max_seqlen_k),
+    )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, *longest)
+    if debug.active:
+        packing.read(call.q.shape[1], call.keys[0].shape[1])
+    differentiates = _differentiates(call)
+    attend = partial(varlen_attention, packing=packing)
+    return _fuse_once(call, attend, recompute_fusion and differentiates)
 
 
 def fused_kv_attn_with_kvcache(

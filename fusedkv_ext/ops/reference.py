@@ -21,6 +21,7 @@ __all__ = [
     "append_kvcache",
     "fuse_kv",
     "fused_kv_attn_func",
+    "fused_kv_attn_varlen_func",
     "fused_kv_attn_with_kvcache",
     "rope_append_kvcache",
 ]
@@ -100,6 +101,59 @@ def fused_kv_attn_func(
         outs.append(out)
         lses.append(lse)
     return _stacked(q, values, outs, lses, return_lse, dtype or q.dtype)
+
+
+def fused_kv_attn_varlen_func(
+    q: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    return_lse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``fused_kv_attn_func`` of each sequence b alone: rows or tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
+
+    Differentiable in q, keys, values and both weights.
+
+    Args:
+        q: (total_q, H, D).
+        keys: m_k tensors (total_k, G, D).
+        values: m_v tensors (total_k, G, Dv).
+        key_weights, value_weights: As in ``fused_kv_attn_func``.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,), from 0 to total_q and total_k.
+        max_seqlen_q, max_seqlen_k: Not used.
+        softmax_scale, causal, window_size, return_lse: As in the operation.
+        dtype: Of the computation and the results.
+
+    Returns:
+        (total_q, H, Dv) and, with ``return_lse``, (H, total_q).
+    """
+    keys, values = _as_list(keys), _as_list(values)
+    outs = [q.new_zeros((0, q.shape[1], values[0].shape[-1]), dtype=dtype or q.dtype)]
+    lses = [q.new_zeros((q.shape[1], 0), dtype=dtype or q.dtype)]
+    for b in range(len(cu_seqlens_q) - 1):
+        rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+        tokens = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
+        out, lse = _attend(
+            q[rows],
+            _fused([key[tokens] for key in keys], key_weights, dtype or q.dtype),
+            _fused([value[tokens] for value in values], value_weights, dtype or q.dtype),
+            softmax_scale,
+            causal,
+            window_size,
+        )
+        outs.append(out)
+        lses.append(lse)
+    return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)
 
 
 def fused_kv_attn_with_kvcache(

@@ -19,7 +19,7 @@ from fusedkv_ext.ops.recompute import recomputed
 from fusedkv_ext.ops.sizes import always, is_open
 from fusedkv_ext.ops.visibility import fully_masked_rows, visible
 
-__all__ = ["sdpa_attention", "sdpa_lse"]
+__all__ = ["sdpa_attention", "sdpa_attention_lse", "sdpa_lse", "sdpa_with_mask"]
 
 # With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied. With
 # documents the mask of a chunk is the largest tensor: (B, C, T) in q's dtype.
@@ -43,6 +43,17 @@ def sdpa_attention(call: AttentionCall) -> Tensor:
     if masked:
         chunks.insert(0, q.new_zeros(q.shape[0], masked, q.shape[2], v.shape[3]))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def sdpa_attention_lse(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """``sdpa_attention``, and ``sdpa_lse`` if the call returns it."""
+    return sdpa_attention(call), sdpa_lse(call) if call.return_lse else None
+
+
+def sdpa_with_mask(call: AttentionCall, mask: Tensor) -> Tensor:
+    """Attention of all rows under a mask that broadcasts to (B, H, S, T) instead of the call's own bounds."""
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.keys[0], call.values[0]))
+    return _attend(q, k, v, mask, True, False, call.scale).transpose(1, 2)
 
 
 def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -80,15 +91,22 @@ def _sdpa(call: AttentionCall, first: int, end_row: int) -> Tensor:
             keeping = recomputed(lambda: [_document_mask(*inputs)], [mask], [documents])
     elif masked:
         mask = visible(S, end - begin, position - begin, left, right, q.device)
+    with keeping:
+        out = _attend(q, k, v, mask, masked, square, call.scale)
+    return out.transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, masked: bool, square: bool, scale: float) -> Tensor:
+    """torch's SDPA of (B, heads, tokens, channels), with heads expanded where its kernel reads no groups."""
     grouped = not always(q.shape[1] == k.shape[1])
     if grouped and not _reads_groups(q, v, masked):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    with keeping:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=square, scale=call.scale, enable_gqa=grouped
-        )
-    return out.transpose(1, 2)
+    if scale <= 0:  # masks of torch's kernels are scaled: -inf would become inf or NaN
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
+    )
 
 
 def _masks_lower_right(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Sizes that a graph of torch.compile or torch.export leaves open.
+"""What a graph of torch.compile or torch.export leaves open: sizes, and the contents of tensors.
 
 A comparison of an open size becomes a guard: another answer compiles again, and an export refuses it. The
 functions here add no guard. Outside of graphs all sizes are plain ints.
@@ -7,8 +7,9 @@ functions here add no guard. Outside of graphs all sizes are plain ints.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["always", "is_open"]
+__all__ = ["always", "host_reads", "is_open"]
 
 
 def always(condition: bool | torch.SymBool) -> bool:
@@ -27,3 +28,15 @@ def is_open(size: int | torch.SymInt) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not has_static_value(size)
+
+
+def host_reads(x: Tensor) -> bool:
+    """Whether the host can read the contents of x now, be it after waiting for the device.
+
+    It cannot in graphs, of torch.compile or of CUDA, and not of tensors without data or of torch.func.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
