@@ -28,6 +28,7 @@ from fusedkv_ext.cache.kv_cache import KV
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.layers.moe import MoE
 from fusedkv_ext.ops.functional import fused_kv_attn_func
+from fusedkv_ext.ops.packing import Documents, read_documents
 from fusedkv_ext.plan import CachePlan
 
 __all__ = ["ContextParallel", "context_traffic", "apply_cp"]
@@ -98,7 +99,7 @@ class ContextParallel:
         *,
         causal: bool = True,
         window_size: tuple[int, int] = (-1, -1),
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
         **options: Any,
     ) -> Tensor:
         """Causal ``fused_kv_attn_func`` of this rank's rows over gathered keys and values: (B, S, H, Dv).
@@ -131,6 +132,9 @@ class ContextParallel:
             raise ValueError(
                 f"q must have {2 * chunk} tokens, 1/{self.size} of keys' {keys[0].shape[1]}, got {q.shape[1]}"
             )
+        documents = document_ids
+        if isinstance(documents, Tensor):
+            documents = read_documents(documents)
         outs = []
         for rows, index in zip(q.split(chunk, dim=1), chunks, strict=True):
             seen = slice(0 if left < 0 else max(index * chunk - left, 0), (index + 1) * chunk)
@@ -142,7 +146,7 @@ class ContextParallel:
                 value_weights,
                 causal=causal,
                 window_size=window_size,
-                document_ids=None if document_ids is None else document_ids[:, seen],
+                document_ids=None if documents is None else documents.tokens(seen.start, seen.stop),
                 **options,
             )
             outs.append(out)

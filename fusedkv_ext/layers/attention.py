@@ -21,7 +21,7 @@ from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.functional import fused_kv_attn_func
-from fusedkv_ext.ops.packing import document_positions
+from fusedkv_ext.ops.packing import Documents, document_positions
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
 
@@ -153,7 +153,7 @@ class FusedKVAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
         fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV]:
         """Computes attention for the S rows of x, which are the last S tokens of each sequence.
@@ -213,7 +213,7 @@ class FusedKVAttention(nn.Module):
         return modules["o_proj"](self._attend_cached(q, cache).flatten(2)), kv
 
     def _positions(
-        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
+        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | Documents | None
     ) -> Tensor:
         """Positions of the rows of x: (S,), or (B, S) if they differ between sequences."""
         steps = x.shape[1]
@@ -270,7 +270,7 @@ class FusedKVAttention(nn.Module):
         kv: KV,
         sources: Sequence[KV],
         fusion: FusionTensors | None,
-        document_ids: Tensor | None,
+        document_ids: Tensor | Documents | None,
     ) -> Tensor:
         """One call per resolved segment, on its heads: (B, S, H, D)."""
         available: Any = (*sources, kv)  # has every tensor that a segment reads
@@ -334,7 +334,7 @@ def check_call(
     sources: Sequence[KV],
     cache: KVCache | None,
     last: int | None,
-    document_ids: Tensor | None,
+    document_ids: Tensor | Documents | None,
 ) -> None:
     """Checks the arguments of ``forward``, for all attention modules."""
     hidden, plan = attention.hidden_size, attention.plan

@@ -28,7 +28,14 @@ from fusedkv_ext.layers.moe import Experts, MoE
 from fusedkv_ext.layers.norm import RMSNorm
 from fusedkv_ext.layers.shards import common_seed
 from fusedkv_ext.ops.head_loss import Head, head_losses
-from fusedkv_ext.ops.packing import IGNORED, check_packing, document_positions, next_tokens
+from fusedkv_ext.ops.packing import (
+    IGNORED,
+    Documents,
+    check_packing,
+    document_positions,
+    next_tokens,
+    read_documents,
+)
 from fusedkv_ext.ops.recompute import Checkpointing, run_again
 from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan
@@ -98,7 +105,7 @@ class DecoderLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
         fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV, Tensor | None]:
         inputs = (x, tuple(sources), fusion)
@@ -192,6 +199,7 @@ class DecoderModel(nn.Module):
             if self.context is not None:
                 ids, positions = self.context.take(ids), self.context.take(positions, -1)
             position_embeddings = self.rope.cos_sin(positions)
+        documents = None if document_ids is None else read_documents(document_ids)
         wanted = self._sources if cache is None else self._cached_sources
         read_later: set[int] = set().union(*wanted)
         x = self.embed_tokens(ids)
@@ -211,7 +219,7 @@ class DecoderModel(nn.Module):
                 position_embeddings=position_embeddings,
                 cache=cache,
                 last=last,
-                document_ids=document_ids,
+                document_ids=documents,
                 fusion=fusions[i],
             )
             if last is not None and position_embeddings is not None:

@@ -33,7 +33,7 @@ from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.checks import check_no_grad
 from fusedkv_ext.ops.dispatch import native_head_dim
 from fusedkv_ext.ops.functional import fuse_kv, fused_kv_attn_func
-from fusedkv_ext.ops.packing import document_positions
+from fusedkv_ext.ops.packing import Documents, document_positions
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.ops.visibility import visible_range
 from fusedkv_ext.plan import CachePlan, LatentLayer, Segment, latent_layers
@@ -192,7 +192,7 @@ class LatentAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
         fusion: FusionTensors | None = None,
     ) -> tuple[Tensor, KV]:
         """Computes attention for the S rows of x, which are the last S tokens of each sequence.
@@ -233,7 +233,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(out.flatten(2)), KV(latent, None)
 
     def _positions(
-        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | None
+        self, x: Tensor, sources: Sequence[KV], cache: KVCache | None, document_ids: Tensor | Documents | None
     ) -> Tensor:
         """Positions of the rows of x: (S,), or (B, S) if they differ between sequences."""
         steps = x.shape[1]
@@ -324,7 +324,7 @@ class LatentAttention(nn.Module):
         latent: Tensor | None,
         sources: Sequence[KV],
         fusion: FusionTensors | None,
-        document_ids: Tensor | None,
+        document_ids: Tensor | Documents | None,
     ) -> Tensor:
         """Up-projected, without a cache: (B, S, H, v)."""
         available: dict[int, Any] = {j: kv.key for j, kv in zip(self.source_layers, sources, strict=True)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusedkv_ext.ops import checks
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.native import run_op
+from fusedkv_ext.ops.packing import Documents
 
 __all__ = [
     "AppendCall",
@@ -31,6 +32,8 @@ Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of value
 
 class AttentionCall(NamedTuple):
     """One call of attention. Weights are contiguous float32 (m, G, D), or float64 for float64 tensors.
+
+    ``document_lengths`` are those of ``Documents``: None if the host does not know that they are runs.
 
     The first 14 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
     keys and values are (B, T, G, D). With it they are caches: (B, capacity, G, D), or (P, page_size, G, D)
@@ -54,6 +57,7 @@ class AttentionCall(NamedTuple):
     host_seqlens: Sequence[int] | None = None
     return_lse: bool = False
     document_ids: Tensor | None = None
+    document_lengths: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -151,7 +155,7 @@ def attention_call(
     causal: bool,
     window_size: tuple[int, int],
     return_lse: bool,
-    document_ids: Tensor | None,
+    document_ids: Tensor | Documents | None,
 ) -> AttentionCall:
     """The checked arguments of ``fused_kv_attn_func``, under autocast in its dtype."""
     q = checks.check_tensor("q", q)
@@ -161,13 +165,12 @@ def attention_call(
     left, right = checks.check_window(causal, window_size)
     scale = checks.check_scale(softmax_scale, q.shape[3])
     return_lse = checks.check_flag("return_lse", return_lse)
-    document_ids = checks.check_document_ids(document_ids, q, keys[0])
+    documents = checks.check_document_ids(document_ids, q, keys[0])
+    ids, lengths = (None, None) if documents is None else documents
     key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
     weights = {"key_weights": key_weights, "value_weights": value_weights}
-    checks.check_same_device(
-        {"q": q, "keys": keys, "values": values, **weights, "document_ids": document_ids}
-    )
-    options = (scale, left, right, None, False, None, 0, None, return_lse, document_ids)
+    checks.check_same_device({"q": q, "keys": keys, "values": values, **weights, "document_ids": ids})
+    options = (scale, left, right, None, False, None, 0, None, return_lse, ids, lengths)
     return AttentionCall(q, keys, values, key_weights, value_weights, None, None, *options)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedkv_ext.ops import native
+from fusedkv_ext.ops.packing import Documents, read_documents
 
 Tensors = Tensor | Sequence[Tensor]
 Arguments = Mapping[str, Tensor | Sequence[Tensor] | None]  # by their names
@@ -264,10 +265,15 @@ def check_length(name: str, length: object) -> int:
     return length  # type: ignore[return-value]
 
 
-def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor | None:
-    """(B, T) integers, the last S of which are those of the rows of q; or None."""
+def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Documents | None:
+    """(B, T) integers, the last S of which are those of the rows of q; or None.
+
+    Ids on the CPU are read. Those on a device are read only by the model that passes them as ``Documents``.
+    """
     if document_ids is None:
         return None
+    documents = document_ids if isinstance(document_ids, Documents) else None
+    document_ids = documents.ids if documents is not None else document_ids
     document_ids = check_tensor("document_ids", document_ids)
     if document_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"document_ids must be int32 or int64, got {_dtype(document_ids)}")
@@ -281,7 +287,9 @@ def check_document_ids(document_ids: object, q: Tensor, key: Tensor) -> Tensor |
             f"q must have at most {key.shape[1]} rows with document_ids, as many as keys[0] has tokens, got "
             f"{q.shape[1]}; rows before the first token have no document"
         )
-    return document_ids
+    if documents is None:
+        documents = read_documents(document_ids) if document_ids.is_cpu else Documents(document_ids, None)
+    return documents
 
 
 def canonical_weights(name: str, weights: object, sources: Sequence[Tensor]) -> Tensor:

@@ -126,8 +126,9 @@ def explain(
         raise ValueError(f"bandwidth must be bytes per second > 0, or None, got {bandwidth!r}")
     if document_ids is not None and call.cache_seqlens is not None:
         raise ValueError("document_ids must not be passed with cache_seqlens, got both")
+    documents = checks.check_document_ids(document_ids, call.q, call.keys[0])
     call = call._replace(
-        document_ids=checks.check_document_ids(document_ids, call.q, call.keys[0]),
+        document_ids=None if documents is None else documents.ids,
         return_lse=return_lse,
         batch_invariant=batch_invariant,
     )
@@ -240,7 +241,7 @@ def _decide(call: AttentionCall, device_type: str) -> tuple[bool, str]:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False, "an input requires grad, and only fuse_kv and SDPA have a backward"
     if call.document_ids is not None:
-        return False, "document_ids, which only SDPA masks"
+        return False, "document_ids, which only the dense path keeps apart"
     if dispatch.folds_dense(q, keys, values, call.right, device_type):
         return True, few
     if rows > most:

@@ -31,8 +31,9 @@ from fusedkv_ext.ops.call import (
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.debug import debug_checks
 from fusedkv_ext.ops.dispatch import folds_dense
+from fusedkv_ext.ops.packing import Documents
 from fusedkv_ext.ops.sdpa import sdpa_attention_lse
-from fusedkv_ext.ops.varlen import Packing, varlen_attention
+from fusedkv_ext.ops.varlen import Packing, document_attention, varlen_attention
 
 __all__ = [
     "append_kvcache",
@@ -129,7 +130,7 @@ def fused_kv_attn_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | Documents | None = None,
     recompute_fusion: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over K = sum_j a_j (.) K_j and V = sum_j b_j (.) V_j, for training and prefill.
@@ -148,7 +149,9 @@ def fused_kv_attn_func(
         window_size: (left, right); the row at p sees keys p - left to p + right, -1 is unbounded.
         return_lse: Whether to return the log-sum-exp of the scores too.
         document_ids: (B, T) int32 or int64, the document of every key; the last S are those of the rows, so
-            S <= T. A row sees keys of its own document only.
+            S <= T. A row sees keys of its own document only. Documents that are runs of tokens are computed
+            one by one if the host may read the ids: on the CPU outside of graphs, or of ``Documents``
+            (``ops.packing.read_documents``). Other ids make a mask.
         recompute_fusion: Whether the backward fuses K and V again instead of saving them. All gradients have
             the same bits. No effect under torch.compile and within other saved-tensor hooks, such as
             activation checkpointing, which choose what to save.
@@ -181,7 +184,8 @@ def fused_kv_attn_func(
         lengths = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
         out, lse = call.fold(lengths)
         return (out, lse) if call.return_lse else out
-    return _fuse_once(call, sdpa_attention_lse, recompute_fusion and differentiates)
+    attend = sdpa_attention_lse if call.document_lengths is None else document_attention
+    return _fuse_once(call, attend, recompute_fusion and differentiates)
 
 
 def _differentiates(call: AttentionCall) -> bool:
@@ -200,7 +204,8 @@ def _fuse_once(
     k, v = fuse.fuse_both(*call.sides)
     recompute = recompute and not torch.compiler.is_compiling()
     with fuse.fused_recomputed(*call.sides, k, v) if recompute else nullcontext():
-        out, lse = attend(call.fused(call.q, k, v, call.document_ids))
+        fused = call.fused(call.q, k, v, call.document_ids)
+        out, lse = attend(fused._replace(document_lengths=call.document_lengths))
     return (out, cast(Tensor, lse)) if call.return_lse else out
 
 

@@ -24,7 +24,7 @@ from fusedkv_ext.ops.sdpa import sdpa_attention_lse, sdpa_with_mask
 from fusedkv_ext.ops.sizes import host_reads
 from fusedkv_ext.ops.visibility import visible_range
 
-__all__ = ["Packing", "varlen_attention"]
+__all__ = ["Packing", "document_attention", "varlen_attention"]
 
 Lengths = Sequence[tuple[int, int]]  # of each sequence: query rows, tokens
 
@@ -93,6 +93,38 @@ def varlen_attention(call: AttentionCall, packing: Packing) -> tuple[Tensor, Ten
         return _flash(call, packing)
     lengths = packing.read(call.q.shape[1], call.keys[0].shape[1])
     return _masked(call, packing) if lengths is None else _by_sequence(call, lengths)
+
+
+def document_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Attention of every document over itself, in sequences that are packed with ``document_lengths``.
+
+    Args:
+        call: One source of keys and of values, without weights: q (B, S, H, D), the last S of T tokens.
+
+    Returns:
+        (B, S, H, Dv) in q's dtype, and (B, H, S) float32 without a gradient if the call returns it.
+    """
+    assert call.document_lengths is not None
+    q, k, v = call.q, call.keys[0], call.values[0]
+    (B, S), T = q.shape[:2], k.shape[1]
+    lengths = []
+    for row in call.document_lengths:
+        ends = itertools.accumulate(row)
+        lengths += [
+            (min(tokens, max(end - (T - S), 0)), tokens) for end, tokens in zip(ends, row, strict=True)
+        ]
+    sides = [list(side) for side in zip(*lengths, strict=True)] or [[], []]
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor([0, *itertools.accumulate(side)], dtype=torch.int32, device=q.device) for side in sides
+    )
+    max_q, max_k = (max(side, default=0) for side in sides)
+    packed = call._replace(
+        q=q.flatten(0, 1)[None], keys=[k.flatten(0, 1)[None]], values=[v.flatten(0, 1)[None]]
+    )
+    out, lse = varlen_attention(packed, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k, lengths))
+    if lse is not None:
+        lse = lse.unflatten(1, (B, S)).transpose(0, 1)
+    return out.unflatten(0, (B, S)), lse
 
 
 def _by_sequence(call: AttentionCall, lengths: Lengths) -> tuple[Tensor, Tensor | None]:

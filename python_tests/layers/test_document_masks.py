@@ -1,4 +1,7 @@
-"""fused_kv_attn_func with document_ids: rows see their own document, and the masks are not kept."""
+"""fused_kv_attn_func with document_ids: rows see their own document, and the masks are not kept.
+
+Documents that are runs of tokens are computed one by one, all others with masks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fusedkv_ext import fused_kv_attn_func
-from fusedkv_ext.ops import reference, sdpa
+from fusedkv_ext.ops import checks, reference, sdpa
+from fusedkv_ext.ops.packing import Documents, read_documents
 from fusedkv_ext.testing import assert_close, assert_matches_oracle, assert_near, assert_same_bits
 
 CPU = torch.device("cpu")
@@ -78,6 +82,21 @@ def found(name: str) -> tuple[Case, Tensor]:
     return case, packed(case, lengths)
 
 
+def returning(ids: Tensor) -> Tensor:
+    """The ids with the last token in the first one's document, which is no run then: attention masks it."""
+    ids = ids.clone()
+    ids[:, -1] = ids[:, 0]
+    return ids
+
+
+@pytest.fixture(params=["one_by_one", "masked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute documents that are runs."""
+    if request.param == "masked":
+        monkeypatch.setattr(checks, "read_documents", lambda ids: Documents(ids, None))
+    return request.param
+
+
 def check(case: Case, ids: Tensor, device: torch.device) -> None:
     args = dense_inputs(case, device)
     options = {**case.options, "document_ids": ids.to(device)}
@@ -88,7 +107,7 @@ def check(case: Case, ids: Tensor, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("case", "lengths"), CASES, ids=lambda x: x.name if isinstance(x, Case) else "")
-def test_matches_oracle(case: Case, lengths: Lengths, device: torch.device) -> None:
+def test_matches_oracle(case: Case, lengths: Lengths, device: torch.device, way: str) -> None:
     check(case, packed(case, lengths), device)
 
 
@@ -104,7 +123,9 @@ IDS = {
 
 @pytest.mark.parametrize("kind", IDS)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "not_causal"])
-def test_documents_are_equal_ids_whatever_they_are(kind: str, causal: bool, device: torch.device) -> None:
+def test_documents_are_equal_ids_whatever_they_are(
+    kind: str, causal: bool, device: torch.device, way: str
+) -> None:
     case = Case(kind, S=33, T=33, causal=causal)
     check(case, IDS[kind](packed(case, ((9, 11, 13),))), device)
 
@@ -122,7 +143,7 @@ def test_the_oracle_keeps_documents_apart() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "not_causal"])
-def test_nothing_of_another_document_is_seen(causal: bool) -> None:
+def test_nothing_of_another_document_is_seen(causal: bool, way: str) -> None:
     case, ids = found("two_documents")
     q, keys, values, a, b = dense_inputs(case, CPU)
     before = fused_kv_attn_func(q, keys, values, a, b, causal=causal, document_ids=ids)
@@ -147,7 +168,7 @@ GRAD_CASES = [
 
 
 @pytest.mark.parametrize("name", GRAD_CASES)
-def test_gradients_match_oracle(name: str, device: torch.device) -> None:
+def test_gradients_match_oracle(name: str, device: torch.device, way: str) -> None:
     case, ids = found(name)
     q, keys, values, a, b = dense_inputs(case, device)
     options = {**case.options, "return_lse": False, "document_ids": ids.to(device)}
@@ -175,7 +196,7 @@ def test_gradients_match_oracle(name: str, device: torch.device) -> None:
         ]
     )
 )
-def test_gradcheck_in_float64(case: Case) -> None:
+def test_gradcheck_in_float64(case: Case, way: str) -> None:
     q, keys, values, a, b = dense_inputs(case, CPU)
     inputs = [x.double().requires_grad_() for x in (q, *keys, *values, a, b)]
     ids = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
@@ -218,6 +239,7 @@ def test_no_mask_is_kept_for_the_backward(
     name: str, recompute_fusion: bool, masks: list[StorageWeakRef]
 ) -> None:
     case, ids = found(name)
+    ids = returning(ids)
     inputs, grad = leaves(case)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # then they are kept
         out = attend(case, inputs, ids)
@@ -234,8 +256,12 @@ def test_no_mask_is_kept_for_the_backward(
 
 
 @pytest.mark.parametrize("name", ["two_documents", "chunks"])
-def test_recomputed_fusion_and_masks_nest(name: str, fused: list[StorageWeakRef]) -> None:
+@pytest.mark.parametrize("change", [returning, lambda ids: ids], ids=["masks", "one_by_one"])
+def test_recomputed_fusion_and_masks_nest(
+    name: str, change: Callable[[Tensor], Tensor], fused: list[StorageWeakRef]
+) -> None:
     case, ids = found(name)
+    ids = change(ids)
     inputs, grad = leaves(case)
     expected = torch.autograd.grad(attend(case, inputs, ids), inputs, grad)
     fused.clear()
@@ -248,11 +274,45 @@ def test_recomputed_fusion_and_masks_nest(name: str, fused: list[StorageWeakRef]
 def test_ids_modified_before_the_backward_raise() -> None:
     case, ids = found("two_documents")
     inputs, grad = leaves(case)
-    ids = ids.clone()
+    ids = returning(ids)
     out = attend(case, inputs, ids)
     ids.zero_()
     with pytest.raises(RuntimeError, match="document_ids.*modified by an inplace operation"):
         torch.autograd.grad(out, inputs, grad)
+
+
+def test_documents_that_are_runs_need_no_mask(masks: list[StorageWeakRef]) -> None:
+    case, ids = found("sequences_differ")
+    inputs, _ = leaves(case)
+    attend(case, inputs, ids)
+    assert not masks
+    attend(case, inputs, returning(ids))
+    assert len(masks) == 1
+
+
+@pytest.mark.parametrize("name", ["sequences_differ", "last_rows", "every_token_a_document"])
+def test_documents_that_a_model_has_read_give_the_same_bits(name: str) -> None:
+    case, ids = found(name)
+    inputs, grad = leaves(case)
+    outs = [attend(case, inputs, x) for x in (ids, read_documents(ids))]
+    assert_same_bits(*outs)
+    assert_same_bits(*(torch.autograd.grad(out, inputs, grad) for out in outs))
+
+
+def test_documents_are_read_where_each_is_a_run() -> None:
+    for ids, lengths in (
+        ([[3, 3, 5, 5, 5], [0, 0, 0, 0, 0]], ((2, 3), (5,))),
+        ([[1, 2, 3, -4, 9], [2, 2, 1, 1, 1]], ((1, 1, 1, 1, 1), (2, 3))),
+        ([[3, 3, 5, 3, 5], [0, 0, 0, 0, 0]], None),
+        ([[], []], ((), ())),
+    ):
+        for dtype in (torch.int32, torch.int64):
+            assert read_documents(torch.tensor(ids, dtype=dtype)).lengths == lengths
+    assert read_documents(torch.zeros(2, 3, dtype=torch.long, device="meta")).lengths is None
+    documents = read_documents(torch.tensor([[3, 3, 5, 5, 5], [0, 0, 0, 0, 1]]))
+    part = documents.tokens(1, 4)
+    assert part.ids.tolist() == [[3, 5, 5], [0, 0, 0]] and part.lengths == ((1, 2), (3,))
+    assert documents.tokens(2, 2).lengths == ((), ())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -21,7 +21,16 @@ from torch import Tensor
 from fusedkv_ext import Decoder, load_pretrained
 from fusedkv_ext.cli.main import main
 from fusedkv_ext.errors import ConfigError
-from fusedkv_ext.ops.packing import IGNORED, document_ids_of, document_positions, next_tokens
+from fusedkv_ext.layers import decoder
+from fusedkv_ext.ops import checks, sdpa
+from fusedkv_ext.ops.packing import (
+    IGNORED,
+    Documents,
+    document_ids_of,
+    document_positions,
+    next_tokens,
+    read_documents,
+)
 from fusedkv_ext.training import loop, session
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.data.tokenizer import ByteTokenizer
@@ -107,6 +116,38 @@ def test_packed_documents_give_what_separate_ones_give(case: str, checkpointing:
         torch.testing.assert_close(ignored[b, : first[b]], expected[b, : first[b]], **EXACT)
     begins = [5, 6, 15]  # where a token that ignores the masks sees others
     assert (ignored - expected)[0, begins].abs().amax(-1).min() > 1e-3, "this model would not notice a mask"
+
+
+@pytest.mark.parametrize("case", ["fusedkv", "latents"])
+def test_a_model_reads_its_documents_once_and_makes_no_mask(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (ids, document_ids, _), reads = model_of(case), packed(), []
+
+    def recorded(document_ids: Tensor) -> Documents:
+        reads.append(document_ids)
+        return read_documents(document_ids)
+
+    def refused(*args: object) -> NoReturn:
+        raise AssertionError("a layer reads ids, or makes a mask of them")
+
+    monkeypatch.setattr(decoder, "read_documents", recorded)
+    monkeypatch.setattr(checks, "read_documents", refused)
+    monkeypatch.setattr(sdpa, "_document_mask", refused)
+    model(ids, ids, document_ids=document_ids)[1].backward()
+    assert len(reads) == 1
+
+
+def test_ids_that_return_join_their_tokens() -> None:
+    """Attention compares ids for equality: two runs of one id are one document, of which none is a run."""
+    model = model_of("vanilla")
+    attention = model.model.layers[0].self_attn
+    x, ids = torch.randn(1, 9, 32, dtype=torch.float64), torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0]])
+    cos_sin = model.model.rope.cos_sin(torch.arange(9))
+    out = attention(x, position_embeddings=cos_sin, document_ids=ids)[0]
+    for places in ([0, 1, 2, 6, 7, 8], [3, 4, 5]):
+        own = attention(x[:, places], position_embeddings=tuple(part[places] for part in cos_sin))[0]
+        torch.testing.assert_close(out[:, places], own, **EXACT)
 
 
 @pytest.mark.parametrize("case", ["fusedkv", "yoco", "latents"])
