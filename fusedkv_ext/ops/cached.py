@@ -19,7 +19,7 @@ from fusedkv_ext.ops.call import AppendCall, AttentionCall
 from fusedkv_ext.ops.dispatch import device_type_of, folds_cached, in_graph, native_head_dim
 from fusedkv_ext.ops.fuse import fuse_cached, fuse_side
 from fusedkv_ext.ops.native import run_op
-from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_lse
+from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_attention_lse
 from fusedkv_ext.ops.sizes import always
 
 __all__ = ["append", "attend", "attend_layer", "make_schedule"]
@@ -160,11 +160,10 @@ def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     own = (torch.arange(tokens, device=q.device) >= tokens - lengths).int()
     padding = torch.arange(S, device=q.device) < S - lengths
     fused = call.fused(q, k, v, document_ids=own)
-    out = sdpa_attention(fused).masked_fill(padding[:, :, None, None], 0)
+    out, lse = sdpa_attention_lse(fused)
+    out = out.masked_fill(padding[:, :, None, None], 0)
     out = out.masked_fill(((lengths < 0) | (lengths > capacity))[:, :, None, None], math.nan)
-    if not call.return_lse:
-        return out, None
-    return out, sdpa_lse(fused).masked_fill(padding[:, None], -math.inf)
+    return out, None if lse is None else lse.masked_fill(padding[:, None], -math.inf)
 
 
 def _prefill(call: AttentionCall) -> Tensor:

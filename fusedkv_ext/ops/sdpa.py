@@ -1,7 +1,7 @@
 """Attention of many query rows: keys and values fused once, then torch's SDPA.
 
 SDPA has no bottom-right alignment of windows, no documents, no fully masked rows and no lse; they are added
-here.
+here. The lse comes from SDPA's flash kernel where that runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend
 
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.recompute import recomputed
@@ -34,6 +35,17 @@ def sdpa_attention(call: AttentionCall) -> Tensor:
     Returns:
         (B, S, H, Dv) in q's dtype.
     """
+    return sdpa_attention_lse(call._replace(return_lse=False))[0]
+
+
+def sdpa_attention_lse(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """``sdpa_attention`` and, if the call returns it, the natural log-sum-exp of the scores.
+
+    torch's flash kernel computes both at once. Otherwise ``sdpa_lse`` computes the scores again.
+
+    Returns:
+        (B, S, H, Dv) in q's dtype, and None or (B, H, S) float32 without a gradient.
+    """
     q, v = call.q, call.values[0]
     S, T = q.shape[1], v.shape[1]
     masked = fully_masked_rows(S, T, call.right)
@@ -41,19 +53,25 @@ def sdpa_attention(call: AttentionCall) -> Tensor:
     # If all rows are masked, SDPA of no rows gives them their place in the graph, and gradients of zeros.
     chunks = [_sdpa(call, i, end) for i, end in _chunks(masked, S, size) or [(S, S)]]
     if masked:
-        chunks.insert(0, q.new_zeros(q.shape[0], masked, q.shape[2], v.shape[3]))
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+        B, H = q.shape[0], q.shape[2]
+        chunks.insert(0, (q.new_zeros(B, masked, H, v.shape[3]), _no_keys(q, masked)))
+    outs = [out for out, _ in chunks]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    if not call.return_lse:
+        return out, None
+    lses = [lse for _, lse in chunks if lse is not None]
+    return out, torch.cat(lses, dim=2) if len(lses) == len(chunks) else sdpa_lse(call)
 
 
-def sdpa_attention_lse(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """``sdpa_attention``, and ``sdpa_lse`` if the call returns it."""
-    return sdpa_attention(call), sdpa_lse(call) if call.return_lse else None
+def _no_keys(q: Tensor, rows: int) -> Tensor:
+    """The log-sum-exp of fully masked rows, (B, H, rows)."""
+    return q.new_full((q.shape[0], q.shape[2], rows), float("-inf"), dtype=torch.float32)
 
 
 def sdpa_with_mask(call: AttentionCall, mask: Tensor) -> Tensor:
     """Attention of all rows under a mask that broadcasts to (B, H, S, T) instead of the call's own bounds."""
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.keys[0], call.values[0]))
-    return _attend(q, k, v, mask, True, False, call.scale).transpose(1, 2)
+    return _attend(q, k, v, mask, True, False, call.scale, False)[0].transpose(1, 2)
 
 
 def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -63,8 +81,8 @@ def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, end)) for i in range(begin, end, max(size, 1))]
 
 
-def _sdpa(call: AttentionCall, first: int, end_row: int) -> Tensor:
-    """SDPA of the rows first..end_row - 1, all of which see a token."""
+def _sdpa(call: AttentionCall, first: int, end_row: int) -> tuple[Tensor, Tensor | None]:
+    """SDPA of the rows first..end_row - 1, all of which see a token; and lse if the kernel returns it."""
     k, v, left, right, documents = call.keys[0], call.values[0], call.left, call.right, call.document_ids
     position = first + k.shape[1] - call.q.shape[1]
     q = call.q[:, first:end_row]
@@ -92,11 +110,13 @@ def _sdpa(call: AttentionCall, first: int, end_row: int) -> Tensor:
     elif masked:
         mask = visible(S, end - begin, position - begin, left, right, q.device)
     with keeping:
-        out = _attend(q, k, v, mask, masked, square, call.scale)
-    return out.transpose(1, 2)
+        out, lse = _attend(q, k, v, mask, masked, square, call.scale, call.return_lse)
+    return out.transpose(1, 2), lse
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, masked: bool, square: bool, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, masked: bool, square: bool, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """torch's SDPA of (B, heads, tokens, channels), with heads expanded where its kernel reads no groups."""
     grouped = not always(q.shape[1] == k.shape[1])
     if grouped and not _reads_groups(q, v, masked):
@@ -104,9 +124,41 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, masked: bool, square: bo
         grouped = False
     if scale <= 0:  # masks of torch's kernels are scaled: -inf would become inf or NaN
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return F.scaled_dot_product_attention(
+    if with_lse and (masked or mask is None) and _takes_flash(q, k, v, mask, square, scale, grouped):
+        return _flash(q, k, v, mask, square, scale)
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
     )
+    return out, None
+
+
+def _takes_flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, square: bool, scale: float, grouped: bool
+) -> bool:
+    """Whether SDPA would run its flash kernel, and that kernel as it is takes the head dim."""
+    if torch.compiler.is_compiling() or hasattr(q, "to_local") or q.device.type not in ("cpu", "cuda"):
+        return False
+    if q.is_cuda and q.shape[3] % 8:  # SDPA would pad it
+        return False
+    chosen = torch._fused_sdp_choice(  # torch has no public name for it; the same from 2.11 to 2.13
+        q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=square, scale=scale, enable_gqa=grouped
+    )
+    return chosen == SDPBackend.FLASH_ATTENTION.value
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, square: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What SDPA's flash kernel computes: out, and lse (B, H, S)."""
+    if q.device.type == "cpu":
+        if mask is not None and mask.dtype == torch.bool:  # the kernel adds masks
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attend(q, k, v, 0.0, square, attn_mask=mask, scale=scale)
+    else:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = attend(q, k, v, 0.0, square, False, scale=scale)[:2]
+    return out, lse.detach().float()
 
 
 def _masks_lower_right(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -147,7 +199,11 @@ def _document_mask(
 
 
 def sdpa_lse(call: AttentionCall) -> Tensor:
-    """The natural log-sum-exp of the scores of ``sdpa_attention``: (B, H, S) float32, without a gradient."""
+    """The natural log-sum-exp of the scores of ``sdpa_attention``, which are computed for it alone.
+
+    Returns:
+        (B, H, S) float32, without a gradient.
+    """
     q, k, documents = call.q, call.keys[0], call.document_ids
     (_, S, H, _), (T, G) = q.shape, k.shape[1:3]
     lse = []
