@@ -24,6 +24,7 @@ from fusedkv_ext.ops.functional import (
     fused_kv_attn_with_kvcache,
     rope_append_kvcache,
 )
+from fusedkv_ext.ops.merging import merge_state
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan, Fusion, LayerPlan, Segment
 
@@ -56,6 +57,7 @@ __all__ = [
     "fused_kv_attn_varlen_func",
     "fused_kv_attn_with_kvcache",
     "load_pretrained",
+    "merge_state",
     "param_groups",
     "rope_append_kvcache",
     "save_pretrained",

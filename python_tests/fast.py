@@ -15,6 +15,7 @@ FAST: dict[str, str] = {
     "ops/test_reference.py": ALL,
     "ops/test_criterion.py": ALL,
     "ops/test_dense.py": ALL,
+    "ops/test_merging.py": ALL,
     "ops/test_head_loss.py": r"chunk|bad_arguments",
     "ops/test_explain.py": r"by_hand|errors|what_runs",
     "ops/test_fuse_kv.py": r"(test_matches_oracle|test_gradients_match)\[cpu|gradcheck_in_float64\[cpu",

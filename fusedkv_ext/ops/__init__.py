@@ -12,6 +12,7 @@ from fusedkv_ext.ops.functional import (
     fused_kv_attn_with_kvcache,
     rope_append_kvcache,
 )
+from fusedkv_ext.ops.merging import merge_state
 
 __all__ = [
     "append_kvcache",
@@ -22,5 +23,6 @@ __all__ = [
     "fused_kv_attn_func",
     "fused_kv_attn_varlen_func",
     "fused_kv_attn_with_kvcache",
+    "merge_state",
     "rope_append_kvcache",
 ]
