@@ -153,7 +153,7 @@ def collect(build: Path) -> dict[str, object]:
 
 
 def source_name(source: Path, root: Path) -> str:
-    """The .cu file below the root; for units/KERNEL.ARGUMENTS.cu, which includes KERNEL.cu, with its arguments."""
+    """The .cu file below the root; for units/KERNEL.ARGUMENTS.cu the included KERNEL.cu and the arguments."""
     if source.parent.name != "units":
         return source.relative_to(root).as_posix()
     kernel, arguments, _ = source.name.split(".")

@@ -311,8 +311,7 @@ class FusedKVAttention(nn.Module):
                 self.window_size[0],
                 0,
                 schedule,
-                False,
-                cache.lengths,
+                host_seqlens=cache.lengths,
             )
             outs.append(cached.attend_layer(call))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

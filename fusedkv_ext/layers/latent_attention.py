@@ -360,8 +360,10 @@ class LatentAttention(nn.Module):
         schedule: Tensor | None = None,
     ) -> AttentionCall:
         window = (self.scale, self.window_size[0], 0)
-        state: tuple[Any, ...] = (cache.seq_lens, block_table, *window, schedule, False, cache.lengths)
-        return AttentionCall(q, keys, values, *weights, *state)
+        return AttentionCall(
+            *(q, keys, values, *weights, cache.seq_lens, block_table, *window, schedule),
+            host_seqlens=cache.lengths,
+        )
 
     def _attend_absorbed(
         self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, fusion: FusionTensors | None

@@ -8,7 +8,7 @@ kernels, the native operation, SDPA and :func:`explain`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -125,9 +125,11 @@ class AttentionCall(NamedTuple):
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> AttentionCall:
         """The call that is left once keys and values are fused: one source each, no cache, no weights."""
-        options = (self.scale, self.left, self.right, None, False, None, 0, None)
-        options = (*options, self.return_lse, document_ids)
-        return AttentionCall(q, [k], [v], None, None, None, None, *options)
+        return AttentionCall(
+            *(q, [k], [v], None, None, None, None, self.scale, self.left, self.right),
+            return_lse=self.return_lse,
+            document_ids=document_ids,
+        )
 
 
 class AppendCall(NamedTuple):
@@ -170,8 +172,12 @@ def attention_call(
     key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
     weights = {"key_weights": key_weights, "value_weights": value_weights}
     checks.check_same_device({"q": q, "keys": keys, "values": values, **weights, "document_ids": ids})
-    options = (scale, left, right, None, False, None, 0, None, return_lse, ids, lengths)
-    return AttentionCall(q, keys, values, key_weights, value_weights, None, None, *options)
+    return AttentionCall(
+        *(q, keys, values, key_weights, value_weights, None, None, scale, left, right),
+        return_lse=return_lse,
+        document_ids=ids,
+        document_lengths=lengths,
+    )
 
 
 def packed_call(
@@ -244,10 +250,10 @@ def cached_attention_call(
     if schedule is not None:
         checks.check_tensor("schedule", schedule)
         checks.check_same_device({"q": q, "schedule": schedule})
-    cache = (cache_seqlens, block_table)
-    options: tuple[Any, ...] = (scale, left, right, schedule, batch_invariant)
-    options = (*options, cu_seqlens_q, max_seqlen_q or 0, host_seqlens, return_lse)
-    return AttentionCall(q, keys, values, key_weights, value_weights, *cache, *options)
+    return AttentionCall(
+        *(q, keys, values, key_weights, value_weights, cache_seqlens, block_table, scale, left, right),
+        *(schedule, batch_invariant, cu_seqlens_q, max_seqlen_q or 0, host_seqlens, return_lse),
+    )
 
 
 def append_call(
