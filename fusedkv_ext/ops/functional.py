@@ -340,22 +340,9 @@ def fused_kv_attn_with_kvcache(
         TypeError: A type or dtype is wrong.
     """
     call = cached_attention_call(
-        q,
-        key_caches,
-        value_caches,
-        key_weights,
-        value_weights,
-        cache_seqlens,
-        block_table,
-        softmax_scale,
-        causal,
-        window_size,
-        return_lse,
-        schedule,
-        batch_invariant,
-        host_seqlens,
-        cu_seqlens_q,
-        max_seqlen_q,
+        *(q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table),
+        *(softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, host_seqlens),
+        *(cu_seqlens_q, max_seqlen_q),
     )
     out, lse = cached.attend(call)
     if call.cu_seqlens_q is not None:
