@@ -18,7 +18,7 @@ int main() {
       for (int values : {1, 2}) {
         if (dim < 256 || keys + values == 2)
           printf("MmaWarpKernel<%d, %d, %d> %d\n", dim, keys, values, bytes(DType::bf16, 1, dim, keys, values));
-        for (int rows : {16, 32, 64})
+        for (int rows = 16; rows <= max_block_rows(dim, keys, values); rows *= 2)
           printf("MmaBlockKernel<%d, %d, %d, %d> %d\n", dim, keys, values, rows,
                  bytes(DType::bf16, rows, dim, keys, values));
       }

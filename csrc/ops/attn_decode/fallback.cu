@@ -122,7 +122,9 @@ __global__ void __launch_bounds__(K::kThreads)
   const int team = threadIdx.x / K::kLanes, d = threadIdx.x % K::kLanes * kVec;
   const BlockStates states = block_states(shared_base(), K::kTeams, kRows, K::kD);
   const BlockWork work = begin_block(p, K::kThreads);
-  for (WorkChunk w = next_chunk(p, work, work.begin); w.splits > 0; w = next_chunk(p, work, w.next)) {
+  WorkChunk w = {};
+  w.next = work.begin;
+  while ((w = next_chunk(p, work, w.next)).splits > 0) {
     TeamState state;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

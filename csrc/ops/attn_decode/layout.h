@@ -48,10 +48,15 @@ struct MmaBlockLayout {
   int value_ring, queries, probabilities, maxima, rescale, sums, flag;
 };
 
+// Query rows of a block: more of two sources of 256 channels have no place in the registers.
+constexpr int max_block_rows(int head_dim, int keys, int values) {
+  return head_dim == 256 && keys + values > 2 ? 32 : 64;
+}
+
 constexpr MmaBlockLayout mma_block_layout(int head_dim, int keys, int values, int rows) {
   MmaBlockLayout l{};
-  // With four warps the output of 64 rows would take half of the registers or more.
-  l.warps = rows == 64 && head_dim >= 128 ? 8 : 4;
+  // With four warps a larger output would take half of the registers or more.
+  l.warps = rows * head_dim >= 64 * 128 ? 8 : 4;
   l.threads = l.warps * 32;
   l.warp_rows = rows / (l.warps / 2);
   l.channel_tiles = head_dim / (16 * l.warps);
@@ -151,7 +156,8 @@ inline AttnLaunch attn_launch(const AttnShape& s) {
     l.cost_sums = warps * mma_warp_layout(l.head_dim, s.num_keys, s.num_values).warp_bytes + kFlagBytes;
   } else {
     l.kernel = AttnKernel::kMmaBlock;
-    l.rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : 64;
+    const int most = max_block_rows(l.head_dim, s.num_keys, s.num_values);
+    l.rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : most;
     while (block_bytes(l.rows) > limit && l.rows > 16) l.rows /= 2;
     l.threads = mma_block_layout(l.head_dim, s.num_keys, s.num_values, l.rows).threads;
     l.cost_sums = block_bytes(l.rows);

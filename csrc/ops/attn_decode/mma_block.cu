@@ -281,13 +281,61 @@ __device__ __forceinline__ void store_state(RowState<K>& state, uint32_t base) {
   __syncthreads();
 }
 
+// The output of all rows to shared memory, where the rings were: rows of kD + 4 floats, with the sources
+// added up. So partial results are as wide as one source.
+template <typename K>
+__device__ __forceinline__ void stage_output(const AttnCudaParams& p, const WorkChunk& w,
+                                             const Output<K>& out, uint32_t base) {
+  static_assert(K::kRows * (K::kD + 4) * 4 <= K::kLayout.probabilities);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int m = 0; m < K::kChannelTiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int d = (warp * K::kChannelTiles + m) * 16 + half * 8 + lane / 4;
+      float weights[K::kValues];
+#pragma unroll
+      for (int j = 0; j < K::kValues; ++j) {
+        const float* b = value_weights(p.attn, j, w.g);
+        weights[j] = b && d < p.attn.Dv ? load(b + d) : 1.f;
+      }
+#pragma unroll
+      for (int n = 0; n < K::kRows / 8; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float x = 0.f;
+#pragma unroll
+          for (int j = 0; j < K::kValues; ++j) x += weights[j] * out.o[j][m][n][half * 2 + r];
+          ptx::st_shared_f32(base + ((n * 8 + lane % 4 * 2 + r) * (K::kD + 4) + d) * 4, x);
+        }
+    }
+}
+
+// Writes the results of all rows: one warp per row, four channels per lane.
+template <typename K>
+__device__ __forceinline__ void write_rows(const AttnCudaParams& p, const WorkChunk& w, uint32_t base) {
+  const int rows = rows_of_chunk(p, w), Dv = int(p.attn.Dv);
+  for (int row = threadIdx.x / 32; row < rows; row += K::kThreads / 32) {
+    const float sum = ptx::ld_shared_f32(base + K::kLayout.sums + row * 4) +
+                      ptx::ld_shared_f32(base + K::kLayout.sums + (K::kRows + row) * 4);
+    const float lse = ptx::ld_shared_f32(base + K::kLayout.maxima + row * 4) + log2f(sum);
+    for (int d = threadIdx.x % 32 * 4; d < Dv; d += 128) {
+      Vector<float, 4> x = floats_of(ptx::ld_shared_b128(base + (row * (K::kD + 4) + d) * 4));
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x.element[c] = sum == 0.f ? 0.f : x.element[c] / sum;
+      write_result<typename K::T>(p, w, row, d, x, sum == 0.f ? minus_infinity() : lse);
+    }
+  }
+}
+
 template <typename K>
 __global__ void __launch_bounds__(K::kThreads, 1)
     attn_decode_mma_block_kernel(const __grid_constant__ AttnCudaParams p) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = shared_base();
   const BlockWork work = begin_block(p, K::kThreads);
-  for (WorkChunk w = next_chunk(p, work, work.begin); w.splits > 0; w = next_chunk(p, work, w.next)) {
+  WorkChunk w = {};
+  w.next = work.begin;
+  while ((w = next_chunk(p, work, w.next)).splits > 0) {
     RowState<K> state;
 #pragma unroll
     for (int n = 0; n < K::kRowTiles; ++n)
@@ -297,35 +345,9 @@ __global__ void __launch_bounds__(K::kThreads, 1)
     run_tiles(p, w, base, state, out);
     store_state<K>(state, base);
 
-    // Value weights are applied before splits are merged, so that partial results are as wide as one source.
-    const int rows = rows_of_chunk(p, w);
-#pragma unroll
-    for (int m = 0; m < K::kChannelTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int d = (warp * K::kChannelTiles + m) * 16 + half * 8 + lane / 4;
-        float weights[K::kValues];
-#pragma unroll
-        for (int j = 0; j < K::kValues; ++j) {
-          const float* b = value_weights(p.attn, j, w.g);
-          weights[j] = b && d < p.attn.Dv ? load(b + d) : 1.f;
-        }
-#pragma unroll
-        for (int n = 0; n < K::kRows / 8; ++n)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int row = n * 8 + lane % 4 * 2 + r;
-            if (row >= rows || d >= p.attn.Dv) continue;
-            const float sum = ptx::ld_shared_f32(base + K::kLayout.sums + row * 4) +
-                              ptx::ld_shared_f32(base + K::kLayout.sums + (K::kRows + row) * 4);
-            float x = 0.f;
-#pragma unroll
-            for (int j = 0; j < K::kValues; ++j) x += weights[j] * out.o[j][m][n][half * 2 + r];
-            const float lse = ptx::ld_shared_f32(base + K::kLayout.maxima + row * 4) + log2f(sum);
-            write_result<typename K::T>(p, w, row, d, Vector<float, 1>{{sum == 0.f ? 0.f : x / sum}},
-                                        sum == 0.f ? minus_infinity() : lse);
-          }
-      }
+    stage_output<K>(p, w, out, base);
+    __syncthreads();
+    write_rows<K>(p, w, base);
     finish_chunk<typename K::T>(p, w, base + K::kLayout.flag, base, K::kThreads);
     __syncthreads();  // the next chunk reuses shared memory
   }
@@ -338,8 +360,9 @@ AttnKernelFunction attn_mma_block_kernel(int values, int rows) {
   const auto of_values = [&](auto v) -> AttnKernelFunction {
     constexpr int kValues = decltype(v)::value;
     if (rows == 16) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 16>>;
-    if (rows == 32) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 32>>;
-    return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 64>>;
+    constexpr int kMost = max_block_rows(kD, kKeys, kValues);
+    if (rows == kMost) return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, kMost>>;
+    return attn_decode_mma_block_kernel<MmaBlockKernel<T, kD, kKeys, kValues, 32>>;
   };
   return values == 2 ? of_values(std::integral_constant<int, 2>{})
                      : of_values(std::integral_constant<int, 1>{});

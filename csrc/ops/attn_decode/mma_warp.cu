@@ -282,10 +282,21 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
   const BlockStates states =
       block_states(shared_base() + warps * K::kRingBytes, warps, kRows, K::kLayout.pitch);
   const BlockWork work = begin_block(p, threads);
-  WorkChunk w = next_chunk(p, work, work.begin);
-  Lookahead lookahead = start_copies<K>(p, w, ring);
-  while (w.splits > 0) {
-    State<K> state;
+  WorkChunk w = {};  // none yet
+  w.next = work.begin;
+  State<K> state;
+  while (true) {
+    const WorkChunk next = next_chunk(p, work, w.next);
+    const Lookahead lookahead = start_copies<K>(p, next, ring);
+    if (w.splits > 0) {
+      __syncthreads();  // the chunk before is merged
+      store_state(p, w, states, state);
+      __syncthreads();
+      merge_states<typename K::T>(p, w, states, threads);
+      finish_chunk<typename K::T>(p, w, states.flag, states.outs, threads);
+    }
+    if (next.splits == 0) break;
+    w = next;
 #pragma unroll
     for (int r = 0; r < 2; ++r) state.max[r] = minus_infinity(), state.sum[r] = 0.f;
 #pragma unroll
@@ -295,15 +306,6 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) state.o[j][step][i] = 0.f;
     run_steps(p, w, ring, lookahead, state);
-    const WorkChunk next = next_chunk(p, work, w.next);
-    lookahead = start_copies<K>(p, next, ring);
-
-    __syncthreads();  // the chunk before is merged
-    store_state(p, w, states, state);
-    __syncthreads();
-    merge_states<typename K::T>(p, w, states, threads);
-    finish_chunk<typename K::T>(p, w, states.flag, states.outs, threads);
-    w = next;
   }
 }
 
