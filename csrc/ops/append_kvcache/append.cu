@@ -115,6 +115,7 @@ __device__ __forceinline__ void move_row(T* to, const T* from, const float* cos,
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) append_kvcache_kernel(const __grid_constant__ Params params) {
+  ptx::grid_dependency_wait();
   const AppendKVCacheParams& p = params.append;
   const int lane = int(threadIdx.x) % kLanes;
   const int64_t heads = p.query.heads + p.key.heads + p.value.heads;
@@ -189,7 +190,8 @@ int append_kvcache_cuda(const AppendKVCacheParams& p, void* stream) {
     using T = typename decltype(tag)::type;
     const Params params{p, in_pieces<T>(p.query, p, true), in_pieces<T>(p.key, p, true),
                         in_pieces<T>(p.value, p, false)};
-    error = launch(append_kvcache_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, params);
+    error = launch_overlapped(append_kvcache_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream,
+                              params);
   });
   return error;
 }
