@@ -36,7 +36,8 @@ __device__ __forceinline__ void store(T* to, const T& x) {
   *to = x;
 }
 
-// Of a call that returns an error. The runtime keeps it too, and the next launch would report it again.
+// The error that a call returned. The runtime keeps it too, and the next launch would report it again: it is
+// cleared.
 inline int taken(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return int(error);

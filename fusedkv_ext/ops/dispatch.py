@@ -53,8 +53,8 @@ def decode_max_rows(device_type: str, dtype: torch.dtype, sources: int, head_dim
     TB/s.
 
     So it is 512 where tensor cores fold: CUDA, bfloat16 and float16, head dims up to 128, or up to 256 with
-        one
-    source of each. Elsewhere folding computes much slower than SDPA: 32 rows, those of one task of the CPU.
+    one source of each. Elsewhere folding computes much slower than SDPA: 32 rows, those of one task of the
+    CPU.
 
     Args:
         device_type: "cpu" or "cuda".

@@ -1,10 +1,10 @@
 // out[r] = softmax_t(scale * q_r . K[t]) V[t]    with K = sum_i a_i (.) K_i and V = sum_j b_j (.) V_j.
 //
-// For calls that the tensor-core kernels do not support: float32, more than two sources, two sources of more
-// than 128 channels, memory that is not aligned to 16 bytes. A team of 8, 16 or 32 lanes with 8 channels each
-// fuses each token's key and value in registers, once for four query rows. Every team has its own tokens,
-// softmax state and output; the results of the teams are merged at the end of the chunk. All sums are
-// float32.
+// For calls that the tensor-core kernels do not support: float32, more than two sources, memory that is not
+// aligned to 16 bytes, and two sources of more than 128 channels where a block has too little shared memory.
+// A team of 8, 16 or 32 lanes with 8 channels each fuses each token's key and value in registers, once for
+// four query rows. Every team has its own tokens, softmax state and output; the results of the teams are
+// merged at the end of the chunk. All sums are float32.
 
 #include "ops/attn_decode/kernels.h"
 #include "ops/attn_decode/work.cuh"

@@ -1,5 +1,7 @@
 // out[r] = sum_j b_j (.) (softmax_t(scale * sum_i (q_r (.) a_i) . K_i[t]) V_j[t])    for 9 to 64 query rows.
 //
+// Also for fewer rows of two sources of more than 128 channels, which one warp cannot hold.
+//
 // The products are those of mma_warp.cu: tokens on M and query rows on N. With more than 8 rows the output of
 // all channels does not fit the registers of one warp. So four warps (eight for 64 rows) share a tile of 32
 // tokens:

@@ -30,9 +30,9 @@ struct CacheTensor {
 
 struct AttnDecodeParams {
   DType dtype;                // of q, the caches and out: f32, bf16 or f16
-  int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8; packed queries: S is the most
+  int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8
   // q is (B, S, H, D). With cu_seqlens_q it is packed, (1, total_q, H, D): sequence b has the query tokens
-  // cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1.
+  // cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1, at most S.
   const void* q;
   int64_t q_stride_b, q_stride_s, q_stride_h;
   const int32_t* cu_seqlens_q;      // (B + 1,) or nullptr
