@@ -64,6 +64,9 @@ def fused_kv_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
     document_ids: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over fused keys K = sum_j a_j (.) K_j and fused values V = sum_j b_j (.) V_j.
@@ -71,7 +74,10 @@ def fused_kv_attn_func(
     out = softmax(scale q K^T + mask) V and lse = log sum exp(scale q K^T + mask). Query head h reads
     key/value head h // (H / G). Query row i has position p = i + T - S. It sees key j if p - left <= j <= p +
     right (-1: no bound; causal: right = 0) and, with document_ids, document_ids[p] = document_ids[j]. A fully
-    masked row gives zeros and lse = -inf. Differentiable in q, keys, values and both weights.
+    masked row gives zeros and lse = -inf. Differentiable in q, keys, values, both weights, sinks and slopes.
+
+    A score s = scale q . k becomes softcap tanh(s / softcap) if softcap is not 0. Then slope |p - j| is
+    subtracted. A sink is one more score of every row of its head, with a value of zero: lse has it too.
 
     Args:
         q: (B, S, H, D).
@@ -81,6 +87,9 @@ def fused_kv_attn_func(
         value_weights: Broadcastable to (m_v, G, Dv); None: all ones.
         softmax_scale, causal, window_size, return_lse: As in the operation.
         document_ids: (B, T), with S <= T.
+        softcap: The soft cap; 0.0 is none.
+        sinks: (H,), natural log.
+        alibi_slopes: (H,) or (B, H).
         dtype: Of the computation and the results.
 
     Returns:
@@ -97,6 +106,9 @@ def fused_kv_attn_func(
             causal,
             window_size,
             None if document_ids is None else document_ids[b],
+            softcap,
+            sinks,
+            _slopes(alibi_slopes, b),
         )
         outs.append(out)
         lses.append(lse)
@@ -171,12 +183,16 @@ def fused_kv_attn_with_kvcache(
     return_lse: bool = False,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache: ``fused_kv_attn_func`` row by row.
 
     Sequence b has n = cache_seqlens[b] valid tokens. Query row i has position p = i + n - S. Rows with p < 0
-    are padding of a sequence shorter than S: zeros and lse = -inf, as for a sequence of length 0.
+    are padding of a sequence shorter than S: zeros and lse = -inf, or the sink, as for a sequence of length
+    0.
 
     Args:
         q: (B, S, H, D).
@@ -190,6 +206,7 @@ def fused_kv_attn_with_kvcache(
         cu_seqlens_q: (B + 1,): q is (total_q, H, D), and sequence b has S = cu_seqlens_q[b + 1] -
             cu_seqlens_q[b] rows, from cu_seqlens_q[b] on.
         max_seqlen_q: Not needed.
+        softcap, sinks, alibi_slopes: As in ``fused_kv_attn_func``.
         dtype: Of the computation and the results.
 
     Returns:
@@ -209,10 +226,14 @@ def fused_kv_attn_with_kvcache(
             softmax_scale,
             causal,
             window_size,
+            None,
+            softcap,
+            sinks,
+            _slopes(alibi_slopes, b),
         )
         padding = max(len(sequences[b]) - length, 0)
         out[:padding] = 0
-        lse[:, :padding] = -math.inf
+        lse[:, :padding] = -math.inf if sinks is None else sinks.to(lse.dtype)[:, None]
         outs.append(out)
         lses.append(lse)
     if cu_seqlens_q is not None:
@@ -336,6 +357,9 @@ def _attend(
     causal: bool,
     window_size: tuple[int, int],
     document_ids: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sequence: q (S, H, D), k (T, G, D), v (T, G, Dv), ids (T,) -> out (S, H, Dv), lse (H, S)."""
     rows, heads, dim = q.shape
@@ -344,20 +368,36 @@ def _attend(
     q = q.to(k.dtype).transpose(0, 1)
     k = k.repeat_interleave(heads // groups, dim=1).transpose(0, 1)
     v = v.repeat_interleave(heads // groups, dim=1).transpose(0, 1)
+    # The sink of each row, (H, S). Without sinks one of no weight.
+    sink = q.new_full((heads, rows), -math.inf)
+    if sinks is not None:
+        sink = sinks.to(q.dtype)[:, None].expand(heads, rows)
     if tokens == 0:
         # Both results keep their place in the graph: an empty sum of everything is zero.
         nothing = (q * 0).sum(-1, keepdim=True) + v.sum(1, keepdim=True)
-        return nothing.transpose(0, 1), nothing.new_full((heads, rows), -math.inf)
+        return nothing.transpose(0, 1), sink.clone()
     visible = _visible(rows, tokens, causal, window_size, q.device)
     if document_ids is not None:
         visible = visible & (document_ids[tokens - rows :, None] == document_ids[None, :])
     masked = ~visible.any(-1)
     scores = scale * (q @ k.transpose(1, 2))
+    if softcap:
+        scores = float(softcap) * torch.tanh(scores / float(softcap))
+    if slopes is not None:
+        position = torch.arange(rows, device=q.device)[:, None] + (tokens - rows)
+        distance = (position - torch.arange(tokens, device=q.device)).abs()
+        scores = scores - slopes.to(q.dtype)[:, None, None] * distance.to(q.dtype)
     # A fully masked row gets finite scores first and zeros afterwards, to keep NaN out of its gradient.
     scores = scores.masked_fill(~visible, -math.inf).masked_fill(masked[:, None], 0.0)
-    out = (torch.softmax(scores, dim=-1) @ v).masked_fill(masked[:, None], 0.0)
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(masked, -math.inf)
+    scores = torch.cat((scores, sink[..., None]), dim=-1)
+    out = (torch.softmax(scores, dim=-1)[..., :-1] @ v).masked_fill(masked[:, None], 0.0)
+    lse = torch.where(masked, sink, torch.logsumexp(scores, dim=-1))
     return out.transpose(0, 1), lse
+
+
+def _slopes(slopes: Tensor | None, b: int) -> Tensor | None:
+    """The slopes of sequence b, (H,), of slopes (H,) or (B, H)."""
+    return slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
 
 
 def _stacked(
