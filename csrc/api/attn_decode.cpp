@@ -59,20 +59,19 @@ void check_packed_queries(const AttnDecodeParams& p) {
               ", the tokens of q, got ", p.cu_seqlens_q[p.B]);
 }
 
-std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
-                                             std::vector<Tensor> value_caches,
-                                             std::optional<Tensor> key_weights,
-                                             std::optional<Tensor> value_weights, Tensor cache_seqlens,
-                                             std::optional<Tensor> block_table, double softmax_scale,
-                                             int64_t window_left, int64_t window_right,
-                                             std::optional<Tensor> /*schedule*/, bool /*batch_invariant*/,
-                                             std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q) {
+std::tuple<Tensor, Tensor> attn_with_kvcache(
+    Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+    std::optional<Tensor> key_weights, std::optional<Tensor> value_weights, Tensor cache_seqlens,
+    std::optional<Tensor> block_table, double softmax_scale, int64_t window_left, int64_t window_right,
+    std::optional<Tensor> /*schedule*/, bool /*batch_invariant*/, std::optional<Tensor> cu_seqlens_q,
+    int64_t max_seqlen_q, double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes) {
   AttnDecodeParams p =
       attn_params(q, key_caches, value_caches, key_weights, value_weights, cu_seqlens_q, max_seqlen_q, false);
   check_packed_queries(p);
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
   set_options(p, layout, softmax_scale, window_left, window_right);
+  set_scores(p, softcap, sinks, alibi_slopes, false);
   bool all_written = true;  // by tasks: every sequence has one split
   int64_t partials = 0;
   for (int64_t b = 0; b < p.B; ++b) {

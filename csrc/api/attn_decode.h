@@ -1,6 +1,8 @@
 // Checks and parameters of cached attention that the CPU and the CUDA registration share.
 #pragma once
 
+#include <cfloat>
+
 #include "api/caches.h"
 #include "ops/attn_decode/params.h"
 
@@ -95,6 +97,35 @@ inline void set_options(AttnDecodeParams& p, const CacheLayout& layout, double s
   const auto window = [](int64_t size) { return size < INT32_MAX ? size : -1; };
   p.window_left = window(window_left);
   p.window_right = window(window_right);
+}
+
+// One float per query head: (H,), or (B, H) where allowed.
+inline const float* per_head(const AttnDecodeParams& p, const Tensor& x, const char* name, bool per_sequence,
+                             bool cuda) {
+  check_device(x, name, cuda);
+  check_type(x.scalar_type() == ScalarType::Float, name, " must be float32, got ", DTypeOf{x},
+             "; convert it with .float()");
+  const bool of_heads = x.dim() == 1 && x.size(0) == p.H;
+  const bool of_sequences = per_sequence && x.dim() == 2 && x.size(0) == p.B && x.size(1) == p.H;
+  if (per_sequence)
+    check_value(of_heads || of_sequences, name, " must have shape (H,) = (", p.H, ",) or (B, H) = (", p.B,
+                ", ", p.H, "), got ", Shape{x});
+  check_value(of_heads || of_sequences, name, " must have shape (H,) = (", p.H, ",), got ", Shape{x});
+  check_value(x.is_contiguous(), name, " must be contiguous; call .contiguous()");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+// What is done to scores, and to their sum.
+inline void set_scores(AttnDecodeParams& p, double softcap, const std::optional<Tensor>& sinks,
+                       const std::optional<Tensor>& alibi_slopes, bool cuda) {
+  p.softcap = float(softcap);
+  check_value(softcap == 0 || (p.softcap >= FLT_MIN && p.softcap <= FLT_MAX),
+              "softcap must be 0.0 (off) or a positive float32, got ", softcap);
+  p.inverse_softcap = softcap == 0 ? 0.f : 1.f / p.softcap;
+  if (sinks) p.sinks = per_head(p, *sinks, "sinks", false, cuda);
+  if (!alibi_slopes) return;
+  p.alibi_slopes = per_head(p, *alibi_slopes, "alibi_slopes", true, cuda);
+  p.alibi_stride_b = alibi_slopes->dim() == 2 ? p.H : 0;
 }
 
 }  // namespace fusedkv::api

@@ -73,14 +73,12 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_hea
   return make_schedule(cache_seqlens, {}, costs, num_counters(costs.B, rows, num_kv_heads, batch_invariant));
 }
 
-std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches,
-                                             std::vector<Tensor> value_caches,
-                                             std::optional<Tensor> key_weights,
-                                             std::optional<Tensor> value_weights, Tensor cache_seqlens,
-                                             std::optional<Tensor> block_table, double softmax_scale,
-                                             int64_t window_left, int64_t window_right,
-                                             std::optional<Tensor> schedule, bool batch_invariant,
-                                             std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q) {
+std::tuple<Tensor, Tensor> attn_with_kvcache(
+    Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+    std::optional<Tensor> key_weights, std::optional<Tensor> value_weights, Tensor cache_seqlens,
+    std::optional<Tensor> block_table, double softmax_scale, int64_t window_left, int64_t window_right,
+    std::optional<Tensor> schedule, bool batch_invariant, std::optional<Tensor> cu_seqlens_q,
+    int64_t max_seqlen_q, double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes) {
   AttnCudaParams p{};
   p.attn =
       attn_params(q, key_caches, value_caches, key_weights, value_weights, cu_seqlens_q, max_seqlen_q, kCuda);
@@ -88,6 +86,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   const CacheLayout layout =
       cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
   set_options(a, layout, softmax_scale, window_left, window_right);
+  set_scores(a, softcap, sinks, alibi_slopes, kCuda);
   check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens,
               "key_caches[0] must hold fewer than 2^31 tokens per sequence, got ", layout.capacity);
   check_value(!schedule || !cu_seqlens_q, "schedule must be None with cu_seqlens_q, got a tensor");
@@ -150,6 +149,8 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(Tensor q, std::vector<Tensor> key_c
   if (block_table) use(*block_table, "block_table");
   use(cache_seqlens, "cache_seqlens");
   if (cu_seqlens_q) use(*cu_seqlens_q, "cu_seqlens_q");
+  if (sinks) use(*sinks, "sinks");
+  if (alibi_slopes) use(*alibi_slopes, "alibi_slopes");
   if (schedule) use(*schedule, "schedule");
   scope.uses(q, "q");
   for (const Tensor* x : {&out, &lse, &partial}) scope.makes(*x, "an output");

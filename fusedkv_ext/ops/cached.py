@@ -1,7 +1,8 @@
 """Attention over a cache, on a checked call. There are three paths:
 
 * fold: the native kernel reads the sources without fusing them. Few query rows, and all calls in a graph.
-* prefill: many rows. The tokens that some row sees are fused once, then torch's SDPA attends.
+* prefill: many rows. The tokens that some row sees are fused once, then torch's SDPA attends, or
+  ``score_attention`` with a soft cap, sinks or ALiBi.
 * gather: head dims that no kernel takes. As prefill, for all sequences together.
 """
 
@@ -163,7 +164,10 @@ def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     out, lse = sdpa_attention_lse(fused)
     out = out.masked_fill(padding[:, :, None, None], 0)
     out = out.masked_fill(((lengths < 0) | (lengths > capacity))[:, :, None, None], math.nan)
-    return out, None if lse is None else lse.masked_fill(padding[:, None], -math.inf)
+    if lse is not None:
+        nothing = lse.new_tensor(-math.inf) if call.sinks is None else call.sinks[:, None]
+        lse = torch.where(padding[:, None], nothing, lse)
+    return out, lse
 
 
 def _prefill(call: AttentionCall) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "packed_call",
 ]
 
+_ARGUMENTS = 17  # of the native operation
 Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of values, and their weights
 
 
@@ -35,7 +36,7 @@ class AttentionCall(NamedTuple):
 
     ``document_lengths`` are those of ``Documents``: None if the host does not know that they are runs.
 
-    The first 14 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
+    The first 17 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
     keys and values are (B, T, G, D). With it they are caches: (B, capacity, G, D), or (P, page_size, G, D)
     with a ``block_table``. With ``cu_seqlens_q`` queries are packed: q is (1, total_q, H, D).
     """
@@ -54,6 +55,9 @@ class AttentionCall(NamedTuple):
     batch_invariant: bool = False
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
     host_seqlens: Sequence[int] | None = None
     return_lse: bool = False
     document_ids: Tensor | None = None
@@ -63,6 +67,17 @@ class AttentionCall(NamedTuple):
     def sides(self) -> tuple[Side, Side]:
         """Keys and values, each with their weights."""
         return (self.keys, self.key_weights), (self.values, self.value_weights)
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether there is a soft cap, a sink or an ALiBi slope."""
+        return self.softcap != 0 or self.sinks is not None or self.alibi_slopes is not None
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether documents can be computed one by one. Slopes of sequences do not belong to documents."""
+        slopes_of_sequences = self.alibi_slopes is not None and self.alibi_slopes.dim() == 2
+        return self.document_lengths is not None and not slopes_of_sequences
 
     @property
     def query_length(self) -> int:
@@ -101,16 +116,17 @@ class AttentionCall(NamedTuple):
             out and lse.
         """
         if lengths is None:
-            return run_op("attn_with_kvcache", *self[:14])
-        return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:14])
+            return run_op("attn_with_kvcache", *self[:_ARGUMENTS])
+        return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:_ARGUMENTS])
 
     def check(self) -> None:
         """Runs the checks of the native operation: its messages without its work, on no query rows."""
-        run_op("attn_with_kvcache", self.q[:, :0], *self[1:10], None, False)
+        scores = (self.softcap, self.sinks, self.alibi_slopes)
+        run_op("attn_with_kvcache", self.q[:, :0], *self[1:10], None, False, None, 0, *scores)
 
     def sequences(self, rows: slice, q: Tensor | None = None) -> AttentionCall:
         """The same call for some sequences of a cached batch. ``q``: their rows if queries are packed."""
-        table = self.block_table
+        table, slopes = self.block_table, self.alibi_slopes
         paged = table is not None
         return self._replace(
             q=self.q[rows] if q is None else q,
@@ -120,6 +136,7 @@ class AttentionCall(NamedTuple):
             values=self.values if paged else [x[rows] for x in self.values],
             cache_seqlens=self.seqlens[rows],
             block_table=None if table is None else table[rows],
+            alibi_slopes=slopes[rows] if slopes is not None and slopes.dim() == 2 else slopes,
             host_seqlens=None if self.host_seqlens is None else list(self.host_seqlens)[rows],
         )
 
@@ -127,6 +144,9 @@ class AttentionCall(NamedTuple):
         """The call that is left once keys and values are fused: one source each, no cache, no weights."""
         return AttentionCall(
             *(q, [k], [v], None, None, None, None, self.scale, self.left, self.right),
+            softcap=self.softcap,
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
             return_lse=self.return_lse,
             document_ids=document_ids,
         )
@@ -157,7 +177,10 @@ def attention_call(
     causal: bool,
     window_size: tuple[int, int],
     return_lse: bool,
-    document_ids: Tensor | Documents | None,
+    document_ids: Tensor | Documents | None = None,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> AttentionCall:
     """The checked arguments of ``fused_kv_attn_func``, under autocast in its dtype."""
     q = checks.check_tensor("q", q)
@@ -170,10 +193,16 @@ def attention_call(
     documents = checks.check_document_ids(document_ids, q, keys[0])
     ids, lengths = (None, None) if documents is None else documents
     key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
-    weights = {"key_weights": key_weights, "value_weights": value_weights}
-    checks.check_same_device({"q": q, "keys": keys, "values": values, **weights, "document_ids": ids})
+    softcap = checks.check_softcap(softcap)
+    sinks, alibi_slopes = checks.check_scores(q, q.shape[0], sinks, alibi_slopes)
+    optional = {"key_weights": key_weights, "value_weights": value_weights, "document_ids": ids}
+    optional.update(sinks=sinks, alibi_slopes=alibi_slopes)
+    checks.check_same_device({"q": q, "keys": keys, "values": values, **optional})
     return AttentionCall(
         *(q, keys, values, key_weights, value_weights, None, None, scale, left, right),
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
         return_lse=return_lse,
         document_ids=ids,
         document_lengths=lengths,
@@ -196,7 +225,7 @@ def packed_call(
     keys, values = checks.as_tensors("keys", keys), checks.as_tensors("values", values)
     checks.check_packed(q, keys, values)
     q, keys, values = q.unsqueeze(0), [x.unsqueeze(0) for x in keys], [x.unsqueeze(0) for x in values]
-    options = (softmax_scale, causal, window_size, return_lse, None)
+    options = (softmax_scale, causal, window_size, return_lse)
     return attention_call(q, keys, values, key_weights, value_weights, *options)
 
 
@@ -217,6 +246,9 @@ def cached_attention_call(
     host_seqlens: Sequence[int] | None,
     cu_seqlens_q: Tensor | None,
     max_seqlen_q: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> AttentionCall:
     """The checked arguments of ``fused_kv_attn_with_kvcache``.
 
@@ -224,13 +256,14 @@ def cached_attention_call(
     """
     keys = checks.as_list("key_caches", key_caches)
     values = checks.as_list("value_caches", value_caches)
-    optional = [x for x in (key_weights, value_weights, block_table, cu_seqlens_q) if x is not None]
-    if not checks.plain_on_cpu([q, *keys, *values, cache_seqlens, *optional]):
-        weights = {"key_weights": key_weights, "value_weights": value_weights}
+    optional = {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table}
+    optional.update(cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes)
+    given = [x for x in optional.values() if x is not None]
+    if not checks.plain_on_cpu([q, *keys, *values, cache_seqlens, *given]):
         checks.check_inputs(
             "fused_kv_attn_with_kvcache",
             {"q": q, "key_caches": keys, "value_caches": values, "cache_seqlens": cache_seqlens},
-            {**weights, "block_table": block_table, "cu_seqlens_q": cu_seqlens_q},
+            optional,
             "use fused_kv_attn_func to train, torch.no_grad() and plain tensors to decode",
             ("key_caches", "value_caches"),
         )
@@ -247,12 +280,16 @@ def cached_attention_call(
     return_lse = checks.check_flag("return_lse", return_lse)
     batch_invariant = checks.check_flag("batch_invariant", batch_invariant)
     key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
+    softcap = checks.check_softcap(softcap)
+    batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    sinks, alibi_slopes = checks.check_scores(q, batch, sinks, alibi_slopes)
     if schedule is not None:
         checks.check_tensor("schedule", schedule)
         checks.check_same_device({"q": q, "schedule": schedule})
     return AttentionCall(
         *(q, keys, values, key_weights, value_weights, cache_seqlens, block_table, scale, left, right),
-        *(schedule, batch_invariant, cu_seqlens_q, max_seqlen_q or 0, host_seqlens, return_lse),
+        *(schedule, batch_invariant, cu_seqlens_q, max_seqlen_q or 0, softcap, sinks, alibi_slopes),
+        *(host_seqlens, return_lse),
     )
 
 

@@ -392,6 +392,39 @@ def check_scale(softmax_scale: object, head_dim: int) -> float:
     return float(softmax_scale)
 
 
+def check_softcap(softcap: object) -> float:
+    """The soft cap as a float: 0.0, or a positive float32 that kernels can divide by."""
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a float, got {type(softcap).__name__}; 0.0 is no soft cap")
+    limits = torch.finfo(torch.float32)
+    if softcap != 0 and not limits.tiny <= softcap <= limits.max:
+        raise ValueError(f"softcap must be 0.0 (off) or a positive float32, got {softcap}")
+    return float(softcap)
+
+
+def check_scores(
+    q: Tensor, batch: int, sinks: Tensor | None, alibi_slopes: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sinks (H,) and slopes (H,) or (B, H), contiguous in the dtype of sums. q: (B, S, H, D)."""
+    if sinks is not None:
+        sinks = _per_head("sinks", sinks, q, [(q.shape[2],)])
+    if alibi_slopes is not None:
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, q, [(q.shape[2],), (batch, q.shape[2])])
+    return sinks, alibi_slopes
+
+
+def _per_head(name: str, x: object, q: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    x = check_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {_dtype(x)}")
+    if not any(x.dim() == len(shape) and tuple(x.shape) == shape for shape in shapes):
+        expected = " or ".join(
+            f"{form} = {shape}" for form, shape in zip(("(H,)", "(B, H)"), shapes, strict=False)
+        )
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
+
+
 def in_forward_mode() -> bool:
     """Whether forward-mode AD is on, by torch.func.jvp or a ``dual_level``."""
     return forward_ad._current_level >= 0

@@ -19,7 +19,7 @@ __all__ = ["Explanation", "explain"]
 
 _PATHS = {
     "fold": "reads the sources in place, weights folded into q and out",
-    "fuse-once": "fuses keys and values, then torch SDPA",
+    "fuse-once": "fuses keys and values, then attends with torch",
 }
 # Without a GPU: an H100, 132 SMs and 227 KiB of shared memory per block.
 _SM_COUNT, _SHARED_PER_BLOCK = 132, 227 * 1024
@@ -91,6 +91,9 @@ def explain(
     return_lse: bool = False,
     document_ids: Tensor | None = None,
     batch_invariant: bool = False,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     device: torch.device | str | None = None,
     bandwidth: float | None = None,
     sm_count: int | None = None,
@@ -104,6 +107,7 @@ def explain(
         q, keys, values, key_weights, value_weights: As in the two functions.
         cache_seqlens, block_table, window_size, return_lse: As in the two functions.
         document_ids, batch_invariant: As in the function that has them.
+        softcap, sinks, alibi_slopes: As in the two functions.
         causal: As in the two functions; None is the default of the function explained, False without
             ``cache_seqlens`` and True with it.
         device: "cpu" or "cuda", the device whose rule applies; default: q's.
@@ -119,19 +123,17 @@ def explain(
     """
     device_type = _device_type(q, device)
     causal = cache_seqlens is not None if causal is None else causal
-    call = _checked(
-        q, keys, values, key_weights, value_weights, cache_seqlens, block_table, causal, window_size
-    )
+    options = (cache_seqlens, block_table, causal, window_size)
+    call = _checked(q, keys, values, key_weights, value_weights, *options)
     if bandwidth is not None and not bandwidth > 0:
         raise ValueError(f"bandwidth must be bytes per second > 0, or None, got {bandwidth!r}")
     if document_ids is not None and call.cache_seqlens is not None:
         raise ValueError("document_ids must not be passed with cache_seqlens, got both")
     documents = checks.check_document_ids(document_ids, call.q, call.keys[0])
-    call = call._replace(
-        document_ids=None if documents is None else documents.ids,
-        return_lse=return_lse,
-        batch_invariant=batch_invariant,
-    )
+    sinks, alibi_slopes = checks.check_scores(call.q, len(call.q), sinks, alibi_slopes)
+    softcap, ids = checks.check_softcap(softcap), None if documents is None else documents.ids
+    call = call._replace(softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, document_ids=ids)
+    call = call._replace(return_lse=return_lse, batch_invariant=batch_invariant)
     spans = _spans(call)
     folds, reason = _decide(call, device_type)
     kernel, splits, blocks = _dense_kernel(call), None, None
@@ -237,7 +239,8 @@ def _decide(call: AttentionCall, device_type: str) -> tuple[bool, str]:
             return True, few if rows <= most else f"{many}, but in a graph the lengths are not known"
         wanted = "returns lse" if call.return_lse else "is batch-invariant" if call.batch_invariant else None
         return wanted is not None, many if wanted is None else f"{many}, but only this kernel {wanted}"
-    tensors = (q, *keys, *values, call.key_weights, call.value_weights)
+    weights = (call.key_weights, call.value_weights, call.sinks, call.alibi_slopes)
+    tensors = (q, *keys, *values, *weights)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False, "an input requires grad, and only fuse_kv and SDPA have a backward"
     if call.document_ids is not None:
@@ -252,10 +255,11 @@ def _decide(call: AttentionCall, device_type: str) -> tuple[bool, str]:
 
 
 def _dense_kernel(call: AttentionCall) -> str:
+    attention = "torch matmuls, scores in float32" if call.adjusted else "torch SDPA"
     if not any(_is_fused(call, side) for side in _sides(call)):
-        return "torch SDPA"
+        return attention
     gathered = call.page_size is not None or _is_gathered(call)
-    return "torch SDPA after " + ("fuse_kvcache" if gathered else "fuse_kv")
+    return f"{attention} after " + ("fuse_kvcache" if gathered else "fuse_kv")
 
 
 def _is_gathered(call: AttentionCall) -> bool:

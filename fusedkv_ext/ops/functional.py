@@ -132,11 +132,19 @@ def fused_kv_attn_func(
     return_lse: bool = False,
     document_ids: Tensor | Documents | None = None,
     recompute_fusion: bool = False,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over K = sum_j a_j (.) K_j and V = sum_j b_j (.) V_j, for training and prefill.
 
-    Differentiable in q, keys, values and both weights. Under autocast q, keys and values are cast to its
-    dtype.
+    Differentiable in q, keys, values, both weights, sinks and slopes. Under autocast q, keys and values are
+    cast to its dtype.
+
+    The score of a row and a key is softmax_scale * (q . k). A soft cap and ALiBi change it, in this order.
+    Then come mask and softmax. torch's SDPA has neither soft caps nor sinks. Calls with a soft cap, sinks or
+    slopes that fuse first compute scores in float32, some rows at a time, and again in the backward. They
+    cannot be differentiated twice.
 
     Args:
         q: (B, S, H, D) float32, bfloat16, float16 or float64.
@@ -155,10 +163,15 @@ def fused_kv_attn_func(
         recompute_fusion: Whether the backward fuses K and V again instead of saving them. All gradients have
             the same bits. No effect under torch.compile and within other saved-tensor hooks, such as
             activation checkpointing, which choose what to save.
+        softcap: If not 0.0, a score s becomes softcap * tanh(s / softcap) (Gemma 2, flash-attn).
+        sinks: (H,), any floating dtype, or None. One more score per query head, with a value of zero: it adds
+            to the denominator of the softmax and to the log-sum-exp alone (GPT-OSS).
+        alibi_slopes: (H,) or (B, H), any floating dtype, or None. slope * |p - j| is subtracted from the
+            score of the row at position p and key j (ALiBi, arXiv 2108.12409).
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, without a
-        gradient. Fully masked rows give zeros and -inf.
+        gradient. Fully masked rows give zeros and -inf, or their sink.
 
     Raises:
         ValueError: A shape, device or stride is wrong.
@@ -166,16 +179,8 @@ def fused_kv_attn_func(
     """
     recompute_fusion = checks.check_flag("recompute_fusion", recompute_fusion)
     call = attention_call(
-        q,
-        keys,
-        values,
-        key_weights,
-        value_weights,
-        softmax_scale,
-        causal,
-        window_size,
-        return_lse,
-        document_ids,
+        *(q, keys, values, key_weights, value_weights, softmax_scale, causal, window_size, return_lse),
+        *(document_ids, softcap, sinks, alibi_slopes),
     )
     differentiates = _differentiates(call)
     q, keys, values = call.q, call.keys, call.values
@@ -184,7 +189,7 @@ def fused_kv_attn_func(
         lengths = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
         out, lse = call.fold(lengths)
         return (out, lse) if call.return_lse else out
-    attend = sdpa_attention_lse if call.document_lengths is None else document_attention
+    attend = document_attention if call.packs_documents else sdpa_attention_lse
     return _fuse_once(call, attend, recompute_fusion and differentiates)
 
 
@@ -192,9 +197,11 @@ def _differentiates(call: AttentionCall) -> bool:
     """Whether an input may need a derivative. The log-sum-exp has none: a tangent is refused with it."""
     q, keys, values = call.q, call.keys, call.values
     if call.return_lse:
-        weights = {"key_weights": call.key_weights, "value_weights": call.value_weights}
-        checks.check_no_tangent("return_lse", {"q": q, "keys": keys, **weights}, "leave return_lse out")
-    return checks.may_differentiate(q, *keys, *values, call.key_weights, call.value_weights)
+        scores = {"key_weights": call.key_weights, "sinks": call.sinks, "alibi_slopes": call.alibi_slopes}
+        tensors = {"q": q, "keys": keys, "value_weights": call.value_weights, **scores}
+        checks.check_no_tangent("return_lse", tensors, "leave return_lse out")
+    weights = (call.key_weights, call.value_weights)
+    return checks.may_differentiate(q, *keys, *values, *weights, call.sinks, call.alibi_slopes)
 
 
 def _fuse_once(
@@ -295,6 +302,9 @@ def fused_kv_attn_with_kvcache(
     host_seqlens: Sequence[int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
@@ -307,7 +317,7 @@ def fused_kv_attn_with_kvcache(
 
     Args:
         q: (B, S, H, D) float32, bfloat16 or float16, the LAST S tokens of each sequence. Rows before the
-            start of a shorter sequence (left padding) give zeros and lse = -inf.
+            start of a shorter sequence (left padding) give zeros and lse = -inf, or their sink.
         key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table.
         value_caches: m_v tensors, as key_caches with Dv for D.
         key_weights, value_weights: As in :func:`fused_kv_attn_func`.
@@ -329,10 +339,11 @@ def fused_kv_attn_with_kvcache(
             cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1, none or more. ``schedule`` must be None. If some
             sequence has many rows, the host reads cu_seqlens_q. A CUDA call ignores rows out of range.
         max_seqlen_q: The most rows of a sequence, with ``cu_seqlens_q`` only.
+        softcap, sinks, alibi_slopes: As in :func:`fused_kv_attn_func`.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. Of packed queries
-        (total_q, H, Dv) and (H, total_q). A sequence of length 0 gives zeros and -inf.
+        (total_q, H, Dv) and (H, total_q). A sequence of length 0 gives zeros and -inf, or its sinks.
 
     Raises:
         ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode
@@ -340,9 +351,9 @@ def fused_kv_attn_with_kvcache(
         TypeError: A type or dtype is wrong.
     """
     call = cached_attention_call(
-        *(q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table),
-        *(softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, host_seqlens),
-        *(cu_seqlens_q, max_seqlen_q),
+        *(q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table, softmax_scale),
+        *(causal, window_size, return_lse, schedule, batch_invariant, host_seqlens),
+        *(cu_seqlens_q, max_seqlen_q, softcap, sinks, alibi_slopes),
     )
     out, lse = cached.attend(call)
     if call.cu_seqlens_q is not None:

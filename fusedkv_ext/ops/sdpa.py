@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend
 
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.recompute import recomputed
-from fusedkv_ext.ops.sizes import always, is_open
-from fusedkv_ext.ops.visibility import fully_masked_rows, visible
+from fusedkv_ext.ops.scores import score_attention
+from fusedkv_ext.ops.sizes import always, chunks
+from fusedkv_ext.ops.visibility import fully_masked_rows, seen_tokens, visible
 
 __all__ = ["sdpa_attention", "sdpa_attention_lse", "sdpa_lse", "sdpa_with_mask"]
 
@@ -41,26 +42,29 @@ def sdpa_attention(call: AttentionCall) -> Tensor:
 def sdpa_attention_lse(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """``sdpa_attention`` and, if the call returns it, the natural log-sum-exp of the scores.
 
-    torch's flash kernel computes both at once. Otherwise ``sdpa_lse`` computes the scores again.
+    torch's flash kernel computes both at once. Otherwise ``sdpa_lse`` computes the scores again. Calls with a
+    soft cap, sinks or ALiBi slopes are those of ``score_attention``.
 
     Returns:
         (B, S, H, Dv) in q's dtype, and None or (B, H, S) float32 without a gradient.
     """
+    if call.adjusted:
+        return score_attention(call)
     q, v = call.q, call.values[0]
     S, T = q.shape[1], v.shape[1]
     masked = fully_masked_rows(S, T, call.right)
     size = S if call.left < 0 and call.document_ids is None else max(_CHUNK, call.left)
     # If all rows are masked, SDPA of no rows gives them their place in the graph, and gradients of zeros.
-    chunks = [_sdpa(call, i, end) for i, end in _chunks(masked, S, size) or [(S, S)]]
+    parts = [_sdpa(call, i, end) for i, end in chunks(masked, S, size) or [(S, S)]]
     if masked:
         B, H = q.shape[0], q.shape[2]
-        chunks.insert(0, (q.new_zeros(B, masked, H, v.shape[3]), _no_keys(q, masked)))
-    outs = [out for out, _ in chunks]
+        parts.insert(0, (q.new_zeros(B, masked, H, v.shape[3]), _no_keys(q, masked)))
+    outs = [out for out, _ in parts]
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     if not call.return_lse:
         return out, None
-    lses = [lse for _, lse in chunks if lse is not None]
-    return out, torch.cat(lses, dim=2) if len(lses) == len(chunks) else sdpa_lse(call)
+    lses = [lse for _, lse in parts if lse is not None]
+    return out, torch.cat(lses, dim=2) if len(lses) == len(parts) else sdpa_lse(call)
 
 
 def _no_keys(q: Tensor, rows: int) -> Tensor:
@@ -74,21 +78,13 @@ def sdpa_with_mask(call: AttentionCall, mask: Tensor) -> Tensor:
     return _attend(q, k, v, mask, True, False, call.scale, False)[0].transpose(1, 2)
 
 
-def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
-    """Rows begin..end - 1 in chunks of ``size``; in one chunk where a graph serves any number of rows."""
-    if is_open(end):
-        return [(begin, end)]
-    return [(i, min(i + size, end)) for i in range(begin, end, max(size, 1))]
-
-
 def _sdpa(call: AttentionCall, first: int, end_row: int) -> tuple[Tensor, Tensor | None]:
     """SDPA of the rows first..end_row - 1, all of which see a token; and lse if the kernel returns it."""
     k, v, left, right, documents = call.keys[0], call.values[0], call.left, call.right, call.document_ids
     position = first + k.shape[1] - call.q.shape[1]
     q = call.q[:, first:end_row]
     S, T = q.shape[1], k.shape[1]
-    begin = position - left if left >= 0 and always(position > left) else 0
-    end = position + S + right if right >= 0 and always(position + S + right < T) else T
+    begin, end = seen_tokens(position, S, T, left, right)
     k, v = k[:, begin:end], v[:, begin:end]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # Without a left bound there is one chunk: its last row is the last token, which sees all keys.
@@ -210,7 +206,7 @@ def sdpa_lse(call: AttentionCall) -> Tensor:
     with torch.no_grad():
         sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         keys = k.to(sum_dtype)
-        for i, end in _chunks(0, S, _CHUNK) or [(0, 0)]:
+        for i, end in chunks(0, S, _CHUNK) or [(0, 0)]:
             rows = q[:, i:end].to(sum_dtype).unflatten(2, (G, H // G)) * call.scale
             scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
             mask = visible(rows.shape[1], T, i + T - S, call.left, call.right, q.device)

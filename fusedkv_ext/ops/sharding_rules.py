@@ -5,7 +5,8 @@ combinations over the dimensions and moves tensors to the cheapest one that fits
 
     fuse_kv                  whole, by sequences, by tokens, by KV heads; weights whole or by KV heads
     its gradients            as fuse_kv; gradients of whole weights are then sums over processes (Partial)
-    attention over a cache   whole, by sequences, by KV heads with their query heads; by query heads if G = 1
+    attention over a cache   whole, by sequences, by KV heads with their query heads; by query heads if G = 1;
+                             sinks and ALiBi slopes are those of the query heads
     append_kvcache           as attention; in place, so nothing is moved: see ``_in_place``
 
 Weights, lengths and block tables are placed as the tensors they belong to. A page pool is whole if sequences
@@ -138,6 +139,9 @@ def _attn_with_kvcache(
     batch_invariant: bool,
     cu_seqlens_q: DTensorSpec | None = None,
     max_seqlen_q: int = 0,
+    softcap: float = 0.0,
+    sinks: DTensorSpec | None = None,
+    alibi_slopes: DTensorSpec | None = None,
 ) -> list[Rule]:
     """Results (B, S, H, Dv) and (B, H, S)."""
     caches = [*key_caches, *value_caches]
@@ -147,6 +151,7 @@ def _attn_with_kvcache(
     def rule(dim: int | None, q_dim: int | None, lse_dim: int | None) -> Rule:
         inputs = [_sharded(q_dim), *[_of_cache(dim, block_table)] * len(caches)]
         inputs += [*[_of_weights(dim)] * len(weights), *_of_lengths(dim, block_table), *rest]
+        inputs += [_of_heads(q_dim, x) for x in (sinks, alibi_slopes) if x is not None]
         return [_sharded(q_dim), _sharded(lse_dim)], inputs
 
     rules = [rule(None, None, None)]
@@ -207,6 +212,14 @@ def _of_cache(dim: int | None, block_table: DTensorSpec | None) -> Placement:
 def _of_lengths(dim: int | None, block_table: DTensorSpec | None) -> list[Placement]:
     """(B,) lengths and the (B, pages) table."""
     return [Shard(0) if dim == _BATCH else _WHOLE] * (1 if block_table is None else 2)
+
+
+def _of_heads(q_dim: int | None, x: DTensorSpec) -> Placement:
+    """The placement of (H,) or (B, H) numbers of queries placed along ``q_dim``."""
+    per_sequence = len(x.shape) == 2
+    if q_dim == _HEADS:
+        return Shard(1 if per_sequence else 0)
+    return Shard(0) if q_dim == _BATCH and per_sequence else _WHOLE
 
 
 def _parts(specs: Sequence[DTensorSpec]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["always", "host_reads", "is_open"]
+__all__ = ["always", "chunks", "host_reads", "is_open"]
 
 
 def always(condition: bool | torch.SymBool) -> bool:
@@ -28,6 +28,13 @@ def is_open(size: int | torch.SymInt) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not has_static_value(size)
+
+
+def chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Rows begin..end - 1 in chunks of ``size``; in one chunk where a graph serves any number of rows."""
+    if is_open(end):
+        return [(begin, end)]
+    return [(i, min(i + size, end)) for i in range(begin, end, max(size, 1))]
 
 
 def host_reads(x: Tensor) -> bool:

@@ -180,7 +180,12 @@ def _takes_flash(call: AttentionCall, packing: Packing) -> bool:
     It has no tangents. It bounds windows by max_seqlen_k, which is wrong for rows far before the first token.
     """
     q, v = call.q, call.values[0]
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or hasattr(q, "to_local"):
+    if (
+        call.adjusted
+        or not q.is_cuda
+        or q.dtype not in (torch.bfloat16, torch.float16)
+        or hasattr(q, "to_local")
+    ):
         return False
     if max(q.shape[3], v.shape[3]) > 256 or call.scale <= 0 or in_forward_mode():
         return False

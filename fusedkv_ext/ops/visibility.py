@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkv_ext.ops.sizes import always
 
-__all__ = ["fully_masked_rows", "visible", "visible_range"]
+__all__ = ["fully_masked_rows", "seen_tokens", "visible", "visible_range"]
 
 
 def visible_range(
@@ -50,6 +50,19 @@ def visible(rows: int, tokens: int, position: int, left: int, right: int, device
     first, end = visible_range(positions, tokens, left, right)
     token = torch.arange(tokens, device=device)
     return (token >= first) & (token < end)
+
+
+def seen_tokens(position: int, rows: int, tokens: int, left: int, right: int) -> tuple[int, int]:
+    """The tokens [begin, end) that some of consecutive rows see; all that a graph cannot exclude.
+
+    Args:
+        position: The position of row 0.
+        rows, tokens: How many rows and tokens there are.
+        left, right: As in :func:`visible_range`.
+    """
+    begin = position - left if left >= 0 and always(position > left) else 0
+    end = position + rows + right if right >= 0 and always(position + rows + right < tokens) else tokens
+    return begin, end
 
 
 def fully_masked_rows(rows: int, tokens: int, right: int) -> int:

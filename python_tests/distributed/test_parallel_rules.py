@@ -264,19 +264,34 @@ def decode(place: Placed) -> dict[str, Any]:
                     for rows in (1, 40):
                         case = f"{placed}, paged {paged}, weights {weighted}, rows {rows}"
                         results[case] = attended(place, G, dim, dim, paged, weighted, rows)
-        results[f"query heads of one KV head, paged {paged}"] = attended(place, 1, 2, None, paged, "both", 1)
+                results[f"{placed}, paged {paged}, scores"] = attended(
+                    place, G, dim, dim, paged, "both", 1, scores=True
+                )
+        for scores in (False, True):
+            case = f"query heads of one KV head, paged {paged}, scores {scores}"
+            results[case] = attended(place, 1, 2, None, paged, "both", 1, scores)
     return results
 
 
 def attended(
-    place: Placed, kv_heads: int, q_dim: int | None, dim: int | None, paged: bool, weighted: str, rows: int
+    place: Placed,
+    kv_heads: int,
+    q_dim: int | None,
+    dim: int | None,
+    paged: bool,
+    weighted: str,
+    rows: int,
+    scores: bool = False,
 ) -> dict[str, Any]:
+    """A decoded step. ``scores``: with a soft cap, sinks (H,) and slopes (B, H)."""
     tensors, seqlens, table = caches(kv_heads, paged)
     q = draw(B, rows, 6 if kv_heads == 3 else 4, D, dtype=torch.float32)
     a, b = (torch.rand(2, kv_heads, 1) + 0.5 for _ in range(2))
     weights = [a if weighted in ("both", "keys") else None, b if weighted in ("both", "values") else None]
     sides = [tensors["k0"], tensors["k1"]], [tensors["v0"], tensors["v1"]]
     options = {"cache_seqlens": seqlens, "block_table": table, "return_lse": True}
+    if scores:
+        options.update(softcap=3.0, sinks=torch.randn(q.shape[2]), alibi_slopes=torch.rand(B, q.shape[2]))
     expected = fkv.fused_kv_attn_with_kvcache(q, *sides, *weights, **options)
 
     pool = None if paged and dim == 0 else dim
@@ -285,6 +300,10 @@ def attended(
     on_weights = [None if x is None else place(x, 1 if dim == 2 else None) for x in weights]
     on = {"cache_seqlens": place(seqlens, of_batch)}
     on["block_table"] = None if table is None else place(table, of_batch)
+    if scores:
+        on["softcap"] = 3.0
+        on["sinks"] = place(options["sinks"], 0 if q_dim == 2 else None)
+        on["alibi_slopes"] = place(options["alibi_slopes"], {0: 0, 2: 1}.get(q_dim))
     on_q = place(q, q_dim)
     (out, lse), messages = counted(
         lambda: fkv.fused_kv_attn_with_kvcache(on_q, *on_sides, *on_weights, **on, return_lse=True)

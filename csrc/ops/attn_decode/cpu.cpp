@@ -130,13 +130,58 @@ void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch
   }
 }
 
+// tanh with an error of a few roundings: its series for small x, where the other form would cancel.
+inline void tanh_block(float* x) {
+  alignas(64) float e[kBlock];
+  for (int i = 0; i < kBlock; i += kLanes) store(e + i, exp2(mul(load(x + i), set1(2.f * kLog2e))));
+  for (int i = 0; i < kBlock; ++i) {
+    const float square = x[i] * x[i];
+    float series = 21844.f / 6081075.f;
+    series = series * square - 1382.f / 155925.f;
+    series = series * square + 62.f / 2835.f;
+    series = series * square - 17.f / 315.f;
+    series = series * square + 2.f / 15.f;
+    series = series * square - 1.f / 3.f;
+    const float near_zero = x[i] + x[i] * square * series, elsewhere = 1.f - 2.f / (e[i] + 1.f);
+    x[i] = square < 0.25f ? near_zero : elsewhere;
+  }
+}
+
+// Products of one row with a block of tokens become scores, natural log: soft cap, then ALiBi.
+inline void adjust_scores(const AttnDecodeParams& p, float* s, int64_t b, int64_t h, int64_t position,
+                          int64_t block) {
+  for (int i = 0; i < kBlock; ++i) s[i] *= p.scale;
+  if (p.softcap > 0.f) {
+    for (int i = 0; i < kBlock; ++i) s[i] *= p.inverse_softcap;
+    tanh_block(s);
+    for (int i = 0; i < kBlock; ++i) s[i] *= p.softcap;
+  }
+  if (p.alibi_slopes) {
+    const float slope = alibi_slope(p, b, h);
+    const int32_t ahead = int32_t(position - block);
+    for (int i = 0; i < kBlock; ++i) s[i] -= slope * float(ahead > i ? ahead - i : i - ahead);
+  }
+}
+
+// log2(2^a + 2^b).
+inline float add_exp2(float a, float b) {
+  if (b == minus_infinity()) return a;
+  const float higher = a > b ? a : b, lower = a > b ? b : a;
+  return higher + __builtin_log2f(1.f + __builtin_exp2f(lower - higher));
+}
+
+// The sink of a query head, log2 domain: a score of every row, whose value is zero.
+inline float sink_of(const AttnDecodeParams& p, int64_t h) {
+  return p.sinks ? p.sinks[h] * kLog2e : minus_infinity();
+}
+
 // Replaces the scores of one row of a block by probabilities relative to the running maximum. Rescales o when
-// the maximum grows.
+// the maximum grows. `log2_scale`: of the scores, to the log2 domain.
 template <typename P>
 void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int64_t r, TokenRange visible,
-                 int64_t block) {
+                 int64_t block, float log2_scale) {
   float* s = w.s + r * kBlock;
-  const Vec scale = set1(p.scale * kLog2e);
+  const Vec scale = set1(log2_scale);
   for (int i = 0; i < kBlock; i += kLanes) store(s + i, mul(load(s + i), scale));
   if (visible.begin > block || visible.end < block + kBlock)
     for (int i = 0; i < kBlock; ++i)
@@ -224,6 +269,8 @@ template <typename P>
 void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, const Scratch<P>& w) {
   using T = typename P::Element;
   const int64_t len = p.seq_lens[task.b];
+  const bool adjusts = adjusts_scores(p);
+  const float log2_scale = adjusts ? kLog2e : p.scale * kLog2e;
   Block<T> blocks[2];
   Block<T>*now = &blocks[0], *next = &blocks[1];
   int64_t offsets[kMaxSources];
@@ -242,10 +289,12 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
       for (int j = 0; j < p.num_keys; ++j) offsets[j] = head * p.keys[j].stride_g;
       P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
       for (int64_t r = 0; r < task.rows; ++r) {
-        const int64_t s = row_of(p, 0, task.row_group * kMaxTaskRows + r).s;
-        TokenRange visible = visible_to_row(len - task.queries.count + s, len, p.window_left, p.window_right);
+        const Row row = row_of(p, task.head_begin + head, task.row_group * kMaxTaskRows + r);
+        const int64_t position = len - task.queries.count + row.s;
+        TokenRange visible = visible_to_row(position, len, p.window_left, p.window_right);
         if (visible.end > now->tokens.end) visible.end = now->tokens.end;
-        softmax_row(p, w, head, r, visible, now->tokens.begin);
+        if (adjusts) adjust_scores(p, w.s + r * kBlock, task.b, row.h, position, now->tokens.begin);
+        softmax_row(p, w, head, r, visible, now->tokens.begin, log2_scale);
         ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
       }
       for (int j = 0; j < p.num_values; ++j)
@@ -266,10 +315,14 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
   const int64_t g = task.head_begin + head;
   alignas(64) float out[kMaxHeadDim + kLanes];
   for (int64_t r = 0; r < task.rows; ++r) {
+    const int64_t row = task.row_group * kMaxTaskRows + r;
     const float highest = w.max[head * w.rows + r],
                 sum = reduce_add(load(w.sum + (head * w.rows + r) * kLanes));
     const bool empty = highest == minus_infinity() && sum == 0.f;
-    const Vec inverse = set1(1.f / sum);
+    // With several splits the sink is added when they are merged.
+    const float sink = task.splits == 1 ? sink_of(p, row_of(p, g, row).h) : minus_infinity();
+    const float with_sink = sink == minus_infinity() ? sum : sum + __builtin_exp2f(sink - highest);
+    const Vec inverse = set1(1.f / with_sink);
     for (int j = 0; j < p.num_values; ++j) {
       float* o = w.out(p, head, j) + r * w.Dvp;
       P::order_channels(o, w.Dvp);
@@ -282,8 +335,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
     }
     // A fully masked row is 0, even where 0 times the values is not.
     if (empty) __builtin_memset(out, 0, sizeof(out));
-    const float lse = empty ? minus_infinity() : highest + __builtin_log2f(sum);
-    const int64_t row = task.row_group * kMaxTaskRows + r;
+    const float lse = add_exp2(empty ? minus_infinity() : highest + __builtin_log2f(sum), sink);
     if (task.splits == 1) {
       const Row at = row_of(p, g, row);
       T* target = (T*)p.out + out_offset(p, task.queries.first, at.s, at.h);
@@ -322,12 +374,14 @@ void decode(const AttnDecodeParams& p, Task task, int64_t next_index, void* work
 
 // ---- merge --------------------------------------------------------------------------------------
 
-// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order. An empty sequence gives 0 and -inf.
+// out = sum_k 2^(lse_k - lse) out_k over the splits k in their order. The sink is one more term of lse. An
+// empty sequence gives 0 and its sink, or -inf.
 template <typename T>
 void merge_row(const AttnDecodeParams& p, int64_t b, int64_t first, Row at, int64_t splits) {
   const int64_t group = p.H / p.G, g = at.h / group, row = at.s * group + at.h % group;
   const auto slot = [&](int64_t split) { return partial_slot(p, b, split, g, row); };
-  float highest = minus_infinity();
+  const float sink = sink_of(p, at.h);
+  float highest = sink;
   for (int64_t k = 0; k < splits; ++k) {
     const float lse = p.partial_lse[slot(k)];
     highest = lse > highest ? lse : highest;
@@ -341,6 +395,7 @@ void merge_row(const AttnDecodeParams& p, int64_t b, int64_t first, Row at, int6
     const float* partial = p.partial_out + slot(k) * p.Dv;
     for (int64_t d = 0; d < p.Dv; ++d) out[d] += weight * partial[d];
   }
+  sum += __builtin_exp2f(sink - base);
   T* target = (T*)p.out + out_offset(p, first, at.s, at.h);
   for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
   p.lse[lse_offset(p, b, first, at.s, at.h)] =

@@ -100,7 +100,9 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkCh
 #pragma unroll
       for (int apart = 1; apart < K::kLanes; apart *= 2) score += __shfl_xor_sync(kFullWarp, score, apart);
       const bool sees = there && t >= visible[r].begin && t < visible[r].end;
-      score = sees ? score * (a.scale * kLog2e) : minus_infinity();
+      const bool adjusts = adjusts_scores(a);
+      if (adjusts) score = adjusted_score(p, w, w.row_begin + r, t, score);
+      score = sees ? score * (adjusts ? kLog2e : a.scale * kLog2e) : minus_infinity();
       const float old = state.max[r];
       state.max[r] = fmaxf(old, score);
       const float base = state.max[r] == minus_infinity() ? 0.f : state.max[r];

@@ -97,6 +97,18 @@ __device__ __forceinline__ void scores(float (&s)[K::kRowTiles][4], uint32_t key
     }
 }
 
+// Soft cap and ALiBi of all scores of a lane: two rows per tile, and tokens `token` and `token` + 8.
+template <typename K>
+__device__ __forceinline__ void adjust_scores(float (&s)[K::kRowTiles][4], const AttnCudaParams& p,
+                                              const WorkChunk& w, int token, int row_begin) {
+  const int row = w.row_begin + row_begin + int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < K::kRowTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      s[n][i] = adjusted_score(p, w, row + n * 8 + i % 2, token + i / 2 * 8, s[n][i]);
+}
+
 // Scales and masks scores; leaves each row's maximum over this warp's tokens in shared memory.
 template <typename K>
 __device__ __forceinline__ void mask_and_max(float (&s)[K::kRowTiles][4],
@@ -243,7 +255,9 @@ __device__ __forceinline__ void run_tiles(const AttnCudaParams& p, const WorkChu
       float s[K::kRowTiles][4];
       const int token = token_half * 16;
       scores<K>(s, base + stage * (K::kKeys * K::kTileBytes), base + K::kLayout.queries, token, row_begin);
-      mask_and_max<K>(s, visible, a.scale * kLog2e, t + token + lane / 4,
+      const bool adjusts = adjusts_scores(a);
+      if (adjusts) adjust_scores<K>(s, p, w, t + token + lane / 4, row_begin);
+      mask_and_max<K>(s, visible, adjusts ? kLog2e : a.scale * kLog2e, t + token + lane / 4,
                       base + K::kLayout.maxima + (token_half * K::kRows + row_begin) * 4);
       __syncthreads();
       copy_values(stage ^ 1, t + kTokens, next);
@@ -320,12 +334,10 @@ __device__ __forceinline__ void write_rows(const AttnCudaParams& p, const WorkCh
   for (int row = threadIdx.x / 32; row < rows; row += K::kThreads / 32) {
     const float sum = ptx::ld_shared_f32(base + K::kLayout.sums + row * 4) +
                       ptx::ld_shared_f32(base + K::kLayout.sums + (K::kRows + row) * 4);
-    const float lse = ptx::ld_shared_f32(base + K::kLayout.maxima + row * 4) + log2f(sum);
+    const float highest = ptx::ld_shared_f32(base + K::kLayout.maxima + row * 4);
     for (int d = threadIdx.x % 32 * 4; d < Dv; d += 128) {
-      Vector<float, 4> x = floats_of(ptx::ld_shared_b128(base + (row * (K::kD + 4) + d) * 4));
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x.element[c] = sum == 0.f ? 0.f : x.element[c] / sum;
-      write_result<typename K::T>(p, w, row, d, x, sum == 0.f ? minus_infinity() : lse);
+      const Vector<float, 4> x = floats_of(ptx::ld_shared_b128(base + (row * (K::kD + 4) + d) * 4));
+      write_result<typename K::T>(p, w, row, d, x, sum, highest);
     }
   }
 }

@@ -65,6 +65,14 @@ __device__ __forceinline__ void scores(float (&s)[4], uint32_t keys,
   for (int i = 0; i < 4; ++i) s[i] += odd[i];
 }
 
+// Soft cap and ALiBi of all scores of a lane: two rows, and tokens `token` and `token` + 8.
+__device__ __forceinline__ void adjust_scores(float (&s)[4], const AttnCudaParams& p, const WorkChunk& w,
+                                              int token) {
+  const int row = w.row_begin + int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) s[i] = adjusted_score(p, w, row + i % 2, token + i / 2 * 8, s[i]);
+}
+
 // Scores become probabilities relative to the running maximum, as the B fragment of the second product.
 template <typename K>
 __device__ __forceinline__ void softmax(uint32_t (&probabilities)[2], float (&s)[4], State<K>& state,
@@ -217,7 +225,9 @@ __device__ __forceinline__ void run_steps(const AttnCudaParams& p, const WorkChu
       l.next = l.after;
       l.after = find_tile<kTokens>(p, w, t + 3 * stride);
       uint32_t probabilities[2];
-      softmax(probabilities, s, state, p.attn.scale * kLog2e, t + lane / 4, visible);
+      const bool adjusts = adjusts_scores(p.attn);
+      if (adjusts) adjust_scores(s, p, w, t + lane / 4);
+      softmax(probabilities, s, state, adjusts ? kLog2e : p.attn.scale * kLog2e, t + lane / 4, visible);
       ptx::cp_async_wait<1>();
       __syncwarp();
 #pragma unroll

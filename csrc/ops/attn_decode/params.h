@@ -49,6 +49,13 @@ struct AttnDecodeParams {
   float scale;                        // softmax scale, natural-log domain
   int64_t window_left, window_right;  // visibility.h
 
+  // A score is x = scale * (q . k). In this order, each if it is on:
+  float softcap;              // > 0: x becomes softcap * tanh(x / softcap)
+  float inverse_softcap;      // 1 / softcap
+  const float* alibi_slopes;  // (H,) or (B, H): x - slope * |position of the row - token|; or nullptr
+  int64_t alibi_stride_b;     // 0 for (H,)
+  const float* sinks;         // (H,) or nullptr: one more score per row, natural log, with a value of zero
+
   // CPU. A task is one (sequence, split, row group, block of task_heads KV heads).
   int64_t task_heads;              // KV heads that a task processes together
   const int64_t* task_offsets;     // (B + 1,) first task of each sequence, of one block of heads
@@ -62,6 +69,15 @@ struct AttnDecodeParams {
   void* out;   // (total_q, H, Dv) contiguous
   float* lse;  // (B, H, S), packed queries: (H, total_q); natural log
 };
+
+// Whether scores are more than scaled products.
+FUSEDKV_HOST_DEVICE bool adjusts_scores(const AttnDecodeParams& p) {
+  return p.softcap > 0.f || p.alibi_slopes;
+}
+
+FUSEDKV_HOST_DEVICE float alibi_slope(const AttnDecodeParams& p, int64_t b, int64_t h) {
+  return p.alibi_slopes[b * p.alibi_stride_b + h];
+}
 
 // The query tokens of a sequence, in q and in out.
 struct QueryRange {

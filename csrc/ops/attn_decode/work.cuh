@@ -255,6 +255,33 @@ __device__ __forceinline__ TokenRangeOf<int> visible_tokens(const AttnCudaParams
   return visible_to_row(position, w.len, int(p.attn.window_left), int(p.attn.window_right));
 }
 
+// The score of a query row and a token in the natural domain, of their product: soft cap, then ALiBi. Only if
+// adjusts_scores.
+__device__ __forceinline__ float adjusted_score(const AttnCudaParams& p, const WorkChunk& w, int row,
+                                                int token, float product) {
+  const AttnDecodeParams& a = p.attn;
+  float x = product * a.scale;
+  if (a.softcap > 0.f) x = a.softcap * tanhf(x * a.inverse_softcap);
+  if (a.alibi_slopes) {
+    const QueryRow at = query_row(p, w.g, row);
+    const int distance = w.len - w.queries.count + at.s - token;
+    x -= load(a.alibi_slopes + w.b * a.alibi_stride_b + at.h) * fabsf(float(distance));
+  }
+  return x;
+}
+
+// The sink of a row, log2 domain: a score whose value is zero. Only if there are sinks.
+__device__ __forceinline__ float sink_of(const AttnCudaParams& p, QueryRow row) {
+  return load(p.attn.sinks + row.h) * kLog2e;
+}
+
+// log2(2^a + 2^b).
+__device__ __forceinline__ float add_exp2(float a, float b) {
+  if (b == minus_infinity()) return a;
+  const float higher = a > b ? a : b, lower = a > b ? b : a;
+  return higher + log2f(1.f + exp2f(lower - higher));
+}
+
 // The place of a token, the same in all caches of a call.
 struct TokenPlace {
   int row;   // sequence or page, as it stands in the block table
@@ -299,9 +326,10 @@ __device__ __forceinline__ void store_output(const AttnCudaParams& p, const Work
 
 constexpr int kMergedTogether = 8;  // splits whose loads are in flight together
 
-// out = sum_k 2^(lse_k - lse) out_k over the splits k. One warp per row, four channels per lane; with more
-// warps than rows, several warps share a row's splits and add their sums in `scratch` (warps, 128 floats).
-// The order of the sums depends on splits, rows and warps, not on the block that merges.
+// out = sum_k 2^(lse_k - lse) out_k over the splits k. A sink is one more term of lse. One warp per row, four
+// channels per lane; with more warps than rows, several warps share a row's splits and add their sums in
+// `scratch` (warps, 128 floats). The order of the sums depends on splits, rows and warps, not on the block
+// that merges.
 template <typename T>
 __device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, uint32_t scratch, int threads) {
   const AttnDecodeParams& a = p.attn;
@@ -311,7 +339,9 @@ __device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, uint32
   const int last = w.splits - 1, Dv = int(a.Dv);
   for (int r = parts > 1 ? warp % rows : warp; r < rows; r += warps) {
     const auto lse = [&](int k) { return load(a.partial_lse + w.slot(k) * p.slot_rows + r); };
-    float highest = minus_infinity();
+    const QueryRow row = query_row(p, w.g, w.row_begin + r);
+    const float sink = a.sinks ? sink_of(p, row) : minus_infinity();
+    float highest = sink;
     for (int k = lane; k < w.splits; k += 32) highest = fmaxf(highest, lse(k));
 #pragma unroll
     for (int apart = 16; apart > 0; apart /= 2)
@@ -321,8 +351,8 @@ __device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, uint32
     for (int k = lane; k < w.splits; k += 32) sum += exp2f(lse(k) - base);
 #pragma unroll
     for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(kFullWarp, sum, apart);
+    if (a.sinks) sum += exp2f(sink - base);
 
-    const QueryRow row = query_row(p, w.g, w.row_begin + r);
     for (int first = 0; first < Dv; first += 128) {
       const int d = first + lane * 4, existing = d < Dv ? d : 0;
       Vector<float, 4> out = {{0.f, 0.f, 0.f, 0.f}};
@@ -367,11 +397,20 @@ __device__ void merge_splits(const AttnCudaParams& p, const WorkChunk& w, uint32
   }
 }
 
-// Writes channels d .. d + N - 1 of row r of a chunk: `out` is normalized, `lse` in the log2 domain.
+// Writes channels d .. d + N - 1 of row r of a chunk. `out` and `sum`, its softmax sum, are relative to
+// 2^base.
 template <typename T, int N>
 __device__ __forceinline__ void write_result(const AttnCudaParams& p, const WorkChunk& w, int r, int d,
-                                             const Vector<float, N>& out, float lse) {
+                                             Vector<float, N> out, float sum, float base) {
   const AttnDecodeParams& a = p.attn;
+  float lse = sum == 0.f ? minus_infinity() : base + log2f(sum);
+  if (w.splits == 1 && a.sinks) {
+    const float sink = sink_of(p, query_row(p, w.g, w.row_begin + r));
+    lse = add_exp2(lse, sink);
+    if (sink != minus_infinity()) sum += exp2f(sink - base);
+  }
+#pragma unroll
+  for (int c = 0; c < N; ++c) out.element[c] = sum == 0.f ? 0.f : out.element[c] / sum;
   if (w.splits == 1) {
     const QueryRow row = query_row(p, w.g, w.row_begin + r);
     store_output<T>(p, w, row, d, out);
@@ -434,9 +473,7 @@ __device__ __forceinline__ void merge_states(const AttnCudaParams& p, const Work
 #pragma unroll
         for (int c = 0; c < 4; ++c) out.element[c] += weight * x.element[c];
       }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) out.element[c] = sum == 0.f ? 0.f : out.element[c] / sum;
-      write_result<T>(p, w, r, d, out, sum == 0.f ? minus_infinity() : base + log2f(sum));
+      write_result<T>(p, w, r, d, out, sum, base);
     }
   }
 }
