@@ -22,8 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fusedkv_ext.hf.versions import check_keywords
+from fusedkv_ext.ops.call import attention_call
 from fusedkv_ext.ops.dispatch import folds_dense, native_head_dim
 from fusedkv_ext.ops.functional import fused_kv_attn_func
+from fusedkv_ext.ops.scores import score_attention
 
 __all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
 
@@ -103,6 +105,7 @@ def attend(
     scaling: float,
     window: int | None = None,
     ranges: Ranges | None = None,
+    **scores: Any,
 ) -> Tensor:
     """Causal attention of the last tokens, query (B, S, H, D), over sources (B, T, G, D): (B, S, H, D).
 
@@ -110,10 +113,12 @@ def attend(
 
     Args:
         ranges: the tokens start..stop of each sequence, including those that a window hides; None means all.
+        scores: soft cap and sinks, as in ``fused_kv_attn_func``.
     """
     weights = (key_weights, value_weights)
 
     def attention(*tensors: Any, **options: Any) -> Tensor:
+        options |= scores
         return cast(Tensor, fused_kv_attn_func(*tensors, softmax_scale=scaling, causal=True, **options))
 
     if ranges is None:
@@ -138,19 +143,34 @@ def fusedkv_attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """ "fusedkv" in a plain model of transformers: (B, heads, tokens, D) in, (B, S, H, D) out.
 
     Models of this package do not use this function, because they attend over several sources.
 
+    Args:
+        softcap: the soft cap of the scores (Gemma 2); None means none.
+        s_aux: (H,) attention sinks (GPT-OSS).
+
     Raises:
-        ValueError: a keyword is unknown (attention sinks, soft caps) and not None.
+        ValueError: a keyword is unknown and not None, or is not supported with a soft cap or sinks.
     """
     check_keywords(kwargs, 'attn_implementation="fusedkv"', also=_SDPA_KEYWORDS)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     biased = kwargs.get("position_bias") is not None  # which only SDPA takes
+    if softcap is not None or s_aux is not None:
+        if dropout or biased:
+            extra = "position_bias" if biased else "dropout"
+            raise ValueError(
+                f"{extra} must be left out with softcap or s_aux, got it; use another attn_implementation "
+                'such as "eager"'
+            )
+        scores: dict[str, Any] = {"softcap": softcap or 0.0, "sinks": s_aux}
+        return _attend_scores(q, k, v, attention_mask, scaling, sliding_window, causal, scores), None
     if causal and not dropout and not biased and folds(q.shape[3]) and folds(v.shape[3]):
         ranges = None
         if attention_mask is None:
@@ -164,6 +184,35 @@ def fusedkv_attention_forward(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _attend_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    causal: bool,
+    scores: dict[str, Any],
+) -> Tensor:
+    """Attention with a soft cap or sinks, (B, S, H, D): as without them, but torch's SDPA has neither."""
+    scaling = q.shape[3] ** -0.5 if scaling is None else scaling
+    if mask is None and causal:
+        visible: list[Any] = list(prefix([k, v], q.shape[1]))
+        return attend(q, visible[:1], visible[1:], None, None, scaling, window, **scores)
+    if mask is None:
+        return cast(Tensor, fused_kv_attn_func(q, [k], [v], softmax_scale=scaling, **scores))
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask must be boolean with softcap or s_aux, got {mask.dtype}; pass True where a row "
+            "sees a token"
+        )
+    ranges = ranges_if_folding(q, k, mask) if causal else None
+    if ranges is not None:
+        return attend(q, [k], [v], None, None, scaling, None, ranges, **scores)
+    call = attention_call(q, k, v, None, None, scaling, False, (-1, -1), False, None, **scores)
+    return score_attention(call, mask)[0]
 
 
 def register_attention() -> None:

@@ -62,7 +62,7 @@ _KEYWORDS = {
 def check_keywords(kwargs: dict[str, Any], where: str, also: frozenset[str] = frozenset()) -> None:
     """Rejects unknown keywords of attention that are not None.
 
-    They may change the result: a cache under a new name, attention sinks, a soft cap.
+    They may change the result: a cache under a new name, a bias of the scores.
 
     Raises:
         ValueError: there is such a keyword.
