@@ -48,9 +48,9 @@ pybind11::dict build_info() {
 // The GPU kernel of a call and how its work is divided, by the functions that divide it. `cost`: the KV tiles
 // of all sequences, plus one per sequence, times KV heads. Shared memory alone decides how many blocks fit on
 // an SM.
-pybind11::dict decode_launch(int64_t batch, int64_t rows, int64_t head_dim, int64_t value_dim, int num_keys,
-                             int num_values, int element_size, int64_t cost, int sm_count,
-                             int shared_per_block) {
+pybind11::dict decode_launch(int64_t batch, int64_t rows, int64_t num_kv_heads, int64_t head_dim,
+                             int64_t value_dim, int num_keys, int num_values, int element_size, int64_t cost,
+                             int64_t capacity, bool batch_invariant, int sm_count, int shared_per_block) {
   using namespace fusedkv;
   const DType dtype = element_size == 4 ? DType::f32 : DType::bf16;
   const AttnLaunch launch =
@@ -65,6 +65,9 @@ pybind11::dict decode_launch(int64_t batch, int64_t rows, int64_t head_dim, int6
   out["shared_bytes"] = launch.shared_bytes;
   out["blocks"] = blocks;
   out["cells_per_block"] = block_quota(cost * launch.row_groups, blocks, false);
+  const int64_t units = batch * num_kv_heads * launch.row_groups;
+  const int64_t slots = partial_slots(units, blocks, fixed_splits(capacity), batch_invariant);
+  out["workspace_floats"] = slots * std::min<int64_t>(rows, launch.rows) * (value_dim + 1);
   return out;
 }
 
@@ -74,8 +77,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of fusedkv_ext: registers torch.ops.fusedkv and describes the build.";
   m.def("build_info", &build_info, "What this module was built with.");
   m.def("decode_launch", &decode_launch, pybind11::arg("batch"), pybind11::arg("rows"),
-        pybind11::arg("head_dim"), pybind11::arg("value_dim"), pybind11::arg("num_keys"),
-        pybind11::arg("num_values"), pybind11::arg("element_size"), pybind11::arg("cost"),
+        pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"), pybind11::arg("value_dim"),
+        pybind11::arg("num_keys"), pybind11::arg("num_values"), pybind11::arg("element_size"),
+        pybind11::arg("cost"), pybind11::arg("capacity"), pybind11::arg("batch_invariant"),
         pybind11::arg("sm_count"), pybind11::arg("shared_per_block"),
         "The GPU kernel of a cached-attention call, its block and its grid.");
   m.def("cpu_levels", &cpu_levels, "SIMD targets of this build that this CPU supports, best first.");

@@ -8,12 +8,15 @@ def build_info() -> dict[str, Any]:
 def decode_launch(
     batch: int,
     rows: int,
+    num_kv_heads: int,
     head_dim: int,
     value_dim: int,
     num_keys: int,
     num_values: int,
     element_size: int,
     cost: int,
+    capacity: int,
+    batch_invariant: bool,
     sm_count: int,
     shared_per_block: int,
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fusedkv_ext.layers.fusion import FusionWeights, param_groups
 from fusedkv_ext.layers.latent_attention import LatentAttention
 from fusedkv_ext.ops.explanation import Explanation, explain
 from fusedkv_ext.ops.functional import (
+    FlashOptions,
     append_kvcache,
     debug_checks,
     decode_schedule,
@@ -37,6 +38,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Explanation",
+    "FlashOptions",
     "FusedKVAttention",
     "Fusion",
     "FusionWeights",

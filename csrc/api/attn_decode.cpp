@@ -5,10 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <tuple>
 
 #include "api/attn_decode.h"
-#include "api/new_tensor.h"
 #include "cpu/simd_targets.h"
 #include "cpu/workspace.h"
 
@@ -59,20 +57,15 @@ void check_packed_queries(const AttnDecodeParams& p) {
               ", the tokens of q, got ", p.cu_seqlens_q[p.B]);
 }
 
-std::tuple<Tensor, Tensor> attn_with_kvcache(
-    Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
-    std::optional<Tensor> key_weights, std::optional<Tensor> value_weights, Tensor cache_seqlens,
-    std::optional<Tensor> block_table, double softmax_scale, int64_t window_left, int64_t window_right,
-    std::optional<Tensor> /*schedule*/, bool /*batch_invariant*/, std::optional<Tensor> cu_seqlens_q,
-    int64_t max_seqlen_q, double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes) {
-  AttnDecodeParams p =
-      attn_params(q, key_caches, value_caches, key_weights, value_weights, cu_seqlens_q, max_seqlen_q, false);
+AttnResults attend(const AttnArguments& x) {
+  AttnDecodeParams p = attn_params(x, /*cuda=*/false);
   check_packed_queries(p);
   const CacheLayout layout =
-      cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, p.B, false);
-  set_options(p, layout, softmax_scale, window_left, window_right);
-  set_scores(p, softcap, sinks, alibi_slopes, false);
-  bool all_written = true;  // by tasks: every sequence has one split
+      cache_layout(x.key_caches[0], "key_caches[0]", x.cache_seqlens, x.block_table, p.B, false);
+  set_options(p, layout, x);
+  set_scores(p, x, false);
+  if (x.workspace) caller_workspace(*x.workspace, 0, false);  // threads have their own
+  bool all_written = true;                                    // by tasks: every sequence has one split
   int64_t partials = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     check_length(layout, b);
@@ -98,10 +91,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(
   p.partial_offsets = partial_offsets;
   p.partial_out = reinterpret_cast<float*>(shared + offset_bytes);
   p.partial_lse = p.partial_out + partials * p.Dv;
-  Tensor out = empty_tensor(q, {q.size(0), q.size(1), p.H, p.Dv}, dtype_code(q));
-  Tensor lse = empty_tensor(q, {q.size(0), p.H, q.size(1)}, aoti_torch_dtype_float32());
-  p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const AttnResults results = begin_results(p, x, false);
 
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads =
@@ -131,7 +121,7 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(
       kernels.attn_decode_merge(p, begin, end);
     });
   }
-  return {out, lse};
+  return results;
 }
 
 // The CPU splits on a fixed grid: it needs no schedule, and every result is batch-invariant.
@@ -143,7 +133,8 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t, int64_t, int64_t, int64_t, i
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkv, CPU, m) {
   m.impl("attn_schedule", TORCH_BOX(&attn_schedule));
-  m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache));
+  m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache<attend>));
+  m.impl("attn_with_kvcache_out", TORCH_BOX(&attn_with_kvcache_out<attend>));
 }
 
 }  // namespace fusedkv::api

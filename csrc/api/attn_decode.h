@@ -2,11 +2,84 @@
 #pragma once
 
 #include <cfloat>
+#include <tuple>
+#include <utility>
 
 #include "api/caches.h"
+#include "api/new_tensor.h"
+#include "api/writes.h"
 #include "ops/attn_decode/params.h"
 
 namespace fusedkv::api {
+
+// The arguments of attn_with_kvcache, in their order; then those that attn_with_kvcache_out writes.
+struct AttnArguments {
+  Tensor q;
+  std::vector<Tensor> key_caches, value_caches;
+  std::optional<Tensor> key_weights, value_weights;
+  Tensor cache_seqlens;
+  std::optional<Tensor> block_table;
+  double softmax_scale;
+  int64_t window_left, window_right;
+  std::optional<Tensor> schedule;
+  bool batch_invariant;
+  std::optional<Tensor> cu_seqlens_q;
+  int64_t max_seqlen_q;
+  double softcap;
+  std::optional<Tensor> sinks, alibi_slopes;
+  std::optional<Tensor> out = std::nullopt, workspace = std::nullopt;
+
+  // Calls f(tensor, name) for every input.
+  template <typename F>
+  void for_each_input(const F& f) const {
+    f(q, Name("q"));
+    for (size_t j = 0; j < key_caches.size(); ++j) f(key_caches[j], name_of("key_caches", j));
+    for (size_t j = 0; j < value_caches.size(); ++j) f(value_caches[j], name_of("value_caches", j));
+    f(cache_seqlens, Name("cache_seqlens"));
+    const auto optional = [&](const std::optional<Tensor>& x, const char* name) {
+      if (x) f(*x, Name(name));
+    };
+    optional(key_weights, "key_weights");
+    optional(value_weights, "value_weights");
+    optional(block_table, "block_table");
+    optional(schedule, "schedule");
+    optional(cu_seqlens_q, "cu_seqlens_q");
+    optional(sinks, "sinks");
+    optional(alibi_slopes, "alibi_slopes");
+  }
+};
+
+using AttnResults = std::tuple<Tensor, Tensor>;  // out and lse
+
+// The ops of a backend, from its function of the arguments.
+template <AttnResults (*attend)(const AttnArguments&)>
+AttnResults attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                              std::optional<Tensor> key_weights, std::optional<Tensor> value_weights,
+                              Tensor cache_seqlens, std::optional<Tensor> block_table, double softmax_scale,
+                              int64_t window_left, int64_t window_right, std::optional<Tensor> schedule,
+                              bool batch_invariant, std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q,
+                              double softcap, std::optional<Tensor> sinks,
+                              std::optional<Tensor> alibi_slopes) {
+  return attend({std::move(q), std::move(key_caches), std::move(value_caches), std::move(key_weights),
+                 std::move(value_weights), std::move(cache_seqlens), std::move(block_table), softmax_scale,
+                 window_left, window_right, std::move(schedule), batch_invariant, std::move(cu_seqlens_q),
+                 max_seqlen_q, softcap, std::move(sinks), std::move(alibi_slopes)});
+}
+
+template <AttnResults (*attend)(const AttnArguments&)>
+Tensor attn_with_kvcache_out(Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                             std::optional<Tensor> key_weights, std::optional<Tensor> value_weights,
+                             Tensor cache_seqlens, std::optional<Tensor> block_table, double softmax_scale,
+                             int64_t window_left, int64_t window_right, std::optional<Tensor> schedule,
+                             bool batch_invariant, std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q,
+                             double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                             Tensor out, std::optional<Tensor> workspace) {
+  return std::get<1>(attend(
+      {std::move(q), std::move(key_caches), std::move(value_caches), std::move(key_weights),
+       std::move(value_weights), std::move(cache_seqlens), std::move(block_table), softmax_scale, window_left,
+       window_right, std::move(schedule), batch_invariant, std::move(cu_seqlens_q), max_seqlen_q, softcap,
+       std::move(sinks), std::move(alibi_slopes), std::move(out), std::move(workspace)}));
+}
 
 // All caches of one side: same shape as the first, same dtype as q.
 inline void set_caches(const std::vector<Tensor>& caches, const char* name, const Tensor& q, CacheTensor* out,
@@ -35,12 +108,10 @@ inline void set_packed_queries(AttnDecodeParams& p, const Tensor& q, const Tenso
   p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
 }
 
-inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& keys,
-                                    const std::vector<Tensor>& values,
-                                    const std::optional<Tensor>& key_weights,
-                                    const std::optional<Tensor>& value_weights,
-                                    const std::optional<Tensor>& cu_seqlens_q, int64_t max_seqlen_q,
-                                    bool cuda) {
+// The shapes and the tensors that are read.
+inline AttnDecodeParams attn_params(const AttnArguments& x, bool cuda) {
+  const Tensor& q = x.q;
+  const std::vector<Tensor>&keys = x.key_caches, &values = x.value_caches;
   check_device(q, "q", cuda);
   check_rank4(q, "q", "(B, S, H, D)");
   AttnDecodeParams p{};
@@ -51,7 +122,7 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
   p.B = q.size(0);
   p.S = q.size(1);
   p.total_q = p.B * p.S;
-  if (cu_seqlens_q) set_packed_queries(p, q, *cu_seqlens_q, max_seqlen_q, cuda);
+  if (x.cu_seqlens_q) set_packed_queries(p, q, *x.cu_seqlens_q, x.max_seqlen_q, cuda);
   p.H = q.size(2);
   p.D = q.size(3);
   p.G = keys[0].size(2);
@@ -70,33 +141,32 @@ inline AttnDecodeParams attn_params(const Tensor& q, const std::vector<Tensor>& 
     check_value(values[0].size(i) == keys[0].size(i),
                 "value_caches[0] must have the shape of key_caches[0] up to the head dim, ", Shape{keys[0]},
                 ", got ", Shape{values[0]});
-  if (key_weights) {
-    check_weights(*key_weights, "key_weights", p.num_keys, p.G, p.D, false, cuda);
-    p.key_weights = static_cast<const float*>(key_weights->const_data_ptr());
+  if (x.key_weights) {
+    check_weights(*x.key_weights, "key_weights", p.num_keys, p.G, p.D, false, cuda);
+    p.key_weights = static_cast<const float*>(x.key_weights->const_data_ptr());
   }
-  if (value_weights) {
-    check_weights(*value_weights, "value_weights", p.num_values, p.G, p.Dv, false, cuda);
-    p.value_weights = static_cast<const float*>(value_weights->const_data_ptr());
+  if (x.value_weights) {
+    check_weights(*x.value_weights, "value_weights", p.num_values, p.G, p.Dv, false, cuda);
+    p.value_weights = static_cast<const float*>(x.value_weights->const_data_ptr());
   }
   p.q = q.const_data_ptr();
-  p.q_stride_b = cu_seqlens_q ? 0 : q.stride(0);
+  p.q_stride_b = x.cu_seqlens_q ? 0 : q.stride(0);
   p.q_stride_s = q.stride(1);
   p.q_stride_h = q.stride(2);
   return p;
 }
 
 // The arguments of a call that are not data.
-inline void set_options(AttnDecodeParams& p, const CacheLayout& layout, double softmax_scale,
-                        int64_t window_left, int64_t window_right) {
+inline void set_options(AttnDecodeParams& p, const CacheLayout& layout, const AttnArguments& x) {
   p.seq_lens = layout.seq_lens;
   p.block_table = layout.block_table;
   p.block_table_stride = layout.block_table_stride;
   p.page_size = layout.page_size;
-  p.scale = float(softmax_scale);
+  p.scale = float(x.softmax_scale);
   // Lengths are int32: a larger window is unbounded. Positions plus a window then cannot overflow.
   const auto window = [](int64_t size) { return size < INT32_MAX ? size : -1; };
-  p.window_left = window(window_left);
-  p.window_right = window(window_right);
+  p.window_left = window(x.window_left);
+  p.window_right = window(x.window_right);
 }
 
 // One float per query head: (H,), or (B, H) where allowed.
@@ -116,16 +186,54 @@ inline const float* per_head(const AttnDecodeParams& p, const Tensor& x, const c
 }
 
 // What is done to scores, and to their sum.
-inline void set_scores(AttnDecodeParams& p, double softcap, const std::optional<Tensor>& sinks,
-                       const std::optional<Tensor>& alibi_slopes, bool cuda) {
-  p.softcap = float(softcap);
-  check_value(softcap == 0 || (p.softcap >= FLT_MIN && p.softcap <= FLT_MAX),
-              "softcap must be 0.0 (off) or a positive float32, got ", softcap);
-  p.inverse_softcap = softcap == 0 ? 0.f : 1.f / p.softcap;
-  if (sinks) p.sinks = per_head(p, *sinks, "sinks", false, cuda);
-  if (!alibi_slopes) return;
-  p.alibi_slopes = per_head(p, *alibi_slopes, "alibi_slopes", true, cuda);
-  p.alibi_stride_b = alibi_slopes->dim() == 2 ? p.H : 0;
+inline void set_scores(AttnDecodeParams& p, const AttnArguments& x, bool cuda) {
+  p.softcap = float(x.softcap);
+  check_value(x.softcap == 0 || (p.softcap >= FLT_MIN && p.softcap <= FLT_MAX),
+              "softcap must be 0.0 (off) or a positive float32, got ", x.softcap);
+  p.inverse_softcap = x.softcap == 0 ? 0.f : 1.f / p.softcap;
+  if (x.sinks) p.sinks = per_head(p, *x.sinks, "sinks", false, cuda);
+  if (!x.alibi_slopes) return;
+  p.alibi_slopes = per_head(p, *x.alibi_slopes, "alibi_slopes", true, cuda);
+  p.alibi_stride_b = x.alibi_slopes->dim() == 2 ? p.H : 0;
+}
+
+// The memory for partial results that the caller owns, of at least `floats` elements.
+inline float* caller_workspace(const Tensor& x, int64_t floats, bool cuda) {
+  check_device(x, "workspace", cuda);
+  check_type(x.scalar_type() == ScalarType::Float, "workspace must be float32, got ", DTypeOf{x});
+  check_value(x.dim() == 1 && x.is_contiguous() && x.size(0) >= floats,
+              "workspace must be contiguous of shape (N,) with N >= ", floats, ", got ", Shape{x});
+  return static_cast<float*>(x.mutable_data_ptr());
+}
+
+// New results, or those of the caller: the last step before they are written. Writes p.out and p.lse.
+inline AttnResults begin_results(AttnDecodeParams& p, const AttnArguments& x, bool cuda) {
+  const Tensor& q = x.q;
+  Tensor lse = empty_tensor(q, {q.size(0), p.H, q.size(1)}, aoti_torch_dtype_float32());
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (!x.out) {
+    Tensor out = empty_tensor(q, {q.size(0), q.size(1), p.H, p.Dv}, dtype_code(q));
+    p.out = out.mutable_data_ptr();
+    return {out, lse};
+  }
+  const Tensor& out = *x.out;
+  check_device(out, "out", cuda);
+  check_same_dtype(out, "out", q, "q");
+  check_value(out.dim() == 4 && out.size(0) == q.size(0) && out.size(1) == q.size(1) && out.size(2) == p.H &&
+                  out.size(3) == p.Dv && out.is_contiguous(),
+              "out must be contiguous of shape (", q.size(0), ", ", q.size(1), ", ", p.H, ", ", p.Dv,
+              "), got ", Shape{out});
+  const Extent written(out, "out");
+  x.for_each_input([&](const Tensor& read, Name name) { check_apart(written, Extent(read, name)); });
+  if (x.workspace) {
+    const Extent workspace(*x.workspace, "workspace");
+    check_apart(written, workspace);
+    x.for_each_input([&](const Tensor& read, Name name) { check_apart(workspace, Extent(read, name)); });
+    count_write(*x.workspace, "workspace");
+  }
+  count_write(out, "out");
+  p.out = out.mutable_data_ptr();
+  return {out, lse};
 }
 
 }  // namespace fusedkv::api

@@ -1,7 +1,6 @@
 // attn_with_kvcache and attn_schedule on the GPU.
 
 #include <algorithm>
-#include <tuple>
 
 #include "api/attn_decode.h"
 #include "api/device.h"
@@ -73,33 +72,25 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_hea
   return make_schedule(cache_seqlens, {}, costs, num_counters(costs.B, rows, num_kv_heads, batch_invariant));
 }
 
-std::tuple<Tensor, Tensor> attn_with_kvcache(
-    Tensor q, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
-    std::optional<Tensor> key_weights, std::optional<Tensor> value_weights, Tensor cache_seqlens,
-    std::optional<Tensor> block_table, double softmax_scale, int64_t window_left, int64_t window_right,
-    std::optional<Tensor> schedule, bool batch_invariant, std::optional<Tensor> cu_seqlens_q,
-    int64_t max_seqlen_q, double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes) {
+AttnResults attend(const AttnArguments& x) {
   AttnCudaParams p{};
-  p.attn =
-      attn_params(q, key_caches, value_caches, key_weights, value_weights, cu_seqlens_q, max_seqlen_q, kCuda);
+  p.attn = attn_params(x, kCuda);
   AttnDecodeParams& a = p.attn;
   const CacheLayout layout =
-      cache_layout(key_caches[0], "key_caches[0]", cache_seqlens, block_table, a.B, kCuda);
-  set_options(a, layout, softmax_scale, window_left, window_right);
-  set_scores(a, softcap, sinks, alibi_slopes, kCuda);
+      cache_layout(x.key_caches[0], "key_caches[0]", x.cache_seqlens, x.block_table, a.B, kCuda);
+  set_options(a, layout, x);
+  set_scores(a, x, kCuda);
   check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens,
               "key_caches[0] must hold fewer than 2^31 tokens per sequence, got ", layout.capacity);
-  check_value(!schedule || !cu_seqlens_q, "schedule must be None with cu_seqlens_q, got a tensor");
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), a.H, a.Dv});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), a.H, q.size(1)}, ScalarType::Float);
-  if (a.total_q == 0) return {out, lse};
+  check_value(!x.schedule || !x.cu_seqlens_q, "schedule must be None with cu_seqlens_q, got a tensor");
+  if (a.total_q == 0) return begin_results(a, x, kCuda);
 
-  const DeviceScope scope(q);
+  const DeviceScope scope(x.q);
   p.capacity = layout.capacity;
-  p.cache_rows = int(std::min<int64_t>(block_table ? layout.num_pages : a.B, INT32_MAX));
-  p.batch_invariant = batch_invariant;
+  p.cache_rows = int(std::min<int64_t>(x.block_table ? layout.num_pages : a.B, INT32_MAX));
+  p.batch_invariant = x.batch_invariant;
   p.aligned = aligned16(a);
-  p.whole_pages = !block_table || layout.page_size % 16 == 0;
+  p.whole_pages = !x.block_table || layout.page_size % 16 == 0;
   const int64_t rows = num_rows(a);
   int shared_limit = 0, blocks = 0;
   check_launch(attn_shared_limit(&shared_limit), "attn_with_kvcache");
@@ -115,9 +106,10 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(
   p.cost_sums = launch.cost_sums;
   p.max_splits = fixed_splits(p.capacity);
 
-  const int64_t counters = num_counters(a.B, rows, a.G, batch_invariant);
+  const int64_t counters = num_counters(a.B, rows, a.G, p.batch_invariant);
+  std::optional<Tensor> schedule = x.schedule;
   if (!schedule && a.B > kMaxCopiedBatch)
-    schedule = make_schedule(cache_seqlens, cu_seqlens_q, sequence_costs(p), counters);
+    schedule = make_schedule(x.cache_seqlens, x.cu_seqlens_q, sequence_costs(p), counters);
   Tensor own_counters;
   if (schedule) {
     check_int32(*schedule, "schedule", 1, kCuda);
@@ -127,41 +119,34 @@ std::tuple<Tensor, Tensor> attn_with_kvcache(
     p.schedule = static_cast<const int32_t*>(schedule->const_data_ptr());
     p.counters = static_cast<int32_t*>(schedule->mutable_data_ptr()) + a.B + 1;
   } else {
-    p.counters = scope.zeros(cache_seqlens, counters, &own_counters);
+    p.counters = scope.zeros(x.cache_seqlens, counters, &own_counters);
   }
-  // A block has at most two split work units. With fixed splits, every split has a slot.
-  const int64_t slots = batch_invariant ? a.B * a.G * p.row_groups * p.max_splits : 2 * int64_t(blocks);
+  const int64_t slots = partial_slots(a.B * a.G * p.row_groups, blocks, p.max_splits, p.batch_invariant);
   check_value(slots <= INT32_MAX, "batch_invariant calls must have fewer than 2^31 splits, got ", slots);
-  Tensor partial = torch::stable::new_empty(q, {slots * p.slot_rows * (a.Dv + 1)}, ScalarType::Float);
-  a.out = out.mutable_data_ptr();
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  a.partial_out = static_cast<float*>(partial.mutable_data_ptr());
+  const int64_t floats = slots * p.slot_rows * (a.Dv + 1);
+  Tensor partial = x.workspace ? *x.workspace : torch::stable::new_empty(x.q, {floats}, ScalarType::Float);
+  a.partial_out = caller_workspace(partial, floats, kCuda);
   a.partial_lse = a.partial_out + slots * p.slot_rows * a.Dv;
 
-  const auto use = [&](const Tensor& x, Name name) {
-    check_same_gpu(x, name, q, "q");
-    scope.uses(x, "an input");
-  };
-  for (size_t j = 0; j < key_caches.size(); ++j) use(key_caches[j], name_of("key_caches", j));
-  for (size_t j = 0; j < value_caches.size(); ++j) use(value_caches[j], name_of("value_caches", j));
-  if (key_weights) use(*key_weights, "key_weights");
-  if (value_weights) use(*value_weights, "value_weights");
-  if (block_table) use(*block_table, "block_table");
-  use(cache_seqlens, "cache_seqlens");
-  if (cu_seqlens_q) use(*cu_seqlens_q, "cu_seqlens_q");
-  if (sinks) use(*sinks, "sinks");
-  if (alibi_slopes) use(*alibi_slopes, "alibi_slopes");
-  if (schedule) use(*schedule, "schedule");
-  scope.uses(q, "q");
-  for (const Tensor* x : {&out, &lse, &partial}) scope.makes(*x, "an output");
+  x.for_each_input([&](const Tensor& read, Name name) {
+    check_same_gpu(read, name, x.q, "q");
+    scope.uses(read, "an input");
+  });
+  for (const auto* written : {&x.out, &x.workspace})
+    if (*written) check_same_gpu(**written, written == &x.out ? "out" : "workspace", x.q, "q");
+  const AttnResults results = begin_results(a, x, kCuda);
+  if (schedule && !x.schedule) scope.uses(*schedule, "schedule");
+  for (const Tensor* made : {&std::get<0>(results), &std::get<1>(results), &std::as_const(partial)})
+    scope.makes(*made, "an output");
   check_launch(attn_decode_cuda(p, launch, blocks, scope.stream()), "attn_with_kvcache");
-  return {out, lse};
+  return results;
 }
 
 }  // namespace
 
 FUSEDKV_DEVICE_IMPL(m) {
-  m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache));
+  m.impl("attn_with_kvcache", TORCH_BOX(&attn_with_kvcache<attend>));
+  m.impl("attn_with_kvcache_out", TORCH_BOX(&attn_with_kvcache_out<attend>));
   m.impl("attn_schedule", TORCH_BOX(&attn_schedule));
 }
 

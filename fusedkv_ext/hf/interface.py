@@ -22,10 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fusedkv_ext.hf.versions import check_keywords
-from fusedkv_ext.ops.call import attention_call
 from fusedkv_ext.ops.dispatch import folds_dense, native_head_dim
 from fusedkv_ext.ops.functional import fused_kv_attn_func
-from fusedkv_ext.ops.scores import score_attention
 
 __all__ = ["NAME", "attend", "folds", "prefix", "ranges_if_folding", "register_attention"]
 
@@ -203,16 +201,10 @@ def _attend_scores(
         return attend(q, visible[:1], visible[1:], None, None, scaling, window, **scores)
     if mask is None:
         return cast(Tensor, fused_kv_attn_func(q, [k], [v], softmax_scale=scaling, **scores))
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"attention_mask must be boolean with softcap or s_aux, got {mask.dtype}; pass True where a row "
-            "sees a token"
-        )
     ranges = ranges_if_folding(q, k, mask) if causal else None
     if ranges is not None:
         return attend(q, [k], [v], None, None, scaling, None, ranges, **scores)
-    call = attention_call(q, k, v, None, None, scaling, False, (-1, -1), False, None, **scores)
-    return score_attention(call, mask)[0]
+    return cast(Tensor, fused_kv_attn_func(q, k, v, softmax_scale=scaling, attn_mask=mask, **scores))
 
 
 def register_attention() -> None:

@@ -2,6 +2,7 @@
 
 from fusedkv_ext.ops import autograd, fakes  # noqa: F401  (register what torch.ops.fusedkv needs)
 from fusedkv_ext.ops.functional import (
+    FlashOptions,
     append_kvcache,
     debug_checks,
     decode_schedule,
@@ -15,6 +16,7 @@ from fusedkv_ext.ops.functional import (
 from fusedkv_ext.ops.merging import merge_state
 
 __all__ = [
+    "FlashOptions",
     "append_kvcache",
     "debug_checks",
     "decode_schedule",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from torch import Tensor
 from fusedkv_ext.ops import checks, debug
 from fusedkv_ext.ops.call import AppendCall, AttentionCall
 from fusedkv_ext.ops.dispatch import device_type_of, folds_cached, in_graph, native_head_dim
-from fusedkv_ext.ops.fuse import fuse_cached, fuse_side
+from fusedkv_ext.ops.fuse import fuse_cached, fuse_side, tokens_as_pages
+from fusedkv_ext.ops.masked import masked_attention
 from fusedkv_ext.ops.native import run_op
 from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_attention_lse
-from fusedkv_ext.ops.sizes import always
+from fusedkv_ext.ops.sizes import always, host_reads
+from fusedkv_ext.ops.varlen import Packing, varlen_attention
 
 __all__ = ["append", "attend", "attend_layer", "make_schedule"]
 
@@ -43,13 +46,17 @@ def attend_layer(call: AttentionCall) -> Tensor:
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Attention of the last S tokens of each sequence: out, and lse if the call wants it."""
+    """Attention of the last S tokens of each sequence: out, and lse if the call wants it.
+
+    The result is ``call.out`` only if the native kernel has written it.
+    """
     q, keys, values = call.q, call.keys, call.values
     if debug.active:
         checks.check_contents(call.seqlens, call.block_table, keys[0])
         _check_schedule(call)
     if _folds(call):
-        return call.fold()
+        return _fold_unordered(call) if call.all_rows_see_all else call.fold()
+    call = call._replace(out=None, workspace=None)  # the other paths make tensors of their own
     if call.cu_seqlens_q is not None:
         return _attend_packed(call, call.cu_seqlens_q)
     if native_head_dim(q.shape[3], values[0].shape[3]):
@@ -63,6 +70,39 @@ def _folds(call: AttentionCall) -> bool:
     if call.return_lse or call.batch_invariant:
         return native_head_dim(q.shape[3], values[0].shape[3])
     return folds_cached(q, keys, values, device_type_of(q), call.query_length)
+
+
+def _fold_unordered(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Runs the kernel where every row sees all tokens. Rows become heads of one row, the last token's.
+
+    The kernel has zeros for rows before the first token, but positions mean nothing here.
+    """
+    if call.cu_seqlens_q is not None:
+        return _fold_unordered_packed(call, call.cu_seqlens_q)
+    (B, S, H, _), G = call.q.shape, call.keys[0].shape[2]
+    q = call.q.unflatten(2, (G, H // G)).transpose(1, 2).flatten(1, 3).unsqueeze(1)
+    sinks = call.sinks
+    if sinks is not None:
+        sinks = sinks.unflatten(0, (G, 1, H // G)).expand(-1, S, -1).reshape(-1)
+    out, lse = call._replace(q=q, sinks=sinks, out=None).fold()
+    out = out.squeeze(1).unflatten(1, (G, S, H // G)).transpose(1, 2).flatten(2, 3)
+    return out, lse.reshape(B, G, S, H // G).transpose(2, 3).flatten(1, 2)
+
+
+def _fold_unordered_packed(call: AttentionCall, cu_seqlens_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for packed queries, padded to ``max_seqlen_q`` rows. The host reads nothing."""
+    if cu_seqlens_q.is_cpu and host_reads(cu_seqlens_q):
+        _packed_bounds(call, cu_seqlens_q)
+    q, most = call.q[0], call.max_seqlen_q
+    begin = cu_seqlens_q[:-1].long()
+    step = torch.arange(most, device=q.device)
+    rows = (begin[:, None] + step).clamp(0, max(len(q) - 1, 0))
+    padded = q[rows] if len(q) else q.new_zeros(*rows.shape, *q.shape[1:])
+    out, lse = _fold_unordered(call._replace(q=padded, cu_seqlens_q=None, max_seqlen_q=0))
+    row = torch.arange(len(q), device=q.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:], row, right=True).clamp(max=max(len(begin) - 1, 0))
+    place = (row - begin[sequence]).clamp(0, max(most - 1, 0))
+    return out[sequence, place][None], lse[sequence, :, place].transpose(0, 1)[None]
 
 
 def append(call: AppendCall) -> Tensor:
@@ -109,13 +149,8 @@ def _attend_packed(call: AttentionCall, cu_seqlens_q: Tensor) -> tuple[Tensor, T
 
     The host reads ``cu_seqlens_q``, and so waits for the device.
     """
-    q, bounds = call.q[0], cu_seqlens_q.tolist()
+    q, bounds = call.q[0], _packed_bounds(call, cu_seqlens_q)
     counts = [end - begin for begin, end in itertools.pairwise(bounds)]
-    if bounds[:1] != [0] or bounds[-1] != len(q) or not all(0 <= n <= call.max_seqlen_q for n in counts):
-        raise ValueError(
-            f"cu_seqlens_q must rise from 0 to {len(q)}, the tokens of q, in steps of at most max_seqlen_q = "
-            f"{call.max_seqlen_q}, got {bounds}"
-        )
     out = q.new_empty((1, *q.shape[:2], call.values[0].shape[3]))
     lse = q.new_empty((1, q.shape[1], q.shape[0]), dtype=torch.float32) if call.return_lse else None
     rest = torch.ones(len(q), dtype=torch.bool)  # rows of the others
@@ -131,10 +166,22 @@ def _attend_packed(call: AttentionCall, cu_seqlens_q: Tensor) -> tuple[Tensor, T
         rows = rest.nonzero()[:, 0].to(q.device)
         cu_seqlens = cu_seqlens_q.new_tensor([0, *itertools.accumulate(counts)])
         others = call._replace(q=q[None, rows], cu_seqlens_q=cu_seqlens, max_seqlen_q=max(counts))
-        out[:, rows], own_lse = others.fold()
+        out[:, rows], own_lse = _fold_unordered(others) if call.all_rows_see_all else others.fold()
         if lse is not None:
             lse[:, :, rows] = own_lse
     return out, lse
+
+
+def _packed_bounds(call: AttentionCall, cu_seqlens_q: Tensor) -> list[int]:
+    """The numbers in ``cu_seqlens_q``, checked. Waits for the device that has them."""
+    total, bounds = call.q.shape[1], cu_seqlens_q.tolist()
+    steps = (end - begin for begin, end in itertools.pairwise(bounds))
+    if bounds[:1] != [0] or bounds[-1] != total or not all(0 <= n <= call.max_seqlen_q for n in steps):
+        raise ValueError(
+            f"cu_seqlens_q must rise from 0 to {total}, the tokens of q, in steps of at most max_seqlen_q = "
+            f"{call.max_seqlen_q}, got {bounds}"
+        )
+    return bounds
 
 
 def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -158,10 +205,12 @@ def _gather(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         tokens = tokens + S  # rows before the first token
     k, v = (fuse_cached(*side, lengths, call.block_table, tokens) for side in call.sides)
     lengths = lengths[:, None]
-    own = (torch.arange(tokens, device=q.device) >= tokens - lengths).int()
+    own = torch.arange(tokens, device=q.device) >= tokens - lengths
+    if call.all_rows_see_all:
+        out, lse = masked_attention(call.fused(q, k, v)._replace(attn_mask=own[:, None, None]))
+        return out.masked_fill(((lengths < 0) | (lengths > capacity))[:, :, None, None], math.nan), lse
     padding = torch.arange(S, device=q.device) < S - lengths
-    fused = call.fused(q, k, v, document_ids=own)
-    out, lse = sdpa_attention_lse(fused)
+    out, lse = sdpa_attention_lse(call.fused(q, k, v, document_ids=own.int()))
     out = out.masked_fill(padding[:, :, None, None], 0)
     out = out.masked_fill(((lengths < 0) | (lengths > capacity))[:, :, None, None], math.nan)
     if lse is not None:
@@ -174,14 +223,77 @@ def _prefill(call: AttentionCall) -> Tensor:
     """Fuses the tokens that some row sees, once, then attends.
 
     Cached prefix and new tokens share one workspace, so no partial results are merged. One call for equal
-    lengths; else one per sequence, in a workspace of one sequence.
+    lengths, and for others where they are packed; else one per sequence, in a workspace of one sequence.
     """
     lengths = _lengths(call)
     call.check()
     if len(set(lengths)) == 1:
         return _prefill_length(call, lengths[0])
+    if _packs(call) and lengths:
+        return _prefill_packed(call, lengths)
     outs = [_prefill_length(call.sequences(slice(b, b + 1)), n) for b, n in enumerate(lengths)]
     return torch.cat(outs) if outs else call.q.new_zeros(*call.q.shape[:3], call.values[0].shape[3])
+
+
+def _packs(call: AttentionCall) -> bool:
+    """Whether sequences of different lengths are fused into one pack.
+
+    That is where launches cost. On the CPU torch attends to one after the other anyway, and a workspace of
+    one sequence is smaller. Head-major caches cannot be read with one page per token.
+    """
+    return call.q.is_cuda and all(tokens_as_pages(x) is not None for x in (*call.keys, *call.values))
+
+
+def _prefill_packed(call: AttentionCall, lengths: Sequence[int]) -> Tensor:
+    """As ``_prefill`` for any lengths: one fusion for each side and one call of varlen attention."""
+    q, S = call.q, call.q.shape[1]
+    exist = [0 < n <= call.capacity for n in lengths]  # only CUDA lengths come here unchecked
+    seen = [n if known else 0 for n, known in zip(lengths, exist, strict=True)]
+    rows = [S if n and call.all_rows_see_all else min(S, n) for n in seen]
+    tokens = [n if call.left < 0 else min(n, r + call.left) for n, r in zip(seen, rows, strict=True)]
+    total = sum(tokens)
+    out = q.new_zeros((*q.shape[:3], call.values[0].shape[3]))
+    if total:
+        slots = _packed_slots(call, seen, tokens)[None]
+        count = torch.full((1,), total, dtype=torch.int32, device=q.device)
+        k, v = (
+            fuse_cached([cast(Tensor, tokens_as_pages(x)) for x in caches], weights, count, slots, total)
+            for caches, weights in call.sides
+        )
+        last = torch.tensor([S - r for r in rows], device=q.device)
+        mine = torch.arange(S, device=q.device) >= last[:, None]  # the rows that attend, (B, S)
+        whole = all(r == S for r in rows)
+        index = None if whole else mine.flatten().nonzero_static(size=sum(rows))[:, 0]
+        packed = q.flatten(0, 1) if index is None else q.flatten(0, 1)[index]
+        cu_seqlens_q, cu_seqlens_k = (
+            torch.tensor([0, *itertools.accumulate(side)], dtype=torch.int32, device=q.device)
+            for side in (rows, tokens)
+        )
+        sizes = list(zip(rows, tokens, strict=True))
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, max(rows), max(tokens), sizes)
+        attended = varlen_attention(call.fused(packed[None], k, v), packing)[0]
+        out = attended.unflatten(0, (-1, S)) if index is None else _placed(out, index, attended)
+    wrong = [b for b, n in enumerate(lengths) if n and not exist[b]]
+    return out.index_fill(0, torch.tensor(wrong, device=q.device), math.nan) if wrong else out
+
+
+def _placed(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """out (B, S, H, Dv) with ``rows`` at the places ``index`` of its B * S rows."""
+    return out.flatten(0, 1).index_copy_(0, index, rows).view_as(out)
+
+
+def _packed_slots(call: AttentionCall, lengths: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The slots of the last ``tokens`` of each sequence, one after another: int32, -1 for no page."""
+    device, (pages, size), table = call.q.device, call.keys[0].shape[:2], call.block_table
+    counts, ends = (torch.tensor(x, device=device) for x in (tokens, lengths))
+    total = sum(tokens)
+    sequence = torch.repeat_interleave(torch.arange(len(tokens), device=device), counts, output_size=total)
+    # The last token of a sequence has position ends - 1 and is the last of its part of the pack.
+    position = torch.arange(total, device=device) + (ends - counts.cumsum(0))[sequence]
+    if table is None:
+        return (sequence * size + position).int()
+    page = table[sequence, position // size].long()
+    return torch.where((page >= 0) & (page < pages), page * size + position % size, -1).int()
 
 
 def _prefill_length(call: AttentionCall, length: int) -> Tensor:
@@ -189,7 +301,7 @@ def _prefill_length(call: AttentionCall, length: int) -> Tensor:
     q, S = call.q, call.q.shape[1]
     if not 0 < length <= call.capacity:  # only CUDA lengths come here unchecked
         return q.new_full((*q.shape[:3], call.values[0].shape[3]), 0.0 if length == 0 else math.nan)
-    new = min(S, length)
+    new = S if call.all_rows_see_all else min(S, length)
     tokens = length if call.left < 0 else min(length, new + call.left)
 
     def last_tokens(caches: Sequence[Tensor], weights: Tensor | None) -> Tensor:

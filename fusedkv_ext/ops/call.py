@@ -8,7 +8,7 @@ kernels, the native operation, SDPA and :func:`explain`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from fusedkv_ext.ops.packing import Documents
 __all__ = [
     "AppendCall",
     "AttentionCall",
+    "CacheState",
     "Side",
     "append_call",
     "attention_call",
@@ -38,7 +39,9 @@ class AttentionCall(NamedTuple):
 
     The first 17 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
     keys and values are (B, T, G, D). With it they are caches: (B, capacity, G, D), or (P, page_size, G, D)
-    with a ``block_table``. With ``cu_seqlens_q`` queries are packed: q is (1, total_q, H, D).
+    with a ``block_table``. With ``cu_seqlens_q`` queries are packed: q is (1, total_q, H, D). Without
+    ``left_padding`` rows before a sequence's first token see what the bounds allow. ``out`` and ``workspace``
+    are memory of the caller's that the native operation writes.
     """
 
     q: Tensor
@@ -62,6 +65,10 @@ class AttentionCall(NamedTuple):
     return_lse: bool = False
     document_ids: Tensor | None = None
     document_lengths: tuple[tuple[int, ...], ...] | None = None
+    left_padding: bool = True
+    attn_mask: Tensor | None = None
+    out: Tensor | None = None
+    workspace: Tensor | None = None
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -115,9 +122,21 @@ class AttentionCall(NamedTuple):
         Returns:
             out and lse.
         """
+        if self.out is not None:
+            lse = run_op("attn_with_kvcache_out", *self[:_ARGUMENTS], self.out, self.workspace)
+            return self.out, lse
         if lengths is None:
             return run_op("attn_with_kvcache", *self[:_ARGUMENTS])
-        return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:_ARGUMENTS])
+        try:
+            return run_op("attn_with_kvcache", *self[:5], lengths, *self[6:_ARGUMENTS])
+        except ValueError as error:  # the operation calls them caches
+            message = str(error).replace("key_caches", "keys").replace("value_caches", "values")
+            raise ValueError(message) from None
+
+    @property
+    def all_rows_see_all(self) -> bool:
+        """Whether every row sees all tokens, also one before the first."""
+        return not self.left_padding and self.left < 0 and self.right < 0
 
     def check(self) -> None:
         """Runs the checks of the native operation: its messages without its work, on no query rows."""
@@ -152,6 +171,14 @@ class AttentionCall(NamedTuple):
         )
 
 
+class CacheState(NamedTuple):
+    """Where the tokens of each sequence lie: int32 lengths, pages, the lengths if the host has them."""
+
+    seqlens: Tensor
+    block_table: Tensor | None
+    host_seqlens: Sequence[int] | None
+
+
 class AppendCall(NamedTuple):
     """One call of append_kvcache: the arguments of the native operation, in its order."""
 
@@ -181,6 +208,7 @@ def attention_call(
     softcap: float = 0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> AttentionCall:
     """The checked arguments of ``fused_kv_attn_func``, under autocast in its dtype."""
     q = checks.check_tensor("q", q)
@@ -192,11 +220,12 @@ def attention_call(
     return_lse = checks.check_flag("return_lse", return_lse)
     documents = checks.check_document_ids(document_ids, q, keys[0])
     ids, lengths = (None, None) if documents is None else documents
+    attn_mask = checks.check_attn_mask(attn_mask, q, keys[0])
     key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
     softcap = checks.check_softcap(softcap)
     sinks, alibi_slopes = checks.check_scores(q, q.shape[0], sinks, alibi_slopes)
     optional = {"key_weights": key_weights, "value_weights": value_weights, "document_ids": ids}
-    optional.update(sinks=sinks, alibi_slopes=alibi_slopes)
+    optional.update(sinks=sinks, alibi_slopes=alibi_slopes, attn_mask=attn_mask)
     checks.check_same_device({"q": q, "keys": keys, "values": values, **optional})
     return AttentionCall(
         *(q, keys, values, key_weights, value_weights, None, None, scale, left, right),
@@ -206,6 +235,7 @@ def attention_call(
         return_lse=return_lse,
         document_ids=ids,
         document_lengths=lengths,
+        attn_mask=attn_mask,
     )
 
 
@@ -219,14 +249,25 @@ def packed_call(
     causal: bool,
     window_size: tuple[int, int],
     return_lse: bool,
+    sequences: int,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> AttentionCall:
-    """The checked arguments of ``fused_kv_attn_varlen_func`` without its lengths, as a batch of one."""
+    """The checked arguments of ``fused_kv_attn_varlen_func`` without its lengths, as a batch of one.
+
+    Slopes are those of the ``sequences``.
+    """
     q = checks.check_tensor("q", q)
     keys, values = checks.as_tensors("keys", keys), checks.as_tensors("values", values)
     checks.check_packed(q, keys, values)
     q, keys, values = q.unsqueeze(0), [x.unsqueeze(0) for x in keys], [x.unsqueeze(0) for x in values]
     options = (softmax_scale, causal, window_size, return_lse)
-    return attention_call(q, keys, values, key_weights, value_weights, *options)
+    call = attention_call(q, keys, values, key_weights, value_weights, *options)
+    softcap = checks.check_softcap(softcap)
+    sinks, alibi_slopes = checks.check_scores(call.q, sequences, sinks, alibi_slopes)
+    checks.check_same_device({"q": q, "sinks": sinks, "alibi_slopes": alibi_slopes})
+    return call._replace(softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes)
 
 
 def cached_attention_call(
@@ -235,17 +276,16 @@ def cached_attention_call(
     value_caches: Tensors,
     key_weights: Tensor | None,
     value_weights: Tensor | None,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
+    state: CacheState,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
     return_lse: bool,
     schedule: Tensor | None,
     batch_invariant: bool,
-    host_seqlens: Sequence[int] | None,
     cu_seqlens_q: Tensor | None,
     max_seqlen_q: int | None,
+    left_padding: bool,
     softcap: float,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -254,6 +294,7 @@ def cached_attention_call(
 
     Types, devices, dtypes and gradients are checked here, sizes and contents by the native operation.
     """
+    cache_seqlens, block_table, host_seqlens = state
     keys = checks.as_list("key_caches", key_caches)
     values = checks.as_list("value_caches", value_caches)
     optional = {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table}
@@ -279,10 +320,17 @@ def cached_attention_call(
     left, right = checks.check_window(causal, window_size)
     return_lse = checks.check_flag("return_lse", return_lse)
     batch_invariant = checks.check_flag("batch_invariant", batch_invariant)
+    left_padding = checks.check_flag("left_padding", left_padding)
+    if not left_padding and right != 0 and (left >= 0 or right > 0):
+        raise ValueError(
+            f"left_padding must be True with causal=False and a window, got window_size = {window_size}"
+        )
     key_weights, value_weights = checks.attention_weights(keys, values, key_weights, value_weights)
     softcap = checks.check_softcap(softcap)
     batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     sinks, alibi_slopes = checks.check_scores(q, batch, sinks, alibi_slopes)
+    if alibi_slopes is not None and not left_padding and right < 0:
+        raise ValueError("alibi_slopes must be None with left_padding=False and causal=False, got a tensor")
     if schedule is not None:
         checks.check_tensor("schedule", schedule)
         checks.check_same_device({"q": q, "schedule": schedule})
@@ -290,6 +338,7 @@ def cached_attention_call(
         *(q, keys, values, key_weights, value_weights, cache_seqlens, block_table, scale, left, right),
         *(schedule, batch_invariant, cu_seqlens_q, max_seqlen_q or 0, softcap, sinks, alibi_slopes),
         *(host_seqlens, return_lse),
+        left_padding=left_padding,
     )
 
 
@@ -298,7 +347,7 @@ def append_call(
     value: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Any,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,

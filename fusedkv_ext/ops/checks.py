@@ -393,7 +393,10 @@ def check_scale(softmax_scale: object, head_dim: int) -> float:
 
 
 def check_softcap(softcap: object) -> float:
-    """The soft cap as a float: 0.0, or a positive float32 that kernels can divide by."""
+    """The soft cap as a float: 0.0, or a positive float32 that kernels can divide by.
+
+    Defaults are the int 0: torch.compile with dynamic=True compiles twice for a float.
+    """
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}; 0.0 is no soft cap")
     limits = torch.finfo(torch.float32)
@@ -459,3 +462,33 @@ def check_no_tangent(op: str, arguments: Arguments, instead: str) -> None:
                 raise ValueError(
                     f"{_label(name, j)} must not have a forward-mode tangent, as {op} gives none; {instead}"
                 )
+
+
+def check_out(out: object, shape: tuple[int, ...], like: Tensor) -> None:
+    """A tensor to fill, of this shape and of the dtype and device of ``like``; or None."""
+    if out is None:
+        return
+    out = check_tensor("out", out)
+    if out.dtype != like.dtype:
+        raise TypeError(f"out must be {_dtype(like)} as the result, got {_dtype(out)}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {tuple(shape)} as the result, got {tuple(out.shape)}")
+    if out.device != like.device:
+        raise ValueError(f"out must be on {like.device} as the result, got a tensor on {out.device}")
+    check_not_negated("out", out)
+    if out.requires_grad:
+        raise ValueError("out must not require grad, as nothing differentiates it; pass out.detach()")
+
+
+def check_attn_mask(attn_mask: object, q: Tensor, key: Tensor) -> Tensor | None:
+    """A boolean or floating tensor that broadcasts to (B, H, S, T), or None."""
+    if attn_mask is None:
+        return None
+    attn_mask = check_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be bool or have a floating dtype, got {_dtype(attn_mask)}")
+    shape, own = (q.shape[0], q.shape[2], q.shape[1], key.shape[1]), tuple(attn_mask.shape)
+    sizes = zip(reversed(own), reversed(shape), strict=False)
+    if len(own) > 4 or any(size != 1 and size != full for size, full in sizes):
+        raise ValueError(f"attn_mask must be broadcastable to {shape} = (B, H, S, T), got {own}")
+    return attn_mask

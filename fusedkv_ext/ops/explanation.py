@@ -35,6 +35,7 @@ class Explanation:
         rows: Query rows per KV head, S * H / G.
         splits: Parts into which the keys of the longest sequence are split; None if SDPA decides.
         blocks: Blocks of the CUDA grid, as many as shared memory lets run at the same time.
+        workspace: Elements that suffice for ``workspace=`` on CUDA, for any lengths of these shapes.
         bytes: Minimal number of bytes read and written.
         flops: FLOPs of all products without those of masked scores.
         roof_us: bytes / bandwidth in microseconds; None without a bandwidth.
@@ -46,6 +47,7 @@ class Explanation:
     rows: int
     splits: int | None
     blocks: int | None
+    workspace: int | None
     bytes: int
     flops: int
     roof_us: float | None
@@ -58,6 +60,7 @@ class Explanation:
             "rows": f"{self.rows} per KV head",
             "splits": self.splits,
             "blocks": self.blocks,
+            "memory": None if self.workspace is None else f"{self.workspace} floats of workspace",
             "bytes": f"{self.bytes / 1e6:.3f} MB at least",
             "flops": f"{self.flops / 1e9:.3f} GFLOP",
             "roof": "give bandwidth=" if self.roof_us is None else f"{self.roof_us:.1f} us",
@@ -136,9 +139,9 @@ def explain(
     call = call._replace(return_lse=return_lse, batch_invariant=batch_invariant)
     spans = _spans(call)
     folds, reason = _decide(call, device_type)
-    kernel, splits, blocks = _dense_kernel(call), None, None
+    kernel, splits, blocks, workspace = _dense_kernel(call), None, None, None
     if folds and device_type == "cuda":
-        kernel, splits, blocks = _cuda_launch(call, spans, sm_count)
+        kernel, splits, blocks, workspace = _cuda_launch(call, spans, sm_count)
         if batch_invariant:
             splits = _fixed_splits(spans, native.build_info()["fixed_split_tokens"])
     elif folds:
@@ -151,6 +154,7 @@ def explain(
         call.query_rows,
         splits,
         blocks,
+        workspace,
         moved,
         _flops(call, spans, folds),
         None if bandwidth is None else moved / bandwidth * 1e6,
@@ -278,8 +282,8 @@ def _fixed_splits(spans: Spans, size: int) -> int:
     return max((-(-end // size) - begin // size for begin, end in spans), default=0)
 
 
-def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tuple[str, int, int]:
-    """The kernel, the approximate number of splits of the longest sequence, and the blocks of the grid."""
+def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tuple[str, int, int, int]:
+    """The kernel, about how many splits the longest sequence has, the blocks, and the workspace in floats."""
     shared = _SHARED_PER_BLOCK
     if torch.cuda.is_available():
         properties: Any = torch.cuda.get_device_properties()
@@ -292,18 +296,21 @@ def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tup
     launch = _C.decode_launch(
         batch=len(call.q),
         rows=call.query_rows,
+        num_kv_heads=call.keys[0].shape[2],
         head_dim=keys.head_dim,
         value_dim=values.head_dim,
         num_keys=keys.sources,
         num_values=values.sources,
         element_size=call.q.element_size(),
         cost=sum(costs) * call.keys[0].shape[2],
+        capacity=call.capacity,
+        batch_invariant=call.batch_invariant,
         sm_count=sm_count or _SM_COUNT,
         shared_per_block=shared,
     )
     kernel = f"{launch['kernel']}, {launch['rows']} rows"
     splits = max((-(-cost // launch["cells_per_block"]) for cost in costs), default=0)
-    return kernel, splits, launch["blocks"]
+    return kernel, splits, launch["blocks"], launch["workspace_floats"]
 
 
 def _bytes(call: AttentionCall, spans: Spans, folds: bool) -> int:

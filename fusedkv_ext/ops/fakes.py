@@ -57,6 +57,11 @@ def _fake_attn_with_kvcache(
     return q.new_empty((B, S, H, value_caches[0].shape[3])), q.new_empty((B, H, S), dtype=torch.float32)
 
 
+def _fake_attn_with_kvcache_out(q: Tensor, *args: object) -> Tensor:
+    B, S, H, _ = q.shape
+    return q.new_empty((B, H, S), dtype=torch.float32)
+
+
 def _fake_attn_schedule(cache_seqlens: Tensor, *args: int) -> Tensor:
     if cache_seqlens.device.type == "cpu":
         return cache_seqlens.new_empty(0)
@@ -81,6 +86,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "fuse_kvcache": _fake_fuse_kvcache,
     "attn_schedule": _fake_attn_schedule,
     "attn_with_kvcache": _fake_attn_with_kvcache,
+    "attn_with_kvcache_out": _fake_attn_with_kvcache_out,
     "append_kvcache": _fake_append_kvcache,
 }
 

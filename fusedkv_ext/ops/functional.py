@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -31,11 +31,18 @@ from fusedkv_ext.ops.call import (
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.debug import debug_checks
 from fusedkv_ext.ops.dispatch import folds_dense
+from fusedkv_ext.ops.kvcache_args import FlashOptions, attend_with_options, cache_state
+from fusedkv_ext.ops.masked import masked_attention
 from fusedkv_ext.ops.packing import Documents
 from fusedkv_ext.ops.sdpa import sdpa_attention_lse
+from fusedkv_ext.ops.slots import slots_append_call
 from fusedkv_ext.ops.varlen import Packing, document_attention, varlen_attention
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing from Python 3.11 on
+
 __all__ = [
+    "FlashOptions",
     "append_kvcache",
     "debug_checks",
     "decode_schedule",
@@ -135,6 +142,7 @@ def fused_kv_attn_func(
     softcap: float = 0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over K = sum_j a_j (.) K_j and V = sum_j b_j (.) V_j, for training and prefill.
 
@@ -168,10 +176,14 @@ def fused_kv_attn_func(
             to the denominator of the softmax and to the log-sum-exp alone (GPT-OSS).
         alibi_slopes: (H,) or (B, H), any floating dtype, or None. slope * |p - j| is subtracted from the
             score of the row at position p and key j (ALiBi, arXiv 2108.12409).
+        attn_mask: A tensor that broadcasts to (B, H, S, T), as in torch's SDPA: boolean, False where a row
+            does not see a key, or floating, added to the scores after soft cap and slopes, and then
+            differentiable. SDPA adds it in q's dtype. Combined with ``causal``, ``window_size`` and
+            ``document_ids``. Such calls fuse first.
 
     Returns:
-        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, without a
-        gradient. Fully masked rows give zeros and -inf, or their sink.
+        (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32, natural log, differentiable:
+        its backward computes the scores again. Fully masked rows give zeros, and -inf or their sink.
 
     Raises:
         ValueError: A shape, device or stride is wrong.
@@ -180,28 +192,33 @@ def fused_kv_attn_func(
     recompute_fusion = checks.check_flag("recompute_fusion", recompute_fusion)
     call = attention_call(
         *(q, keys, values, key_weights, value_weights, softmax_scale, causal, window_size, return_lse),
-        *(document_ids, softcap, sinks, alibi_slopes),
+        *(document_ids, softcap, sinks, alibi_slopes, attn_mask),
     )
     differentiates = _differentiates(call)
     q, keys, values = call.q, call.keys, call.values
-    folds = document_ids is None and not differentiates
+    folds = document_ids is None and attn_mask is None and not differentiates
     if folds and folds_dense(q, keys, values, call.right, q.device.type):
         lengths = q.new_full(q.shape[:1], keys[0].shape[1], dtype=torch.int32)
         out, lse = call.fold(lengths)
         return (out, lse) if call.return_lse else out
-    attend = document_attention if call.packs_documents else sdpa_attention_lse
+    packs = call.packs_documents and not (call.return_lse and differentiates)  # varlen's lse has no gradient
+    attend = document_attention if packs else sdpa_attention_lse
+    if call.attn_mask is not None:
+        attend = masked_attention
     return _fuse_once(call, attend, recompute_fusion and differentiates)
 
 
 def _differentiates(call: AttentionCall) -> bool:
-    """Whether an input may need a derivative. The log-sum-exp has none: a tangent is refused with it."""
+    """Whether an input may need a derivative. The log-sum-exp has no tangent: one is refused with it."""
     q, keys, values = call.q, call.keys, call.values
     if call.return_lse:
-        scores = {"key_weights": call.key_weights, "sinks": call.sinks, "alibi_slopes": call.alibi_slopes}
-        tensors = {"q": q, "keys": keys, "value_weights": call.value_weights, **scores}
-        checks.check_no_tangent("return_lse", tensors, "leave return_lse out")
-    weights = (call.key_weights, call.value_weights)
-    return checks.may_differentiate(q, *keys, *values, *weights, call.sinks, call.alibi_slopes)
+        scores = {"sinks": call.sinks, "alibi_slopes": call.alibi_slopes, "attn_mask": call.attn_mask}
+        weights = {"key_weights": call.key_weights, "value_weights": call.value_weights}
+        checks.check_no_tangent(
+            "return_lse", {"q": q, "keys": keys, **weights, **scores}, "leave return_lse out"
+        )
+    optional = (call.key_weights, call.value_weights, call.sinks, call.alibi_slopes, call.attn_mask)
+    return checks.may_differentiate(q, *keys, *values, *optional)
 
 
 def _fuse_once(
@@ -212,7 +229,7 @@ def _fuse_once(
     recompute = recompute and not torch.compiler.is_compiling()
     with fuse.fused_recomputed(*call.sides, k, v) if recompute else nullcontext():
         fused = call.fused(call.q, k, v, call.document_ids)
-        out, lse = attend(fused._replace(document_lengths=call.document_lengths))
+        out, lse = attend(fused._replace(document_lengths=call.document_lengths, attn_mask=call.attn_mask))
     return (out, cast(Tensor, lse)) if call.return_lse else out
 
 
@@ -232,16 +249,19 @@ def fused_kv_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
     recompute_fusion: bool = False,
+    softcap: float = 0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`fused_kv_attn_func` for B sequences of different lengths, one after another in one tensor.
 
     The layout and the names are those of flash-attn's ``flash_attn_varlen_func``. With one source and no
     weights both compute the same. Differentiable in q, keys, values and both weights.
 
-    Keys and values are fused once. On CUDA with 16-bit elements, head dims up to 256 and a positive scale,
-    torch's ``varlen_attn`` then runs FlashAttention, and the host reads nothing. All other calls run SDPA per
-    sequence, which on CUDA waits for the lengths. A graph of torch.compile cannot read lengths: where
-    ``varlen_attn`` does not run, it has a mask of total_q x total_k elements.
+    Keys and values are fused once. On CUDA with 16-bit elements, head dims up to 256, a positive scale and
+    scores of products alone, torch's ``varlen_attn`` then runs FlashAttention, and the host reads nothing.
+    All other calls attend per sequence, which on CUDA waits for the lengths. A graph of torch.compile cannot
+    read lengths: where ``varlen_attn`` does not run, it has a mask of total_q x total_k elements.
 
     Args:
         q: (total_q, H, D) float32, bfloat16, float16 or float64.
@@ -252,14 +272,15 @@ def fused_kv_attn_varlen_func(
             cu_seqlens_q[b + 1] - 1. A sequence may be empty.
         cu_seqlens_k: (B + 1,) int32, from 0 to total_k, the same of the tokens.
         max_seqlen_q, max_seqlen_k: Rows and tokens of the longest sequence, or more.
-        softmax_scale, window_size, recompute_fusion: As in :func:`fused_kv_attn_func`.
+        softmax_scale, window_size, recompute_fusion, softcap, sinks, alibi_slopes: As in
+            :func:`fused_kv_attn_func`.
         causal: Whether a query row sees no later key. Row i of a sequence with S rows and T tokens has
             position i + T - S (bottom-right alignment).
         return_lse: Whether to return the log-sum-exp of the scores too.
 
     Returns:
         (total_q, H, Dv) in q's dtype; with ``return_lse`` also (H, total_q) float32, natural log, without a
-        gradient. Fully masked rows give zeros and -inf.
+        gradient. Fully masked rows give zeros, and -inf or their sink.
 
     Raises:
         ValueError: A shape, device, stride or length is wrong. The contents of CUDA lengths are checked where
@@ -267,9 +288,10 @@ def fused_kv_attn_varlen_func(
         TypeError: A type or dtype is wrong.
     """
     recompute_fusion = checks.check_flag("recompute_fusion", recompute_fusion)
-    options = (softmax_scale, causal, window_size, return_lse)
-    call = packed_call(q, keys, values, key_weights, value_weights, *options)
     cu_seqlens_q, cu_seqlens_k = checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    options = (softmax_scale, causal, window_size, return_lse)
+    scores = (softcap, sinks, alibi_slopes)
+    call = packed_call(q, keys, values, key_weights, value_weights, *options, len(cu_seqlens_q) - 1, *scores)
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     checks.check_same_device({"q": call.q, **lengths})
     longest = (
@@ -291,7 +313,7 @@ def fused_kv_attn_with_kvcache(
     key_weights: Tensor | None = None,
     value_weights: Tensor | None = None,
     *,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | int | None = None,
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -305,15 +327,13 @@ def fused_kv_attn_with_kvcache(
     softcap: float = 0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    **flash: Unpack[FlashOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache, for decoding.
 
-    Two equal calls give the same bits. With few rows (``decode_max_rows``), ``return_lse`` or
-    ``batch_invariant``, this holds for every number of CPU threads. With many rows torch's SDPA computes, and
-    its last bits may depend on the threads. Head dims that no kernel takes count as many rows.
-
-    With few rows, and always in a CUDA graph, a CUDA call waits for nothing. It can be captured, and replayed
-    with other lengths.
+    Two equal calls give the same bits. With many rows (``decode_max_rows``) and head dims of no kernel
+    torch's SDPA computes, and its last bits may depend on the number of CPU threads. With few rows, and
+    always in a CUDA graph, a CUDA call waits for nothing. It can be replayed with other lengths.
 
     Args:
         q: (B, S, H, D) float32, bfloat16 or float16, the LAST S tokens of each sequence. Rows before the
@@ -321,25 +341,28 @@ def fused_kv_attn_with_kvcache(
         key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table.
         value_caches: m_v tensors, as key_caches with Dv for D.
         key_weights, value_weights: As in :func:`fused_kv_attn_func`.
-        cache_seqlens: (B,) int32, valid tokens of each sequence, those S included.
-        block_table: (B, max_pages) int32, the page of each page_size tokens; unused entries hold anything.
+        cache_seqlens: (B,) int32 or int64, valid tokens of each sequence, those S included; or one int for
+            all. None: contiguous caches are full. With ``k`` the lengths BEFORE its tokens, as flash-attn.
+        block_table: (B, max_pages) int32 or int64, the page of each page_size tokens; unused entries hold
+            anything. int32 avoids a copy, for ``cache_seqlens`` too.
         softmax_scale, window_size, return_lse: As in :func:`fused_kv_attn_func`.
         causal: As in :func:`fused_kv_attn_func`, but True by default.
         schedule: The result of :func:`decode_schedule` for the same lengths, S, H, G, capacity, left window
-            and ``batch_invariant``, shared by all layers of a step. If None, a schedule is computed for this
-            call. A schedule built for other lengths silently gives wrong results; ``debug_checks`` detects
-            it.
-        batch_invariant: Whether a sequence gets the same bits in any batch. Its splits are then fixed instead
-            of fitted to the batch (on the CPU they always are), which costs more work on the GPU. As with
-            ``return_lse``, calls with many rows then fold too, which is slow for prompts.
+            and ``batch_invariant``, shared by all layers of a step. One for other lengths silently gives
+            wrong results; ``debug_checks`` detects it. If None, it is computed for this call.
+        batch_invariant: Whether a sequence gets the same bits in any batch, also of other CPU threads. Its
+            splits are then not fitted to the batch, which costs more work on the GPU. As with ``return_lse``,
+            calls with many rows then fold too, which is slow for prompts.
         host_seqlens: The numbers in cache_seqlens, if the host has them. With many rows a CUDA call then does
             not wait for the device. CUDA calls trust them; ``debug_checks`` compares.
-        cu_seqlens_q: (B + 1,) int32, for sequences with different numbers of new tokens, as in a batch that
-            mixes prefill and decoding. q is then packed, (total_q, H, D). Sequence b has its rows
-            cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1, none or more. ``schedule`` must be None. If some
-            sequence has many rows, the host reads cu_seqlens_q. A CUDA call ignores rows out of range.
+        cu_seqlens_q: (B + 1,) int32, for sequences with different numbers of new tokens. q is then packed,
+            (total_q, H, D), and sequence b has its rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1. If one
+            has many rows, the host reads them. CUDA calls ignore rows out of range. Without ``schedule``.
         max_seqlen_q: The most rows of a sequence, with ``cu_seqlens_q`` only.
         softcap, sinks, alibi_slopes: As in :func:`fused_kv_attn_func`.
+        **flash: Further arguments of flash-attn's function, by :class:`FlashOptions`: ``k``, ``v``,
+            ``rotary_cos``, ``rotary_sin``, ``rotary_interleaved``, ``cache_batch_idx``, ``cache_leftpad``,
+            ``left_padding``, ``out``.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. Of packed queries
@@ -350,15 +373,17 @@ def fused_kv_attn_with_kvcache(
             (the operation is not differentiable).
         TypeError: A type or dtype is wrong.
     """
+    state = cache_state(cache_seqlens, block_table, host_seqlens, q, key_caches, cu_seqlens_q, flash)
+    options = (softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, cu_seqlens_q)
+    rows = (max_seqlen_q, flash.get("left_padding", True))
     call = cached_attention_call(
-        *(q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table, softmax_scale),
-        *(causal, window_size, return_lse, schedule, batch_invariant, host_seqlens),
-        *(cu_seqlens_q, max_seqlen_q, softcap, sinks, alibi_slopes),
+        *(q, key_caches, value_caches, key_weights, value_weights, state, *options, *rows),
+        *(softcap, sinks, alibi_slopes),
     )
-    out, lse = cached.attend(call)
+    result, lse = attend_with_options(call, cache_seqlens, flash) if flash else cached.attend(call)
     if call.cu_seqlens_q is not None:
-        out, lse = out.squeeze(0), None if lse is None else lse.squeeze(0)
-    return (out, cast(Tensor, lse)) if call.return_lse else out
+        result, lse = result.squeeze(0), None if lse is None else lse.squeeze(0)
+    return (result, cast(Tensor, lse)) if call.return_lse else result
 
 
 def decode_schedule(
@@ -404,11 +429,12 @@ def append_kvcache(
     key_cache: Tensor,
     value_cache: Tensor,
     *,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    slot_mapping: Tensor | None = None,
 ) -> None:
     """Writes S new tokens into a cache, in place, at positions cache_seqlens - S to cache_seqlens - 1.
 
@@ -422,16 +448,24 @@ def append_kvcache(
         key, value: (B, S, G, D) and (B, S, Gv, Dv). Tokens at negative positions (left padding) are skipped.
         key_cache, value_cache: (B, capacity, G, D), or (P, page_size, G, D) with a block_table; key's dtype.
             They share no element with each other or with what is read; views of one tensor are fine.
-        cache_seqlens: (B,) int32, lengths after the append.
+        cache_seqlens: (B,) int32, lengths after the append; None only with a slot_mapping.
         block_table: (B, max_pages) int32, the page of each page_size tokens.
         rotary_cos, rotary_sin: (max_len, rotary_dim / 2); row p rotates the token at position p. rotary_dim
             is at most D, and further channels are copied. If None, keys are stored as they are.
         rotary_interleaved: Rotate pairs (2j, 2j + 1) instead of (j, j + rotary_dim / 2).
+        slot_mapping: (total,) int64, where each token goes: page * page_size + offset, or row * capacity +
+            position of a contiguous cache; -1 skips the token. key and value are then packed, (total, G, D)
+            and (total, Gv, Dv), as in vLLM. There are no lengths, pages and tables. Slots differ.
 
     Raises:
         ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode.
         TypeError: A type or dtype is wrong.
     """
+    if slot_mapping is not None:
+        others = {"cache_seqlens": cache_seqlens, "block_table": block_table}
+        others |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        cached.append(slots_append_call(key, value, key_cache, value_cache, slot_mapping, others))
+        return
     tables = (cache_seqlens, block_table, rotary_cos, rotary_sin)
     call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, None)
     cached.append(call)

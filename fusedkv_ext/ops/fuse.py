@@ -19,7 +19,15 @@ from fusedkv_ext.ops.head_dims import from_eights, fuse_backward_in_eights, in_e
 from fusedkv_ext.ops.native import run_op
 from fusedkv_ext.ops.recompute import recomputed
 
-__all__ = ["fuse", "fuse_backward", "fuse_both", "fuse_cached", "fuse_side", "fused_recomputed"]
+__all__ = [
+    "fuse",
+    "fuse_backward",
+    "fuse_both",
+    "fuse_cached",
+    "fuse_side",
+    "fused_recomputed",
+    "tokens_as_pages",
+]
 
 
 def fuse(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -89,6 +97,15 @@ def fuse_cached(
     (weights,) = in_eights([weights])
     fused = run_op("fuse_kvcache", in_eights(caches), weights, lengths, block_table, tokens)
     return from_eights(fused, *shape)
+
+
+def tokens_as_pages(cache: Tensor) -> Tensor | None:
+    """A cache (N, size, G, D) as a view (N * size, 1, G, D); None if its tokens have several strides."""
+    if cache.shape[1] == 1:
+        return cache
+    if cache.shape[0] != 1 and cache.stride(0) != cache.shape[1] * cache.stride(1):
+        return None
+    return cache.flatten(0, 1).unsqueeze(1)
 
 
 def fused_recomputed(keys: Side, values: Side, k: Tensor, v: Tensor) -> AbstractContextManager[None]:

@@ -12,7 +12,9 @@ from fusedkv_ext.ops import checks
 __all__ = ["merge_state"]
 
 
-def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys, from the attention of the same queries over each.
 
     ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``, as
@@ -22,6 +24,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     Args:
         out_a, out_b: (B, S, H, Dv) float32, bfloat16, float16 or float64, or packed (total_q, H, Dv).
         lse_a, lse_b: (B, H, S) float32, or packed (H, total_q), from ``return_lse``.
+        out: A tensor that is filled and returned instead of a new one, ``out_a`` if you like. Not where an
+            input needs a gradient.
 
     Returns:
         out in the dtype of ``out_a``, and lse in float32, in the shapes of the arguments. Where both states
@@ -31,25 +35,30 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
         ValueError: A shape or device is wrong.
         TypeError: A type or dtype is wrong.
     """
-    _check(out_a, lse_a, out_b, lse_b)
+    states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    _check(states)
+    if out is not None:
+        checks.check_out(out, out_a.shape, out_a)
+        checks.check_no_grad("merge_state with out", states, "leave out away")
     top = torch.maximum(lse_a, lse_b).detach()
     empty = top == -math.inf
     top = top.masked_fill(empty, 0)
     weights = [(lse - top).exp() for lse in (lse_a, lse_b)]
     total = (weights[0] + weights[1]).masked_fill(empty, 1)
     sums = torch.float64 if out_a.dtype == torch.float64 else torch.float32
-    out: Tensor | None = None
+    merged: Tensor | None = None
     for part, lse, weight in ((out_a, lse_a, weights[0]), (out_b, lse_b, weights[1])):
         # (B, H, S) -> (B, S, H, 1)
         share, absent = ((x.transpose(-1, -2).unsqueeze(-1)) for x in (weight / total, lse == -math.inf))
         part = part.to(sums).masked_fill(absent, 0) * share
-        out = part if out is None else out + part
-    assert out is not None
-    return out.to(out_a.dtype), (top + total.log()).masked_fill(empty, -math.inf)
+        merged = part if merged is None else merged + part
+    assert merged is not None
+    result = merged.to(out_a.dtype) if out is None else out.copy_(merged)
+    return result, (top + total.log()).masked_fill(empty, -math.inf)
 
 
-def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    states = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+def _check(states: dict[str, Tensor]) -> None:
+    out_a, out_b = states["out_a"], states["out_b"]
     for name, x in states.items():
         checks.check_tensor(name, x)
     checks.check_same_device(states)

@@ -67,6 +67,7 @@ def fused_kv_attn_func(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over fused keys K = sum_j a_j (.) K_j and fused values V = sum_j b_j (.) V_j.
@@ -74,10 +75,11 @@ def fused_kv_attn_func(
     out = softmax(scale q K^T + mask) V and lse = log sum exp(scale q K^T + mask). Query head h reads
     key/value head h // (H / G). Query row i has position p = i + T - S. It sees key j if p - left <= j <= p +
     right (-1: no bound; causal: right = 0) and, with document_ids, document_ids[p] = document_ids[j]. A fully
-    masked row gives zeros and lse = -inf. Differentiable in q, keys, values, both weights, sinks and slopes.
+    masked row gives zeros and lse = -inf. Differentiable in all tensors but document_ids.
 
     A score s = scale q . k becomes softcap tanh(s / softcap) if softcap is not 0. Then slope |p - j| is
-    subtracted. A sink is one more score of every row of its head, with a value of zero: lse has it too.
+    subtracted and attn_mask added. A sink is one more score of every row of its head, with a value of zero:
+    lse has it too.
 
     Args:
         q: (B, S, H, D).
@@ -90,12 +92,15 @@ def fused_kv_attn_func(
         softcap: The soft cap; 0.0 is none.
         sinks: (H,), natural log.
         alibi_slopes: (H,) or (B, H).
+        attn_mask: Broadcastable to (B, H, S, T): boolean, False hides a key, or added to the scaled scores.
         dtype: Of the computation and the results.
 
     Returns:
         (B, S, H, Dv) and, with ``return_lse``, (B, H, S).
     """
     keys, values = _as_list(keys), _as_list(values)
+    if attn_mask is not None:
+        attn_mask = attn_mask.broadcast_to(q.shape[0], q.shape[2], q.shape[1], keys[0].shape[1])
     outs, lses = [], []
     for b in range(q.shape[0]):
         out, lse = _attend(
@@ -109,6 +114,7 @@ def fused_kv_attn_func(
             softcap,
             sinks,
             _slopes(alibi_slopes, b),
+            None if attn_mask is None else attn_mask[b],
         )
         outs.append(out)
         lses.append(lse)
@@ -130,11 +136,14 @@ def fused_kv_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``fused_kv_attn_func`` of each sequence b alone: rows or tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
 
-    Differentiable in q, keys, values and both weights.
+    Differentiable in q, keys, values, both weights, sinks and slopes.
 
     Args:
         q: (total_q, H, D).
@@ -144,6 +153,7 @@ def fused_kv_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: (B + 1,), from 0 to total_q and total_k.
         max_seqlen_q, max_seqlen_k: Not used.
         softmax_scale, causal, window_size, return_lse: As in the operation.
+        softcap, sinks, alibi_slopes: As in ``fused_kv_attn_func``.
         dtype: Of the computation and the results.
 
     Returns:
@@ -162,6 +172,10 @@ def fused_kv_attn_varlen_func(
             softmax_scale,
             causal,
             window_size,
+            None,
+            softcap,
+            sinks,
+            _slopes(alibi_slopes, b),
         )
         outs.append(out)
         lses.append(lse)
@@ -175,7 +189,7 @@ def fused_kv_attn_with_kvcache(
     key_weights: Tensor | None = None,
     value_weights: Tensor | None = None,
     *,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | int | None = None,
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -186,60 +200,78 @@ def fused_kv_attn_with_kvcache(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    left_padding: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache: ``fused_kv_attn_func`` row by row.
 
     Sequence b has n = cache_seqlens[b] valid tokens. Query row i has position p = i + n - S. Rows with p < 0
-    are padding of a sequence shorter than S: zeros and lse = -inf, or the sink, as for a sequence of length
-    0.
+    are padding of a shorter sequence: zeros and lse = -inf, or the sink, as for a sequence of length 0.
+    Without left_padding only bounds hide keys from them. k and v are first written to n, n + 1, ...: n grows.
 
     Args:
         q: (B, S, H, D).
-        key_caches, value_caches: m tensors (B, T, G, D), or pages (P, page_size, G, D). Slots beyond n are
-            never read.
+        key_caches, value_caches: m tensors (B, T, G, D), or pages (P, page_size, G, D). Only n are read.
         key_weights, value_weights: As in ``fused_kv_attn_func``.
-        cache_seqlens: (B,).
+        cache_seqlens: (B,), a number for all, or None: T.
         block_table: (B, max_pages): token t of sequence b is in page block_table[b, t // page_size], slot
             t % page_size. Entries beyond n are never read.
-        softmax_scale, causal, window_size, return_lse: As in the operation.
+        softmax_scale, causal, window_size, return_lse, max_seqlen_q: As in the operation.
         cu_seqlens_q: (B + 1,): q is (total_q, H, D), and sequence b has S = cu_seqlens_q[b + 1] -
             cu_seqlens_q[b] rows, from cu_seqlens_q[b] on.
-        max_seqlen_q: Not needed.
         softcap, sinks, alibi_slopes: As in ``fused_kv_attn_func``.
+        k, v, rotary_cos, rotary_sin, rotary_interleaved, cache_batch_idx, cache_leftpad, left_padding: As in
+            ``FlashOptions``. Row i of q is rotated as the token at n + i before the append, or at n without
+            causality and window.
         dtype: Of the computation and the results.
 
     Returns:
         (B, S, H, Dv) and, with ``return_lse``, (B, H, S); of packed rows (total_q, H, Dv) and (H, total_q).
     """
-    key_caches, value_caches = _as_list(key_caches), _as_list(value_caches)
-    outs, lses = [], []
+    caches = _as_list(key_caches), _as_list(value_caches)
+    batch = q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    lengths = _lengths(caches[0][0].shape[1] if cache_seqlens is None else cache_seqlens, batch)
+    pages = block_table if cache_batch_idx is None else cache_batch_idx[:, None]  # rows are pages
+    if k is not None and v is not None:
+        in_order = causal or window_size[0] >= 0 or window_size[1] >= 0
+        rotary = (rotary_cos, rotary_sin, rotary_interleaved)
+        q = _with_new_tokens(q, k, v, caches[0][0], caches[1][0], lengths, pages, rotary, in_order, dtype)
+        lengths = [length + k.shape[1] for length in lengths]
+    leftpad = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
     sequences = q if cu_seqlens_q is None else q.split(cu_seqlens_q.diff().tolist())
-    for b, length in enumerate(cache_seqlens.tolist()):
-        pages = None if block_table is None else block_table[b]
-        out, lse = _attend(
-            sequences[b],
-            _fused([_tokens(cache, b, length, pages) for cache in key_caches], key_weights, dtype or q.dtype),
-            _fused(
-                [_tokens(cache, b, length, pages) for cache in value_caches], value_weights, dtype or q.dtype
-            ),
-            softmax_scale,
-            causal,
-            window_size,
-            None,
-            softcap,
-            sinks,
-            _slopes(alibi_slopes, b),
-        )
-        padding = max(len(sequences[b]) - length, 0)
-        out[:padding] = 0
-        lse[:, :padding] = -math.inf if sinks is None else sinks.to(lse.dtype)[:, None]
+    outs, lses = [], []
+    for b, (first, length) in enumerate(zip(leftpad, lengths, strict=True)):
+        own = None if pages is None else pages[b]
+        fused = [
+            _fused([_tokens(x, b, length, own)[first:] for x in side], weights, dtype or q.dtype)
+            for side, weights in zip(caches, (key_weights, value_weights), strict=True)
+        ]
+        options = (softmax_scale, causal, window_size, None, softcap, sinks, _slopes(alibi_slopes, b))
+        out, lse = _attend(sequences[b], fused[0], fused[1], *options)
+        if left_padding:
+            _clear_padding(out, lse, len(sequences[b]) - (length - first), sinks)
         outs.append(out)
         lses.append(lse)
     if cu_seqlens_q is not None:
-        out, lse = torch.cat(outs), torch.cat(lses, dim=1)
-        return (out, lse) if return_lse else out
-    return _stacked(q, value_caches, outs, lses, return_lse, dtype or q.dtype)
+        return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)
+    return _stacked(q, caches[1], outs, lses, return_lse, dtype or q.dtype)
+
+
+def _lengths(cache_seqlens: Tensor | int, batch: int) -> list[int]:
+    return [cache_seqlens] * batch if isinstance(cache_seqlens, int) else cache_seqlens.tolist()
+
+
+def _clear_padding(out: Tensor, lse: Tensor, rows: int, sinks: Tensor | None) -> None:
+    """The first rows of out (S, H, Dv) and lse (H, S) become those without keys."""
+    out[: max(rows, 0)] = 0
+    lse[:, : max(rows, 0)] = -math.inf if sinks is None else sinks.to(lse.dtype)[:, None]
 
 
 def append_kvcache(
@@ -248,11 +280,12 @@ def append_kvcache(
     key_cache: Tensor,
     value_cache: Tensor,
     *,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    slot_mapping: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place.
@@ -260,8 +293,17 @@ def append_kvcache(
     Tokens with p < 0 are skipped. The caches are as in ``fused_kv_attn_with_kvcache``. With rotary_cos and
     rotary_sin (max_len, r/2), r <= D, row p of the tables rotates the first r channels of the key: (x, y) ->
     (x cos - y sin, x sin + y cos). Channel j pairs with j + r/2, or 2j with 2j + 1 if interleaved.
+
+    With slot_mapping, token i of (total, G, D) goes to slot slot_mapping[i] of all rows or pages, if not -1.
     """
     dtype = dtype or key.dtype
+    if slot_mapping is not None:
+        for i, slot in enumerate(slot_mapping.tolist()):
+            for cache, new in ((key_cache, key), (value_cache, value)):
+                if slot >= 0:
+                    cache[slot // cache.shape[1], slot % cache.shape[1]] = new[i]
+        return
+    assert cache_seqlens is not None
     steps = key.shape[1]
     for b, length in enumerate(cache_seqlens.tolist()):
         for i in range(max(steps - length, 0), steps):
@@ -307,6 +349,42 @@ def rope_append_kvcache(
         for i in range(max(steps - length, 0), steps):
             cos, sin = (table[length - steps + i].to(dtype) for table in (rotary_cos, rotary_sin))
             rotated[b, i] = _rotated(rotated[b, i], cos, sin, rotary_interleaved)
+    return rotated
+
+
+def _with_new_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: list[int],
+    pages: Tensor | None,
+    rotary: tuple[Tensor | None, Tensor | None, bool],
+    in_order: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Appends k and v to sequences of ``lengths`` tokens. Returns the queries, rotated if there are tables.
+
+    Row i of sequence b is rotated as the token at lengths[b] + i, or at lengths[b] if not ``in_order``.
+    """
+    cos, sin, interleaved = rotary
+    state: dict[str, Any] = {
+        "cache_seqlens": torch.tensor(lengths) + k.shape[1],
+        "block_table": pages,
+        "rotary_cos": cos,
+        "rotary_sin": sin,
+        "rotary_interleaved": interleaved,
+    }
+    append_kvcache(k, v, key_cache, value_cache, **state, dtype=dtype)
+    if cos is None or sin is None:
+        return q
+    rotated = q.to(dtype or q.dtype, copy=True)
+    for b, length in enumerate(lengths):
+        for i in range(q.shape[1]):
+            position = length + i if in_order else length
+            angles = cos[position].to(rotated.dtype), sin[position].to(rotated.dtype)
+            rotated[b, i] = _rotated(rotated[b, i], angles[0], angles[1], interleaved)
     return rotated
 
 
@@ -360,8 +438,12 @@ def _attend(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: q (S, H, D), k (T, G, D), v (T, G, Dv), ids (T,) -> out (S, H, Dv), lse (H, S)."""
+    """One sequence: q (S, H, D), k (T, G, D), v (T, G, Dv), ids (T,) -> out (S, H, Dv), lse (H, S).
+
+    attn_mask: (H, S, T).
+    """
     rows, heads, dim = q.shape
     tokens, groups = k.shape[:2]
     scale = 1 / math.sqrt(dim) if softmax_scale is None else float(softmax_scale)
@@ -379,7 +461,6 @@ def _attend(
     visible = _visible(rows, tokens, causal, window_size, q.device)
     if document_ids is not None:
         visible = visible & (document_ids[tokens - rows :, None] == document_ids[None, :])
-    masked = ~visible.any(-1)
     scores = scale * (q @ k.transpose(1, 2))
     if softcap:
         scores = float(softcap) * torch.tanh(scores / float(softcap))
@@ -387,10 +468,16 @@ def _attend(
         position = torch.arange(rows, device=q.device)[:, None] + (tokens - rows)
         distance = (position - torch.arange(tokens, device=q.device)).abs()
         scores = scores - slopes.to(q.dtype)[:, None, None] * distance.to(q.dtype)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        visible = visible & (attn_mask != -math.inf)
+        scores = scores + attn_mask.to(scores.dtype)
+    masked = ~visible.any(-1)
     # A fully masked row gets finite scores first and zeros afterwards, to keep NaN out of its gradient.
-    scores = scores.masked_fill(~visible, -math.inf).masked_fill(masked[:, None], 0.0)
+    scores = scores.masked_fill(~visible, -math.inf).masked_fill(masked[..., None], 0.0)
     scores = torch.cat((scores, sink[..., None]), dim=-1)
-    out = (torch.softmax(scores, dim=-1)[..., :-1] @ v).masked_fill(masked[:, None], 0.0)
+    out = (torch.softmax(scores, dim=-1)[..., :-1] @ v).masked_fill(masked[..., None], 0.0)
     lse = torch.where(masked, sink, torch.logsumexp(scores, dim=-1))
     return out.transpose(0, 1), lse
 

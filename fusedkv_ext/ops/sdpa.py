@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend
 
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.recompute import recomputed
-from fusedkv_ext.ops.scores import score_attention
+from fusedkv_ext.ops.scores import log_sum_exp, score_attention
 from fusedkv_ext.ops.sizes import always, chunks
 from fusedkv_ext.ops.visibility import fully_masked_rows, seen_tokens, visible
 
-__all__ = ["sdpa_attention", "sdpa_attention_lse", "sdpa_lse", "sdpa_with_mask"]
+__all__ = ["sdpa_attention", "sdpa_attention_lse", "sdpa_with_mask"]
 
 # With a window of W tokens a chunk of C query rows sees C + W keys: the others are not multiplied. With
 # documents the mask of a chunk is the largest tensor: (B, C, T) in q's dtype.
@@ -42,11 +42,11 @@ def sdpa_attention(call: AttentionCall) -> Tensor:
 def sdpa_attention_lse(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """``sdpa_attention`` and, if the call returns it, the natural log-sum-exp of the scores.
 
-    torch's flash kernel computes both at once. Otherwise ``sdpa_lse`` computes the scores again. Calls with a
-    soft cap, sinks or ALiBi slopes are those of ``score_attention``.
+    torch's flash kernel computes both at once. Otherwise ``log_sum_exp`` computes the scores again. Calls
+    with a soft cap, sinks or ALiBi slopes are those of ``score_attention``.
 
     Returns:
-        (B, S, H, Dv) in q's dtype, and None or (B, H, S) float32 without a gradient.
+        (B, S, H, Dv) in q's dtype, and None or (B, H, S) float32.
     """
     if call.adjusted:
         return score_attention(call)
@@ -64,7 +64,7 @@ def sdpa_attention_lse(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if not call.return_lse:
         return out, None
     lses = [lse for _, lse in parts if lse is not None]
-    return out, torch.cat(lses, dim=2) if len(lses) == len(parts) else sdpa_lse(call)
+    return out, log_sum_exp(call, torch.cat(lses, dim=2) if len(lses) == len(parts) else None)
 
 
 def _no_keys(q: Tensor, rows: int) -> Tensor:
@@ -192,26 +192,3 @@ def _document_mask(
     seen = seen & visible(rows, tokens, position, left, right, documents.device)
     mask = torch.zeros(batch, 1, rows, tokens, dtype=dtype, device=documents.device)
     return mask.masked_fill_(~seen[:, None], float("-inf"))
-
-
-def sdpa_lse(call: AttentionCall) -> Tensor:
-    """The natural log-sum-exp of the scores of ``sdpa_attention``, which are computed for it alone.
-
-    Returns:
-        (B, H, S) float32, without a gradient.
-    """
-    q, k, documents = call.q, call.keys[0], call.document_ids
-    (_, S, H, _), (T, G) = q.shape, k.shape[1:3]
-    lse = []
-    with torch.no_grad():
-        sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        keys = k.to(sum_dtype)
-        for i, end in chunks(0, S, _CHUNK) or [(0, 0)]:
-            rows = q[:, i:end].to(sum_dtype).unflatten(2, (G, H // G)) * call.scale
-            scores = torch.einsum("bsgrd,btgd->bgrst", rows, keys).flatten(1, 2)
-            mask = visible(rows.shape[1], T, i + T - S, call.left, call.right, q.device)
-            if documents is not None:
-                own = documents[:, i + T - S : i + T - S + rows.shape[1], None]
-                mask = (mask & (own == documents[:, None, :]))[:, None]
-            lse.append(torch.logsumexp(scores.masked_fill(~mask, float("-inf")), dim=-1).float())
-        return torch.cat(lse, dim=2)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.checks import in_forward_mode
-from fusedkv_ext.ops.sdpa import sdpa_attention_lse, sdpa_with_mask
+from fusedkv_ext.ops.masked import masked_attention
+from fusedkv_ext.ops.sdpa import sdpa_attention_lse
 from fusedkv_ext.ops.sizes import host_reads
 from fusedkv_ext.ops.visibility import visible_range
 
@@ -87,12 +88,13 @@ def varlen_attention(call: AttentionCall, packing: Packing) -> tuple[Tensor, Ten
 
     Returns:
         (total_q, H, Dv) in q's dtype, and (H, total_q) float32 without a gradient if the call returns it.
-        Fully masked rows give zeros and -inf.
+        Fully masked rows give zeros, and -inf or their sink.
     """
     if _takes_flash(call, packing):
         return _flash(call, packing)
     lengths = packing.read(call.q.shape[1], call.keys[0].shape[1])
-    return _masked(call, packing) if lengths is None else _by_sequence(call, lengths)
+    out, lse = _masked(call, packing) if lengths is None else _by_sequence(call, lengths)
+    return out, None if lse is None else lse.detach()  # FlashAttention has no gradient of it either
 
 
 def document_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -129,22 +131,26 @@ def document_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 def _by_sequence(call: AttentionCall, lengths: Lengths) -> tuple[Tensor, Tensor | None]:
     """SDPA per sequence; one call for neighbors of equal lengths."""
-    runs = [(len(list(run)), *sizes) for sizes, run in itertools.groupby(lengths)] or [(1, 0, 0)]
+    runs = [(len(list(run)), *sizes) for sizes, run in itertools.groupby(lengths)] or [(0, 0, 0)]
+    slopes = call.alibi_slopes
     # split, not slices: the backward of each slice would fill a whole tensor with zeros.
     rows = call.q[0].split([n * S for n, S, _ in runs])
     tokens = [n * T for n, _, T in runs]
     keys, values = call.keys[0][0].split(tokens), call.values[0][0].split(tokens)
-    outs, lses = [], []
+    outs, lses, end = [], [], 0
     for (n, S, T), q, k, v in zip(runs, rows, keys, values, strict=True):
+        first, end = end, end + n
         if S == 0 and len(runs) > 1:
             continue
         part = call.fused(*(x.unflatten(0, (n, size)) for x, size in ((q, S), (k, T), (v, T))))
+        if slopes is not None and slopes.dim() == 2:
+            part = part._replace(alibi_slopes=slopes[first:end])
         out, lse = sdpa_attention_lse(part)
         outs.append(out.flatten(0, 1))
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
     if not outs:  # several sequences, all without rows
-        outs.append(sdpa_attention_lse(call._replace(return_lse=False))[0][0])
+        outs.append(sdpa_attention_lse(call._replace(return_lse=False, alibi_slopes=None))[0][0])
         lses.append(call.q.new_empty(call.q.shape[2], 0, dtype=torch.float32))
     return torch.cat(outs), torch.cat(lses, dim=1) if call.return_lse else None
 
@@ -160,18 +166,13 @@ def _masked(call: AttentionCall, packing: Packing) -> tuple[Tensor, Tensor | Non
     first, behind = visible_range(position, end, call.left, call.right)
     first, behind = torch.maximum(first, begin)[:, None], torch.as_tensor(behind)[:, None]
     token = torch.arange(k.shape[1], device=q.device)
-    masked = first >= behind
-    # A fully masked row sees all tokens first and gives zeros afterwards, to keep NaN out of its gradient.
-    mask = (token >= first) & (token < behind) | masked
-    out = sdpa_with_mask(call, mask)[0].masked_fill(masked[:, :, None], 0)
-    if not call.return_lse:
-        return out, None
-    with torch.no_grad():
-        sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        rows = q[0].to(sum_dtype).unflatten(1, (k.shape[2], -1)) * call.scale
-        scores = torch.einsum("sgrd,tgd->grst", rows, k[0].to(sum_dtype)).flatten(0, 1)
-        scores = scores.masked_fill(~mask | masked, -math.inf)
-        return out, torch.logsumexp(scores, dim=-1).float()
+    mask, slopes = (token >= first) & (token < behind), call.alibi_slopes
+    if slopes is not None:  # distances within a sequence are those within the pack
+        slopes = slopes[sequence].T[..., None] if slopes.dim() == 2 else slopes[:, None, None]
+        distance = (position[:, None] - token).abs()
+        mask = (-slopes * distance).masked_fill(~mask, -math.inf)
+    out, lse = masked_attention(call._replace(left=-1, right=-1, attn_mask=mask, alibi_slopes=None))
+    return out[0], None if lse is None else lse[0]
 
 
 def _takes_flash(call: AttentionCall, packing: Packing) -> bool:

@@ -153,17 +153,17 @@ def test_sinks_and_soft_caps_refuse_what_they_cannot_be_combined_with(scores: di
         attend(dropout=0.5, **scores)
     with pytest.raises(ValueError, match="position_bias must be left out"):
         attend(position_bias=torch.zeros(1, 2, 5, 5), **scores)
-    with pytest.raises(ValueError, match="attention_mask must be boolean"):
-        fusedkv_attention_forward(Attention(), *inputs(), torch.zeros(1, 1, 5, 5), **scores)
 
 
-def test_a_mask_goes_with_sinks_and_soft_caps() -> None:
-    """Any boolean mask; rows that see nothing give zeros."""
+@pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
+def test_a_mask_goes_with_sinks_and_soft_caps(additive: bool) -> None:
+    """Any mask; rows that see nothing give zeros."""
     q, k, v = inputs()
     mask = torch.rand(1, 1, 5, 5, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[..., 3, :] = False
     sinks = torch.tensor([0.5, -0.5])
-    found, _ = fusedkv_attention_forward(Attention(), q, k, v, mask, softcap=2.0, s_aux=sinks)
+    given = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf")) if additive else mask
+    found, _ = fusedkv_attention_forward(Attention(), q, k, v, given, softcap=2.0, s_aux=sinks)
     scores = (2 * torch.tanh(q @ k.mT / q.shape[-1] ** 0.5 / 2)).masked_fill(~mask, float("-inf"))
     scores = torch.cat((scores, sinks[None, :, None, None].expand(1, 2, 5, 1)), dim=-1)
     torch.testing.assert_close(found, (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2))

@@ -16,8 +16,11 @@ SHAPES = [
 ]
 
 
-def launch(shape: dict[str, int], kib: int, batch: int = 1) -> dict[str, object]:
-    return _C.decode_launch(batch=batch, cost=1000, sm_count=132, shared_per_block=kib * 1024, **shape)
+def launch(
+    shape: dict[str, int], kib: int, batch: int = 1, batch_invariant: bool = False
+) -> dict[str, object]:
+    sequences = dict(batch=batch, num_kv_heads=2, cost=1000, capacity=5000, batch_invariant=batch_invariant)
+    return _C.decode_launch(**sequences, sm_count=132, shared_per_block=kib * 1024, **shape)
 
 
 @pytest.mark.parametrize("batch", [1, 1024, 1025, 100_000])
@@ -49,6 +52,12 @@ def test_few_rows_run_in_one_block_per_sm(shape: tuple[int, int, int], warps: in
     )
     assert got["kernel"] == "attn_decode/mma_warp.cu"
     assert (got["threads"], got["blocks"]) == (32 * warps, 132)
+
+
+def test_the_workspace_has_two_slots_a_block_or_one_a_fixed_split() -> None:
+    shape = dict(rows=4, head_dim=128, value_dim=64, num_keys=2, num_values=2, element_size=2)
+    assert launch(shape, 227, batch=7)["workspace_floats"] == 2 * 132 * 4 * (64 + 1)
+    assert launch(shape, 227, 7, batch_invariant=True)["workspace_floats"] == 7 * 2 * 5 * 4 * (64 + 1)
 
 
 def test_two_sources_of_256_channels_run_on_tensor_cores_where_they_fit() -> None:

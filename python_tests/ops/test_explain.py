@@ -283,7 +283,17 @@ def test_it_prints_aligned_lines(no_gpu: None) -> None:
     args, state = paged_call()
     for device, blocks in (("cpu", False), ("cuda", True)):
         lines = str(fkv.explain(*args, **state, device=device)).splitlines()
-        names = ["path", "kernel", "rows", "splits", *["blocks"] * blocks, "bytes", "flops", "roof", "reason"]
+        names = [
+            "path",
+            "kernel",
+            "rows",
+            "splits",
+            *["blocks", "memory"] * blocks,
+            "bytes",
+            "flops",
+            "roof",
+            "reason",
+        ]
         assert [line.split()[0] for line in lines] == names
         assert all(line[6:8] == "  " and line[8] != " " for line in lines)
         assert lines[-2] == "roof    give bandwidth="

@@ -169,3 +169,35 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception
     states = dict(zip(("out_a", "lse_a", "out_b", "lse_b"), random_states(), strict=True))
     with pytest.raises(error, match=message):
         merge_state(**{**states, **change})
+
+
+def test_out_is_filled_and_may_be_the_first_state(device: torch.device) -> None:
+    states = [(torch.randn(2, 3, 4, 8).to(device), torch.randn(2, 4, 3).to(device)) for _ in range(2)]
+    (out_a, lse_a), second = states
+    expected = merge_state(out_a, lse_a, *second)
+    for out in (torch.full_like(out_a, math.nan), out_a):
+        got, lse = merge_state(out_a, lse_a, *second, out=out)
+        assert got is out and torch.equal(got, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (torch.zeros(2, 3, 4, 7), ValueError, r"out must have shape \(2, 3, 4, 8\)"),
+        (torch.zeros(2, 3, 4, 8).double(), TypeError, "out must be float32"),
+        (torch.zeros(2, 3, 4, 8, requires_grad=True), ValueError, "out must not require grad"),
+        ([0], TypeError, "out must be a torch.Tensor"),
+    ],
+)
+def test_a_bad_out_is_refused(out: object, error: type[Exception], message: str) -> None:
+    state = torch.zeros(2, 3, 4, 8), torch.zeros(2, 4, 3)
+    with pytest.raises(error, match=f"^{message}"):
+        merge_state(*state, *state, out=out)
+
+
+def test_out_is_refused_where_a_gradient_is_needed() -> None:
+    state = torch.zeros(2, 3, 4, 8), torch.zeros(2, 4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"lse_a must not require grad, .* leave out away"):
+        merge_state(*state, *state, out=torch.zeros(2, 3, 4, 8))
+    with torch.no_grad():
+        merge_state(*state, *state, out=torch.zeros(2, 3, 4, 8))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, cache_inputs
+from cases import Case, cache_inputs, named
 from torch import Tensor
 
 from fusedkv_ext import fused_kv_attn_func, fused_kv_attn_with_kvcache
-from fusedkv_ext.ops import cached, dispatch, reference, sdpa
+from fusedkv_ext.ops import cached, dispatch, fuse, reference, sdpa
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.testing import assert_matches_oracle, assert_near, assert_same_bits
 
@@ -90,6 +90,68 @@ def test_lengths_and_pages_out_of_range_give_nan(page_size: int | None, device: 
             assert bool(out[b].isnan().all())
         else:
             assert_same_bits(out[b], expected[b])
+
+
+PACKED = [
+    Case("contiguous", B=4, S=33, T=64, lengths=(64, 40, 0, 7)),
+    Case("pages", B=4, S=33, T=64, lengths=(64, 40, 0, 7), page_size=7),
+    Case("pages_bfloat16", B=3, S=33, T=64, lengths=(64, 33, 40), page_size=16, dtype=torch.bfloat16),
+    Case("window", B=3, S=33, T=200, lengths=(200, 60, 12), page_size=16, window=(40, -1)),
+    Case("not_causal", B=3, S=33, T=64, lengths=(64, 40, 7), page_size=16, causal=False),
+    Case("values_wider_three_sources", B=2, S=33, T=64, D=24, Dv=40, m_v=3, lengths=(64, 9)),
+    Case("one_source", B=2, S=33, T=64, m_k=1, m_v=1, weights="none", lengths=(64, 9), page_size=16),
+]
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of CUDA, on any device."""
+    monkeypatch.setattr(cached, "_packs", lambda call: True)
+
+
+@pytest.mark.usefixtures("packs")
+@pytest.mark.parametrize("left_padding", [True, False])
+@pytest.mark.parametrize(**named(PACKED))
+def test_prompts_of_different_lengths_in_one_pack(
+    case: Case, left_padding: bool, device: torch.device
+) -> None:
+    args, state = cache_inputs(case, device)
+    op, oracle = fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache
+    options = {**case.options, "return_lse": False, "left_padding": left_padding}
+    assert_matches_oracle(op, oracle, *args, **state, **options, terms=case.terms)
+
+
+@pytest.mark.usefixtures("packs")
+def test_a_pack_gives_what_the_sequences_give_in_turn(
+    attended: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for page_size in (None, 16):
+        args, state = cache_inputs(
+            Case("bits", B=3, S=33, T=64, lengths=(64, 40, 7), page_size=page_size), CPU
+        )
+        together = fused_kv_attn_with_kvcache(*args, **state)
+        assert not attended, "the pack goes to varlen attention"
+        with monkeypatch.context() as context:
+            context.setattr(cached, "_packs", lambda call: False)
+            assert_near(together, fused_kv_attn_with_kvcache(*args, **state), 4)
+        attended.clear()
+
+
+@pytest.mark.usefixtures("packs")
+@pytest.mark.parametrize("backend", ["simt1", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_lengths_and_pages_out_of_range_give_nan_in_a_pack(
+    page_size: int | None, device: torch.device
+) -> None:
+    test_lengths_and_pages_out_of_range_give_nan(page_size, device)
+
+
+def test_head_major_caches_take_turns() -> None:
+    args, _ = cache_inputs(Case("head_major", T=40, layout="transposed"), CPU)
+    assert fuse.tokens_as_pages(args[1][0]) is None
+    args, _ = cache_inputs(Case("token_major", T=40, page_size=4), CPU)
+    pages = fuse.tokens_as_pages(args[1][0])
+    assert pages is not None and pages.data_ptr() == args[1][0].data_ptr()
 
 
 def test_a_graph_of_torch_compile_keeps_to_the_kernel(attended: list[tuple[int, int, int]]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import random_tensor, random_weights
+from cases import Case, random_tensor, random_weights
+from test_scores import SCORES, Scores
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -281,6 +282,73 @@ def test_gradcheck_in_float64(pack: Pack, masked: bool, monkeypatch: pytest.Monk
     assert torch.autograd.gradcheck(attention, leaves)
 
 
+# Soft cap, sinks, ALiBi
+
+SCORED = ("causal", "mixed", "mixed_not_causal", "mixed_window_both", "mixed_bfloat16", "no_rows")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["by_sequence", "masked"])
+@pytest.mark.parametrize("score", SCORES)
+@named(*SCORED, "no_tokens", "no_sequences", "equal_lengths_between", "odd_head_dims", "float64")
+def test_other_scores_match_oracle(
+    pack: Pack, score: Scores, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if masked:
+        monkeypatch.setattr(varlen, "host_reads", lambda x: False)
+    args, options = pack.inputs()
+    options.update(score(Case("scores", B=len(pack.rows), H=pack.H)))
+    op, oracle = fused_kv_attn_varlen_func, reference.fused_kv_attn_varlen_func
+    out, lse = assert_matches_oracle(op, oracle, *args, **options, terms=pack.terms)
+    assert out.dtype == pack.dtype and lse.dtype == torch.float32 and not lse.requires_grad
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["by_sequence", "masked"])
+@pytest.mark.parametrize("per_sequence", [False, True], ids=["H", "BH"])
+@named("mixed", "equal_lengths_between")
+def test_gradients_of_other_scores_match_oracle(
+    pack: Pack, per_sequence: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if masked:
+        monkeypatch.setattr(varlen, "host_reads", lambda x: False)
+    (q, *sides), options = pack.inputs()
+    shape = (len(pack.rows), pack.H) if per_sequence else (pack.H,)
+    scores = (torch.randn(pack.H), torch.rand(shape))
+    options["return_lse"] = False
+
+    def attention(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, *scores)]
+        sinks, slopes = leaves[1:]
+        keys, values = ([x.to(dtype) for x in side] for side in sides[:2])
+        more = {"softcap": 2.0, "sinks": sinks, "alibi_slopes": slopes}
+        out = function(leaves[0], keys, values, *(x.to(dtype) for x in sides[2:]), **options, **more)
+        torch.manual_seed(5)
+        return torch.autograd.grad(out, leaves, torch.randn(out.shape).to(dtype))
+
+    exact = attention(reference.fused_kv_attn_varlen_func, FP64)
+    same_maths = attention(reference.fused_kv_attn_varlen_func, torch.float32)
+    got = attention(fused_kv_attn_varlen_func, torch.float32)
+    assert_close(got, exact, same_maths, "gradient", terms=pack.terms * sum(pack.rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"softcap": -1.0}, ValueError, "softcap must be 0.0"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks must have shape \(H,\) = \(4,\), got \(3,\)"),
+        (
+            {"alibi_slopes": torch.zeros(1, 4)},
+            ValueError,
+            r"alibi_slopes .* \(B, H\) = \(4, 4\), got \(1, 4\)",
+        ),
+        ({"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks must be on cpu"),
+    ],
+)
+def test_wrong_scores_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    args, options = found("causal").inputs()
+    with pytest.raises(error, match=message):
+        fused_kv_attn_varlen_func(*args, **options, **change)
+
+
 def test_lse_has_no_gradient() -> None:
     (q, *rest), options = found("mixed").inputs()
     out, lse = fused_kv_attn_varlen_func(q.requires_grad_(), *rest, **options)
@@ -459,6 +527,7 @@ def test_flash_attention_takes_cuda_calls_of_16_bits_and_positive_scale() -> Non
         ({"value_dim": 264}, False),
         ({"scale": 0.0}, False),
         ({"scale": -1.0}, False),
+        ({"softcap": 2.0}, False),
         ({"left": 4, "longest": (7, 5)}, False),
         ({"right": 2, "longest": (7, 5)}, False),
         ({"rows": 0}, False),
@@ -469,7 +538,7 @@ def test_flash_attention_takes_cuda_calls_of_16_bits_and_positive_scale() -> Non
         q = Shaped(of["cuda"], of["dtype"], of["rows"], of["dim"])
         v = Shaped(of["cuda"], of["dtype"], of["tokens"], of["value_dim"])
         options = (None, None, None, None, of["scale"], of["left"], of["right"])
-        call = varlen.AttentionCall(q, [v], [v], *options)
+        call = varlen.AttentionCall(q, [v], [v], *options, softcap=of.get("softcap", 0.0))
         assert varlen._takes_flash(call, varlen.Packing(None, None, *of["longest"])) == takes, change
 
 

@@ -62,6 +62,12 @@ FUSEDKV_HOST_DEVICE int fixed_splits(int64_t capacity) {
   return capacity <= kSplit ? 1 : int((capacity + kSplit - 1) / kSplit);
 }
 
+// Room for the partial results of split work units, slots of some rows each. A block has at most two split
+// work units. With fixed splits every split has a slot. `units`: B * G * row groups.
+FUSEDKV_HOST_DEVICE int64_t partial_slots(int64_t units, int blocks, int max_splits, bool batch_invariant) {
+  return batch_invariant ? units * max_splits : 2 * int64_t(blocks);
+}
+
 // Block i does [i * quota, (i + 1) * quota) of a total cost.
 FUSEDKV_HOST_DEVICE int64_t block_quota(int64_t total, int blocks, bool batch_invariant) {
   const int64_t quota = (total + blocks - 1) / blocks;
