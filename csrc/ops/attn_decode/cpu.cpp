@@ -289,11 +289,14 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
       for (int j = 0; j < p.num_keys; ++j) offsets[j] = head * p.keys[j].stride_g;
       P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
       for (int64_t r = 0; r < task.rows; ++r) {
-        const Row row = row_of(p, task.head_begin + head, task.row_group * kMaxTaskRows + r);
-        const int64_t position = len - task.queries.count + row.s;
+        const int64_t row = task.row_group * kMaxTaskRows + r;
+        const int64_t position = len - task.queries.count + row_of(p, 0, row).s;
         TokenRange visible = visible_to_row(position, len, p.window_left, p.window_right);
         if (visible.end > now->tokens.end) visible.end = now->tokens.end;
-        if (adjusts) adjust_scores(p, w.s + r * kBlock, task.b, row.h, position, now->tokens.begin);
+        if (adjusts) {
+          const int64_t h = row_of(p, task.head_begin + head, row).h;
+          adjust_scores(p, w.s + r * kBlock, task.b, h, position, now->tokens.begin);
+        }
         softmax_row(p, w, head, r, visible, now->tokens.begin, log2_scale);
         ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
       }
