@@ -197,12 +197,19 @@ inline void set_scores(AttnDecodeParams& p, const AttnArguments& x, bool cuda) {
   p.alibi_stride_b = x.alibi_slopes->dim() == 2 ? p.H : 0;
 }
 
+// CUDA kernels store 16 bytes at a time.
+inline void check_aligned(const Tensor& x, const char* name) {
+  check_value(x.numel() == 0 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name,
+              " must begin at a multiple of 16 bytes, got a slice that does not; call .clone()");
+}
+
 // The memory for partial results that the caller owns, of at least `floats` elements.
 inline float* caller_workspace(const Tensor& x, int64_t floats, bool cuda) {
   check_device(x, "workspace", cuda);
   check_type(x.scalar_type() == ScalarType::Float, "workspace must be float32, got ", DTypeOf{x});
   check_value(x.dim() == 1 && x.is_contiguous() && x.size(0) >= floats,
               "workspace must be contiguous of shape (N,) with N >= ", floats, ", got ", Shape{x});
+  check_aligned(x, "workspace");
   return static_cast<float*>(x.mutable_data_ptr());
 }
 
@@ -223,6 +230,7 @@ inline AttnResults begin_results(AttnDecodeParams& p, const AttnArguments& x, bo
                   out.size(3) == p.Dv && out.is_contiguous(),
               "out must be contiguous of shape (", q.size(0), ", ", q.size(1), ", ", p.H, ", ", p.Dv,
               "), got ", Shape{out});
+  check_aligned(out, "out");
   const Extent written(out, "out");
   x.for_each_input([&](const Tensor& read, Name name) { check_apart(written, Extent(read, name)); });
   if (x.workspace) {

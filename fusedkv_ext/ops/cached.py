@@ -77,13 +77,15 @@ def _fold_unordered(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
     The kernel has zeros for rows before the first token, but positions mean nothing here.
     """
+    if call.query_length == 0:
+        return call.fold()
     if call.cu_seqlens_q is not None:
         return _fold_unordered_packed(call, call.cu_seqlens_q)
     (B, S, H, _), G = call.q.shape, call.keys[0].shape[2]
     q = call.q.unflatten(2, (G, H // G)).transpose(1, 2).flatten(1, 3).unsqueeze(1)
     sinks = call.sinks
     if sinks is not None:
-        sinks = sinks.unflatten(0, (G, 1, H // G)).expand(-1, S, -1).reshape(-1)
+        sinks = sinks.unflatten(0, (G, 1, H // G)).expand(-1, S, -1).flatten().contiguous()
     out, lse = call._replace(q=q, sinks=sinks, out=None).fold()
     out = out.squeeze(1).unflatten(1, (G, S, H // G)).transpose(1, 2).flatten(2, 3)
     return out, lse.reshape(B, G, S, H // G).transpose(2, 3).flatten(1, 2)

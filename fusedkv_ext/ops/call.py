@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedkv_ext.ops import checks
@@ -141,7 +142,8 @@ class AttentionCall(NamedTuple):
     def check(self) -> None:
         """Runs the checks of the native operation: its messages without its work, on no query rows."""
         scores = (self.softcap, self.sinks, self.alibi_slopes)
-        run_op("attn_with_kvcache", self.q[:, :0], *self[1:10], None, False, None, 0, *scores)
+        packed = None if self.cu_seqlens_q is None else torch.zeros_like(self.cu_seqlens_q)
+        run_op("attn_with_kvcache", self.q[:, :0], *self[1:10], None, False, packed, 0, *scores)
 
     def sequences(self, rows: slice, q: Tensor | None = None) -> AttentionCall:
         """The same call for some sequences of a cached batch. ``q``: their rows if queries are packed."""

@@ -476,6 +476,14 @@ def check_out(out: object, shape: tuple[int, ...], like: Tensor) -> None:
     if out.device != like.device:
         raise ValueError(f"out must be on {like.device} as the result, got a tensor on {out.device}")
     check_not_negated("out", out)
+    reach = 0  # of the dims with smaller strides: elements are apart if each stride steps over it
+    for stride, size in () if out.is_contiguous() else sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                "out must have memory of its own for each element, got elements that overlap, as in an "
+                "expanded tensor; call .contiguous()"
+            )
+        reach += (size - 1) * stride
     if out.requires_grad:
         raise ValueError("out must not require grad, as nothing differentiates it; pass out.detach()")
 

@@ -10,6 +10,7 @@ Nothing here waits for a device.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -44,7 +45,8 @@ class FlashOptions(TypedDict, total=False):
         left_padding: Whether rows before a sequence's first token are padding, as by default. If False, they
             see all keys without causality, as in flash-attn: cross-attention with more queries than keys.
             With a window it must be True.
-        out: A tensor that is filled and returned instead of a new one.
+        out: A tensor that is filled and returned instead of a new one. The kernel writes it if it is
+            contiguous and begins at a multiple of 16 bytes; a graph of torch.compile takes no other begin.
         workspace: (N,) float32, for the partial results of the CUDA kernels instead of new memory; N =
             ``explain(...).workspace`` suffices. Calls that share it must run one after another. The CPU and
             the paths of many rows do not use it.
@@ -79,29 +81,36 @@ def cache_state(
         TypeError: An option is unknown, or ``cache_batch_idx`` has a wrong type or dtype.
     """
     cache = key_caches[0] if isinstance(key_caches, (list, tuple)) and key_caches else key_caches
-    known = isinstance(q, Tensor) and isinstance(cache, Tensor) and q.dim() > 0 and cache.dim() == 4
+    known = isinstance(q, Tensor) and isinstance(cache, Tensor) and not q.is_nested
+    known = known and q.dim() > 0 and cache.dim() == 4
     for name in flash:
         if name not in FlashOptions.__annotations__:
             raise TypeError(f"fused_kv_attn_with_kvcache() got an unexpected keyword argument {name!r}")
     cache_batch_idx = flash.get("cache_batch_idx")
-    if cache_seqlens is None and block_table is not None:
-        raise ValueError("cache_seqlens must be given with a block_table, got None")
+    for name, other in (("a block_table", block_table), ("k and v", flash.get("k"))):
+        if cache_seqlens is None and other is not None:
+            raise ValueError(f"cache_seqlens must be given with {name}, got None")
+    batch: Any = None
+    if known:
+        batch = len(cu_seqlens_q) - 1 if isinstance(cu_seqlens_q, Tensor) else q.shape[0]
     if cache_batch_idx is not None:
         if block_table is not None:
             raise ValueError("cache_batch_idx must be None with a block_table, got both; select its rows")
-        block_table = _rows_as_pages(cache_batch_idx, cache)
+        block_table = _rows_as_pages(cache_batch_idx, cache, batch)
     if known and cache_seqlens is None:
         cache_seqlens = cache.shape[1]
     if known and isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool):
-        batch = len(cu_seqlens_q) - 1 if isinstance(cu_seqlens_q, Tensor) else q.shape[0]
         paged = isinstance(block_table, Tensor) and block_table.dim() == 2
         most = min(cache.shape[1] * (block_table.shape[1] if paged else 1), INT32_MAX)
         if not 0 <= cache_seqlens <= most:
             raise ValueError(
                 f"cache_seqlens must be from 0 to {most}, the tokens of the cache, got {cache_seqlens}"
             )
-        host_seqlens = [int(cache_seqlens)] * batch if isinstance(cache_seqlens, int) else None
+        host = [int(cache_seqlens)] * batch if isinstance(cache_seqlens, int) else None
+        if host_seqlens is not None and host is not None and list(host_seqlens) != host:
+            raise ValueError(f"host_seqlens must be {host} as cache_seqlens, got {list(host_seqlens)}")
         cache_seqlens = torch.full((batch,), int(cache_seqlens), dtype=torch.int32, device=q.device)
+        host_seqlens = host
     return CacheState(_as_int32(cache_seqlens), _as_int32(block_table), host_seqlens)
 
 
@@ -122,7 +131,8 @@ def attend_with_options(
     out, packed = flash.get("out"), call.cu_seqlens_q is not None
     shape = (*call.q.shape[:3], call.values[0].shape[3])
     checks.check_out(out, shape[1:] if packed else shape, call.q)
-    rotary = (flash.get("rotary_cos"), flash.get("rotary_sin"), flash.get("rotary_interleaved", False))
+    interleaved = checks.check_flag("rotary_interleaved", flash.get("rotary_interleaved", False))
+    rotary = (flash.get("rotary_cos"), flash.get("rotary_sin"), interleaved)
     new = _new_tokens(call, flash.get("k"), flash.get("v"), *rotary)
     if new is not None:
         _check_room(call, cache_seqlens, new.k.shape[1])
@@ -137,12 +147,17 @@ def attend_with_options(
         checks.check_tensor("workspace", workspace)
         checks.check_same_device({"q": call.q, "workspace": workspace})
         place = call.q.new_empty(shape) if place is None else place
-    if place is not None and place.is_contiguous():
+    if place is not None and place.is_contiguous() and _begins_at_16_bytes(place):
         attended = attended._replace(out=place, workspace=workspace)
     result, lse = cached.attend(attended)
     if out is None or place is None or result is place:
         return result, lse
     return place.copy_(result), lse
+
+
+def _begins_at_16_bytes(x: Tensor) -> bool:
+    """What the kernels need. A graph of torch.compile cannot ask: the operation refuses others there."""
+    return torch.compiler.is_compiling() or x.storage_offset() * x.element_size() % 16 == 0
 
 
 def _as_int32(x: Any) -> Any:
@@ -163,9 +178,9 @@ def _check_per_sequence(name: str, x: object, batch: int | None = None) -> Tenso
     return x
 
 
-def _rows_as_pages(cache_batch_idx: object, cache: object) -> Tensor:
+def _rows_as_pages(cache_batch_idx: object, cache: object, batch: int | None) -> Tensor:
     """The block table (B, 1) of a contiguous cache whose rows are the pages."""
-    index = _check_per_sequence("cache_batch_idx", cache_batch_idx)
+    index = _check_per_sequence("cache_batch_idx", cache_batch_idx, batch)
     if isinstance(cache, Tensor) and cache.dim() == 4 and index.is_cpu and host_reads(index):
         for b, row in enumerate(index.tolist()):
             if not 0 <= row < cache.shape[0]:
@@ -175,12 +190,19 @@ def _rows_as_pages(cache_batch_idx: object, cache: object) -> Tensor:
 
 
 def _check_room(call: AttentionCall, cache_seqlens: object, new_tokens: int) -> None:
-    """An int, which the host knows, leaves room for the new tokens on every device."""
-    most = call.capacity - new_tokens
-    if isinstance(cache_seqlens, int) and cache_seqlens > most:
-        raise ValueError(
-            f"cache_seqlens must be from 0 to {most}, room for {new_tokens} new tokens, got {cache_seqlens}"
-        )
+    """Lengths that the host knows leave room for the new tokens: an int, and tensors on the CPU."""
+    most, lengths = call.capacity - new_tokens, call.seqlens
+    if isinstance(cache_seqlens, int):
+        known = {"cache_seqlens": cache_seqlens}
+    elif lengths.is_cpu and host_reads(lengths):
+        known = {f"cache_seqlens[{b}]": length for b, length in enumerate(lengths.flatten().tolist())}
+    else:
+        return
+    for name, length in known.items():
+        if not 0 <= length <= most:
+            raise ValueError(
+                f"{name} must be from 0 to {most}, room for the {new_tokens} tokens of k, got {length}"
+            )
 
 
 class _NewTokens(NamedTuple):
@@ -241,19 +263,56 @@ def _append(call: AttentionCall, new: _NewTokens) -> Tensor:
         ValueError: A shape, length or page is wrong.
         TypeError: A dtype is wrong.
     """
-    rotates, steps = new.rotary_cos is not None and new.rotary_sin is not None, call.q.shape[1]
+    rotates, steps = _check_tables(call.q, new), call.q.shape[1]
     # flash-attn's convention: without causality and window all queries have the position of the first.
     in_order = call.left >= 0 or call.right >= 0
     together = rotates and steps == new.k.shape[1] and (in_order or steps == 1)
     where = (call.keys[0], call.values[0], call.seqlens, call.block_table)
-    write = append_call(new.k, new.v, *where, *new[3:], call.q if together else None)
-    if together:
-        return cached.append(write)
-    q = call.q
-    if write.rotary_cos is not None and write.rotary_sin is not None:
-        q = _rotated(q, new.before, write.rotary_cos, write.rotary_sin, write.rotary_interleaved, in_order)
-    cached.append(write)
-    return q
+    try:
+        write = append_call(new.k, new.v, *where, *new[3:], call.q if together else None)
+        q = call.q
+        if not together and write.rotary_cos is not None and write.rotary_sin is not None:
+            tables = (write.rotary_cos, write.rotary_sin, write.rotary_interleaved)
+            q = _rotated(q, new.before, *tables, in_order)
+        rotated = cached.append(write)
+        return rotated if together else q
+    except (TypeError, ValueError) as error:  # append_kvcache has other names
+        message = str(error)
+        for pattern, name in _NAMES:
+            message = pattern.sub(name, message)
+        raise type(error)(message) from None
+
+
+_NAMES = [
+    (re.compile(rf"\b{theirs}\b"), ours)
+    for theirs, ours in (
+        ("key", "k"),
+        ("value", "v"),
+        ("key_cache", "key_caches[0]"),
+        ("value_cache", "value_caches[0]"),
+        ("query", "q"),
+    )
+]
+
+
+def _check_tables(q: Tensor, new: _NewTokens) -> bool:
+    """Whether tables of angles rotate k and q.
+
+    Raises:
+        TypeError: A table is no tensor.
+        ValueError: Their shapes are wrong.
+    """
+    if new.rotary_cos is None or new.rotary_sin is None:
+        return False  # one alone is refused by the append
+    cos, sin = (
+        checks.check_tensor(f"rotary_{name}", x) for name, x in zip(("cos", "sin"), new[3:5], strict=True)
+    )
+    if cos.dim() != 2 or sin.shape != cos.shape or cos.shape[1] > q.shape[3] // 2:
+        raise ValueError(
+            f"rotary_cos and rotary_sin must both be (max_len, rotary_dim / 2), with rotary_dim at most D = "
+            f"{q.shape[3]}, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    return True
 
 
 def _rotated(
@@ -328,6 +387,6 @@ def _tokens_as_pages(name: str, j: int, cache: Tensor) -> Tensor:
         expected = cache.shape[1] * cache.stride(1)
         raise ValueError(
             f"{name}[{j}] must have stride {expected} in dim 0 with cache_leftpad, got {cache.stride(0)}; "
-            "make the cache token-major"
+            "pass a whole token-major cache, not a slice of its tokens"
         )
     return pages

@@ -240,7 +240,7 @@ def fused_kv_attn_with_kvcache(
     lengths = _lengths(caches[0][0].shape[1] if cache_seqlens is None else cache_seqlens, batch)
     pages = block_table if cache_batch_idx is None else cache_batch_idx[:, None]  # rows are pages
     if k is not None and v is not None:
-        in_order = causal or window_size[0] >= 0 or window_size[1] >= 0
+        in_order = causal or any(0 <= size < 2**31 for size in window_size)  # wider: unbounded
         rotary = (rotary_cos, rotary_sin, rotary_interleaved)
         q = _with_new_tokens(q, k, v, caches[0][0], caches[1][0], lengths, pages, rotary, in_order, dtype)
         lengths = [length + k.shape[1] for length in lengths]

@@ -194,7 +194,7 @@ def _attend(
         scores, _ = _scores(chunk, q, k, keys, slopes, documents, mask, options)
         lse = _lse(scores, mask)
         if sinks is not None:
-            lse = torch.logaddexp(lse, sinks[:, None].expand_as(lse))
+            lse = _with_sinks(lse, sinks)
         probabilities = _probabilities(scores, lse).unflatten(1, (G, H // G)).flatten(2, 3)
         out = probabilities @ values[:, :, chunk.begin : chunk.stop]
         outs.append(_by_row(out, H, chunk.end - chunk.first).to(q.dtype))
@@ -228,6 +228,15 @@ def _lse(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.logsumexp(scores.masked_fill(empty[..., None], 0), dim=-1).masked_fill(empty, -math.inf)
 
 
+def _with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
+    """log(exp(lse) + exp(sink)), (B, H, rows). Where both are -inf the gradient is zero."""
+    sinks = sinks[:, None].expand_as(lse)
+    nothing = (lse == -math.inf) & (sinks == -math.inf)
+    return torch.logaddexp(lse.masked_fill(nothing, 0), sinks.masked_fill(nothing, 0)).masked_fill(
+        nothing, -math.inf
+    )
+
+
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     """Zeros for a row whose scores and lse are -inf."""
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0)[..., None])
@@ -248,43 +257,8 @@ class _ScoreAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, slopes, documents, mask, out, lse = ctx.saved_tensors
-        dtype, options, G = _sum_dtype(q), ctx.options, k.shape[2]
-        keys, values = (x.to(dtype).transpose(1, 2) for x in (k, v))
-        grad_q = torch.zeros_like(q, dtype=dtype)
-        grad_keys, grad_values = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values))
-        grad_sinks: Any = None if sinks is None else torch.zeros_like(sinks)
-        grad_slopes: Any = None if slopes is None else torch.zeros_like(slopes)
-        if sinks is not None:  # the log-sum-exp of rows without tokens
-            masked = fully_masked_rows(q.shape[1], k.shape[1], options.right)
-            grad_sinks += grad_lse[:, :, :masked].sum((0, 2))
-        grad_mask: Any = torch.zeros_like(mask, dtype=dtype) if ctx.needs_input_grad[6] else None
-        for chunk in _chunks(q, k, options):
-            rows, tokens = slice(chunk.first, chunk.end), slice(chunk.begin, chunk.stop)
-            heads = (q.shape[2] // G, chunk.end - chunk.first)
-            scores, tanh = _scores(chunk, q, k, keys, slopes, documents, mask, options)
-            probabilities = _probabilities(scores, lse[:, :, rows])
-            grad_rows, out_rows = (x[:, rows].to(dtype) for x in (grad_out, out))
-            delta = (grad_rows * out_rows).sum(-1).transpose(1, 2) - grad_lse[:, :, rows]  # (B, H, rows)
-            if sinks is not None:
-                grad_sinks -= (torch.exp(sinks[:, None] - lse[:, :, rows]) * delta).sum((0, 2))
-            by_group = _by_group(grad_rows, G)
-            grouped = probabilities.unflatten(1, (G, heads[0])).flatten(2, 3)
-            grad_values[:, :, tokens] += grouped.transpose(2, 3) @ by_group
-            grad = (by_group @ values[:, :, tokens].transpose(2, 3)).unflatten(2, heads).flatten(1, 2)
-            grad = probabilities * (grad - delta[..., None])
-            if slopes is not None:
-                grad_slope = -(grad * _distances(chunk, q, k)).sum((2, 3))
-                grad_slopes += grad_slope if slopes.dim() == 2 else grad_slope.sum(0)
-            if grad_mask is not None:
-                part = _of_chunk(grad_mask, chunk)
-                part += grad.sum_to_size(part.shape)
-            if tanh is not None:
-                grad = grad * (1 - tanh * tanh)
-            _add_products(chunk, grad * options.scale, q, keys, grad_q, grad_keys)
-        grad_k, grad_v = (x.transpose(1, 2).to(k.dtype) for x in (grad_keys, grad_values))
-        grad_mask = None if grad_mask is None else grad_mask.to(mask.dtype)
-        return grad_q.to(q.dtype), grad_k, grad_v, grad_sinks, grad_slopes, None, grad_mask, None
+        with _float32(grad_out):
+            return _score_gradients(ctx, grad_out, grad_lse)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -303,22 +277,68 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, documents, mask, lse = ctx.saved_tensors
-        dtype, options = _sum_dtype(q), ctx.options
-        keys = k.to(dtype).transpose(1, 2)
-        grad_q = torch.zeros_like(q, dtype=dtype)
-        grad_keys = torch.zeros(keys.shape, dtype=dtype, device=keys.device)
-        grad_mask: Any = torch.zeros_like(mask, dtype=dtype) if ctx.needs_input_grad[3] else None
-        for chunk in _chunks(q, k, options):
-            rows = slice(chunk.first, chunk.end)
-            scores, _ = _scores(chunk, q, k, keys, None, documents, mask, options)
-            grad = _probabilities(scores, lse[:, :, rows]) * grad_lse[:, :, rows, None].to(dtype)
-            if grad_mask is not None:
-                part = _of_chunk(grad_mask, chunk)
-                part += grad.sum_to_size(part.shape)
-            _add_products(chunk, grad * options.scale, q, keys, grad_q, grad_keys)
-        grad_mask = None if grad_mask is None else grad_mask.to(mask.dtype)
-        return grad_q.to(q.dtype), grad_keys.transpose(1, 2).to(k.dtype), None, grad_mask, None, None
+        with _float32(grad_lse):
+            return _lse_gradients(ctx, grad_lse)
+
+
+def _score_gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, sinks, slopes, documents, mask, out, lse = ctx.saved_tensors
+    dtype, options, G = _sum_dtype(q), ctx.options, k.shape[2]
+    keys, values = (x.to(dtype).transpose(1, 2) for x in (k, v))
+    grad_q = torch.zeros_like(q, dtype=dtype)
+    grad_keys, grad_values = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values))
+    grad_sinks: Any = None if sinks is None else torch.zeros_like(sinks)
+    grad_slopes: Any = None if slopes is None else torch.zeros_like(slopes)
+    if sinks is not None:  # the log-sum-exp of rows without tokens
+        masked = fully_masked_rows(q.shape[1], k.shape[1], options.right)
+        grad_sinks += grad_lse[:, :, :masked].sum((0, 2))
+    grad_mask: Any = torch.zeros_like(mask, dtype=dtype) if ctx.needs_input_grad[6] else None
+    for chunk in _chunks(q, k, options):
+        rows, tokens = slice(chunk.first, chunk.end), slice(chunk.begin, chunk.stop)
+        heads = (q.shape[2] // G, chunk.end - chunk.first)
+        scores, tanh = _scores(chunk, q, k, keys, slopes, documents, mask, options)
+        probabilities = _probabilities(scores, lse[:, :, rows])
+        grad_rows, out_rows = (x[:, rows].to(dtype) for x in (grad_out, out))
+        delta = (grad_rows * out_rows).sum(-1).transpose(1, 2) - grad_lse[:, :, rows]  # (B, H, rows)
+        if sinks is not None:
+            of_sink = _probabilities(sinks[None, :, None, None], lse[:, :, rows])[..., 0]
+            grad_sinks -= (of_sink * delta).sum((0, 2))
+        by_group = _by_group(grad_rows, G)
+        grouped = probabilities.unflatten(1, (G, heads[0])).flatten(2, 3)
+        grad_values[:, :, tokens] += grouped.transpose(2, 3) @ by_group
+        grad = (by_group @ values[:, :, tokens].transpose(2, 3)).unflatten(2, heads).flatten(1, 2)
+        grad = probabilities * (grad - delta[..., None])
+        if slopes is not None:
+            grad_slope = -(grad * _distances(chunk, q, k)).sum((2, 3))
+            grad_slopes += grad_slope if slopes.dim() == 2 else grad_slope.sum(0)
+        if grad_mask is not None:
+            part = _of_chunk(grad_mask, chunk)
+            part += grad.sum_to_size(part.shape)
+        if tanh is not None:
+            grad = grad * (1 - tanh * tanh)
+        _add_products(chunk, grad * options.scale, q, keys, grad_q, grad_keys)
+    grad_k, grad_v = (x.transpose(1, 2).to(k.dtype) for x in (grad_keys, grad_values))
+    grad_mask = None if grad_mask is None else grad_mask.to(mask.dtype)
+    return grad_q.to(q.dtype), grad_k, grad_v, grad_sinks, grad_slopes, None, grad_mask, None
+
+
+def _lse_gradients(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, documents, mask, lse = ctx.saved_tensors
+    dtype, options = _sum_dtype(q), ctx.options
+    keys = k.to(dtype).transpose(1, 2)
+    grad_q = torch.zeros_like(q, dtype=dtype)
+    grad_keys = torch.zeros(keys.shape, dtype=dtype, device=keys.device)
+    grad_mask: Any = torch.zeros_like(mask, dtype=dtype) if ctx.needs_input_grad[3] else None
+    for chunk in _chunks(q, k, options):
+        rows = slice(chunk.first, chunk.end)
+        scores, _ = _scores(chunk, q, k, keys, None, documents, mask, options)
+        grad = _probabilities(scores, lse[:, :, rows]) * grad_lse[:, :, rows, None].to(dtype)
+        if grad_mask is not None:
+            part = _of_chunk(grad_mask, chunk)
+            part += grad.sum_to_size(part.shape)
+        _add_products(chunk, grad * options.scale, q, keys, grad_q, grad_keys)
+    grad_mask = None if grad_mask is None else grad_mask.to(mask.dtype)
+    return grad_q.to(q.dtype), grad_keys.transpose(1, 2).to(k.dtype), None, grad_mask, None, None
 
 
 def _add_products(

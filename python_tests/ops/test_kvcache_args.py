@@ -392,6 +392,44 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties().multi_processor_count if device.type == "cuda" else 3
 
 
+def test_memory_may_begin_anywhere(device: torch.device) -> None:
+    """Kernels store 16 bytes at a time: an out in between is copied to, a workspace in between refused."""
+    args, state = cache_inputs(Case("slices", B=1, S=1, T=40, H=2, G=2, dtype=BF16), device)
+    expected = fused_kv_attn_with_kvcache(*args, **state)
+    room = torch.zeros(150, dtype=BF16, device=device)
+    for first in (0, 1, 8):
+        out = room[first : first + 128].view(1, 1, 2, 64)
+        assert_same_bits(fused_kv_attn_with_kvcache(*args, **state, out=out), expected)
+        assert_same_bits(out, expected)
+    with pytest.raises(ValueError, match="workspace must begin at a multiple of 16 bytes"):
+        fused_kv_attn_with_kvcache(*args, **state, workspace=torch.zeros(100_001, device=device)[1:])
+
+
+def test_left_padding_of_packed_queries(device: torch.device) -> None:
+    (q, *rest), state = cache_inputs(Case("packed", B=3, S=1, T=40, lengths=(20, 3, 40)), device)
+    bounds = torch.tensor([0, 1, 1, 3], dtype=torch.int32, device=device)
+    leftpad = torch.tensor([4, 0, 39], dtype=torch.int32, device=device)
+    options = {**state, "cu_seqlens_q": bounds, "max_seqlen_q": 2, "cache_leftpad": leftpad}
+    op, oracle = fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache
+    slopes = torch.rand(3, 4).to(device)
+    assert_matches_oracle(op, oracle, q[:, 0], *rest, **options, return_lse=True, alibi_slopes=slopes)
+
+
+@pytest.mark.parametrize("S", [0, 1, 3])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
+def test_calls_without_left_padding_of_any_size(S: int, heads: tuple[int, int], device: torch.device) -> None:
+    case = Case("sizes", B=2, S=S, T=20, H=heads[0], G=heads[1], causal=False, lengths=(2, 20))
+    args, state = cache_inputs(case, device)
+    options = {**state, "causal": False, "left_padding": False, "return_lse": True}
+    options["sinks"] = torch.randn(case.H).to(device)
+    op, oracle = fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache
+    out, _ = assert_matches_oracle(op, oracle, *args, **options)
+    assert out.shape == (2, S, case.H, 64)
+    bounds = torch.tensor([0, S, S], dtype=torch.int32, device=device)
+    packed = {**options, "cu_seqlens_q": bounds, "max_seqlen_q": S}
+    assert_matches_oracle(op, oracle, args[0][0], *args[1:], **packed)
+
+
 def test_packed_queries_and_strided_results_have_an_out(device: torch.device) -> None:
     (q, *rest), state = cache_inputs(Case("packed", B=3, S=1, T=40, lengths=(20, 3, 40), dtype=BF16), device)
     bounds = torch.tensor([0, 1, 1, 3], dtype=torch.int32, device=device)
@@ -480,7 +518,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"cache_batch_idx\[1\] must be a row .*0 to 1, got 2",
     ),
     ({"cache_batch_idx": torch.tensor([-1, 0])}, ValueError, r"cache_batch_idx\[0\] must be a row .*got -1"),
-    ({"cache_batch_idx": torch.tensor([0])}, ValueError, "block_table must have 2 rows"),
+    (
+        {"cache_batch_idx": torch.tensor([0])},
+        ValueError,
+        r"cache_batch_idx must have shape \(B,\) = \(2,\), got \(1,\)",
+    ),
     ({"cache_batch_idx": torch.tensor([[0, 1]])}, ValueError, r"cache_batch_idx must have shape \(B,\)"),
     (
         {"cache_batch_idx": torch.tensor([0.0, 1.0])},
@@ -553,9 +595,9 @@ def test_new_tokens_that_do_not_fit_are_refused_before_they_are_written() -> Non
     k, v = new_tokens(case, 2, CPU).values()
     before = [x.clone() for x in (*args[1], *args[2])]
     for change, message in (
-        ({}, r"cache_seqlens\[0\] must be from 0 to 12"),
-        ({"cache_seqlens": 11}, "cache_seqlens must be from 0 to 10, room for 2 new tokens, got 11"),
-        ({"cache_seqlens": torch.tensor([-1, 7])}, r"cache_seqlens\[0\] must be from 0 to 12, .* got -1"),
+        ({}, r"cache_seqlens\[0\] must be from 0 to 10, room for the 2 tokens of k, got 11"),
+        ({"cache_seqlens": 11}, "cache_seqlens must be from 0 to 10, room for the 2 tokens of k, got 11"),
+        ({"cache_seqlens": torch.tensor([-1, 7])}, r"cache_seqlens\[0\] must be from 0 to 10, .* got -1"),
         ({"cache_seqlens": 5, **rotary_tables(6, 16, CPU)}, "rotary_cos"),
         (
             {"cache_seqlens": 5, **rotary_tables(5, 16, CPU), "causal": False},
@@ -589,3 +631,54 @@ def test_arguments_that_exclude_each_other_are_refused() -> None:
     strided, lengths = cache_inputs(Case("strided", S=1, T=12, layout="transposed"), CPU)
     with pytest.raises(ValueError, match=r"key_caches\[0\] must have stride \d+ in dim 0 with cache_leftpad"):
         fused_kv_attn_with_kvcache(*strided, **lengths, cache_leftpad=index * 0)
+
+
+LENGTHS = torch.tensor([8, 3], dtype=torch.int32)
+NEW = torch.zeros(2, 1, 2, 16)
+ANGLES = torch.zeros(9, 4)
+WRONG_NEW_TOKENS = [
+    ({"k": NEW[..., :8]}, ValueError, r"k must have the heads and head dim of key_caches\[0\]"),
+    ({"k": NEW.double()}, TypeError, r"key_caches\[0\] must be float64 as k, got float32"),
+    ({"v": NEW.half()}, TypeError, "v must be float32 as k, got float16"),
+    ({"v": NEW[:1]}, ValueError, r"v must have B and S of k"),
+    ({"k": NEW.clone().requires_grad_()}, ValueError, "k must not require grad"),
+    (
+        {"cache_seqlens": LENGTHS},
+        ValueError,
+        r"cache_seqlens\[0\] must be from 0 to 7, room for the 1 tokens of k, got 8",
+    ),
+    ({"cache_seqlens": None}, ValueError, "cache_seqlens must be given with k and v, got None"),
+    (
+        {"cache_seqlens": 3, "host_seqlens": [7, 7]},
+        ValueError,
+        r"host_seqlens must be \[3, 3\] as cache_seqlens",
+    ),
+    ({"rotary_cos": ANGLES, "rotary_sin": ANGLES[:4]}, ValueError, "rotary_cos and rotary_sin must both be"),
+    (
+        {"rotary_cos": ANGLES[0], "rotary_sin": ANGLES[0]},
+        ValueError,
+        "rotary_cos and rotary_sin must both be",
+    ),
+    (
+        {"rotary_cos": torch.zeros(9, 9), "rotary_sin": torch.zeros(9, 9)},
+        ValueError,
+        "rotary_dim at most D = 16",
+    ),
+    ({"rotary_interleaved": "x"}, TypeError, "rotary_interleaved must be a bool, got str"),
+    ({"out": torch.zeros(1, 1, 4, 16).expand(2, 1, 4, 16)}, ValueError, "out must have memory of its own"),
+    (
+        {"out": torch.zeros(99).as_strided((2, 1, 4, 16), (8, 8, 8, 1))},
+        ValueError,
+        "out must have memory of its",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_NEW_TOKENS)
+def test_errors_of_new_tokens_have_the_names_of_the_call(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    q, caches = torch.zeros(2, 1, 4, 16), torch.zeros(2, 2, 8, 2, 16)
+    options = {"cache_seqlens": torch.tensor([3, 3], dtype=torch.int32), "k": NEW, "v": NEW, **change}
+    with pytest.raises(error, match=message):
+        fused_kv_attn_with_kvcache(q, caches[0], caches[1], **options)

@@ -268,6 +268,37 @@ def test_autocast_computes_scores_in_float32() -> None:
     assert_same_bits((out, lse), expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sink_of_no_weight_has_no_gradient_where_a_row_sees_nothing(compiled: bool) -> None:
+    args = dense_inputs(Case("blind", S=3, T=5), CPU)
+    sinks = torch.tensor([-math.inf, 0.5, -math.inf, 1.0], requires_grad=True)
+    mask = torch.rand(3, 5) < 0.7
+    mask[1] = False
+    torch._dynamo.reset()
+    attend = torch.compile(fused_kv_attn_func, backend="aot_eager") if compiled else fused_kv_attn_func
+    out, lse = attend(*args, attn_mask=mask, sinks=sinks, return_lse=True)
+    assert not out[:, 1].any() and torch.equal(lse[0, :, 1], sinks)
+    (grad,) = torch.autograd.grad(out.square().sum(), sinks)
+    assert bool(grad.isfinite().all()) and not grad[[0, 2]].any() and bool(grad[[1, 3]].all())
+
+
+def test_a_backward_under_autocast_has_the_gradients_of_one_outside() -> None:
+    case = Case("autocast", S=64, T=64)
+    inputs, _ = arguments(case, {})
+    q, *rest = [x.requires_grad_() for x in inputs[:5]]
+    grads = []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype=BF16):
+            out, lse = fused_kv_attn_func(
+                q, rest[:2], rest[2:], causal=True, sinks=torch.zeros(4), softmax_scale=4.0, return_lse=True
+            )
+            plain = fused_kv_attn_func(q, rest[:2], rest[2:], softmax_scale=4.0, return_lse=True)[1]
+            loss = out.float().square().sum() + lse.sum() + plain.sum()
+        with torch.autocast("cpu", dtype=BF16, enabled=inside):
+            grads.append(torch.autograd.grad(loss, [q, *rest]))
+    assert_same_bits(*grads)
+
+
 def test_parameters_of_other_dtypes_get_gradients_of_their_own() -> None:
     q, keys, values, a, b = dense_inputs(Case("dtypes", S=40, T=40, dtype=BF16), CPU)
     sink = torch.randn(4, dtype=BF16, requires_grad=True)
