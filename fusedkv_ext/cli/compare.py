@@ -12,7 +12,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def _rates(text: str | None, config: TrainConfig) -> tuple[float, ...]:
 def run(args: argparse.Namespace) -> int:
     if args.jobs < 1 or args.threads < 0:
         raise ConfigError(f"--jobs must be >= 1 and --threads >= 0, got {args.jobs} and {args.threads}")
-    from fusedkv_ext.lab import compare
+    from fusedkv_ext.lab import compare, runs
     from fusedkv_ext.lab.entries import parse_all
     from fusedkv_ext.lab.figures import need_matplotlib
     from fusedkv_ext.training import session
@@ -85,21 +86,42 @@ def run(args: argparse.Namespace) -> int:
         if session.rank() == 0:
             print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the processes
     try:
-        with session.session():
-            result = _compare(args, entries, budget, say)
-    except KeyboardInterrupt:
+        with _interrupts() as interrupted, session.session():
+            result = _compare(args, entries, budget, say, interrupted)
+    except (KeyboardInterrupt, runs.Stopped):
         return experiment.stopped(args)
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
     if result is not None:
         print(json.dumps(result) if args.json else _text(result))
     return 0
 
 
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; yields whether one has come.
+
+    Python drops an exception that a signal raises inside a weak reference's callback, so runs also ask.
+    """
+    caught: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _compare(
-    args: argparse.Namespace, entries: list[Entry], budget: Budget, say: Callable[[str], None]
+    args: argparse.Namespace,
+    entries: list[Entry],
+    budget: Budget,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
 ) -> Result | None:
     """Trains and times all methods, and writes the result; None on all ranks except rank 0."""
     import torch
@@ -118,7 +140,10 @@ def _compare(
         f"{args.jobs} at a time; a line as each ends"
     )
     began, results = time.monotonic(), {}
-    for key, result, left in compare.run_all(entries, budget, args.out, jobs=args.jobs, threads=threads):
+    all_runs = compare.run_all(
+        entries, budget, args.out, jobs=args.jobs, threads=threads, should_stop=should_stop
+    )
+    for key, result, left in all_runs:
         results[key] = result
         loss = result["valid_bits_per_byte"]
         ended = "diverged" if loss is None else f"{loss:.4f} bits/byte"

@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +185,20 @@ def read_result(folder: Path, config: TrainConfig, text: str) -> dict[str, Any] 
     return result
 
 
-def train_run(config: TrainConfig, folder: Path, threads: int, text: str) -> dict[str, Any]:
+def train_run(
+    config: TrainConfig,
+    folder: Path,
+    threads: int,
+    text: str,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Trains one model to the end, resuming from its newest checkpoint, and writes the result."""
     loop.deterministic(resolve_device(config.run.device))
     plan = resolve_plan(config.model).to_dict()
     result: dict[str, Any] = {"config": config.to_dict(), "plan": plan, "text": text}
     try:
         with _with_threads(threads):
-            done = runs.finish(config, folder, SilentProgress(), should_stop=lambda: False)
+            done = runs.finish(config, folder, SilentProgress(), should_stop)
         result |= {"valid_loss": done.valid_loss, "valid_bits_per_byte": done.valid_bits_per_byte}
     except TrainingDiverged as error:  # also a result: this rate is too high for this method
         result |= {"valid_loss": None, "valid_bits_per_byte": None, "diverged": str(error)}
@@ -211,7 +218,13 @@ def load(budget: Budget) -> TokenData:
 
 
 def run_all(
-    entries: Sequence[Entry], budget: Budget, root: Path, *, jobs: int, threads: int
+    entries: Sequence[Entry],
+    budget: Budget,
+    root: Path,
+    *,
+    jobs: int,
+    threads: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[RunKey, dict[str, Any], int]]:
     """Trains all missing runs below `root`.
 
@@ -224,11 +237,13 @@ def run_all(
         root: Output folder.
         jobs: Number of concurrent runs.
         threads: CPU threads of each run.
+        should_stop: Returns True to interrupt the runs.
 
     Yields:
         (run, result, number of known remaining runs).
 
     Raises:
+        Stopped: `should_stop` returned True before the end.
         ConfigError: Settings are invalid, or differ from those of existing runs.
         RuntimeError: The process of a run was killed.
     """
@@ -238,7 +253,8 @@ def run_all(
     methods = configs(entries, budget, data.vocab_size)
     results: Results = {}
     with ExitStack() as stack:
-        train = _at_once if jobs == 1 else stack.enter_context(_processes(jobs))
+        at_once = partial(_at_once, should_stop=should_stop)
+        train = at_once if jobs == 1 else stack.enter_context(_processes(jobs))
         running: dict[Future[dict[str, Any]], RunKey] = {}
         while True:
             missing = [key for key in plan_runs(entries, budget, results) if key not in running.values()]
@@ -252,16 +268,20 @@ def run_all(
                     running[train(train_run, config, folder, threads, data.key)] = key
             if not running and not missing:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
                 results[key] = future.result()
                 yield key, results[key], len(plan_runs(entries, budget, results))
+            if should_stop():
+                raise runs.Stopped
 
 
-def _at_once(train: Callable[..., dict[str, Any]], *arguments: Any) -> Future[dict[str, Any]]:
-    """Runs a call in this process."""
+def _at_once(
+    train: Callable[..., dict[str, Any]], *arguments: Any, should_stop: Callable[[], bool]
+) -> Future[dict[str, Any]]:
+    """Runs a call in this process, which `should_stop` ends."""
     done: Future[dict[str, Any]] = Future()
-    done.set_result(train(*arguments))
+    done.set_result(train(*arguments, should_stop=should_stop))
     return done
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from test_compare import ROOT, SIZES, text  # noqa: F401  (a fixture)
 
+from fusedkv_ext.cli import main as cli
+from fusedkv_ext.training.trainer import DecoderTrainer, StepResult
+
 
 def _workers(parent: int) -> list[int]:
     """The processes of a pool, not its resource tracker."""
@@ -137,3 +140,33 @@ def test_an_interrupted_comparison_leaves_no_process(
     finally:
         if going.poll() is None:
             os.killpg(going.pid, signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_the_comparison(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An exception of a signal handler inside a finalizer is ignored by Python."""
+    steps = []
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def step(trainer: DecoderTrainer) -> StepResult:
+        steps.append(trainer.step)
+        if len(steps) == 3:
+            Finalized()
+        return train_step(trainer)
+
+    train_step = DecoderTrainer.train_step
+    monkeypatch.setattr(DecoderTrainer, "train_step", step)
+    values = SIZES | {"run.steps": 100, "data.cache_dir": str(tmp_path / "tokens")}
+    command = ["compare", "--methods", "vanilla", "--seeds", "1", "--text", str(text)]
+    command += ["--out", str(tmp_path / "out")]
+    command += [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    assert cli.main(command) == 130
+    assert steps == [0, 1, 2] and "resumes" in capsys.readouterr().err
