@@ -48,6 +48,7 @@ HF_TESTS := $(abspath build/transformers-tests)
 NEWEST_HF = $(shell $(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
 LM_EVAL := $(abspath build/lm-eval/site-packages)
 TRL := $(abspath build/trl/site-packages)
+VLLM := $(abspath build/vllm/site-packages)
 MKDOCS := $(abspath build/mkdocs/site-packages)
 
 NATIVE_SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard build_support/*.py) \
@@ -59,7 +60,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PATH := $(BIN):$(PATH)
 export FUSEDKV_CUDA
 
-.PHONY: help build demo test test-fast test-hf test-lm-eval test-trl test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects gpu-bundle floor abi sdist wheel clean distclean
+.PHONY: help build demo test test-fast test-hf test-lm-eval test-trl test-vllm test-real simt sanitize instructions bench performance-doc docs site lint format cuda-objects gpu-bundle floor abi sdist wheel clean distclean
 
 help:
 	@echo "make demo          train vanilla, FusedKV-Lite and FusedKV on real text, compare them, write plots (ARGS=--quick)"
@@ -69,6 +70,7 @@ help:
 	@echo "                   tests of models with the oldest and the newest, which it fetches (140 MB on disk)"
 	@echo "make test-lm-eval  the test with EleutherAI's lm_eval, which it fetches (620 MB on disk)"
 	@echo "make test-trl      the tests with TRL, which it fetches (270 MB on disk)"
+	@echo "make test-vllm     the tests of models served by vLLM on the CPU, which it fetches (1.4 GB on disk)"
 	@echo "make test-real     the tests on SmolLM2-135M and real text, which it fetches (110 MB; REAL=build/real keeps them)"
 	@echo "make simt          build the CUDA kernels for the host executor; make test does it too"
 	@echo "make sanitize      the tests of the CPU ops with AddressSanitizer and UndefinedBehaviorSanitizer (ARGS='-k paged')"
@@ -154,6 +156,14 @@ test-lm-eval: $(NATIVE) $(LM_EVAL)
 test-trl: $(NATIVE) $(TRL)
 	@PYTHONPATH=$(TRL) $(BIN)/python -c 'import trl'
 	@PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q python_tests/hf/test_hf_trl.py $(ARGS)
+
+# triton is left out: it has no backend for CPUs.
+$(VLLM): $(DEPS) constraints-vllm.txt
+	@echo "installing vLLM and what it needs into $@"
+	@rm -rf $@ $@.partial && $(PIP) install --no-deps --target $@.partial -r constraints-vllm.txt && mv $@.partial $@
+
+test-vllm: $(NATIVE) $(VLLM) $(LM_EVAL)
+	@PYTHONPATH=$(VLLM):$(LM_EVAL) FUSEDKV_REQUIRE_VLLM=1 $(PYTEST) python_tests/serving $(ARGS)
 
 $(REAL)/smollm2: $(DEPS)
 	@test -e $@ || $(BIN)/python scripts/smollm2.py $@

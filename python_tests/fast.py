@@ -63,6 +63,7 @@ FAST: dict[str, str] = {
     "conversion/test_hf_pooling.py": ALL,
     "conversion/test_hf_convert.py": r"vanilla|identical|refused|nearer.*\[fusedkv-llama",
     "conversion/test_hf_distill.py": ALL,
+    "serving/test_vllm_config.py": ALL,
     # lab, benchmarks, command line
     "lab/test_compare.py": r"labels|options|paired|verdicts|front|names",
     "lab/test_plan_cluster.py": r"rows_are|mistakes|read",

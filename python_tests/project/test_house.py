@@ -32,7 +32,7 @@ FLOORS = [
     {"distributed"},
     {"training"},
     {"evaluation", "hf"},
-    {"conversion"},
+    {"conversion", "vllm"},
     {"lab"},
     {"cli"},
 ]
