@@ -22,11 +22,12 @@ from suite.cpu.decode import BATCH, CONTEXT, SHORT
 from suite.cpu.settings import FAMILIES
 from suite.gpu.tasks import TITLES
 from suite.report import by_time, means, number, times
+from suite.serving import report as serving
 
 Result = dict[str, Any]
 Record = dict[str, Any]
 
-DOCUMENTS = ("docs/performance.md", "README.md")
+DOCUMENTS = ("docs/performance.md", "docs/serving.md", "README.md")
 PICTURES = {"docs/img/cpu_decode.png": "cpu_2threads.json"}
 RESULTS = "benchmarks/results"
 _CURVES = (CONTEXT, BATCH)
@@ -262,6 +263,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "goals": goals_table,
     "rows": rows_tables,
     "headline": headline,
+    "serving": serving.document,
 }
 
 

@@ -1,0 +1,1 @@
+"""Serving by vLLM: plain Llama beside cache plans, at equal KV memory."""
