@@ -262,11 +262,9 @@ class EarlyExitModel(LlamaModel):
         steps = get_forward_context().attn_metadata
         step = steps[self.layers[-1].self_attn.attn.layer_name] if steps else None
         rows = getattr(step, "logits_indices_padded", None)  # None: all rows
-        inputs = (
-            [positions, hidden, residual]
-            if rows is None
-            else [x[rows] for x in (positions, hidden, residual)]
-        )
+        if rows is not None and step.num_logits_indices == len(hidden):  # nothing but decoding
+            rows = None
+        inputs = [x if rows is None else x[rows] for x in (positions, hidden, residual)]
         buffers = (self._positions, self._hidden, self._residual)
         wanted, residual = self.reading(*map(_copied, buffers, inputs))
         wanted, _ = self.norm(wanted, residual)
