@@ -264,6 +264,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "rows": rows_tables,
     "headline": headline,
     "serving": serving.document,
+    "serving-pressure": serving.pressure_table,
 }
 
 

@@ -91,6 +91,7 @@ def test_tables_have_ratios_and_errors(result: dict[str, Any]) -> None:
     assert text.count("* cla:factor=4: RuntimeError: no kernel") == 2
     assert "**Under pressure**: 8 requests" in text and "**Room for all**: 2 requests" in text
     assert text == report.document(result)
+    assert tables.BLOCKS["serving-pressure"](result) in text
 
 
 def test_early_exit_adds_plans_whose_last_layers_store_nothing() -> None:

@@ -55,6 +55,11 @@ def scenario_table(result: Record, scenario: str) -> str:
     return text + ("\n" + "\n".join(errors) + "\n" if errors else "")
 
 
+def pressure_table(result: Record) -> str:
+    """For README.md: the rows under pressure."""
+    return scenario_table(result, "pressure")
+
+
 def conditions(result: Record) -> str:
     """The machine and the sizes, as sentences."""
     m, s = result["machine"], result["sizes"]
