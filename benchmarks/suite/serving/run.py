@@ -66,6 +66,7 @@ def environment(threads: int) -> Iterator[None]:
     """What vLLM finds in its environment. Without OMP_NUM_THREADS it takes one thread."""
     before = dict(os.environ)
     os.environ |= ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would replace the memory that engines are given
     torch.set_num_threads(threads)
     try:
         yield
