@@ -23,7 +23,7 @@ from vllm_models import TOKENS, generate, load, make_model
 ROOT = Path(__file__).resolve().parents[2]
 END = 256  # of a text, in the tokenizer of bytes
 MAX_LEN = 256
-START = 240  # seconds until a server answers, on a busy machine
+START = 480  # seconds until a server answers, on a busy machine
 
 
 class Server:
