@@ -24,10 +24,12 @@ void check_contents(const AppendCall& call) {
 
 Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens,
                       std::optional<Tensor> block_table, std::optional<Tensor> rotary_cos,
-                      std::optional<Tensor> rotary_sin, bool rotary_interleaved,
-                      std::optional<Tensor> query) {
-  const AppendArguments arguments{key,         value,      key_cache,  value_cache,        cache_seqlens,
-                                  block_table, rotary_cos, rotary_sin, rotary_interleaved, query};
+                      std::optional<Tensor> rotary_sin, bool rotary_interleaved, std::optional<Tensor> query,
+                      std::optional<Tensor> key_scale, std::optional<Tensor> key_center,
+                      std::optional<Tensor> value_scale, std::optional<Tensor> value_center) {
+  const AppendArguments arguments{key,         value,      key_cache,   value_cache,        cache_seqlens,
+                                  block_table, rotary_cos, rotary_sin,  rotary_interleaved, query,
+                                  key_scale,   key_center, value_scale, value_center};
   const AppendCall call = append_call(arguments, /*cuda=*/false);
   check_contents(call);
   begin_writes(arguments);

@@ -19,6 +19,7 @@ struct AppendArguments {
   std::optional<Tensor> block_table, rotary_cos, rotary_sin;
   bool rotary_interleaved;
   std::optional<Tensor> query;
+  std::optional<Tensor> key_scale, key_center, value_scale, value_center;
 };
 
 struct AppendCall {
@@ -27,21 +28,81 @@ struct AppendCall {
   Tensor rotated;  // the queries' new tensor; empty without a query
 };
 
+// The float32 (heads, D) scale or center of a tensor that is encoded; nullptr if there is none.
+inline const float* code_parameter(const std::optional<Tensor>& given, const char* name, const Tensor& x,
+                                   bool cuda) {
+  if (!given) return nullptr;
+  check_device(*given, name, cuda);
+  check_type(given->scalar_type() == ScalarType::Float, name, " must be float32, got ", DTypeOf{*given},
+             "; convert it with .float()");
+  check_value(given->dim() == 2 && given->size(0) == x.size(2) && given->size(1) == x.size(3) &&
+                  given->is_contiguous(),
+              name, " must be contiguous of shape (G, D) = (", x.size(2), ", ", x.size(3), "), got ",
+              Shape{*given});
+  return static_cast<const float*>(given->const_data_ptr());
+}
+
+// How a tensor is encoded: names of the scale and the center, and what was given.
+struct CodeArguments {
+  const char *scale_name, *center_name;
+  const std::optional<Tensor>&scale, &center;
+};
+
+// New tokens for a cache of codes: codes of its dtype, or numbers to encode.
+inline void set_code(AppendTensor* out, const Tensor& x, const char* name, const Tensor& cache,
+                     const char* cache_name, const CodeArguments& code, bool cuda) {
+  const bool copied = x.scalar_type() == cache.scalar_type();
+  check_value(!copied || (!code.scale && !code.center), code.scale_name, " and ", code.center_name,
+              " must be None for a ", name, " that has codes already, got a tensor");
+  if (!copied) {
+    check_type(code_of(x) == CacheCode::raw && x.scalar_type() != ScalarType::Double, name,
+               " must be float32, bfloat16 or float16, or ", DTypeOf{cache}, " as ", cache_name, ", got ",
+               DTypeOf{x});
+    check_value(code.scale.has_value(), code.scale_name, " must be given to encode ", name, " into ",
+                cache_name, " of ", DTypeOf{cache}, ", got None");
+    check_value(x.size(3) <= kMaxHeadDim && (out->code != CacheCode::i4 || x.size(3) % 2 == 0), name,
+                " must have an even head dim of at most ", kMaxHeadDim, " to be encoded, got ", x.size(3));
+  }
+  out->scale = code_parameter(code.scale, code.scale_name, x, cuda);
+  out->center = code_parameter(code.center, code.center_name, x, cuda);
+}
+
 inline AppendTensor append_tensor(const Tensor& x, const char* name, const Tensor& cache,
-                                  const char* cache_name, const Tensor& key, bool cuda) {
+                                  const char* cache_name, const Tensor& like, const char* like_name,
+                                  const Tensor& key, const CodeArguments* code, bool cuda) {
   check_device(x, name, cuda);
   check_device(cache, cache_name, cuda);
   check_rank4(x, name, "(B, S, G, D)");
   check_rank4(cache, cache_name, "(B, capacity, G, D), or (P, page_size, G, D) with a block_table");
-  check_same_dtype(x, name, key, "key");
-  check_same_dtype(cache, cache_name, key, "key");
+  AppendTensor out{};
+  out.code = code ? code_of(cache) : CacheCode::raw;
+  if (out.code == CacheCode::raw || x.scalar_type() != cache.scalar_type())
+    check_same_dtype(x, name, like, like_name);
+  if (out.code == CacheCode::raw) check_same_dtype(cache, cache_name, like, like_name);
   check_value(x.size(0) == key.size(0) && x.size(1) == key.size(1), name, " must have B and S of key, ",
               Shape{key}, ", got ", Shape{x});
-  check_value(x.size(2) == cache.size(2) && x.size(3) == cache.size(3), name,
-              " must have the heads and head dim of ", cache_name, ", ", Shape{cache}, ", got ", Shape{x});
+  const bool encoded = out.code != CacheCode::raw && x.scalar_type() != cache.scalar_type();
+  const int64_t channels = encoded ? channels_of(cache, out.code) : cache.size(3);
+  check_value(x.size(2) == cache.size(2) && x.size(3) == channels, name,
+              " must have the heads and head dim of ", cache_name, ", ", Shape{cache},
+              encoded && out.code == CacheCode::i4 ? " of two codes each" : "", ", got ", Shape{x});
   check_has_channels(x.size(3), name);
-  return {x.const_data_ptr(), x.stride(0),     x.stride(1),     x.stride(2), cache.mutable_data_ptr(),
-          cache.stride(0),    cache.stride(1), cache.stride(2), x.size(2),   x.size(3)};
+  out.src = x.const_data_ptr();
+  out.src_stride_b = x.stride(0);
+  out.src_stride_s = x.stride(1);
+  out.src_stride_g = x.stride(2);
+  out.dst = cache.mutable_data_ptr();
+  out.dst_stride_b = cache.stride(0);
+  out.dst_stride_t = cache.stride(1);
+  out.dst_stride_g = cache.stride(2);
+  out.heads = x.size(2);
+  out.D = out.code == CacheCode::raw ? x.size(3) : channels_of(cache, out.code);
+  if (code && out.code == CacheCode::raw)
+    check_value(!code->scale && !code->center, code->scale_name, " and ", code->center_name,
+                " must be None for a ", cache_name, " of ", DTypeOf{cache}, ", got a tensor");
+  else if (code)
+    set_code(&out, x, name, cache, cache_name, *code, cuda);
+  return out;
 }
 
 inline void set_rotary(AppendKVCacheParams& p, const Tensor& cos, const Tensor& sin, bool interleaved,
@@ -68,11 +129,19 @@ inline AppendCall append_call(const AppendArguments& x, bool cuda) {
   check_rank4(x.key, "key", "(B, S, G, D)");
   AppendCall call;
   AppendKVCacheParams& p = call.params;
-  p.dtype = dtype_of(x.key, "key");
+  // What is not codes has one dtype, that of the first such tensor.
+  const bool key_is_code = code_of(x.key) != CacheCode::raw,
+             value_is_code = code_of(x.value) != CacheCode::raw;
+  const Tensor& like = !key_is_code ? x.key : !value_is_code ? x.value : x.query ? *x.query : x.key;
+  const char* like_name = !key_is_code ? "key" : !value_is_code ? "value" : "query";
+  p.dtype = code_of(like) == CacheCode::raw ? dtype_of(like, like_name) : DType::bf16;
   p.B = x.key.size(0);
   p.S = x.key.size(1);
-  p.key = append_tensor(x.key, "key", x.key_cache, "key_cache", x.key, cuda);
-  p.value = append_tensor(x.value, "value", x.value_cache, "value_cache", x.key, cuda);
+  const CodeArguments key_code{"key_scale", "key_center", x.key_scale, x.key_center},
+      value_code{"value_scale", "value_center", x.value_scale, x.value_center};
+  p.key = append_tensor(x.key, "key", x.key_cache, "key_cache", like, like_name, x.key, &key_code, cuda);
+  p.value = append_tensor(x.value, "value", x.value_cache, "value_cache", like, like_name, x.key, &value_code,
+                          cuda);
   for (int64_t i = 0; i < 2; ++i)
     check_value(x.value_cache.size(i) == x.key_cache.size(i),
                 "value_cache must have the first two dims of key_cache, ", Shape{x.key_cache}, ", got ",
@@ -86,6 +155,8 @@ inline AppendCall append_call(const AppendArguments& x, bool cuda) {
   p.page_size = call.layout.page_size;
   check_value(x.rotary_cos.has_value() == x.rotary_sin.has_value(),
               "rotary_cos and rotary_sin must be passed together, got one of them");
+  check_value(!x.rotary_cos || !key_is_code,
+              "rotary_cos must be None for a key that has codes already, got a tensor");
   if (x.rotary_cos) set_rotary(p, *x.rotary_cos, *x.rotary_sin, x.rotary_interleaved, cuda);
   if (!x.query) {
     call.rotated = empty_tensor(x.key, {0}, dtype_code(x.key));
@@ -96,7 +167,7 @@ inline AppendCall append_call(const AppendArguments& x, bool cuda) {
   check_rank4(query, "query", "(B, S, H, D)");
   call.rotated =
       empty_tensor(query, {query.size(0), query.size(1), query.size(2), query.size(3)}, dtype_code(query));
-  p.query = append_tensor(query, "query", call.rotated, "query", x.key, cuda);
+  p.query = append_tensor(query, "query", call.rotated, "query", like, like_name, x.key, nullptr, cuda);
   check_value(p.query.D == p.key.D, "query must have the head dim of key, ", p.key.D, ", got ", Shape{query});
   return call;
 }
@@ -120,6 +191,10 @@ inline void begin_writes(const AppendArguments& x) {
   if (x.rotary_cos) check(*x.rotary_cos, "rotary_cos");
   if (x.rotary_sin) check(*x.rotary_sin, "rotary_sin");
   if (x.query) check(*x.query, "query");
+  if (x.key_scale) check(*x.key_scale, "key_scale");
+  if (x.key_center) check(*x.key_center, "key_center");
+  if (x.value_scale) check(*x.value_scale, "value_scale");
+  if (x.value_center) check(*x.value_center, "value_center");
   count_write(x.key_cache, "key_cache");
   count_write(x.value_cache, "value_cache");
 }

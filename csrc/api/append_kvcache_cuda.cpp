@@ -10,13 +10,17 @@ namespace {
 
 Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens,
                       std::optional<Tensor> block_table, std::optional<Tensor> rotary_cos,
-                      std::optional<Tensor> rotary_sin, bool rotary_interleaved,
-                      std::optional<Tensor> query) {
+                      std::optional<Tensor> rotary_sin, bool rotary_interleaved, std::optional<Tensor> query,
+                      std::optional<Tensor> key_scale, std::optional<Tensor> key_center,
+                      std::optional<Tensor> value_scale, std::optional<Tensor> value_center) {
   check_device(key, "key", kCuda);
   const DeviceScope scope(key);
-  const AppendArguments arguments{key,         value,      key_cache,  value_cache,        cache_seqlens,
-                                  block_table, rotary_cos, rotary_sin, rotary_interleaved, query};
+  const AppendArguments arguments{key,         value,      key_cache,   value_cache,        cache_seqlens,
+                                  block_table, rotary_cos, rotary_sin,  rotary_interleaved, query,
+                                  key_scale,   key_center, value_scale, value_center};
   const AppendCall call = append_call(arguments, kCuda);
+  check_value(call.params.key.code == CacheCode::raw && call.params.value.code == CacheCode::raw,
+              "key_cache and value_cache must have the dtype of key on a GPU, got codes");
   const auto use = [&](const Tensor& x, const char* name) {
     check_same_gpu(x, name, key, "key");
     scope.uses(x, name);

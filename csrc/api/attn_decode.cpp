@@ -28,7 +28,7 @@ int64_t cache_bytes(const AttnDecodeParams& p) {
     const TokenRange visible = visible_tokens(p, b);
     tokens += visible.end - visible.begin;
   }
-  return tokens * p.G * (p.num_keys * p.D + p.num_values * p.Dv) * size_of(p.dtype);
+  return tokens * p.G * token_bytes(p);
 }
 
 // KV heads that a task processes together: adjacent heads up to kStretchBytes, or one if heads are not
@@ -36,10 +36,11 @@ int64_t cache_bytes(const AttnDecodeParams& p) {
 // depend on it.
 int64_t heads_per_task(const AttnDecodeParams& p, int64_t tasks_per_head, int64_t threads) {
   const CacheTensor& keys = p.keys[0];
-  if (keys.stride_g > p.D) return 1;
+  const int64_t elements = cache_elements(p.key_code, p.D);
+  if (keys.stride_g > elements) return 1;
   constexpr int64_t kTasksPerThread = 4;
   const int64_t bytes = std::min(kStretchBytes, kStretchBytesOfAllSources / (p.num_keys + p.num_values));
-  const int64_t stretch = std::max<int64_t>(bytes / (p.D * size_of(p.dtype)), 1);
+  const int64_t stretch = std::max<int64_t>(bytes / (elements * size_of(p.key_code, p.dtype)), 1);
   const int64_t for_threads = tasks_per_head * p.G / (threads * kTasksPerThread);
   const int64_t most = std::min(stretch, std::max<int64_t>(for_threads, 1));
   return std::min(most, p.G);
@@ -64,6 +65,8 @@ AttnResults attend(const AttnArguments& x) {
       cache_layout(x.key_caches[0], "key_caches[0]", x.cache_seqlens, x.block_table, p.B, false);
   set_options(p, layout, x);
   set_scores(p, x, false);
+  TokenScales scales;
+  set_codes(p, x, false, &scales);
   if (x.workspace) caller_workspace(*x.workspace, 0, false);  // threads have their own
   bool all_written = true;                                    // by tasks: every sequence has one split
   int64_t partials = 0;

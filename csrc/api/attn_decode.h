@@ -27,6 +27,9 @@ struct AttnArguments {
   int64_t max_seqlen_q;
   double softcap;
   std::optional<Tensor> sinks, alibi_slopes;
+  std::optional<Tensor> codebook;
+  std::optional<std::vector<Tensor>> key_token_scales, value_token_scales;
+  std::optional<Tensor> q_sources, value_bias;
   std::optional<Tensor> out = std::nullopt, workspace = std::nullopt;
 
   // Calls f(tensor, name) for every input.
@@ -46,6 +49,14 @@ struct AttnArguments {
     optional(cu_seqlens_q, "cu_seqlens_q");
     optional(sinks, "sinks");
     optional(alibi_slopes, "alibi_slopes");
+    optional(codebook, "codebook");
+    optional(q_sources, "q_sources");
+    optional(value_bias, "value_bias");
+    const auto each = [&](const std::optional<std::vector<Tensor>>& list, const char* name) {
+      for (size_t j = 0; list && j < list->size(); ++j) f((*list)[j], name_of(name, j));
+    };
+    each(key_token_scales, "key_token_scales");
+    each(value_token_scales, "value_token_scales");
   }
 };
 
@@ -58,12 +69,33 @@ AttnResults attn_with_kvcache(Tensor q, std::vector<Tensor> key_caches, std::vec
                               Tensor cache_seqlens, std::optional<Tensor> block_table, double softmax_scale,
                               int64_t window_left, int64_t window_right, std::optional<Tensor> schedule,
                               bool batch_invariant, std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q,
-                              double softcap, std::optional<Tensor> sinks,
-                              std::optional<Tensor> alibi_slopes) {
-  return attend({std::move(q), std::move(key_caches), std::move(value_caches), std::move(key_weights),
-                 std::move(value_weights), std::move(cache_seqlens), std::move(block_table), softmax_scale,
-                 window_left, window_right, std::move(schedule), batch_invariant, std::move(cu_seqlens_q),
-                 max_seqlen_q, softcap, std::move(sinks), std::move(alibi_slopes)});
+                              double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                              std::optional<Tensor> codebook,
+                              std::optional<std::vector<Tensor>> key_token_scales,
+                              std::optional<std::vector<Tensor>> value_token_scales,
+                              std::optional<Tensor> q_sources, std::optional<Tensor> value_bias) {
+  return attend({std::move(q),
+                 std::move(key_caches),
+                 std::move(value_caches),
+                 std::move(key_weights),
+                 std::move(value_weights),
+                 std::move(cache_seqlens),
+                 std::move(block_table),
+                 softmax_scale,
+                 window_left,
+                 window_right,
+                 std::move(schedule),
+                 batch_invariant,
+                 std::move(cu_seqlens_q),
+                 max_seqlen_q,
+                 softcap,
+                 std::move(sinks),
+                 std::move(alibi_slopes),
+                 std::move(codebook),
+                 std::move(key_token_scales),
+                 std::move(value_token_scales),
+                 std::move(q_sources),
+                 std::move(value_bias)});
 }
 
 template <AttnResults (*attend)(const AttnArguments&)>
@@ -73,27 +105,55 @@ Tensor attn_with_kvcache_out(Tensor q, std::vector<Tensor> key_caches, std::vect
                              int64_t window_left, int64_t window_right, std::optional<Tensor> schedule,
                              bool batch_invariant, std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q,
                              double softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
-                             Tensor out, std::optional<Tensor> workspace) {
-  return std::get<1>(attend(
-      {std::move(q), std::move(key_caches), std::move(value_caches), std::move(key_weights),
-       std::move(value_weights), std::move(cache_seqlens), std::move(block_table), softmax_scale, window_left,
-       window_right, std::move(schedule), batch_invariant, std::move(cu_seqlens_q), max_seqlen_q, softcap,
-       std::move(sinks), std::move(alibi_slopes), std::move(out), std::move(workspace)}));
+                             Tensor out, std::optional<Tensor> workspace, std::optional<Tensor> codebook,
+                             std::optional<std::vector<Tensor>> key_token_scales,
+                             std::optional<std::vector<Tensor>> value_token_scales,
+                             std::optional<Tensor> q_sources, std::optional<Tensor> value_bias) {
+  return std::get<1>(attend({std::move(q),
+                             std::move(key_caches),
+                             std::move(value_caches),
+                             std::move(key_weights),
+                             std::move(value_weights),
+                             std::move(cache_seqlens),
+                             std::move(block_table),
+                             softmax_scale,
+                             window_left,
+                             window_right,
+                             std::move(schedule),
+                             batch_invariant,
+                             std::move(cu_seqlens_q),
+                             max_seqlen_q,
+                             softcap,
+                             std::move(sinks),
+                             std::move(alibi_slopes),
+                             std::move(codebook),
+                             std::move(key_token_scales),
+                             std::move(value_token_scales),
+                             std::move(q_sources),
+                             std::move(value_bias),
+                             std::move(out),
+                             std::move(workspace)}));
 }
 
-// All caches of one side: same shape as the first, same dtype as q.
-inline void set_caches(const std::vector<Tensor>& caches, const char* name, const Tensor& q, CacheTensor* out,
-                       bool cuda) {
+// All caches of one side: same shape and dtype as the first, which has codes or the dtype of q. Returns how
+// they store elements.
+inline CacheCode set_caches(const std::vector<Tensor>& caches, const char* name, const Tensor& q,
+                            CacheTensor* out, bool cuda) {
   check_count(caches.size(), name);
+  const CacheCode code = code_of(caches[0]);
   for (size_t j = 0; j < caches.size(); ++j) {
     const Tensor& x = caches[j];
     const Name own = name_of(name, j);
     check_device(x, own, cuda);
     check_rank4(x, own, "(B, capacity, G, D), or (P, page_size, G, D) with a block_table");
     check_same_shape(x, own, caches[0], name_of(name, 0));
-    check_same_dtype(x, own, q, "q");
+    if (code == CacheCode::raw)
+      check_same_dtype(x, own, q, "q");
+    else
+      check_same_dtype(x, own, caches[0], name_of(name, 0));
     out[j] = {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
   }
+  return code;
 }
 
 // Queries (1, total_q, H, D) of sequences of different lengths.
@@ -117,8 +177,8 @@ inline AttnDecodeParams attn_params(const AttnArguments& x, bool cuda) {
   AttnDecodeParams p{};
   p.dtype = dtype_of(q, "q");
   check_type(p.dtype != DType::f64, "q must be float32, bfloat16 or float16, got float64");
-  set_caches(keys, "key_caches", q, p.keys, cuda);
-  set_caches(values, "value_caches", q, p.values, cuda);
+  p.key_code = set_caches(keys, "key_caches", q, p.keys, cuda);
+  p.value_code = set_caches(values, "value_caches", q, p.values, cuda);
   p.B = q.size(0);
   p.S = q.size(1);
   p.total_q = p.B * p.S;
@@ -126,14 +186,14 @@ inline AttnDecodeParams attn_params(const AttnArguments& x, bool cuda) {
   p.H = q.size(2);
   p.D = q.size(3);
   p.G = keys[0].size(2);
-  p.Dv = values[0].size(3);
+  p.Dv = channels_of(values[0], p.value_code);
   p.num_keys = int(keys.size());
   p.num_values = int(values.size());
   // A call without rows only checks its arguments; it may have any head dim.
   const auto check_channels = p.S == 0 ? check_has_channels : check_head_dim;
   check_channels(p.D, "q");
-  check_value(keys[0].size(3) == p.D, "key_caches[0] must have head dim ", p.D, " as q, got ",
-              Shape{keys[0]});
+  check_value(channels_of(keys[0], p.key_code) == p.D, "key_caches[0] must have head dim ", p.D,
+              p.key_code == CacheCode::i4 ? " / 2 (two codes per byte)" : " as q", ", got ", Shape{keys[0]});
   check_channels(p.Dv, "value_caches[0]");
   check_value(p.G >= 1 && p.H >= 1 && p.H % p.G == 0, "q must have a multiple of key_caches[0]'s ", p.G,
               " heads, got ", p.H);
@@ -195,6 +255,74 @@ inline void set_scores(AttnDecodeParams& p, const AttnArguments& x, bool cuda) {
   if (!x.alibi_slopes) return;
   p.alibi_slopes = per_head(p, *x.alibi_slopes, "alibi_slopes", true, cuda);
   p.alibi_stride_b = x.alibi_slopes->dim() == 2 ? p.H : 0;
+}
+
+// The factors of a call's tokens, one tensor per source.
+struct TokenScales {
+  std::vector<CacheTensor> keys, values;
+};
+
+// One float16 tensor (B, capacity, G) or (P, page_size, G) for each cache of a side.
+inline const CacheTensor* token_scales(const std::optional<std::vector<Tensor>>& scales, const char* name,
+                                       const std::vector<Tensor>& caches, bool cuda,
+                                       std::vector<CacheTensor>* out) {
+  if (!scales) return nullptr;
+  check_value(scales->size() == caches.size(), name, " must hold ", caches.size(),
+              " tensors, one per cache, got ", scales->size());
+  for (size_t j = 0; j < scales->size(); ++j) {
+    const Tensor &x = (*scales)[j], &cache = caches[j];
+    const Name own = name_of(name, j);
+    check_device(x, own, cuda);
+    check_type(x.scalar_type() == ScalarType::Half, own, " must be float16, got ", DTypeOf{x},
+               "; convert it with .half()");
+    check_value(x.dim() == 3 && x.size(0) == cache.size(0) && x.size(1) == cache.size(1) &&
+                    x.size(2) == cache.size(2),
+                own, " must have the first three dims of its cache, ", Shape{cache}, ", got ", Shape{x});
+    out->push_back({x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)});
+  }
+  return out->data();
+}
+
+// What belongs to codes: their numbers, factors of tokens, a query per source, a bias of the values.
+inline void set_codes(AttnDecodeParams& p, const AttnArguments& x, bool cuda, TokenScales* scales) {
+  const auto floats = [&](const Tensor& t, const char* name) {
+    check_device(t, name, cuda);
+    check_type(t.scalar_type() == ScalarType::Float, name, " must be float32, got ", DTypeOf{t},
+               "; convert it with .float()");
+    check_value(t.is_contiguous(), name, " must be contiguous; call .contiguous()");
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  if (x.codebook) {
+    check_value(p.key_code == CacheCode::i4 || p.value_code == CacheCode::i4,
+                "codebook must be None without uint8 caches of 4-bit codes, got a tensor");
+    p.codebook = floats(*x.codebook, "codebook");
+    check_value(x.codebook->dim() == 1 && x.codebook->size(0) == kCodebook, "codebook must have shape (",
+                kCodebook, ",), got ", Shape{*x.codebook});
+  }
+  p.key_scales = token_scales(x.key_token_scales, "key_token_scales", x.key_caches, cuda, &scales->keys);
+  p.value_scales =
+      token_scales(x.value_token_scales, "value_token_scales", x.value_caches, cuda, &scales->values);
+  if (x.value_bias) {
+    const Tensor& bias = *x.value_bias;
+    p.value_bias = floats(bias, "value_bias");
+    check_value(bias.dim() == 2 && bias.size(0) == p.G && bias.size(1) == p.Dv,
+                "value_bias must have shape (G, Dv) = (", p.G, ", ", p.Dv, "), got ", Shape{bias});
+  }
+  if (!x.q_sources) return;
+  const Tensor &q = *x.q_sources, &first = x.q;
+  check_device(q, "q_sources", cuda);
+  check_same_dtype(q, "q_sources", first, "q");
+  bool same = q.dim() == 5 && q.size(0) == p.num_keys;
+  for (int64_t i = 0; same && i < 4; ++i) same = q.size(i + 1) == first.size(i);
+  check_value(same, "q_sources must have shape (", p.num_keys,
+              ", B, S, H, D), a query of q's shape for each of key_caches, got ", Shape{q});
+  check_value(q.size(4) <= 1 || q.numel() == 0 || q.stride(4) == 1,
+              "q_sources must have stride 1 in its last dim, got ", q.stride(4), "; call .contiguous()");
+  p.q = q.const_data_ptr();
+  p.q_stride_source = q.stride(0);
+  p.q_stride_b = x.cu_seqlens_q ? 0 : q.stride(1);
+  p.q_stride_s = q.stride(2);
+  p.q_stride_h = q.stride(3);
 }
 
 // CUDA kernels store 16 bytes at a time.

@@ -80,6 +80,12 @@ AttnResults attend(const AttnArguments& x) {
       cache_layout(x.key_caches[0], "key_caches[0]", x.cache_seqlens, x.block_table, a.B, kCuda);
   set_options(a, layout, x);
   set_scores(a, x, kCuda);
+  TokenScales scales;
+  set_codes(a, x, kCuda, &scales);
+  check_value(
+      !is_coded(a) && !a.value_bias && !x.q_sources,
+      "key_caches and value_caches must have the dtype of q on a GPU, without token scales, value_bias "
+      "and a query per source; decode them first");
   check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens,
               "key_caches[0] must hold fewer than 2^31 tokens per sequence, got ", layout.capacity);
   check_value(!x.schedule || !x.cu_seqlens_q, "schedule must be None with cu_seqlens_q, got a tensor");

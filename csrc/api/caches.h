@@ -1,9 +1,28 @@
-// Checks of cached keys and values, shared by attention and append: shapes, lengths, block tables.
+// Checks of cached keys and values, shared by attention and append: codes, shapes, lengths, block tables.
 #pragma once
 
 #include "api/checks.h"
 
 namespace fusedkv::api {
+
+// How a cache stores its elements.
+inline CacheCode code_of(const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Char:
+      return CacheCode::i8;
+    case ScalarType::Byte:
+      return CacheCode::i4;
+    case ScalarType::Float8_e4m3fn:
+      return CacheCode::e4m3;
+    default:
+      return CacheCode::raw;
+  }
+}
+
+// Channels of a cache's head.
+inline int64_t channels_of(const Tensor& cache, CacheCode code) {
+  return code == CacheCode::i4 ? 2 * cache.size(3) : cache.size(3);
+}
 
 // How positions map to slots: contiguous (B, capacity, G, D) or paged (P, page_size, G, D).
 struct CacheLayout {

@@ -84,6 +84,12 @@ inline std::ostream& operator<<(std::ostream& out, const DTypeOf& x) {
       return out << "bfloat16";
     case ScalarType::Half:
       return out << "float16";
+    case ScalarType::Char:
+      return out << "int8";
+    case ScalarType::Byte:
+      return out << "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return out << "float8_e4m3fn";
     case ScalarType::Int:
       return out << "int32";
     case ScalarType::Long:

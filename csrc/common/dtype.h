@@ -16,6 +16,25 @@ struct f16 {
   uint16_t bits;
 };
 
+// Codes: elements of caches that are numbers of 8 bits or fewer.
+struct e4m3 {  // 1 sign, 4 exponent and 3 mantissa bits; no infinity, NaN has all other bits set
+  uint8_t bits;
+};
+
+struct nibbles {  // two codes of 4 bits: of channel d in the low half, of channel d + D / 2 in the high half
+  uint8_t bits;
+};
+
+// How a cache stores its elements.
+enum class CacheCode : int {
+  raw,   // in the dtype of q
+  i8,    // int8_t
+  e4m3,  // e4m3
+  i4,    // nibbles: D / 2 elements for D channels
+};
+
+constexpr int kCodebook = 16;  // numbers that the codes of 4 bits stand for
+
 static inline int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f64:
@@ -25,6 +44,15 @@ static inline int64_t size_of(DType dtype) {
     default:
       return 2;
   }
+}
+
+// Elements of a cache for so many channels, and the bytes of each.
+static inline int64_t cache_elements(CacheCode code, int64_t channels) {
+  return code == CacheCode::i4 ? channels / 2 : channels;
+}
+
+static inline int64_t size_of(CacheCode code, DType dtype) {
+  return code == CacheCode::raw ? size_of(dtype) : 1;
 }
 
 template <typename T>

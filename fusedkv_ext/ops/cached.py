@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedkv_ext.ops import checks, debug
 from fusedkv_ext.ops.call import AppendCall, AttentionCall
-from fusedkv_ext.ops.dispatch import device_type_of, folds_cached, in_graph, native_head_dim
+from fusedkv_ext.ops.dispatch import MAX_HEAD_DIM, device_type_of, folds_cached, in_graph, native_head_dim
 from fusedkv_ext.ops.fuse import fuse_cached, fuse_side, tokens_as_pages
 from fusedkv_ext.ops.masked import masked_attention
 from fusedkv_ext.ops.native import run_op
@@ -67,6 +67,13 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def _folds(call: AttentionCall) -> bool:
     """Whether the native kernel runs the call."""
     q, keys, values = call.q, call.keys, call.values
+    if call.native_only:
+        if not native_head_dim(q.shape[3], call.value_dim):
+            raise ValueError(
+                f"q and values must have head dims that are multiples of 8 up to {MAX_HEAD_DIM} with codes, "
+                f"token scales, a query per source or a value_bias, got {q.shape[3]} and {call.value_dim}"
+            )
+        return True
     if call.return_lse or call.batch_invariant:
         return native_head_dim(q.shape[3], values[0].shape[3])
     return folds_cached(q, keys, values, device_type_of(q), call.query_length)
@@ -82,11 +89,15 @@ def _fold_unordered(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if call.cu_seqlens_q is not None:
         return _fold_unordered_packed(call, call.cu_seqlens_q)
     (B, S, H, _), G = call.q.shape, call.keys[0].shape[2]
-    q = call.q.unflatten(2, (G, H // G)).transpose(1, 2).flatten(1, 3).unsqueeze(1)
+
+    def as_heads(q: Tensor) -> Tensor:
+        return q.unflatten(-2, (G, H // G)).transpose(-4, -3).flatten(-4, -2).unsqueeze(-3)
+
+    q, q_sources = as_heads(call.q), None if call.q_sources is None else as_heads(call.q_sources)
     sinks = call.sinks
     if sinks is not None:
         sinks = sinks.unflatten(0, (G, 1, H // G)).expand(-1, S, -1).flatten().contiguous()
-    out, lse = call._replace(q=q, sinks=sinks, out=None).fold()
+    out, lse = call._replace(q=q, q_sources=q_sources, sinks=sinks, out=None).fold()
     out = out.squeeze(1).unflatten(1, (G, S, H // G)).transpose(1, 2).flatten(2, 3)
     return out, lse.reshape(B, G, S, H // G).transpose(2, 3).flatten(1, 2)
 
@@ -100,7 +111,12 @@ def _fold_unordered_packed(call: AttentionCall, cu_seqlens_q: Tensor) -> tuple[T
     step = torch.arange(most, device=q.device)
     rows = (begin[:, None] + step).clamp(0, max(len(q) - 1, 0))
     padded = q[rows] if len(q) else q.new_zeros(*rows.shape, *q.shape[1:])
-    out, lse = _fold_unordered(call._replace(q=padded, cu_seqlens_q=None, max_seqlen_q=0))
+    q_sources = call.q_sources
+    if q_sources is not None:
+        shape = (len(q_sources), *padded.shape)
+        q_sources = q_sources[:, 0][:, rows] if len(q) else q.new_zeros(shape)
+    alone = call._replace(q=padded, q_sources=q_sources, cu_seqlens_q=None, max_seqlen_q=0)
+    out, lse = _fold_unordered(alone)
     row = torch.arange(len(q), device=q.device)
     sequence = torch.searchsorted(cu_seqlens_q[1:], row, right=True).clamp(max=max(len(begin) - 1, 0))
     place = (row - begin[sequence]).clamp(0, max(most - 1, 0))

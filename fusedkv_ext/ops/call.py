@@ -7,13 +7,13 @@ kernels, the native operation, SDPA and :func:`explain`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops import checks
+from fusedkv_ext.ops import checks, codes
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.native import run_op
 from fusedkv_ext.ops.packing import Documents
@@ -22,14 +22,17 @@ __all__ = [
     "AppendCall",
     "AttentionCall",
     "CacheState",
+    "CodedInputs",
     "Side",
     "append_call",
     "attention_call",
     "cached_attention_call",
     "packed_call",
+    "take_code_inputs",
 ]
 
-_ARGUMENTS = 17  # of the native operation
+_ARGUMENTS = 22  # of the native operation
+_BEFORE_CODES = 17  # of them, those that are not about codes
 Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of values, and their weights
 
 
@@ -38,11 +41,12 @@ class AttentionCall(NamedTuple):
 
     ``document_lengths`` are those of ``Documents``: None if the host does not know that they are runs.
 
-    The first 17 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
+    The first 22 fields are the arguments of the native operation, in its order. Without ``cache_seqlens``,
     keys and values are (B, T, G, D). With it they are caches: (B, capacity, G, D), or (P, page_size, G, D)
     with a ``block_table``. With ``cu_seqlens_q`` queries are packed: q is (1, total_q, H, D). Without
     ``left_padding`` rows before a sequence's first token see what the bounds allow. ``out`` and ``workspace``
-    are memory of the caller's that the native operation writes.
+    are memory of the caller's that the native operation writes. ``q_sources`` (m_k, *q.shape) has a query per
+    key source, q is then the first.
     """
 
     q: Tensor
@@ -62,6 +66,11 @@ class AttentionCall(NamedTuple):
     softcap: float = 0.0
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    codebook: Tensor | None = None
+    key_token_scales: Sequence[Tensor] | None = None
+    value_token_scales: Sequence[Tensor] | None = None
+    q_sources: Tensor | None = None
+    value_bias: Tensor | None = None
     host_seqlens: Sequence[int] | None = None
     return_lse: bool = False
     document_ids: Tensor | None = None
@@ -80,6 +89,19 @@ class AttentionCall(NamedTuple):
     def adjusted(self) -> bool:
         """Whether there is a soft cap, a sink or an ALiBi slope."""
         return self.softcap != 0 or self.sinks is not None or self.alibi_slopes is not None
+
+    @property
+    def native_only(self) -> bool:
+        """Whether only the native kernel runs the call: over codes, or with what belongs to them."""
+        if codes.is_coded(self.keys[0]) or codes.is_coded(self.values[0]):
+            return True
+        extras = (self.key_token_scales, self.value_token_scales, self.q_sources, self.value_bias)
+        return any(x is not None for x in extras)
+
+    @property
+    def value_dim(self) -> int:
+        """Dv, the head dim of the values."""
+        return codes.channels(self.values[0])
 
     @property
     def packs_documents(self) -> bool:
@@ -124,7 +146,9 @@ class AttentionCall(NamedTuple):
             out and lse.
         """
         if self.out is not None:
-            lse = run_op("attn_with_kvcache_out", *self[:_ARGUMENTS], self.out, self.workspace)
+            memory = (self.out, self.workspace)
+            of_codes = self[_BEFORE_CODES:_ARGUMENTS]
+            lse = run_op("attn_with_kvcache_out", *self[:_BEFORE_CODES], *memory, *of_codes)
             return self.out, lse
         if lengths is None:
             return run_op("attn_with_kvcache", *self[:_ARGUMENTS])
@@ -181,6 +205,59 @@ class CacheState(NamedTuple):
     host_seqlens: Sequence[int] | None
 
 
+class CodedInputs(NamedTuple):
+    """The query per source and ``CodeOptions``, in the order of the native operation."""
+
+    codebook: Tensor | None
+    key_token_scales: Sequence[Tensor] | None
+    value_token_scales: Sequence[Tensor] | None
+    q_sources: Tensor | None
+    value_bias: Tensor | None
+
+    def checked(self, num_keys: int, num_values: int) -> CodedInputs:
+        """The same with lists of token scales.
+
+        Raises:
+            ValueError: A number of tensors is wrong.
+            TypeError: A type is wrong.
+        """
+        sides = []
+        for name, x, m in (
+            ("key_token_scales", self.key_token_scales, num_keys),
+            ("value_token_scales", self.value_token_scales, num_values),
+        ):
+            sides.append(None if x is None else checks.as_list(name, x))
+            if x is not None and len(sides[-1] or ()) != m:
+                raise ValueError(f"{name} must hold {m} tensors, one per cache, got {len(sides[-1] or ())}")
+        if self.q_sources is not None and len(self.q_sources) != num_keys:
+            raise ValueError(
+                f"q must hold {num_keys} tensors, one for each of key_caches, got {len(self.q_sources)}"
+            )
+        return self._replace(key_token_scales=sides[0], value_token_scales=sides[1])
+
+    def packed(self) -> CodedInputs:
+        """With queries (m_k, 1, total_q, H, D)."""
+        q_sources = self.q_sources
+        return self if q_sources is None else self._replace(q_sources=q_sources.unsqueeze(1))
+
+    @property
+    def tensors(self) -> list[Any]:
+        """All tensors."""
+        return [y for x in self.given.values() for y in (x if isinstance(x, list) else [x])]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not None, by name."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
+
+
+def take_code_inputs(q: Any, options: Any) -> tuple[Any, CodedInputs]:
+    """The query, or the first of those per source, and what belongs to codes: taken out of the options."""
+    q, q_sources = codes.split_queries(q)
+    taken = {name: options.pop(name, None) for name in codes.CodeOptions.__annotations__}
+    return q, CodedInputs(q_sources=q_sources, **taken)
+
+
 class AppendCall(NamedTuple):
     """One call of append_kvcache: the arguments of the native operation, in its order."""
 
@@ -194,6 +271,10 @@ class AppendCall(NamedTuple):
     rotary_sin: Tensor | None = None
     rotary_interleaved: bool = False
     query: Tensor | None = None
+    key_scale: Tensor | None = None
+    key_center: Tensor | None = None
+    value_scale: Tensor | None = None
+    value_center: Tensor | None = None
 
 
 def attention_call(
@@ -291,6 +372,7 @@ def cached_attention_call(
     softcap: float,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    coded: CodedInputs,
 ) -> AttentionCall:
     """The checked arguments of ``fused_kv_attn_with_kvcache``.
 
@@ -301,19 +383,24 @@ def cached_attention_call(
     values = checks.as_list("value_caches", value_caches)
     optional = {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table}
     optional.update(cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes)
+    coded = coded.checked(len(keys), len(values))
     given = [x for x in optional.values() if x is not None]
+    if any(x is not None for x in coded):
+        optional.update(coded.given)
+        given += coded.tensors
     if not checks.plain_on_cpu([q, *keys, *values, cache_seqlens, *given]):
         checks.check_inputs(
             "fused_kv_attn_with_kvcache",
             {"q": q, "key_caches": keys, "value_caches": values, "cache_seqlens": cache_seqlens},
             optional,
             "use fused_kv_attn_func to train, torch.no_grad() and plain tensors to decode",
-            ("key_caches", "value_caches"),
+            ("key_caches", "value_caches", "key_token_scales", "value_token_scales"),
         )
     if q.dtype != keys[0].dtype:
         q = checks.autocast_like(q, keys[0])
     if cu_seqlens_q is not None:
         q, max_seqlen_q = checks.check_packed_queries(q, cu_seqlens_q, max_seqlen_q)
+        coded = coded.packed()
     elif max_seqlen_q is not None:
         raise ValueError(f"max_seqlen_q must be None without cu_seqlens_q, got {max_seqlen_q}")
     if not q.dim() == keys[0].dim() == values[0].dim() == 4:
@@ -339,7 +426,9 @@ def cached_attention_call(
     return AttentionCall(
         *(q, keys, values, key_weights, value_weights, cache_seqlens, block_table, scale, left, right),
         *(schedule, batch_invariant, cu_seqlens_q, max_seqlen_q or 0, softcap, sinks, alibi_slopes),
-        *(host_seqlens, return_lse),
+        *coded,
+        host_seqlens=host_seqlens,
+        return_lse=return_lse,
         left_padding=left_padding,
     )
 
@@ -355,15 +444,20 @@ def append_call(
     rotary_sin: Tensor | None,
     rotary_interleaved: bool,
     query: Tensor | None,
+    encode: Mapping[str, Any] | None = None,
 ) -> AppendCall:
     """The checked arguments of ``append_kvcache`` and ``rope_append_kvcache``, tables in float32.
 
     Types, devices and gradients are checked here, sizes and contents by the native operation.
     """
-    optional = [x for x in (block_table, rotary_cos, rotary_sin, query) if x is not None]
+    encode = encode or {}
+    for name in encode:
+        if name not in codes.EncodeOptions.__annotations__:
+            raise TypeError(f"append_kvcache() got an unexpected keyword argument {name!r}")
+    optional = [x for x in (block_table, rotary_cos, rotary_sin, query, *encode.values()) if x is not None]
     if not checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
         tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-        tables["query"] = query
+        tables.update(encode, query=query)
         caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
         arguments = {"key": key, "value": value, **caches}
         checks.check_inputs("append_kvcache", arguments, tables, "append .detach()ed tensors")
@@ -375,4 +469,5 @@ def append_call(
         rotary_sin = checks.rotary_table("rotary_sin", rotary_sin)
     interleaved = checks.check_flag("rotary_interleaved", rotary_interleaved)
     rotary = (rotary_cos, rotary_sin, interleaved)
-    return AppendCall(key, value, key_cache, value_cache, cache_seqlens, block_table, *rotary, query)
+    call = AppendCall(key, value, key_cache, value_cache, cache_seqlens, block_table, *rotary, query)
+    return call._replace(**encode) if encode else call

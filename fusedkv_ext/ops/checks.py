@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedkv_ext.ops import native
+from fusedkv_ext.ops import codes, native
 from fusedkv_ext.ops.packing import Documents, read_documents
 
 Tensors = Tensor | Sequence[Tensor]
@@ -297,8 +297,7 @@ def canonical_weights(name: str, weights: object, sources: Sequence[Tensor]) -> 
     weights = check_tensor(name, weights)
     if not weights.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {_dtype(weights)}")
-    _, _, heads, head_dim = sources[0].shape
-    shape = (len(sources), heads, head_dim)
+    shape = (len(sources), sources[0].shape[2], codes.channels(sources[0]))
     sum_dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
     if weights.shape == shape and weights.dtype == sum_dtype and weights.is_contiguous():
         return weights
@@ -334,7 +333,7 @@ def autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
 def autocast_like(q: Tensor, cache: Tensor) -> Tensor:
     """Queries in the dtype of a cache if autocast is on: the cache is not copied."""
     device_type = q.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or codes.is_coded(cache):
         return q
     return _lowered(q, cache.dtype)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import _C
-from fusedkv_ext.ops import checks, dispatch, native
+from fusedkv_ext.ops import checks, codes, dispatch, native
 from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.checks import Tensors
 from fusedkv_ext.ops.visibility import visible_range
@@ -70,11 +70,12 @@ class Explanation:
 
 
 class _Side(NamedTuple):
-    """Keys or values of a call: how many sources, their head dim, and whether there are weights."""
+    """Keys or values of a call: how many sources, their head dim, whether there are weights, the size."""
 
     sources: int
     head_dim: int
     weighted: bool
+    element_bytes: float  # of a channel
 
 
 Spans = Sequence[tuple[int, int]]  # of each sequence, the tokens [begin, end) that some query row sees
@@ -190,6 +191,8 @@ def _checked(
     if block_table is not None:
         checks.check_tensor("block_table", block_table)
     checks.check_attention(q, *([_per_sequence(q, x, block_table) for x in side] for side in (keys, values)))
+    if cache_seqlens is None and any(codes.is_coded(x) for x in (*keys, *values)):
+        raise ValueError("cache_seqlens must be given to explain a call over codes, got None")
     weights = checks.attention_weights(keys, values, key_weights, value_weights)
     if cache_seqlens is not None:
         checks.check_tensor("cache_seqlens", cache_seqlens)
@@ -202,10 +205,13 @@ def _checked(
 
 
 def _per_sequence(q: Tensor, cache: Tensor, block_table: Tensor | None) -> Tensor:
-    """A tensor of the shape that the checks of (B, T, G, D) expect, as pages belong to no sequence."""
-    if block_table is None:
+    """A tensor that the checks of (B, T, G, D) expect, for pages and for codes."""
+    coded = codes.is_coded(cache)
+    if (block_table is None and not coded) or cache.dim() != 4:
         return cache
-    return torch.empty((*q.shape[:1], *cache.shape[1:]), dtype=cache.dtype, device="meta")
+    rows, channels = cache.shape[0] if block_table is None else q.shape[0], codes.channels(cache)
+    dtype = q.dtype if coded else cache.dtype
+    return torch.empty((rows, *cache.shape[1:3], channels), dtype=dtype, device="meta")
 
 
 def _spans(call: AttentionCall) -> Spans:
@@ -223,21 +229,30 @@ def _spans(call: AttentionCall) -> Spans:
 
 
 def _sides(call: AttentionCall) -> list[_Side]:
-    return [_Side(len(x), x[0].shape[3], weights is not None) for x, weights in call.sides]
+    sides = []
+    for x, weights in call.sides:
+        channels = codes.channels(x[0])
+        size = x[0].element_size() * x[0].shape[3] / channels
+        sides.append(_Side(len(x), channels, weights is not None, size))
+    return sides
 
 
 def _decide(call: AttentionCall, device_type: str) -> tuple[bool, str]:
     """Whether the call folds, and why."""
     q, keys, values, rows = call.q, call.keys, call.values, call.query_rows
-    sources, head_dim = max(len(keys), len(values)), max(q.shape[3], values[0].shape[3])
+    sources, head_dim = max(len(keys), len(values)), max(q.shape[3], call.value_dim)
     most = dispatch.decode_max_rows(device_type, q.dtype, sources, head_dim)
     dtype = str(q.dtype).removeprefix("torch.")
     what = f"{dtype} on {device_type} with m = {sources} and head dim {head_dim}"
-    if not dispatch.native_head_dim(q.shape[3], values[0].shape[3]):
-        dims = sorted({q.shape[3], values[0].shape[3]})
+    if not dispatch.native_head_dim(q.shape[3], call.value_dim):
+        dims = sorted({q.shape[3], call.value_dim})
+        if call.native_only:
+            raise ValueError(f"q and values must have head dims of a kernel with codes, got {dims}")
         return False, f"head dim {' and '.join(map(str, dims))}: kernels take multiples of 8 up to 256"
     few = f"{rows} query rows per KV head, of at most {most} for {what}"
     many = f"{rows} query rows per KV head, more than the {most} for {what}"
+    if call.native_only:
+        return True, f"{rows} query rows per KV head over codes, which only this kernel reads"
     if call.cache_seqlens is not None:
         if dispatch.folds_cached(q, keys, values, device_type):
             return True, few if rows <= most else f"{many}, but in a graph the lengths are not known"
@@ -316,13 +331,13 @@ def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tup
 def _bytes(call: AttentionCall, spans: Spans, folds: bool) -> int:
     """Every source and every result once: re-reads hit the device's caches."""
     (batch, steps, heads, dim), kv_heads = call.q.shape, call.keys[0].shape[2]
-    elements = batch * steps * heads * (dim + call.values[0].shape[3])
+    total = batch * steps * heads * (dim + call.value_dim) * call.q.element_size()
     tokens = sum(end - begin for begin, end in spans)
     other = 0  # of 4 bytes each
     for side in _sides(call):
         # A fused tensor is written, and read by the attention.
         passes = side.sources + 2 if not folds and _is_fused(call, side) else side.sources
-        elements += tokens * kv_heads * side.head_dim * passes
+        total += int(tokens * kv_heads * side.head_dim * passes * side.element_bytes)
         other += side.sources * kv_heads * side.head_dim if side.weighted else 0
     if folds:
         other += batch * steps * heads  # lse
@@ -330,7 +345,7 @@ def _bytes(call: AttentionCall, spans: Spans, folds: bool) -> int:
         other += batch
     if call.page_size is not None:
         other += sum(-(-end // call.page_size) - begin // call.page_size for begin, end in spans)
-    return elements * call.q.element_size() + 4 * other
+    return total + 4 * other
 
 
 def _flops(call: AttentionCall, spans: Spans, folds: bool) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops import native
+from fusedkv_ext.ops import codes, native
 
 # The length of a schedule follows from them: csrc/api/attn_decode_cuda.cpp.
 _MAX_BLOCKS, _FALLBACK_ROWS = (native.build_info()[name] for name in ("max_blocks", "fallback_rows"))
@@ -54,7 +54,8 @@ def _fake_attn_with_kvcache(
     q: Tensor, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], *args: object
 ) -> tuple[Tensor, Tensor]:
     B, S, H, _ = q.shape
-    return q.new_empty((B, S, H, value_caches[0].shape[3])), q.new_empty((B, H, S), dtype=torch.float32)
+    out = q.new_empty((B, S, H, codes.channels(value_caches[0])))
+    return out, q.new_empty((B, H, S), dtype=torch.float32)
 
 
 def _fake_attn_with_kvcache_out(q: Tensor, *args: object) -> Tensor:
@@ -74,7 +75,7 @@ def _fake_attn_schedule(cache_seqlens: Tensor, *args: int) -> Tensor:
 def _fake_append_kvcache(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any
 ) -> Tensor:
-    query = args[-1]
+    query = args[5]
     return key.new_empty(0) if query is None else query.new_empty(query.shape)
 
 

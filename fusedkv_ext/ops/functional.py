@@ -27,8 +27,10 @@ from fusedkv_ext.ops.call import (
     attention_call,
     cached_attention_call,
     packed_call,
+    take_code_inputs,
 )
 from fusedkv_ext.ops.checks import Tensors
+from fusedkv_ext.ops.codes import EncodeOptions
 from fusedkv_ext.ops.debug import debug_checks
 from fusedkv_ext.ops.dispatch import folds_dense
 from fusedkv_ext.ops.kvcache_args import FlashOptions, attend_with_options, cache_state
@@ -307,7 +309,7 @@ def fused_kv_attn_varlen_func(
 
 
 def fused_kv_attn_with_kvcache(
-    q: Tensor,
+    q: Tensors,
     key_caches: Tensors,
     value_caches: Tensors,
     key_weights: Tensor | None = None,
@@ -337,9 +339,11 @@ def fused_kv_attn_with_kvcache(
 
     Args:
         q: (B, S, H, D) float32, bfloat16 or float16, the LAST S tokens of each sequence. Rows before the
-            start of a shorter sequence (left padding) give zeros and lse = -inf, or their sink.
-        key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table.
-        value_caches: m_v tensors, as key_caches with Dv for D.
+            start of a shorter sequence (left padding) give zeros and lse = -inf, or their sink. Or m_k of
+            them.
+        key_caches: m_k tensors (B, capacity, G, D), or (P, page_size, G, D) with a block_table, in q's dtype,
+            or of codes: int8, float8_e4m3fn, or uint8 of two each (``ops.codes``).
+        value_caches: m_v tensors, as key_caches with Dv for D, in any of these dtypes.
         key_weights, value_weights: As in :func:`fused_kv_attn_func`.
         cache_seqlens: (B,) int32 or int64, valid tokens of each sequence, those S included; or one int for
             all. None: contiguous caches are full. With ``k`` the lengths BEFORE its tokens, as flash-attn.
@@ -360,9 +364,7 @@ def fused_kv_attn_with_kvcache(
             has many rows, the host reads them. CUDA calls ignore rows out of range. Without ``schedule``.
         max_seqlen_q: The most rows of a sequence, with ``cu_seqlens_q`` only.
         softcap, sinks, alibi_slopes: As in :func:`fused_kv_attn_func`.
-        **flash: Further arguments of flash-attn's function, by :class:`FlashOptions`: ``k``, ``v``,
-            ``rotary_cos``, ``rotary_sin``, ``rotary_interleaved``, ``cache_batch_idx``, ``cache_leftpad``,
-            ``left_padding``, ``out``.
+        **flash: Those of flash-attn, :class:`FlashOptions`, and of codes, :class:`CodeOptions`.
 
     Returns:
         (B, S, H, Dv) in q's dtype; with ``return_lse`` also (B, H, S) float32. Of packed queries
@@ -373,12 +375,14 @@ def fused_kv_attn_with_kvcache(
             (the operation is not differentiable).
         TypeError: A type or dtype is wrong.
     """
-    state = cache_state(cache_seqlens, block_table, host_seqlens, q, key_caches, cu_seqlens_q, flash)
+    query, coded = take_code_inputs(q, flash)
+    state = cache_state(cache_seqlens, block_table, host_seqlens, query, key_caches, cu_seqlens_q, flash)
     options = (softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, cu_seqlens_q)
     rows = (max_seqlen_q, flash.get("left_padding", True))
     call = cached_attention_call(
-        *(q, key_caches, value_caches, key_weights, value_weights, state, *options, *rows),
+        *(query, key_caches, value_caches, key_weights, value_weights, state, *options, *rows),
         *(softcap, sinks, alibi_slopes),
+        coded,
     )
     result, lse = attend_with_options(call, cache_seqlens, flash) if flash else cached.attend(call)
     if call.cu_seqlens_q is not None:
@@ -435,6 +439,7 @@ def append_kvcache(
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
     slot_mapping: Tensor | None = None,
+    **encode: Unpack[EncodeOptions],
 ) -> None:
     """Writes S new tokens into a cache, in place, at positions cache_seqlens - S to cache_seqlens - 1.
 
@@ -446,8 +451,9 @@ def append_kvcache(
 
     Args:
         key, value: (B, S, G, D) and (B, S, Gv, Dv). Tokens at negative positions (left padding) are skipped.
-        key_cache, value_cache: (B, capacity, G, D), or (P, page_size, G, D) with a block_table; key's dtype.
-            They share no element with each other or with what is read; views of one tensor are fine.
+        key_cache, value_cache: (B, capacity, G, D), or (P, page_size, G, D) with a block_table; key's dtype,
+            or codes (``ops.codes``). They share no element with each other or with what is read; views of one
+            tensor are fine.
         cache_seqlens: (B,) int32, lengths after the append; None only with a slot_mapping.
         block_table: (B, max_pages) int32, the page of each page_size tokens.
         rotary_cos, rotary_sin: (max_len, rotary_dim / 2); row p rotates the token at position p. rotary_dim
@@ -456,6 +462,7 @@ def append_kvcache(
         slot_mapping: (total,) int64, where each token goes: page * page_size + offset, or row * capacity +
             position of a contiguous cache; -1 skips the token. key and value are then packed, (total, G, D)
             and (total, Gv, Dv), as in vLLM. There are no lengths, pages and tables. Slots differ.
+        **encode: Arguments that encode tokens for a cache of codes, by :class:`EncodeOptions`.
 
     Raises:
         ValueError: A shape, device, stride, length or page is wrong, or an input requires grad in grad mode.
@@ -464,10 +471,10 @@ def append_kvcache(
     if slot_mapping is not None:
         others = {"cache_seqlens": cache_seqlens, "block_table": block_table}
         others |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-        cached.append(slots_append_call(key, value, key_cache, value_cache, slot_mapping, others))
+        cached.append(slots_append_call(key, value, key_cache, value_cache, slot_mapping, others, encode))
         return
     tables = (cache_seqlens, block_table, rotary_cos, rotary_sin)
-    call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, None)
+    call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, None, encode)
     cached.append(call)
 
 
@@ -483,13 +490,14 @@ def rope_append_kvcache(
     rotary_sin: Tensor,
     block_table: Tensor | None = None,
     rotary_interleaved: bool = False,
+    **encode: Unpack[EncodeOptions],
 ) -> Tensor:
     """:func:`append_kvcache` that rotates the queries of the same tokens too, in one launch.
 
     Args:
         query: (B, S, H, D) of key's dtype, any H.
         key, value, key_cache, value_cache: As in :func:`append_kvcache`.
-        cache_seqlens, block_table: As in :func:`append_kvcache`.
+        cache_seqlens, block_table, **encode: As in :func:`append_kvcache`.
         rotary_cos, rotary_sin, rotary_interleaved: As in :func:`append_kvcache`.
 
     Returns:
@@ -501,5 +509,5 @@ def rope_append_kvcache(
     """
     checks.check_tensor("query", query)
     tables = (cache_seqlens, block_table, rotary_cos, rotary_sin)
-    call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, query)
+    call = append_call(key, value, key_cache, value_cache, *tables, rotary_interleaved, query, encode)
     return cached.append(call)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedkv_ext.ops import cached, checks
 from fusedkv_ext.ops.call import AttentionCall, CacheState, append_call
+from fusedkv_ext.ops.codes import CodeOptions
 from fusedkv_ext.ops.fuse import tokens_as_pages
 from fusedkv_ext.ops.rope import apply_rotary
 from fusedkv_ext.ops.sizes import host_reads
@@ -28,8 +29,10 @@ __all__ = ["FlashOptions", "attend_with_options", "cache_state"]
 INT32_MAX = 2**31 - 1
 
 
-class FlashOptions(TypedDict, total=False):
+class FlashOptions(CodeOptions, total=False):
     """Further arguments of ``fused_kv_attn_with_kvcache``: those of flash-attn's ``flash_attn_with_kvcache``.
+
+    The arguments that belong to codes are those of ``CodeOptions``.
 
     Args:
         k, v: (B, S_new, G, D) and (B, S_new, G, Dv), new tokens that are first written into the caches,
@@ -129,7 +132,7 @@ def attend_with_options(
         TypeError: A type or dtype is wrong.
     """
     out, packed = flash.get("out"), call.cu_seqlens_q is not None
-    shape = (*call.q.shape[:3], call.values[0].shape[3])
+    shape = (*call.q.shape[:3], call.value_dim)
     checks.check_out(out, shape[1:] if packed else shape, call.q)
     interleaved = checks.check_flag("rotary_interleaved", flash.get("rotary_interleaved", False))
     rotary = (flash.get("rotary_cos"), flash.get("rotary_sin"), interleaved)
@@ -342,6 +345,10 @@ def _skip_left_padding(call: AttentionCall, cache_leftpad: object) -> AttentionC
     checks.check_same_device({"q": call.q, "cache_leftpad": leftpad})
     if call.schedule is not None:
         raise ValueError("schedule must be None with cache_leftpad, got a tensor")
+    for name, scales in (("key", call.key_token_scales), ("value", call.value_token_scales)):
+        if scales is not None:
+            got = f"got {len(scales)} tensors"
+            raise ValueError(f"{name}_token_scales must be None with cache_leftpad, {got}")
     if leftpad.is_cpu and host_reads(leftpad):
         call.check()  # of the lengths and pages that the caller knows
         for b, (padding, length) in enumerate(zip(leftpad.tolist(), lengths.tolist(), strict=True)):

@@ -183,7 +183,7 @@ def fused_kv_attn_varlen_func(
 
 
 def fused_kv_attn_with_kvcache(
-    q: Tensor,
+    q: Tensors,
     key_caches: Tensors,
     value_caches: Tensors,
     key_weights: Tensor | None = None,
@@ -202,66 +202,97 @@ def fused_kv_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     k: Tensor | None = None,
     v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = False,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     left_padding: bool = True,
     dtype: torch.dtype | None = None,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last S tokens of each sequence over its cache: ``fused_kv_attn_func`` row by row.
 
     Sequence b has n = cache_seqlens[b] valid tokens. Query row i has position p = i + n - S. Rows with p < 0
     are padding of a shorter sequence: zeros and lse = -inf, or the sink, as for a sequence of length 0.
     Without left_padding only bounds hide keys from them. k and v are first written to n, n + 1, ...: n grows.
+    Codes are decoded first. With a query per source q . K becomes sum_j q_j . (a_j (.) K_j).
 
     Args:
-        q: (B, S, H, D).
+        q: (B, S, H, D), or one for each key source.
         key_caches, value_caches: m tensors (B, T, G, D), or pages (P, page_size, G, D). Only n are read.
         key_weights, value_weights: As in ``fused_kv_attn_func``.
         cache_seqlens: (B,), a number for all, or None: T.
         block_table: (B, max_pages): token t of sequence b is in page block_table[b, t // page_size], slot
             t % page_size. Entries beyond n are never read.
         softmax_scale, causal, window_size, return_lse, max_seqlen_q: As in the operation.
-        cu_seqlens_q: (B + 1,): q is (total_q, H, D), and sequence b has S = cu_seqlens_q[b + 1] -
-            cu_seqlens_q[b] rows, from cu_seqlens_q[b] on.
+        cu_seqlens_q: (B + 1,): q is (total_q, H, D), sequence b has the rows from cu_seqlens_q[b] on.
         softcap, sinks, alibi_slopes: As in ``fused_kv_attn_func``.
-        k, v, rotary_cos, rotary_sin, rotary_interleaved, cache_batch_idx, cache_leftpad, left_padding: As in
-            ``FlashOptions``. Row i of q is rotated as the token at n + i before the append, or at n without
-            causality and window.
+        k, v, cache_batch_idx, cache_leftpad, left_padding: As in ``FlashOptions``.
         dtype: Of the computation and the results.
+        **others: Those of ``CodeOptions``, and rotary_* of ``FlashOptions`` for row i of q as token n + i.
 
     Returns:
         (B, S, H, Dv) and, with ``return_lse``, (B, H, S); of packed rows (total_q, H, Dv) and (H, total_q).
     """
     caches = _as_list(key_caches), _as_list(value_caches)
-    batch = q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    queries, batch = _as_list(q), len(_as_list(q)[0]) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    dtype = dtype or queries[0].dtype
     lengths = _lengths(caches[0][0].shape[1] if cache_seqlens is None else cache_seqlens, batch)
     pages = block_table if cache_batch_idx is None else cache_batch_idx[:, None]  # rows are pages
     if k is not None and v is not None:
         in_order = causal or any(0 <= size < 2**31 for size in window_size)  # wider: unbounded
-        rotary = (rotary_cos, rotary_sin, rotary_interleaved)
-        q = _with_new_tokens(q, k, v, caches[0][0], caches[1][0], lengths, pages, rotary, in_order, dtype)
+        where = (caches[0][0], caches[1][0], lengths, pages, others, in_order)
+        queries = [_with_new_tokens(queries[0], k, v, *where, dtype)]
         lengths = [length + k.shape[1] for length in lengths]
+    scale = 1 / math.sqrt(queries[0].shape[-1]) if softmax_scale is None else softmax_scale
     leftpad = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
-    sequences = q if cu_seqlens_q is None else q.split(cu_seqlens_q.diff().tolist())
+    keys, values = _numbers(caches[0], "key", others, dtype), _numbers(caches[1], "value", others, dtype)
+    rows = torch.cat(queries, dim=-1)
+    sequences = rows if cu_seqlens_q is None else rows.split(cu_seqlens_q.diff().tolist())
     outs, lses = [], []
     for b, (first, length) in enumerate(zip(leftpad, lengths, strict=True)):
         own = None if pages is None else pages[b]
-        fused = [
-            _fused([_tokens(x, b, length, own)[first:] for x in side], weights, dtype or q.dtype)
-            for side, weights in zip(caches, (key_weights, value_weights), strict=True)
-        ]
-        options = (softmax_scale, causal, window_size, None, softcap, sinks, _slopes(alibi_slopes, b))
-        out, lse = _attend(sequences[b], fused[0], fused[1], *options)
+        key, value = ([_tokens(x, b, length, own)[first:] for x in side] for side in (keys, values))
+        fused = _fused(key, key_weights, dtype) if len(queries) == 1 else _beside(key, key_weights, dtype)
+        summed = _fused(value, value_weights, dtype, others.get("value_bias"))
+        scores = (softcap, sinks, _slopes(alibi_slopes, b))
+        out, lse = _attend(sequences[b], fused, summed, scale, causal, window_size, None, *scores)
         if left_padding:
             _clear_padding(out, lse, len(sequences[b]) - (length - first), sinks)
         outs.append(out)
         lses.append(lse)
-    if cu_seqlens_q is not None:
-        return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)
-    return _stacked(q, caches[1], outs, lses, return_lse, dtype or q.dtype)
+    if cu_seqlens_q is None:
+        return _stacked(queries[0], values, outs, lses, return_lse, dtype)
+    return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)
+
+
+def _decoded(x: Tensor, codebook: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The numbers that the elements of a cache stand for.
+
+    Codes n of int8 and float8_e4m3fn are n. A byte (.., D / 2) of uint8 has the code of channel d in its low
+    half and of channel d + D / 2 in its high half; n is codebook[n], or n - 8.
+    """
+    if x.dtype != torch.uint8:
+        return x.to(dtype)
+    numbers = torch.arange(-8, 8, device=x.device) if codebook is None else codebook
+    return numbers.to(dtype)[torch.cat((x & 15, x >> 4), dim=-1).long()]
+
+
+def _numbers(caches: list[Tensor], side: str, others: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """Caches of codes decoded, times the scales of their tokens."""
+    scales, codebook = others.get(f"{side}_token_scales"), others.get("codebook")
+    coded = (torch.int8, torch.float8_e4m3fn, torch.uint8)
+    numbers = [_decoded(x, codebook, dtype) if x.dtype in coded else x for x in caches]
+    if scales is None:
+        return numbers
+    factors = [x.to(dtype).unsqueeze(-1) for x in _as_list(scales)]
+    return [x.to(dtype) * factor for x, factor in zip(numbers, factors, strict=True)]
+
+
+def _beside(sources: list[Tensor], weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weighted sources side by side, (T, G, m D), for queries that are side by side."""
+    if weights is None:
+        weights = torch.ones(1, 1, 1, dtype=dtype, device=sources[0].device)
+    weights = weights.broadcast_to(len(sources), *sources[0].shape[-2:])
+    return torch.cat([fuse_kv([x], w[None], dtype=dtype) for x, w in zip(sources, weights, strict=True)], -1)
 
 
 def _lengths(cache_seqlens: Tensor | int, batch: int) -> list[int]:
@@ -287,6 +318,7 @@ def append_kvcache(
     rotary_interleaved: bool = False,
     slot_mapping: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    **encode: Tensor | None,
 ) -> None:
     """Writes token i of (B, S, G, D) at position p = cache_seqlens[b] - S + i of sequence b, in place.
 
@@ -295,13 +327,18 @@ def append_kvcache(
     (x cos - y sin, x sin + y cos). Channel j pairs with j + r/2, or 2j with 2j + 1 if interleaved.
 
     With slot_mapping, token i of (total, G, D) goes to slot slot_mapping[i] of all rows or pages, if not -1.
+
+    Into a cache of codes go those of (x - center) / scale (``_encoded``), or x if it has codes already.
     """
     dtype = dtype or key.dtype
+    of_key, of_value = ((encode.get(f"{x}_scale"), encode.get(f"{x}_center")) for x in ("key", "value"))
     if slot_mapping is not None:
         for i, slot in enumerate(slot_mapping.tolist()):
-            for cache, new in ((key_cache, key), (value_cache, value)):
+            for cache, new, code in ((key_cache, key, of_key), (value_cache, value, of_value)):
                 if slot >= 0:
-                    cache[slot // cache.shape[1], slot % cache.shape[1]] = new[i]
+                    cache[slot // cache.shape[1], slot % cache.shape[1]] = _encoded(
+                        new[i], cache.dtype, *code
+                    )
         return
     assert cache_seqlens is not None
     steps = key.shape[1]
@@ -312,13 +349,32 @@ def append_kvcache(
             if rotary_cos is not None and rotary_sin is not None:
                 cos, sin = rotary_cos[position].to(dtype), rotary_sin[position].to(dtype)
                 new_key = _rotated(new_key, cos, sin, rotary_interleaved)
-            for cache, new in ((key_cache, new_key), (value_cache, value[b, i])):
+            for cache, new, code in ((key_cache, new_key, of_key), (value_cache, value[b, i], of_value)):
+                new = _encoded(new, cache.dtype, *code)
                 if block_table is None:
                     cache[b, position] = new.to(cache.dtype)
                 else:
                     page_size = cache.shape[1]
                     page = int(block_table[b, position // page_size])
                     cache[page, position % page_size] = new.to(cache.dtype)
+
+
+def _encoded(x: Tensor, code: torch.dtype, scale: Tensor | None, center: Tensor | None) -> Tensor:
+    """The codes of x (G, D) in the dtype of a cache; x itself without a scale.
+
+    u = (x - center) / scale is rounded to nearest even. int8 holds -127 .. 127, float8_e4m3fn -448 .. 448. A
+    byte of uint8 holds two numbers -8 .. 7 plus 8: channel d in the low half, d + D / 2 in the high one.
+    """
+    if scale is None:
+        return x
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
+    u = (u if center is None else u - center.to(u.dtype)) / scale.to(u.dtype)
+    if code == torch.float8_e4m3fn:
+        return u.clamp(-448, 448).to(code)
+    if code == torch.int8:
+        return u.nan_to_num(0).round().clamp(-127, 127).to(code)
+    low, high = (u.nan_to_num(0).round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+    return low | high << 4
 
 
 def rope_append_kvcache(
@@ -334,6 +390,7 @@ def rope_append_kvcache(
     block_table: Tensor | None = None,
     rotary_interleaved: bool = False,
     dtype: torch.dtype | None = None,
+    **encode: Any,
 ) -> Tensor:
     """``append_kvcache``, and row i of ``query`` (B, S, H, D) rotated like key i, in a new tensor."""
     tables: dict[str, Any] = {
@@ -342,7 +399,7 @@ def rope_append_kvcache(
         "rotary_interleaved": rotary_interleaved,
     }
     state: dict[str, Any] = {"cache_seqlens": cache_seqlens, "block_table": block_table}
-    append_kvcache(key, value, key_cache, value_cache, **state, **tables, dtype=dtype)
+    append_kvcache(key, value, key_cache, value_cache, **state, **tables, dtype=dtype, **encode)
     dtype = dtype or query.dtype
     rotated, steps = query.to(dtype, copy=True), query.shape[1]
     for b, length in enumerate(cache_seqlens.tolist()):
@@ -360,7 +417,7 @@ def _with_new_tokens(
     value_cache: Tensor,
     lengths: list[int],
     pages: Tensor | None,
-    rotary: tuple[Tensor | None, Tensor | None, bool],
+    rotary: dict[str, Any],
     in_order: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
@@ -368,7 +425,8 @@ def _with_new_tokens(
 
     Row i of sequence b is rotated as the token at lengths[b] + i, or at lengths[b] if not ``in_order``.
     """
-    cos, sin, interleaved = rotary
+    cos, sin = rotary.get("rotary_cos"), rotary.get("rotary_sin")
+    interleaved = rotary.get("rotary_interleaved", False)
     state: dict[str, Any] = {
         "cache_seqlens": torch.tensor(lengths) + k.shape[1],
         "block_table": pages,
@@ -392,11 +450,14 @@ def _as_list(tensors: Tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _fused(sources: list[Tensor], weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _fused(
+    sources: list[Tensor], weights: Tensor | None, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
     """The explicit K or V of one sequence, (T, G, D)."""
     if weights is None:
         weights = torch.ones(1, 1, 1, dtype=dtype, device=sources[0].device)
-    return fuse_kv(sources, weights, dtype=dtype)
+    fused = fuse_kv(sources, weights, dtype=dtype)
+    return fused if bias is None else fused + bias.to(dtype)
 
 
 def _tokens(cache: Tensor, b: int, length: int, pages: Tensor | None) -> Tensor:

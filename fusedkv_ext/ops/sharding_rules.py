@@ -142,6 +142,11 @@ def _attn_with_kvcache(
     softcap: float = 0.0,
     sinks: DTensorSpec | None = None,
     alibi_slopes: DTensorSpec | None = None,
+    codebook: DTensorSpec | None = None,
+    key_token_scales: Sequence[DTensorSpec] | None = None,
+    value_token_scales: Sequence[DTensorSpec] | None = None,
+    q_sources: DTensorSpec | None = None,
+    value_bias: DTensorSpec | None = None,
 ) -> list[Rule]:
     """Results (B, S, H, Dv) and (B, H, S)."""
     caches = [*key_caches, *value_caches]
@@ -152,6 +157,11 @@ def _attn_with_kvcache(
         inputs = [_sharded(q_dim), *[_of_cache(dim, block_table)] * len(caches)]
         inputs += [*[_of_weights(dim)] * len(weights), *_of_lengths(dim, block_table), *rest]
         inputs += [_of_heads(q_dim, x) for x in (sinks, alibi_slopes) if x is not None]
+        inputs += [_WHOLE for x in (codebook,) if x is not None]
+        scales = [*(key_token_scales or ()), *(value_token_scales or ())]
+        inputs += [_of_cache(dim, block_table) for _ in scales]
+        inputs += [_sharded(None if q_dim is None else q_dim + 1) for x in (q_sources,) if x is not None]
+        inputs += [Shard(0) if dim == _HEADS else _WHOLE for x in (value_bias,) if x is not None]
         return [_sharded(q_dim), _sharded(lse_dim)], inputs
 
     rules = [rule(None, None, None)]
@@ -182,15 +192,23 @@ def _append_kvcache(
     rotary_sin: DTensorSpec | None,
     rotary_interleaved: bool,
     query: DTensorSpec | None,
+    key_scale: DTensorSpec | None = None,
+    key_center: DTensorSpec | None = None,
+    value_scale: DTensorSpec | None = None,
+    value_center: DTensorSpec | None = None,
 ) -> list[Rule]:
     """Its result is the rotated query, or (0,)."""
     tables = [_WHOLE for x in (rotary_cos, rotary_sin) if x is not None]
+    encode = [x for x in (key_scale, key_center, value_scale, value_center) if x is not None]
     rules: list[Rule] = []
     for dim in (None, _BATCH, _HEADS):
+        of_codes = [Shard(0) if dim == _HEADS else _WHOLE] * len(encode)
         queries = [] if query is None else [_sharded(dim)]
         inputs = [*[_sharded(dim)] * 2, *[_of_cache(dim, block_table)] * 2]
-        rules.append((queries or [_WHOLE], inputs + _of_lengths(dim, block_table) + tables + queries))
+        inputs += [*_of_lengths(dim, block_table), *tables, *queries, *of_codes]
+        rules.append((queries or [_WHOLE], inputs))
     given = [key, value, key_cache, value_cache, cache_seqlens, block_table, rotary_cos, rotary_sin, query]
+    given += encode
     return _in_place("append_kvcache", rules, [x for x in given if x is not None])
 
 

@@ -27,6 +27,7 @@ def slots_append_call(
     value_cache: Any,
     slot_mapping: object,
     others: Mapping[str, object],
+    encode: Mapping[str, Any] | None = None,
 ) -> AppendCall:
     """The checked append of packed tokens.
 
@@ -35,6 +36,7 @@ def slots_append_call(
         key_cache, value_cache: As in ``append_kvcache``.
         slot_mapping: (total,) int64.
         others: The arguments that must be None, by name.
+        encode: Those of ``EncodeOptions``.
 
     Raises:
         ValueError: Another argument is given, or a shape, device or slot is wrong.
@@ -71,7 +73,7 @@ def slots_append_call(
     # Pages that do not exist stay out of range: the operation writes none of them.
     pages = (slots // max(size, 1)).clamp(-1, 2**31 - 1).int()[:, None]
     tables = (lengths, pages, None, None, False, None)
-    return append_call(key[:, None], value[:, None], key_cache, value_cache, *tables)
+    return append_call(key[:, None], value[:, None], key_cache, value_cache, *tables, encode)
 
 
 def _check_slots(slots: Tensor, count: int) -> None:

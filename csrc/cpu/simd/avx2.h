@@ -48,6 +48,40 @@ static inline Vec load(const bf16* p) {
 static inline Vec load(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
 }
+static inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
+// As fp16, e4m3 is 2^-8 times its number: shifted mantissa and exponent, but for NaN.
+static inline Vec load(const e4m3* p) {
+  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  const __m128i magnitude = _mm_set1_epi16(0x7f);
+  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(x, magnitude), magnitude);
+  const __m128i h = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(int16_t(0xbfff)));
+  const __m128i half = _mm_or_si128(h, _mm_and_si128(nan, _mm_set1_epi16(0x7c00)));
+  return {_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.f))};
+}
+
+// The numbers of the 4-bit codes, and those of kLanes pairs of codes, of which the first n (4 or 8) are read.
+struct Table {
+  __m256 first, last;
+};
+static inline Table load_table(const float* numbers) {
+  return {_mm256_loadu_ps(numbers), _mm256_loadu_ps(numbers + 8)};
+}
+// Only the low 4 bits of each index count.
+static inline Vec look_up(Table table, __m256i index) {
+  const __m256 first = _mm256_permutevar8x32_ps(table.first, index),
+               last = _mm256_permutevar8x32_ps(table.last, index);
+  return {_mm256_blendv_ps(first, last, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)))};
+}
+static inline void load_pairs(const nibbles* p, int n, Table table, Vec* low, Vec* high) {
+  int32_t four = 0;
+  if (n < 8) memcpy(&four, p, 4);
+  const __m128i bytes = n < 8 ? _mm_cvtsi32_si128(four) : _mm_loadl_epi64((const __m128i*)p);
+  const __m256i index = _mm256_cvtepu8_epi32(bytes);
+  *low = look_up(table, index);
+  *high = look_up(table, _mm256_srli_epi32(index, 4));
+}
 
 static inline __m128i round_bf16(Vec x) {
   const __m256i u = _mm256_castps_si256(x.v);

@@ -61,6 +61,42 @@ static inline Vec load(const f16* p) {
 static inline Vec load(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p))};
 }
+static inline Vec widen8(__m128i codes) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))};
+}
+static inline Vec load(const int8_t* p) {
+  return widen8(_mm_loadu_si128((const __m128i*)p));
+}
+static inline Vec load(const int8_t* p, int n) {
+  return widen8(_mm_maskz_loadu_epi8(lanes(n), p));
+}
+// As fp16, e4m3 is 2^-8 times its number: shifted mantissa and exponent, but for NaN.
+static inline Vec widen_e4m3(__m128i codes) {
+  const __m256i x = _mm256_cvtepi8_epi16(codes), magnitude = _mm256_set1_epi16(0x7f);
+  const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(x, magnitude), magnitude);
+  const __m256i h = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(int16_t(0xbfff)));
+  const __m256i half = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7c00)));
+  return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.f))};
+}
+static inline Vec load(const e4m3* p) {
+  return widen_e4m3(_mm_loadu_si128((const __m128i*)p));
+}
+static inline Vec load(const e4m3* p, int n) {
+  return widen_e4m3(_mm_maskz_loadu_epi8(lanes(n), p));
+}
+
+// The numbers of the 4-bit codes, and those of kLanes pairs of codes, of which the first n are read.
+struct Table {
+  __m512 numbers;
+};
+static inline Table load_table(const float* numbers) {
+  return {_mm512_loadu_ps(numbers)};
+}
+static inline void load_pairs(const nibbles* p, int n, Table table, Vec* low, Vec* high) {
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(n), p));
+  *low = {_mm512_permutexvar_ps(index, table.numbers)};  // the low 4 bits of each index count
+  *high = {_mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table.numbers)};
+}
 
 // Integer rounding rather than vcvtneps2bf16: that one flushes subnormals, and this one gives the same bits
 // on every SIMD target.

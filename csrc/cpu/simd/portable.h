@@ -44,6 +44,19 @@ template <typename T>
 static inline Vec load(const T* p) {
   return map([=](int i) { return widen(p[i]); });
 }
+
+// The numbers of the 4-bit codes, and those of kLanes pairs of codes, of which the first n are read.
+struct Table {
+  const float* numbers;
+};
+static inline Table load_table(const float* numbers) {
+  return {numbers};
+}
+static inline void load_pairs(const nibbles* p, int n, Table table, Vec* low, Vec* high) {
+  *low = map([=](int i) { return table.numbers[i < n ? p[i].bits & 15 : 0]; });
+  *high = map([=](int i) { return table.numbers[i < n ? p[i].bits >> 4 : 0]; });
+}
+
 template <typename T>
 static inline void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) narrow(x.v[i], p + i);

@@ -46,6 +46,16 @@ static inline float widen(f16 x) {
 #endif
 }
 
+static inline float widen(int8_t x) {
+  return float(x);
+}
+static inline float widen(e4m3 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80u) << 24, exponent = (x.bits >> 3) & 0xf, mantissa = x.bits & 7;
+  if ((x.bits & 0x7f) == 0x7f) return float_of(0x7fc00000u | sign);
+  if (exponent == 0) return float_of(sign | bits_of(float(mantissa) * 0.001953125f));  // units of 2^-9
+  return float_of(sign | ((exponent + 120) << 23) | (mantissa << 20));
+}
+
 static inline void narrow(float x, float* out) {
   *out = x;
 }

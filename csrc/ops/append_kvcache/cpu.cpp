@@ -2,8 +2,13 @@
 //
 // The rotation of pairs of channels of keys and queries is computed in fp32. Queries at pos < 0 are not
 // rotated.
+//
+// A cache of codes gets u = (x - c) / s of the rotated key or of the value, in fp32, rounded to nearest even
+// and saturated. NaN becomes the code of 0, or NaN where there is one.
 
 #include "ops/append_kvcache/params.h"
+
+#include "common/limits.h"
 
 #include "cpu/simd.h"
 
@@ -12,8 +17,8 @@ namespace FUSEDKV_SIMD_TARGET {
 
 namespace {
 
-template <typename T>
-void rotate_into(T* out, const T* x, const float* cos, const float* sin, int64_t rotary_dim,
+template <typename Out, typename T>
+void rotate_into(Out* out, const T* x, const float* cos, const float* sin, int64_t rotary_dim,
                  bool interleaved) {
   const int64_t half = rotary_dim / 2;
   for (int64_t j = 0; j < half; ++j) {
@@ -24,12 +29,71 @@ void rotate_into(T* out, const T* x, const float* cos, const float* sin, int64_t
   }
 }
 
+// Rounds to an integer from -most to most; NaN becomes 0. Adding 1.5 * 2^23 leaves no fraction.
+inline int32_t round_within(float x, float least, float most) {
+  x = x > most ? most : x;
+  x = x < least ? least : x;
+  x = x == x ? x : 0.f;
+  return int32_t((x + 12582912.f) - 12582912.f);
+}
+
+// The code of e4m3 that is nearest, ties to even; numbers beyond 448 become 448.
+inline uint8_t round_e4m3(float x) {
+  const uint32_t u = bits_of(x), sign = u >> 24 & 0x80u, magnitude = u & 0x7fffffffu;
+  const uint32_t most = 0x43e00000u, held = magnitude < most ? magnitude : most;
+  // Below 2^-6 adding 2^14 lines the mantissa up with units of 2^-9.
+  const uint32_t small = bits_of(float_of(held) + 16384.f) - 0x46800000u;
+  const uint32_t large = (held - 0x3c000000u + 0x7ffffu + (held >> 20 & 1u)) >> 20;
+  const uint32_t code = held < 0x3c800000u ? small : large;
+  return uint8_t(sign | (magnitude > 0x7f800000u ? 0x7fu : code));
+}
+
+// The codes of one head: x is overwritten.
+inline void encode_row(CacheCode code, float* x, const float* scale, const float* center, int64_t D,
+                       void* out) {
+  if (center)
+    for (int64_t d = 0; d < D; ++d) x[d] = (x[d] - center[d]) / scale[d];
+  else
+    for (int64_t d = 0; d < D; ++d) x[d] = x[d] / scale[d];
+  if (code == CacheCode::i8) {
+    int8_t* to = (int8_t*)out;
+    for (int64_t d = 0; d < D; ++d) to[d] = int8_t(round_within(x[d], -127.f, 127.f));
+  } else if (code == CacheCode::e4m3) {
+    uint8_t* to = (uint8_t*)out;
+    for (int64_t d = 0; d < D; ++d) to[d] = round_e4m3(x[d]);
+  } else {
+    uint8_t* to = (uint8_t*)out;
+    const int64_t half = D / 2;
+    for (int64_t d = 0; d < half; ++d) {
+      const int32_t low = round_within(x[d], -8.f, 7.f) + 8, high = round_within(x[half + d], -8.f, 7.f) + 8;
+      to[d] = uint8_t(low | high << 4);
+    }
+  }
+}
+
 // Copies all heads of token s of sequence b to row `row`, slot `slot`. Rotates the first `rotated` channels
 // by table row `pos`.
 template <typename T>
 void move_token(const AppendKVCacheParams& p, const AppendTensor& x, int64_t b, int64_t s, int64_t row,
                 int64_t slot, int64_t pos, int64_t rotated) {
-  for (int64_t g = 0; g < x.heads; ++g) {
+  const int64_t size = size_of(x.code, p.dtype), bytes = copied_bytes(x, p.dtype);
+  for (int64_t g = 0; x.code != CacheCode::raw && g < x.heads; ++g) {
+    const int64_t from = b * x.src_stride_b + s * x.src_stride_s + g * x.src_stride_g;
+    char* to = (char*)x.dst + (row * x.dst_stride_b + slot * x.dst_stride_t + g * x.dst_stride_g) * size;
+    if (!x.scale) {
+      __builtin_memcpy(to, (const char*)x.src + from * size, size_t(bytes));
+      continue;
+    }
+    const T* channels = (const T*)x.src + from;
+    alignas(64) float wide[kMaxHeadDim];
+    if (rotated) {
+      const int64_t angles = pos * (rotated / 2);
+      rotate_into(wide, channels, p.cos + angles, p.sin + angles, rotated, p.interleaved);
+    }
+    for (int64_t d = rotated; d < x.D; ++d) wide[d] = float(widen(channels[d]));
+    encode_row(x.code, wide, x.scale + g * x.D, x.center ? x.center + g * x.D : nullptr, x.D, to);
+  }
+  for (int64_t g = 0; x.code == CacheCode::raw && g < x.heads; ++g) {
     const T* from = (const T*)x.src + b * x.src_stride_b + s * x.src_stride_s + g * x.src_stride_g;
     T* to = (T*)x.dst + row * x.dst_stride_b + slot * x.dst_stride_t + g * x.dst_stride_g;
     if (rotated)

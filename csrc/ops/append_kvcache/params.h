@@ -14,10 +14,19 @@ struct AppendTensor {
   void* dst;  // a cache (B, capacity, heads, D) or (P, page_size, heads, D); for queries (B, S, heads, D)
   int64_t dst_stride_b, dst_stride_t, dst_stride_g;
   int64_t heads, D;
+  // Of a cache of codes: nothing else, if the new tokens are codes too and are copied; or what encodes them,
+  // (x - center) / scale of each (head, channel). center: nullptr is 0.
+  CacheCode code;
+  const float *scale, *center;
 };
 
+// Bytes of a row in elements of the cache's type, if it is copied.
+static inline int64_t copied_bytes(const AppendTensor& x, DType dtype) {
+  return cache_elements(x.code, x.D) * size_of(x.code, dtype);
+}
+
 struct AppendKVCacheParams {
-  DType dtype;
+  DType dtype;  // of what is not codes
   int64_t B, S;
   AppendTensor query;       // rotated into a new tensor; no heads: there is no query
   AppendTensor key, value;  // numbers of heads and head dims may differ

@@ -14,6 +14,7 @@
 
 #include "ops/attn_decode/params.h"
 
+#include "ops/attn_decode/cpu_codes.h"
 #include "ops/attn_decode/cpu_products.h"
 
 namespace fusedkv {
@@ -100,6 +101,7 @@ struct Scratch {
   float* max;            // (heads, rows) running maximum, log2 domain
   float* sum;            // (heads, rows, kLanes) running sums of exp2, to be added up
   float* s;              // (rows, kBlock) scores, then probabilities
+  P* products;
   int64_t rows, Dp, Dvp;
 
   typename P::Query* query(const AttnDecodeParams& p, int64_t head) const {
@@ -120,14 +122,16 @@ void fold_key_weights(const AttnDecodeParams& p, const Task& task, const Scratch
     const float* a = p.key_weights ? p.key_weights + (j * p.G + g) * p.D : nullptr;
     for (int64_t r = 0; r < w.rows; ++r) {
       const Row row = row_of(p, g, task.row_group * kMaxTaskRows + (r < task.rows ? r : 0));
-      const T* q = (const T*)p.q + query_offset(p, task.b, task.queries.first, row.s, row.h);
+      const T* q =
+          (const T*)p.q + j * p.q_stride_source + query_offset(p, task.b, task.queries.first, row.s, row.h);
       for_lanes(p.D, [&](int64_t d, int n) {
         const Vec x = load(q + d, n);
         store(folded + d, a ? mul(load(a + d, n), x) : x);
       });
-      P::store_query(w.query(p, head) + j * w.rows * w.Dp, r, w.rows, folded, w.Dp);
+      w.products->store_query(w.query(p, head) + j * w.rows * w.Dp, r, w.rows, folded, w.Dp);
     }
   }
+  if constexpr (P::kCoded) w.products->finish_queries(w.query(p, head), w.rows, p.num_keys, w.Dp);
 }
 
 // tanh with an error of a few roundings: its series for small x, where the other form would cancel.
@@ -214,30 +218,31 @@ void softmax_row(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, i
   *running_max = new_max;
 }
 
-// The addresses of a block's tokens, per source. Past the last token its address is repeated: the probability
-// there is 0, and 0 times the cache's contents past the end could be NaN.
-template <typename T>
-void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, const Task& task,
-                TokenRange block, BlockRows<T>* rows) {
+// The addresses of a block's tokens, per source, with elements of `size` bytes. Past the last token its
+// address is repeated: the probability there is 0, and 0 times the cache's contents past the end could be
+// NaN.
+inline void block_rows(const AttnDecodeParams& p, const CacheTensor* caches, int m, int64_t size,
+                       const Task& task, TokenRange block, BlockRows* rows) {
   for (int j = 0; j < m; ++j) {
     const CacheTensor& cache = caches[j];
-    const T* base = (const T*)cache.data + task.head_begin * cache.stride_g;
-    if (!p.block_table) base += task.b * cache.stride_b;
-    const T* row = nullptr;
+    const int64_t stride_b = cache.stride_b * size, stride_t = cache.stride_t * size;
+    const char* base = (const char*)cache.data + task.head_begin * cache.stride_g * size;
+    if (!p.block_table) base += task.b * stride_b;
+    const char* row = nullptr;
     int64_t run = 0;  // next tokens at a fixed distance: to the end of a page, or all
     for (int i = 0; i < kBlock; ++i) {
       const int64_t t = block.begin + i;
       if (t < block.end) {
         if (run == 0) {
-          row = base + t * cache.stride_t;
+          row = base + t * stride_t;
           run = kBlock;
           if (p.block_table) {
             const int64_t page = p.block_table[task.b * p.block_table_stride + t / p.page_size];
-            row = base + page * cache.stride_b + t % p.page_size * cache.stride_t;
+            row = base + page * stride_b + t % p.page_size * stride_t;
             run = p.page_size - t % p.page_size;
           }
         } else {
-          row += cache.stride_t;
+          row += stride_t;
         }
         --run;
       }
@@ -252,27 +257,57 @@ TokenRange block_at(const Task& task, int64_t begin) {
   return {begin, end < task.tokens.end ? end : task.tokens.end};
 }
 
-template <typename T>
+// Bytes of an element of the caches of keys and of values.
+struct ElementBytes {
+  int64_t key, value;
+};
+
+template <typename P>
+ElementBytes element_bytes(const AttnDecodeParams& p) {
+  if constexpr (P::kCoded) return {size_of(p.key_code, p.dtype), size_of(p.value_code, p.dtype)};
+  return {sizeof(typename P::Element), sizeof(typename P::Element)};
+}
+
+template <typename P>
 struct Block {
   TokenRange tokens;
-  BlockRows<T> k[kMaxSources], v[kMaxSources];
+  BlockRows k[kMaxSources], v[kMaxSources];
+  BlockRows k_scales[P::kCoded ? kMaxSources : 1], v_scales[P::kCoded ? kMaxSources : 1];
 
   void find(const AttnDecodeParams& p, const Task& task, int64_t begin) {
+    const ElementBytes size = element_bytes<P>(p);
     tokens = block_at(task, begin);
-    block_rows(p, p.keys, p.num_keys, task, tokens, k);
-    block_rows(p, p.values, p.num_values, task, tokens, v);
+    block_rows(p, p.keys, p.num_keys, size.key, task, tokens, k);
+    block_rows(p, p.values, p.num_values, size.value, task, tokens, v);
+    if constexpr (P::kCoded) {
+      if (p.key_scales) block_rows(p, p.key_scales, p.num_keys, sizeof(f16), task, tokens, k_scales);
+      if (p.value_scales) block_rows(p, p.value_scales, p.num_values, sizeof(f16), task, tokens, v_scales);
+    }
   }
 };
+
+template <typename P>
+void add_values(const AttnDecodeParams& p, const Scratch<P>& w, int64_t head, int j, const BlockRows& v,
+                Ahead& ahead) {
+  float* o = w.out(p, head, j);
+  const int64_t offset = head * p.values[j].stride_g;
+  if constexpr (P::kCoded)
+    w.products->values(o, w.s, w.rows, v, offset, ahead, p.Dv, w.Dvp, j);
+  else
+    w.products->values(o, w.s, w.rows, v, offset, ahead, p.Dv, w.Dvp);
+}
 
 // next_task: the thread's next task, or -1.
 template <typename P>
 void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, const Scratch<P>& w) {
-  using T = typename P::Element;
+  const ElementBytes size = element_bytes<P>(p);
+  const int64_t key_bytes = P::kCoded ? cache_elements(p.key_code, p.D) * size.key : p.D * size.key;
+  const int64_t value_bytes = P::kCoded ? cache_elements(p.value_code, p.Dv) * size.value : p.Dv * size.value;
   const int64_t len = p.seq_lens[task.b];
   const bool adjusts = adjusts_scores(p);
   const float log2_scale = adjusts ? kLog2e : p.scale * kLog2e;
-  Block<T> blocks[2];
-  Block<T>*now = &blocks[0], *next = &blocks[1];
+  Block<P> blocks[2];
+  Block<P>*now = &blocks[0], *next = &blocks[1];
   int64_t offsets[kMaxSources];
   now->find(p, task, task.tokens.begin);
   while (now->tokens.begin < task.tokens.end) {
@@ -281,13 +316,13 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
     next->find(p, next_owner, last && next_task >= 0 ? next_owner.tokens.begin : now->tokens.end);
     Ahead ahead;
     if (next->tokens.begin < next->tokens.end) {
-      const int64_t heads = next_owner.heads * int64_t(sizeof(T));
-      ahead.add((const char* const*)next->k, p.num_keys * kBlock, heads * p.D);
-      ahead.add((const char* const*)next->v, p.num_values * kBlock, heads * p.Dv);
+      ahead.add(next->k[0].row, p.num_keys * kBlock, next_owner.heads * key_bytes);
+      ahead.add(next->v[0].row, p.num_values * kBlock, next_owner.heads * value_bytes);
     }
     for (int64_t head = 0; head < task.heads; ++head) {
       for (int j = 0; j < p.num_keys; ++j) offsets[j] = head * p.keys[j].stride_g;
-      P::scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
+      if constexpr (P::kCoded) w.products->at(head, now->k_scales, now->v_scales);
+      w.products->scores(w.s, w.query(p, head), w.rows, now->k, offsets, ahead, p.num_keys, p.D, w.Dp);
       for (int64_t r = 0; r < task.rows; ++r) {
         const int64_t row = task.row_group * kMaxTaskRows + r;
         const int64_t position = len - task.queries.count + row_of(p, 0, row).s;
@@ -300,14 +335,19 @@ void run_blocks(const AttnDecodeParams& p, const Task& task, int64_t next_task, 
         softmax_row(p, w, head, r, visible, now->tokens.begin, log2_scale);
         ahead.bytes(P::softmax_bytes(p.num_keys, p.D, task.rows));
       }
-      for (int j = 0; j < p.num_values; ++j)
-        P::values(w.out(p, head, j), w.s, w.rows, now->v[j], head * p.values[j].stride_g, ahead, p.Dv, w.Dvp);
+      for (int j = 0; j < p.num_values; ++j) add_values(p, w, head, j, now->v[j], ahead);
     }
     if (last) break;
-    Block<T>* done = now;
+    Block<P>* done = now;
     now = next;
     next = done;
   }
+}
+
+// out[d] += share * bias[d]. share: of the softmax in all tokens, less than 1 with a sink.
+inline void add_value_bias(const AttnDecodeParams& p, int64_t g, float share, float* out) {
+  const float* bias = p.value_bias + g * p.Dv;
+  for (int64_t d = 0; d < p.Dv; ++d) out[d] += share * bias[d];
 }
 
 // out[d] = sum_j b_j[d] o_j[d] / sum. With one split per sequence this is the output, otherwise a partial
@@ -328,7 +368,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
     const Vec inverse = set1(1.f / with_sink);
     for (int j = 0; j < p.num_values; ++j) {
       float* o = w.out(p, head, j) + r * w.Dvp;
-      P::order_channels(o, w.Dvp);
+      w.products->order_channels(o, w.Dvp);
       const float* b = p.value_weights ? p.value_weights + (j * p.G + g) * p.Dv : nullptr;
       for_lanes(p.Dv, [&](int64_t d, int n) {
         Vec x = mul(load(o + d), inverse);
@@ -336,6 +376,7 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
         store(out + d, j == 0 ? x : add(x, load(out + d)));
       });
     }
+    if (p.value_bias && task.splits == 1) add_value_bias(p, g, sum / with_sink, out);
     // A fully masked row is 0, even where 0 times the values is not.
     if (empty) __builtin_memset(out, 0, sizeof(out));
     const float lse = add_exp2(empty ? minus_infinity() : highest + __builtin_log2f(sum), sink);
@@ -352,13 +393,33 @@ void finish_head(const AttnDecodeParams& p, const Task& task, const Scratch<P>& 
   }
 }
 
+// Head dims of the scratch.
+template <typename P>
+void set_dims(const AttnDecodeParams& p, Scratch<P>* w) {
+  if constexpr (P::kCoded) {
+    w->Dp = w->products->key_dim();
+    w->Dvp = w->products->value_dim();
+  } else {
+    w->Dp = (p.D + P::kPad - 1) / P::kPad * P::kPad;
+    w->Dvp = (p.Dv + P::kPad - 1) / P::kPad * P::kPad;
+  }
+}
+
+template <typename P>
+P products_of(const AttnDecodeParams& p) {
+  if constexpr (P::kCoded)
+    return P(p);
+  else
+    return P{};
+}
+
 template <typename P>
 void decode(const AttnDecodeParams& p, Task task, int64_t next_index, void* workspace) {
-  const int64_t pad = P::kPad;
+  P products = products_of<P>(p);
   Scratch<P> w;
+  w.products = &products;
   w.rows = P::padded_rows(num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows);
-  w.Dp = (p.D + pad - 1) / pad * pad;
-  w.Dvp = (p.Dv + pad - 1) / pad * pad;
+  set_dims(p, &w);
   w.o = (float*)workspace;
   w.sum = w.o + p.task_heads * p.num_values * w.rows * w.Dvp;
   w.s = w.sum + p.task_heads * w.rows * kLanes;
@@ -398,7 +459,9 @@ void merge_row(const AttnDecodeParams& p, int64_t b, int64_t first, Row at, int6
     const float* partial = p.partial_out + slot(k) * p.Dv;
     for (int64_t d = 0; d < p.Dv; ++d) out[d] += weight * partial[d];
   }
+  const float tokens = sum;
   sum += __builtin_exp2f(sink - base);
+  if (p.value_bias && tokens != 0.f) add_value_bias(p, g, tokens, out);
   T* target = (T*)p.out + out_offset(p, first, at.s, at.h);
   for (int64_t d = 0; d < p.Dv; ++d) narrow(sum == 0.f ? 0.f : out[d] / sum, target + d);
   p.lse[lse_offset(p, b, first, at.s, at.h)] =
@@ -420,6 +483,11 @@ void merge(const AttnDecodeParams& p, int64_t begin, int64_t end) {
 
 void attn_decode(const AttnDecodeParams& p, int64_t index, int64_t next_task, void* workspace) {
   const Task task = find_task(p, index);
+  if (is_coded(p)) {
+    if (p.dtype == DType::f32) return decode<CodedProducts<float>>(p, task, next_task, workspace);
+    if (p.dtype == DType::f16) return decode<CodedProducts<f16>>(p, task, next_task, workspace);
+    return decode<CodedProducts<bf16>>(p, task, next_task, workspace);
+  }
   switch (p.dtype) {
     case DType::f32:
       return decode<Fp32Products<float>>(p, task, next_task, workspace);

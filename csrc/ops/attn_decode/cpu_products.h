@@ -5,7 +5,8 @@
 // multiplies pairs of bf16 with dpbf16, AMX multiplies tiles of bf16; both round q (.) a_j and the
 // probabilities to bf16. All have the same interface, which cpu.cpp takes as a template argument:
 //
-//   Element, Query        types of the cache and of q (.) a_j
+//   Element, Query        types of q and the cache, and of q (.) a_j
+//   kCoded                whether it is that of cpu_codes.h, which has a state
 //   kPad                  head dims of the scratch are rounded up to this
 //   padded_rows           rows of the scratch
 //   begin_task, end       before the products of a task with so many rows; after the last one
@@ -34,9 +35,14 @@ namespace FUSEDKV_SIMD_TARGET {
 constexpr int kBlock = 32;
 
 // The addresses of a block's tokens: the first channel of each, in the first KV head of a task.
-template <typename T>
 struct BlockRows {
-  const T* row[kBlock];
+  const char* row[kBlock];
+
+  // Token i, `offset` elements further.
+  template <typename T>
+  const T* at(int i, int64_t offset) const {
+    return (const T*)row[i] + offset;
+  }
 };
 
 // Prefetches the next block during this one. Evenly, because a burst of prefetches delays the loads behind it
@@ -92,13 +98,14 @@ struct RowTile {
   static constexpr int rows = N;
 };
 
-// Calls fn(r, tile) for tiles of 8, 4, 2 or 1 rows. The rows of a tile share a loaded key or value in
-// registers.
-template <typename Fn>
+// Calls fn(r, tile) for tiles of 8 (if kMost is), 4, 2 or 1 rows. The rows of a tile share a loaded key or
+// value in registers.
+template <int kMost, typename Fn>
 inline void for_row_tiles(int64_t rows, const Fn& fn) {
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) fn(r, RowTile<8>{});
-  if (r + 4 <= rows) fn(r, RowTile<4>{}), r += 4;
+  if constexpr (kMost == 8)
+    for (; r + 8 <= rows; r += 8) fn(r, RowTile<8>{});
+  for (; r + 4 <= rows; r += 4) fn(r, RowTile<4>{});
   if (r + 2 <= rows) fn(r, RowTile<2>{}), r += 2;
   if (r + 1 <= rows) fn(r, RowTile<1>{}), r += 1;
 }
@@ -109,6 +116,7 @@ template <typename Products, typename T, typename Q>
 struct RowByRow {
   using Element = T;
   using Query = Q;
+  static constexpr bool kCoded = false;
 
   static int64_t padded_rows(int64_t rows) { return rows; }
   static void begin_task(int64_t) {}
@@ -120,17 +128,17 @@ struct RowByRow {
   }
 
   // k: m sources; `offsets` from the first head of the task to this one.
-  static void scores(float* s, const Query* q, int64_t rows, const BlockRows<T>* k, const int64_t* offsets,
+  static void scores(float* s, const Query* q, int64_t rows, const BlockRows* k, const int64_t* offsets,
                      Ahead& ahead, int m, int64_t D, int64_t Dp) {
-    for_row_tiles(rows, [&](int64_t r, auto tile) {
+    for_row_tiles<8>(rows, [&](int64_t r, auto tile) {
       Products::template row_scores<tile.rows>(s + r * kBlock, q + r * Dp, rows * Dp, Dp, k, offsets, ahead,
                                                m, D);
     });
   }
 
-  static void values(float* o, const float* p, int64_t rows, const BlockRows<T>& v, int64_t offset,
-                     Ahead& ahead, int64_t D, int64_t Dp) {
-    for_row_tiles(rows, [&](int64_t r, auto tile) {
+  static void values(float* o, const float* p, int64_t rows, const BlockRows& v, int64_t offset, Ahead& ahead,
+                     int64_t D, int64_t Dp) {
+    for_row_tiles<8>(rows, [&](int64_t r, auto tile) {
       Products::template row_values<tile.rows>(o + r * Dp, Dp, p + r * kBlock, v, offset, ahead, D);
     });
   }
@@ -145,7 +153,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
 
   // s[r][i] = sum_j q_j[r] . k_j[i] for RT rows and kBlock tokens.
   template <int RT>
-  static void row_scores(float* s, const float* q, int64_t q_source, int64_t Dp, const BlockRows<T>* k,
+  static void row_scores(float* s, const float* q, int64_t q_source, int64_t Dp, const BlockRows* k,
                          const int64_t* offsets, Ahead& ahead, int m, int64_t D) {
     for (int first = 0; first < kBlock; first += kLanes) {
       Vec sums[RT][kLanes];
@@ -153,7 +161,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
         Vec acc[RT];
         for (int r = 0; r < RT; ++r) acc[r] = zero();
         for (int j = 0; j < m; ++j) {
-          const T* key = k[j].row[first + i] + offsets[j];
+          const T* key = k[j].at<T>(first + i, offsets[j]);
           const float* qj = q + j * q_source;
           ahead.bytes(D * int64_t(sizeof(T)));
           int64_t d = 0;
@@ -174,7 +182,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
 
   // o[r] += sum_i p[r][i] v[i] for RT rows.
   template <int RT>
-  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows<T>& v, int64_t offset,
+  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows& v, int64_t offset,
                          Ahead& ahead, int64_t D) {
     constexpr int NC = kChains<RT>;
     int64_t d = 0;
@@ -186,7 +194,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
 
   // NC vectors of channels from d on, the last one (then the only one) with n lanes.
   template <int RT, int NC>
-  static void channels(float* o, int64_t Dp, const float* p, const BlockRows<T>& v, int64_t d, Ahead& ahead,
+  static void channels(float* o, int64_t Dp, const float* p, const BlockRows& v, int64_t d, Ahead& ahead,
                        int n) {
     Vec acc[RT][NC];
     for (int r = 0; r < RT; ++r)
@@ -194,7 +202,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
     for (int i = 0; i < kBlock; ++i) {
       ahead.bytes(NC * kLanes * int64_t(sizeof(T)));
       for (int c = 0; c < NC; ++c) {
-        const T* from = v.row[i] + d + c * kLanes;
+        const T* from = v.at<T>(i, d + c * kLanes);
         const Vec x = n == kLanes ? load(from) : load(from, n);
         for (int r = 0; r < RT; ++r) acc[r][c] = fma(set1(p[r * kBlock + i]), x, acc[r][c]);
       }
@@ -219,7 +227,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
   }
 
   template <int RT>
-  static void row_scores(float* s, const bf16* q, int64_t q_source, int64_t Dp, const BlockRows<bf16>* k,
+  static void row_scores(float* s, const bf16* q, int64_t q_source, int64_t Dp, const BlockRows* k,
                          const int64_t* offsets, Ahead& ahead, int m, int64_t D) {
     for (int first = 0; first < kBlock; first += kLanes) {
       Vec sums[RT][kLanes];
@@ -227,7 +235,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
         __m512 acc[RT];
         for (int r = 0; r < RT; ++r) acc[r] = _mm512_setzero_ps();
         for (int j = 0; j < m; ++j) {
-          const bf16* key = k[j].row[first + i] + offsets[j];
+          const bf16* key = k[j].at<bf16>(first + i, offsets[j]);
           const bf16* qj = q + j * q_source;
           ahead.bytes(D * 2);
           int64_t d = 0;
@@ -249,7 +257,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
   // dpbf16 adds products of adjacent elements, here of two tokens: unpacklo/hi pair the channels of tokens i
   // and i + 1. They leave the 32 channels of a step in an order that order_channels restores.
   template <int RT>
-  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows<bf16>& v, int64_t offset,
+  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows& v, int64_t offset,
                          Ahead& ahead, int64_t D) {
     uint32_t pair[RT][kBlock / 2];
     for (int r = 0; r < RT; ++r) {
@@ -265,7 +273,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
 
   // NC steps of 32 channels from d on, the last one (then the only one) with n channels.
   template <int RT, int NC>
-  static void channels(float* o, int64_t Dp, const uint32_t (*pair)[kBlock / 2], const BlockRows<bf16>& v,
+  static void channels(float* o, int64_t Dp, const uint32_t (*pair)[kBlock / 2], const BlockRows& v,
                        int64_t d, Ahead& ahead, int64_t n) {
     __m512 low[RT][NC], high[RT][NC];
     for (int r = 0; r < RT; ++r) {
@@ -277,7 +285,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
     for (int i = 0; i < kBlock; i += 2) {
       ahead.bytes(2 * NC * 64);
       for (int c = 0; c < NC; ++c) {
-        const bf16 *even = v.row[i] + d + c * 32, *odd = v.row[i + 1] + d + c * 32;
+        const bf16 *even = v.at<bf16>(i, d + c * 32), *odd = v.at<bf16>(i + 1, d + c * 32);
         const __m512i x = (__m512i)(n == 32 ? pairs(even) : pairs(even, n));
         const __m512i y = (__m512i)(n == 32 ? pairs(odd) : pairs(odd, n));
         const __m512bh xy_low = (__m512bh)_mm512_unpacklo_epi16(x, y);
@@ -321,6 +329,7 @@ struct Bf16Products : RowByRow<Bf16Products, bf16, bf16> {
 struct AmxProducts {
   using Element = bf16;
   using Query = bf16;  // (row tiles, D / 32, 16 pairs of channels, rows of the tile, 2)
+  static constexpr bool kCoded = false;
   static constexpr int kPad = 32;
   static constexpr int kTileRows = 16;
 
@@ -360,7 +369,7 @@ struct AmxProducts {
     for (int64_t d = 0; d < Dp; d += 2) __builtin_memcpy(tile + d * n, rounded + d, 4);
   }
 
-  static void scores(float* s, const Query* q, int64_t rows, const BlockRows<bf16>* k, const int64_t* offsets,
+  static void scores(float* s, const Query* q, int64_t rows, const BlockRows* k, const int64_t* offsets,
                      Ahead& ahead, int m, int64_t D, int64_t Dp) {
     const int64_t n = tile_rows(rows);
     for (int64_t first = 0; first < rows; first += kTileRows) {
@@ -384,7 +393,8 @@ struct AmxProducts {
         }
         for (int half = 0; half < 2; ++half) {
           for (int i = 0; i < kTileRows; ++i)
-            __builtin_memcpy(gathered + i * D, k[j].row[half * kTileRows + i] + offsets[j], size_t(D) * 2);
+            __builtin_memcpy(gathered + i * D, k[j].at<bf16>(half * kTileRows + i, offsets[j]),
+                             size_t(D) * 2);
           for (int64_t d = 0; d < D; d += 32) {
             tile_load<kQ>(tile + d * n, 4 * n);
             tile_load<kK>(gathered + d, D * 2);
@@ -403,11 +413,11 @@ struct AmxProducts {
     }
   }
 
-  static void values(float* o, const float* p, int64_t rows, const BlockRows<bf16>& v, int64_t offset,
-                     Ahead& ahead, int64_t D, int64_t Dp) {
+  static void values(float* o, const float* p, int64_t rows, const BlockRows& v, int64_t offset, Ahead& ahead,
+                     int64_t D, int64_t Dp) {
     alignas(64) bf16 pairs[kMaxHeadDim / 16][kBlock / 2][32];
     for (int i = 0; i < kBlock; i += 2) {
-      const bf16 *even = v.row[i] + offset, *odd = v.row[i + 1] + offset;
+      const bf16 *even = v.at<bf16>(i, offset), *odd = v.at<bf16>(i + 1, offset);
       ahead.bytes(D * 2);
       for (int64_t d = 0; d < D; d += 32) {
         const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(odd + d);
@@ -445,11 +455,11 @@ struct AmxProducts {
     int64_t stride;
   };
 
-  static Keys keys_of(const bf16* const* row, int64_t offset) {
+  static Keys keys_of(const char* const* row, int64_t offset) {
     const int64_t stride = row[1] - row[0];
     for (int i = 2; i < kTileRows; ++i)
       if (row[i] - row[i - 1] != stride) return {nullptr, 0};
-    return {row[0] + offset, stride * 2};
+    return {(const bf16*)row[0] + offset, stride};
   }
 
   // to[r * kBlock + i] = from[16 i + r] for r < rows.

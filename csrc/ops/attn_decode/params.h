@@ -29,12 +29,14 @@ struct CacheTensor {
 };
 
 struct AttnDecodeParams {
-  DType dtype;                // of q, the caches and out: f32, bf16 or f16
+  DType dtype;  // of q, raw caches and out: f32, bf16 or f16
+  CacheCode key_code, value_code;
   int64_t B, S, H, G, D, Dv;  // H a multiple of G; D and Dv multiples of 8
   // q is (B, S, H, D). With cu_seqlens_q it is packed, (1, total_q, H, D): sequence b has the query tokens
   // cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1, at most S.
   const void* q;
   int64_t q_stride_b, q_stride_s, q_stride_h;
+  int64_t q_stride_source;          // from the query of one key source to that of the next; 0: they share one
   const int32_t* cu_seqlens_q;      // (B + 1,) or nullptr
   int64_t total_q;                  // query tokens of all sequences
   int num_keys, num_values;         // sources of keys and of values, 1 .. kMaxSources
@@ -42,7 +44,13 @@ struct AttnDecodeParams {
   CacheTensor values[kMaxSources];  // head dim Dv
   const float* key_weights;         // (num_keys, G, D) or nullptr: all ones
   const float* value_weights;       // (num_values, G, Dv) or nullptr: all ones
-  const int32_t* seq_lens;          // (B,) valid tokens of each sequence, the S new ones included
+  // Numbers of the 4-bit codes, or nullptr: code n is n - 8.
+  const float* codebook;
+  // f16 factors of the scores and of the probabilities of each token and KV head, one tensor per source; or
+  // nullptr.
+  const CacheTensor *key_scales, *value_scales;
+  const float* value_bias;     // (G, Dv) added to every fused value, or nullptr
+  const int32_t* seq_lens;     // (B,) valid tokens of each sequence, the S new ones included
   const int32_t* block_table;  // (B, max_pages) page of each page_size tokens, or nullptr: contiguous caches
   int64_t block_table_stride;
   int64_t page_size;
@@ -69,6 +77,17 @@ struct AttnDecodeParams {
   void* out;   // (total_q, H, Dv) contiguous
   float* lse;  // (B, H, S), packed queries: (H, total_q); natural log
 };
+
+// Whether a kernel for codes has to run. Queries per source and a bias are part of every CPU kernel.
+static inline bool is_coded(const AttnDecodeParams& p) {
+  return p.key_code != CacheCode::raw || p.value_code != CacheCode::raw || p.key_scales || p.value_scales;
+}
+
+// Bytes of one token of all sources, per KV head.
+static inline int64_t token_bytes(const AttnDecodeParams& p) {
+  return p.num_keys * cache_elements(p.key_code, p.D) * size_of(p.key_code, p.dtype) +
+         p.num_values * cache_elements(p.value_code, p.Dv) * size_of(p.value_code, p.dtype);
+}
 
 // Whether scores are more than scaled products.
 FUSEDKV_HOST_DEVICE bool adjusts_scores(const AttnDecodeParams& p) {
@@ -138,7 +157,7 @@ static inline int64_t num_head_blocks(const AttnDecodeParams& p) {
 // An upper bound of a thread's workspace in bytes, for any SIMD target.
 static inline int64_t attn_decode_workspace(const AttnDecodeParams& p) {
   const int64_t rows = (num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows) + 15;
-  const int64_t per_row = p.num_keys * (p.D + 31) + p.num_values * (p.Dv + 31) + 17;
+  const int64_t per_row = p.num_keys * (p.D + 31) + p.num_values * (p.Dv + 31) + 19;
   return (p.task_heads * rows * per_row + rows * 32) * int64_t(sizeof(float));
 }
 
