@@ -29,7 +29,16 @@ void rotate_into(Out* out, const T* x, const float* cos, const float* sin, int64
   }
 }
 
-// Rounds to an integer from -most to most; NaN becomes 0. Adding 1.5 * 2^23 leaves no fraction.
+// Channels begin .. end - 1 of a row in fp32.
+template <typename T>
+void widen_into(float* out, const T* x, int64_t begin, int64_t end) {
+  int64_t d = begin;
+  if constexpr (sizeof(T) <= 4)
+    for (; d + kLanes <= end; d += kLanes) store(out + d, load(x + d));
+  for (; d < end; ++d) out[d] = float(widen(x[d]));
+}
+
+// Rounds to an integer from least to most; NaN becomes 0. Adding 1.5 * 2^23 leaves no fraction.
 inline int32_t round_within(float x, float least, float most) {
   x = x > most ? most : x;
   x = x < least ? least : x;
@@ -48,27 +57,75 @@ inline uint8_t round_e4m3(float x) {
   return uint8_t(sign | (magnitude > 0x7f800000u ? 0x7fu : code));
 }
 
-// The codes of one head: x is overwritten.
-inline void encode_row(CacheCode code, float* x, const float* scale, const float* center, int64_t D,
-                       void* out) {
-  if (center)
-    for (int64_t d = 0; d < D; ++d) x[d] = (x[d] - center[d]) / scale[d];
-  else
-    for (int64_t d = 0; d < D; ++d) x[d] = x[d] / scale[d];
-  if (code == CacheCode::i8) {
-    int8_t* to = (int8_t*)out;
-    for (int64_t d = 0; d < D; ++d) to[d] = int8_t(round_within(x[d], -127.f, 127.f));
-  } else if (code == CacheCode::e4m3) {
-    uint8_t* to = (uint8_t*)out;
-    for (int64_t d = 0; d < D; ++d) to[d] = round_e4m3(x[d]);
-  } else {
-    uint8_t* to = (uint8_t*)out;
-    const int64_t half = D / 2;
-    for (int64_t d = 0; d < half; ++d) {
-      const int32_t low = round_within(x[d], -8.f, 7.f) + 8, high = round_within(x[half + d], -8.f, 7.f) + 8;
-      to[d] = uint8_t(low | high << 4);
-    }
+// One code, in the low bits.
+template <CacheCode kCode>
+inline uint32_t encode(float u) {
+  if (kCode == CacheCode::i8) return uint8_t(round_within(u, -127.f, 127.f));
+  if (kCode == CacheCode::i4) return uint32_t(round_within(u, -8.f, 7.f) + 8);
+  return round_e4m3(u);
+}
+
+#if defined(__AVX2__)
+
+// Eight codes at once.
+template <CacheCode kCode>
+inline __m256i encode8(__m256 u) {
+  if (kCode == CacheCode::e4m3) {
+    const __m256i bits = _mm256_castps_si256(u), sign = _mm256_srli_epi32(bits, 24);
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+    const __m256i held = _mm256_min_epu32(magnitude, _mm256_set1_epi32(0x43e00000));
+    const __m256 shifted = _mm256_add_ps(_mm256_castsi256_ps(held), _mm256_set1_ps(16384.f));
+    const __m256i small = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(0x46800000));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(held, 20), _mm256_set1_epi32(1));
+    const __m256i based = _mm256_sub_epi32(held, _mm256_set1_epi32(0x3c000000 - 0x7ffff));
+    const __m256i large = _mm256_srli_epi32(_mm256_add_epi32(based, odd), 20);
+    const __m256i is_large = _mm256_cmpgt_epi32(held, _mm256_set1_epi32(0x3c800000 - 1));
+    const __m256i is_nan = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7f800000));
+    __m256i code = _mm256_blendv_epi8(small, large, is_large);
+    code = _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), is_nan);
+    return _mm256_or_si256(code, _mm256_and_si256(sign, _mm256_set1_epi32(0x80)));
   }
+  const bool wide = kCode == CacheCode::i8;
+  u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));
+  u = _mm256_min_ps(_mm256_max_ps(u, _mm256_set1_ps(wide ? -127.f : -8.f)),
+                    _mm256_set1_ps(wide ? 127.f : 7.f));
+  const __m256i code = _mm256_cvtps_epi32(u);  // to nearest even
+  return wide ? _mm256_and_si256(code, _mm256_set1_epi32(0xff))
+              : _mm256_add_epi32(code, _mm256_set1_epi32(8));
+}
+
+inline void store_codes(uint8_t* to, __m256i codes) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
+}
+
+#endif
+
+// The codes of one head, of u = (x - center) / scale.
+template <CacheCode kCode>
+void encode_row(const float* x, const float* scale, const float* center, int64_t D, uint8_t* to) {
+  constexpr bool kHalves = kCode == CacheCode::i4;
+  const int64_t bytes = kHalves ? D / 2 : D;
+  int64_t d = 0;
+#if defined(__AVX2__)
+  const auto at = [&](int64_t i) {
+    __m256 u = _mm256_loadu_ps(x + i);
+    if (center) u = _mm256_sub_ps(u, _mm256_loadu_ps(center + i));
+    return encode8<kCode>(_mm256_div_ps(u, _mm256_loadu_ps(scale + i)));
+  };
+  for (; d + 8 <= bytes; d += 8)
+    store_codes(to + d, kHalves ? _mm256_or_si256(at(d), _mm256_slli_epi32(at(bytes + d), 4)) : at(d));
+#endif
+  const auto one = [&](int64_t i) { return encode<kCode>((center ? x[i] - center[i] : x[i]) / scale[i]); };
+  for (; d < bytes; ++d) to[d] = uint8_t(kHalves ? one(d) | one(bytes + d) << 4 : one(d));
+}
+
+inline void encode_row(CacheCode code, const float* x, const float* scale, const float* center, int64_t D,
+                       void* out) {
+  uint8_t* to = (uint8_t*)out;
+  if (code == CacheCode::i8) return encode_row<CacheCode::i8>(x, scale, center, D, to);
+  if (code == CacheCode::i4) return encode_row<CacheCode::i4>(x, scale, center, D, to);
+  encode_row<CacheCode::e4m3>(x, scale, center, D, to);
 }
 
 // Copies all heads of token s of sequence b to row `row`, slot `slot`. Rotates the first `rotated` channels
@@ -90,7 +147,7 @@ void move_token(const AppendKVCacheParams& p, const AppendTensor& x, int64_t b, 
       const int64_t angles = pos * (rotated / 2);
       rotate_into(wide, channels, p.cos + angles, p.sin + angles, rotated, p.interleaved);
     }
-    for (int64_t d = rotated; d < x.D; ++d) wide[d] = float(widen(channels[d]));
+    widen_into(wide, channels, rotated, x.D);
     encode_row(x.code, wide, x.scale + g * x.D, x.center ? x.center + g * x.D : nullptr, x.D, to);
   }
   for (int64_t g = 0; x.code == CacheCode::raw && g < x.heads; ++g) {

@@ -134,13 +134,17 @@ inline __m256i add_each(const __m256i* x) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
+// In assembly, because gcc 12 adds into another register and copies it back, in every step of the loops.
 inline __m256i add_products(__m256i sum, __m256i x, __m256i y) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(x, y)));
+  return sum;
 }
 
 inline __m256i load16(const int16_t* x) {
   return _mm256_loadu_si256((const __m256i*)x);
 }
+
+constexpr int kNear = 4;  // tokens from one to that which it fetches into L1
 
 // How codes become pairs of int16_t. A step is 16 bytes of a key: 16 channels of int8, or 16 of the low and
 // 16 of the high halves of bytes, which come from other places of the query and are still off by 8.
@@ -191,7 +195,12 @@ inline void integer_row_scores(float* s, const float* q, int64_t q_source, int64
         const char* key = (const char*)k[j].at<typename Codes::Element>(first + i, offsets[j]);
         const int16_t* qj = (const int16_t*)(q + j * q_source);
         ahead.bytes(bytes);
+        if (first + i + kNear < kBlock) {
+          const char* near = k[j].row[first + i + kNear] + offsets[j];
+          for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(near + d, 0, 3);
+        }
         int64_t d = 0;
+#pragma GCC unroll 2
         for (; d + 16 <= bytes; d += 16)
           add_key_step<Codes, RT>(acc, qj + d, row, upper, _mm_loadu_si128((const __m128i*)(key + d)));
         if (d < bytes) add_key_step<Codes, RT>(acc, qj + d, row, upper, load_bytes(key + d, bytes - d));
@@ -214,9 +223,11 @@ inline void integer_channels(float* o, int64_t Dp, const IntegerProbabilities& p
   __m256i first[RT][NC], second[RT][NC];
   for (int r = 0; r < RT; ++r)
     for (int c = 0; c < NC; ++c) first[r][c] = second[r][c] = _mm256_setzero_si256();
+  const int16_t* rounded = p.rounded[row];  // one address for all rows
+  const int64_t at = offset + d;
+#pragma GCC unroll 2
   for (int i = 0; i < kBlock; i += 2) {
-    const char* even = (const char*)v.at<typename Codes::Element>(i, offset) + d;
-    const char* odd = (const char*)v.at<typename Codes::Element>(i + 1, offset) + d;
+    const char *even = v.row[i] + at, *odd = v.row[i + 1] + at;
     ahead.bytes(2 * NC * kStep);
     for (int c = 0; c < NC; ++c) {
       const int64_t bytes = c + 1 < NC ? kStep : n;
@@ -232,7 +243,7 @@ inline void integer_channels(float* o, int64_t Dp, const IntegerProbabilities& p
       }
       for (int r = 0; r < RT; ++r) {
         int32_t pair;
-        __builtin_memcpy(&pair, p.rounded[row + r] + i, 4);
+        __builtin_memcpy(&pair, rounded + r * kBlock + i, 4);
         const __m256i probabilities = _mm256_set1_epi32(pair);
         first[r][c] = add_products(first[r][c], probabilities, x);
         second[r][c] = add_products(second[r][c], probabilities, y);
