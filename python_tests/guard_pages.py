@@ -13,10 +13,11 @@ import mmap
 import torch
 from torch import Tensor
 
-from fusedkv_ext import fuse_kv, fused_kv_attn_with_kvcache, rope_append_kvcache
+from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_with_kvcache, rope_append_kvcache
 from fusedkv_ext.ops import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = (torch.int8, torch.float8_e4m3fn, torch.uint8)
 DIMS = ((8, 24), (24, 8), (40, 72), (64, 128), (200, 16))
 PAGE = mmap.PAGESIZE
 
@@ -84,6 +85,30 @@ def run(dtype: torch.dtype, dim: int, value_dim: int, walls: Walls, paged: bool)
             )
 
 
+def run_coded(dtype: torch.dtype, dim: int, value_dim: int, walls: Walls, paged: bool) -> None:
+    """The operations over codes, caches and token scales walled in."""
+    slots = (5, 7) if paged else (2, 33)
+    table = walls.copy(torch.tensor([[4, 0, 2, 3, 1], [1, 0, 0, 0, 0]], dtype=torch.int32)) if paged else None
+    state = {"cache_seqlens": walls.copy(torch.tensor([33, 1], dtype=torch.int32)), "block_table": table}
+    for code in CODES:
+        sides = []
+        for width in (dim, value_dim):
+            shape = (*slots, 2, width // 2 if code == torch.uint8 else width)
+            sides.append(
+                [walls.copy(torch.randint(0, 100, shape).to(torch.uint8).view(code)) for _ in range(2)]
+            )
+        scales = {
+            f"{name}_scale": walls.copy(torch.ones(2, n)) for name, n in (("key", dim), ("value", value_dim))
+        }
+        new = [walls.copy(torch.randn(2, 3, 2, n).to(dtype)) for n in (dim, value_dim)]
+        append_kvcache(*new, sides[0][0], sides[1][0], **state, **scales)
+        factors = [walls.copy(torch.rand(*slots, 2).half()) for _ in range(2)]
+        more = {"value_bias": walls.copy(torch.randn(2, value_dim)), "key_token_scales": factors}
+        for rows in (1, 3):
+            q = walls.copy(torch.randn(2, rows, 6, dim).to(dtype))
+            fused_kv_attn_with_kvcache(q, *sides, **state, **more, value_token_scales=factors)
+
+
 def main() -> None:
     """All levels, dtypes and head dims, walls at the end and at the start of every input."""
     faulthandler.enable()
@@ -99,6 +124,7 @@ def main() -> None:
                             flush=True,
                         )
                         run(dtype, dim, value_dim, Walls(at_end), paged)
+                        run_coded(dtype, dim, value_dim, Walls(at_end), paged)
 
 
 if __name__ == "__main__":
