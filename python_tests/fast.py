@@ -34,6 +34,7 @@ FAST: dict[str, str] = {
     "ops/test_bad_calls.py": r"error_names_the_argument",
     "ops/test_compile.py": r"fakes",
     "cache/test_cache.py": ALL,
+    "cache/test_codec.py": ALL,
     "layers/test_fusion.py": ALL,
     "layers/test_attention.py": r"what_the_plan_says.*[-\[](fusedkv|skipv1|yoco|cla|resformer)[-\]]",
     "layers/test_mla.py": r"every_plan_is_its_equations.*[-\[](fusedkv|skipv1)[-\]]|refused|bad_c",
@@ -55,6 +56,8 @@ FAST: dict[str, str] = {
     # hf, conversion
     "hf/test_hf_config.py": ALL,
     "hf/test_hf_cache.py": r"hold",
+    "hf/test_hf_coded_cache.py": r"by_token.*(int8|kivi|turboquant)-llama|readers|into_a_group|formula",
+    "hf/test_hf_coded_folders.py": r"do_not_fit|cast|windows?_stay|drops",
     "hf/test_hf_models.py": r"gives_the_same_logits\[(fusedkv|skipv1)\]|own_decoder",
     "hf/test_hf_generate.py": r"greedy_with.*[-\[]fusedkv[-\]]",
     "hf/test_hf_training.py": r"lacks|bit_by_bit.*[-\[]fusedkv[-\]]",
@@ -63,6 +66,7 @@ FAST: dict[str, str] = {
     "conversion/test_hf_pooling.py": ALL,
     "conversion/test_hf_convert.py": r"vanilla|identical|refused|nearer.*\[fusedkv-llama",
     "conversion/test_hf_distill.py": ALL,
+    "conversion/test_coding.py": r"(cost|plain_logits).*\[(fusedkv|patchwork)|damaged|need",
     "serving/test_vllm_config.py": ALL,
     # lab, benchmarks, command line
     "lab/test_compare.py": r"labels|options|paired|verdicts|front|names",
@@ -71,6 +75,7 @@ FAST: dict[str, str] = {
     "lab/test_grads.py": r"by_hand",
     "benchmarks/test_bench.py": r"goals_take|wrong_peer",
     "benchmarks/test_regression_guard.py": r"sees|tenth",
+    "cli/test_compress.py": r"bad_input",
     "cli/test_cli.py": r"plan|keys|explains_itself|right_exit_code|summaries",
     # the executor, the documents, the house
     "simt/test_simt.py": ALL,

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkv_ext.cache.cache_codecs import CacheCodecs
+from fusedkv_ext.cache.codec.static_codes import code_dtype
+from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
 from fusedkv_ext.cache.page_table import PageTable, brief
 from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.ops import cached, native
@@ -50,7 +53,10 @@ class KVCache:
       block_table[b, t // page_size], slot t % page_size. Unused entries are -1;
     * latents (``rope_dim`` given), contiguous or paged: one tensor (..., 1, C) per layer, [k_pe ; c]. k_pe
       are the rotated channels, c the stored channels of the latent (plan/latent.py). ``keys`` is the whole
-      tensor, ``values`` its view of c.
+      tensor, ``values`` its view of c;
+    * codes (``codecs`` given), contiguous or paged: the same with codes for numbers, in int8, float8_e4m3fn
+      or uint8 of two 4-bit codes. ``append`` encodes, and attention reads the codes, also while a prompt is
+      read.
 
     Each step calls ``advance(n)`` once to reserve space. Then every layer, in order, appends its S = max(n)
     new rows and attends. ``seq_lens`` (B,) int32 on ``device`` is the number of valid tokens, including new
@@ -69,10 +75,11 @@ class KVCache:
             pool serves more sequences than fit at full length.
         rope_dim: Rotated channels of latents; None for keys and values. With it, num_kv_heads must be 1 and
             head_dim is kv_lora_rank.
+        codecs: Fitted codecs of keys and values (``CacheCodecs.fit``); None stores them as they are.
 
     Raises:
-        ValueError: A size is below 1, ``num_pages`` is given without ``page_size``, or latents do not support
-            the plan.
+        ValueError: A size is below 1, ``num_pages`` is given without ``page_size``, latents do not support
+            the plan, or codecs do not fit it.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class KVCache:
         page_size: int | None = None,
         num_pages: int | None = None,
         rope_dim: int | None = None,
+        codecs: CacheCodecs | None = None,
     ) -> None:
         sizes = {
             "batch_size": batch_size,
@@ -103,7 +111,12 @@ class KVCache:
                     "num_kv_heads must be 1 and rope_dim even for a cache of latents, got "
                     f"num_kv_heads={num_kv_heads} and rope_dim={rope_dim}"
                 )
+        if codecs is not None:
+            if rope_dim is not None:
+                raise ValueError("codecs must be None for a cache of latents, got codecs")
+            codecs.check(plan, num_kv_heads, head_dim)
         self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
+        self.num_kv_heads, self.head_dim, self.codecs = num_kv_heads, head_dim, codecs
         self.dtype = dtype or torch.get_default_dtype()
         self.page_size, self.rope_dim = page_size, rope_dim
         self._lengths = [0] * batch_size
@@ -124,29 +137,43 @@ class KVCache:
             elif num_pages is not None:
                 raise ValueError(f"num_pages must be None without page_size, got {num_pages}")
 
-            def allocate(heads: int, dim: int = head_dim) -> Tensor | None:
-                if not heads * dim:
-                    return None
-                tensor = torch.empty((*slots, heads, dim), dtype=self.dtype, device=device)
-                if tensor.device.type == "cpu":
-                    native.advise_huge_pages(tensor)  # every step reads all of it
-                return tensor
-
-            if rope_dim is None:
-                layers = range(plan.num_layers)
-                self._keys = [allocate(len(plan.stored_key_heads(i, num_kv_heads))) for i in layers]
-                self._values = [allocate(len(plan.stored_value_heads(i, num_kv_heads))) for i in layers]
-                self._owned = [x for x in (*self._keys, *self._values) if x is not None]
-            else:
-                rotated = [layer.stores_rope * rope_dim for layer in latent_layers(plan)]
-                latent = [layer.stored_channels(head_dim) for layer in latent_layers(plan)]
-                self._keys = [allocate(1, sum(widths)) for widths in zip(rotated, latent, strict=True)]
-                self._values = self._latents()
-                self._owned = [x for x in self._keys if x is not None]
+            self._allocate(slots, device)
             self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
         self.device = self.seq_lens.device
+
+    def _allocate(self, slots: tuple[int, int], device: torch.device | str | None) -> None:
+        """Allocates what the plan stores: tensors (*slots, heads, channels)."""
+        plan, layers, dim = self.plan, range(self.plan.num_layers), self.head_dim
+
+        def allocate(heads: int, dim: int = dim, codec: TensorCodec | None = None) -> Tensor | None:
+            if not heads * dim:
+                return None
+            dtype = self.dtype
+            if codec is not None:
+                dtype, dim = code_dtype(codec.codec), codec.codec.code_bytes(dim, 1)
+            tensor = torch.empty((*slots, heads, dim), dtype=dtype, device=device)
+            if tensor.device.type == "cpu":
+                native.advise_huge_pages(tensor)  # every step reads all of it
+            return tensor
+
+        if self.rope_dim is None:
+            codecs = self.codecs
+            k, v = ([None] * len(layers),) * 2 if codecs is None else (codecs.keys, codecs.values)
+            heads = self.num_kv_heads
+            self._keys = [allocate(len(plan.stored_key_heads(i, heads)), codec=k[i]) for i in layers]
+            self._values = [allocate(len(plan.stored_value_heads(i, heads)), codec=v[i]) for i in layers]
+        else:
+            rotated = [layer.stores_rope * self.rope_dim for layer in latent_layers(plan)]
+            latent = [layer.stored_channels(dim) for layer in latent_layers(plan)]
+            self._keys = [allocate(1, sum(widths)) for widths in zip(rotated, latent, strict=True)]
+            self._values = self._latents()
+        owned = self._keys if self.rope_dim is not None else [*self._keys, *self._values]
+        # Bytes of a float8: torch indexes those.
+        self._owned = [
+            x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in owned if x is not None
+        ]
 
     def _latents(self) -> list[Tensor | None]:
         """The values of a cache of latents: views of the unrotated channels of the keys."""
@@ -264,8 +291,8 @@ class KVCache:
         sides = self._sides(layer, key, value)
         if sides is not None:
             cos, sin = (None, None) if rotary is None else rotary
-            lengths, table = self.seq_lens, self.block_table
-            cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved))
+            lengths, table, codes = self.seq_lens, self.block_table, self._static_codes(layer)
+            cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
 
     def rope_append(
         self,
@@ -299,8 +326,17 @@ class KVCache:
                 self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
             none = query[:, :, :0]
             sides = (none, none, self._no_heads, self._no_heads)
-        lengths, table = self.seq_lens, self.block_table
-        return cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, query))
+        lengths, table, codes = self.seq_lens, self.block_table, self._static_codes(layer)
+        return cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, query, *codes))
+
+    def _static_codes(self, layer: int) -> tuple[Tensor | None, ...]:
+        """Scales and centers of keys, then of values; empty without codecs."""
+        if self.codecs is None:
+            return ()
+        found: list[Tensor | None] = []
+        for codec in (self.codecs.keys[layer], self.codecs.values[layer]):
+            found += (None, None) if codec is None else (codec.scale, codec.center)
+        return tuple(found)
 
     def _sides(
         self, layer: int, key: Tensor | None, value: Tensor | None

@@ -126,15 +126,24 @@ def _storage_layers(args: argparse.Namespace, layers: int) -> int:
     return n
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Checks options that do not depend on the model, then finds or downloads the model."""
-    if args.out.exists():
-        raise ConfigError(f"--out must not exist, got {args.out}; choose another folder")
-    parent = next(path for path in args.out.absolute().parents if path.exists())
+def check_out(out: Path) -> None:
+    """Checks that a new folder can be written.
+
+    Raises:
+        ConfigError: It exists, or its parent is not a writable folder.
+    """
+    if out.exists():
+        raise ConfigError(f"--out must not exist, got {out}; choose another folder")
+    parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir():
         raise ConfigError(f"--out must be in a folder, got a path in {parent}, which is not one")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--out must be in a writable folder, got a path in {parent}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Checks options that do not depend on the model, then finds or downloads the model."""
+    check_out(args.out)
     if args.search and (not args.calibrate or (args.storage_layers is None and args.budget is None)):
         raise ConfigError("--search needs --calibrate, and --storage-layers or --budget")
     if args.budget is not None and (args.plan or not 0 < args.budget <= 1):
@@ -147,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
     args.model = local_folder(args.model)
 
 
-def _check_calibration(args: argparse.Namespace, positions: int) -> None:
+def check_calibration(args: argparse.Namespace, positions: int) -> None:
     """Checks the numbers of tokens that do not depend on the text, for a model with `positions`."""
     from fusedkv_ext.conversion.convert import LEAST_TOKENS
 
@@ -211,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
     context = min(2048, config.max_position_embeddings)
     windows: Any = None
     if args.calibrate:
-        _check_calibration(args, config.max_position_embeddings)
+        check_calibration(args, config.max_position_embeddings)
         windows = calibration_windows(
             read_text(args.calibrate).ids(tokenizer).long(), args.tokens, args.window
         )

@@ -2,7 +2,8 @@
 
 A checkpoint is the --out folder of a training run (its newest checkpoint), a folder with config.json
 and model.safetensors, or a Hugging Face folder with any causal language model. Processes that torchrun starts
-shard the heads of each model, and with them weights and cache. docs/evaluation.md explains each number.
+shard the heads of each model, and with them weights and cache. Models with codecs are scored as decoding
+over coded caches computes them. docs/evaluation.md explains each number.
 """
 
 from __future__ import annotations
@@ -234,6 +235,7 @@ def _losses(
 
 def evaluate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Subject]]:
     """Runs all tasks on all checkpoints: the output of --json, and the results per checkpoint."""
+    from fusedkv_ext.cli.models import coded_passes
     from fusedkv_ext.evaluation.perplexity import paired_difference
     from fusedkv_ext.evaluation.retrieval import score_questions
 
@@ -250,7 +252,8 @@ def evaluate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict
             say(f"{subject.name}: loss")
             if identity not in encoded:
                 encoded[identity] = text.ids(subject.tokenizer)
-            losses = _losses(args, subject, text, encoded[identity], context)
+            with coded_passes(subject.model):
+                losses = _losses(args, subject, text, encoded[identity], context)
             if subject is subjects[0]:
                 first = losses
             elif first and losses and identity == subjects[0].tokenizer.identity:

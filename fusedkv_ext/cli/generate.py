@@ -2,7 +2,8 @@
 
 The checkpoint is the --out folder of a training run (its newest checkpoint), a folder with
 config.json and model.safetensors, or a Hugging Face folder with any causal language model. Processes that
-torchrun starts shard the heads of the model, and with them weights and cache.
+torchrun starts shard the heads of the model, and with them weights and cache. For a Hugging Face folder the
+last line, on stderr, has the memory that the cache holds.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def _generate(args: argparse.Namespace) -> int:
     show(decoder.finish())
     if not speaks:
         return 0
+    cache_bytes = getattr(model, "resident_cache_bytes", None)
     if args.json:
         result = {
             "checkpoint": str(loaded.folder),
@@ -115,8 +117,12 @@ def _generate(args: argparse.Namespace) -> int:
             "prompt_tokens": len(ids),
             "new_tokens": len(new_ids),
             "seconds": seconds,
+            "cache_bytes": cache_bytes,
         }
         print(json.dumps(result))
     else:
         print()
+        if cache_bytes is not None:
+            tokens = len(ids) + len(new_ids) - 1  # the last one is not stored
+            print(f"cache: {cache_bytes / 1024:,.1f} KiB for {tokens:,} tokens", file=sys.stderr)
     return 0

@@ -28,6 +28,7 @@ COMMANDS = (
     "grads",
     "convert",
     "uptrain",
+    "compress",
 )
 # Commands that the processes of torchrun run as one.
 TOGETHER = ("train", "generate", "eval", "compare", "uptrain")

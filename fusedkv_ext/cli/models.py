@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,19 @@ class Loaded:
     plan: str
     ends: frozenset[int | None]
     cache_bytes_per_token: float | None
+
+
+@contextmanager
+def coded_passes(model: Any) -> Iterator[None]:
+    """Passes without a cache compute what decoding over coded caches would, if the model has codecs."""
+    inner: Any = getattr(model, "model", None)
+    if getattr(getattr(inner, "config", None), "cache_codecs", None) is None:
+        yield
+        return
+    from fusedkv_ext.conversion.coding import simulated
+
+    with simulated(inner):
+        yield
 
 
 def load_model(path: str | Path, tokenizer: str | None, *, device: str, dtype: str) -> Loaded:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,7 @@ from fusedkv_ext.conversion.pooling import pool
 from fusedkv_ext.conversion.refit import REFITTED, refit
 from fusedkv_ext.conversion.second_moments import SecondMoments, collect
 from fusedkv_ext.hf.config import PlanConfig, cache_bytes_per_token, config_for
-from fusedkv_ext.hf.loading import CONVERSION, save_like
+from fusedkv_ext.hf.loading import CONVERSION, new_folder, save_like
 from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.training.data.tokenizer import FileTokenizer
@@ -254,11 +252,7 @@ def save_conversion(
         OSError: the disk is full; the message names the file.
     """
     out, original = Path(out), Path(original)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another folder, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as scratch:
         with checked_files.naming(out):
             save_like(conversion.model, original, scratch)
             if tokenizer is not None:
@@ -280,11 +274,6 @@ def save_conversion(
         }
         with checked_files.naming(out / CONVERSION):
             (scratch / CONVERSION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        scratch.rename(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return out
 
 

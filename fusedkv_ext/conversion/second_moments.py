@@ -12,7 +12,7 @@ accumulated batch by batch; activations are not kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +129,35 @@ def _seeing(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def watched_shares(layers: Iterable[nn.Module], shares: Tensor) -> Iterator[None]:
+    """Adds to ``shares`` (L,) the ratio |y|^2 / |h|^2 of each layer, summed over the tokens of a pass.
+
+    y is the output of attention, and h the residual stream before it.
+    """
+    stream: dict[int, Tensor] = {}
+
+    def see_stream(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stream[layer] = args[0].double().square().sum(-1)
+
+        return hook
+
+    def see_output(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
+            energy = output[0].double().square().sum(-1)
+            shares[layer] += (energy / stream.pop(layer)).nan_to_num(0.0, 0.0).sum().cpu()
+
+        return hook
+
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            attention: Any = layer.self_attn
+            stack.callback(attention.register_forward_hook(see_output(i)).remove)
+            stack.callback(layer.register_forward_pre_hook(see_stream(i)).remove)
+        yield
+
+
 @torch.no_grad()
 def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> SecondMoments:
     """Runs a Llama or Qwen3 of transformers over a text and sums its second moments.
@@ -142,26 +171,7 @@ def collect(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> SecondM
     layers = decoder.layers
     second_moments = SecondMoments(len(layers), config.num_key_value_heads, head_dim_of(config))
 
-    stream: dict[int, Tensor] = {}
-
-    def see_stream(layer: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stream[layer] = args[0].double().square().sum(-1)
-
-        return hook
-
-    def see_output(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
-            energy = output[0].double().square().sum(-1)
-            second_moments.shares[layer] += (energy / stream.pop(layer)).nan_to_num(0.0, 0.0).sum().cpu()
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(_seeing(model))
-        for i, layer in enumerate(layers):
-            stack.callback(layer.self_attn.register_forward_hook(see_output(i)).remove)
-            stack.callback(layer.register_forward_pre_hook(see_stream(i)).remove)
+    with _seeing(model), watched_shares(layers, second_moments.shares):
         for part in ids.split(batch_size):
             batch = _Batch()
             decoder(input_ids=part.to(model.device), use_cache=False, kv_moments=batch)

@@ -466,6 +466,11 @@ def load(
     conversion = read_conversion(folder)
     teacher_folder = _teacher_folder(settings, folder, conversion)
     model = load_causal_lm(folder)
+    if getattr(model.config, "cache_codecs", None) is not None:
+        raise ConfigError(
+            f"the model must have no codecs, got {folder} with {model.config.codecs.name!r}, fitted to the "
+            "weights before training; uptrain the folder before compression, then run fusedkv compress"
+        )
     dtype = model.dtype
     model = _exact(model, place)
     size = model.get_input_embeddings().weight.shape[0]

@@ -34,7 +34,11 @@ class LanguageModel(nn.Module):
 
     Attributes:
         config: `vocab_size` and `max_position_embeddings` (`sys.maxsize` if the model has no limit).
+        resident_cache_bytes: Bytes that the tensors of the cache held at the end of the last `generate`; None
+            before it, and for a model without a KV cache.
     """
+
+    resident_cache_bytes: int | None = None
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -78,7 +82,12 @@ class LanguageModel(nn.Module):
         return Cache()
 
     def cache_bytes_per_token(self) -> float | None:
-        """Cache bytes per token, measured on a few tokens; None for a model without a KV cache."""
+        """Cache bytes per token, measured on a few tokens; None for a model without a KV cache.
+
+        With codecs it is the formula for tokens that are coded: the first and last ones stay raw.
+        """
+        if getattr(self.model.config, "codecs", None) is not None:
+            return self.model.config.bytes_per_token(self.model.dtype)
         tokens, cache = 8, Cache()
         device = next(self.model.parameters()).device
         with torch.inference_mode():
@@ -123,13 +132,16 @@ class LanguageModel(nn.Module):
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            return self.model.generate(
+            found = self.model.generate(
                 ids.to(device),
                 attention_mask=torch.ones_like(ids, device=device),
                 max_new_tokens=max_new_tokens,
                 streamer=_Streamer(stream) if stream else None,
+                return_dict_in_generate=True,
                 **settings,
             )
+        self.resident_cache_bytes = resident_bytes(getattr(found, self._cache, None))
+        return found.sequences
 
     def ends(self) -> set[int]:
         """End-of-text tokens from generation_config.json."""
@@ -137,6 +149,18 @@ class LanguageModel(nn.Module):
         if ends is None:
             return set()
         return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+def resident_bytes(cache: Any) -> int | None:
+    """Bytes of the memory that the tensors of a transformers cache hold; None if there are none."""
+    total = 0
+    for layer in getattr(cache, "layers", ()):
+        if hasattr(layer, "nbytes"):  # a layer that stores codes
+            total += layer.nbytes
+            continue
+        held = (getattr(layer, name, None) for name in ("keys", "values"))
+        total += sum(x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor))
+    return total or None
 
 
 class _Streamer:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fusedkv_ext.cache.codec import RAW, CodecPlan, Coding, TensorCodec
 from fusedkv_ext.hf.cache import KVSharingDict, LayerCache
+from fusedkv_ext.hf.coded_cache import CodedDynamicLayer
 from fusedkv_ext.hf.interface import NAME, attend, folds, prefix, ranges_if_folding
 from fusedkv_ext.hf.parallel import check_parallel
 from fusedkv_ext.hf.versions import check_keywords, takes_cache
@@ -60,6 +62,7 @@ class PlanAttention(nn.Module):
     Attributes:
         _family: the modeling module of transformers. Its functions are looked up at every call, so that
             patches of it (liger-kernel) apply to this class too.
+        key_codec, value_codec: how keys and values are stored; None as they are.
         k_heads: the number of key heads that the layer stores.
         v_heads: the number of value heads that it stores.
     """
@@ -87,6 +90,15 @@ class PlanAttention(nn.Module):
         self.kv_fusion = None
         if plan.layers[layer_idx].has_fusion:
             self.kv_fusion = FusionWeights(plan, layer_idx, heads, self.head_dim)
+        self.make_codecs(config.codecs)
+
+    def make_codecs(self, codecs: CodecPlan | None) -> None:
+        """Makes the codecs of what this layer stores, not fitted yet."""
+        coding = Coding(RAW, RAW) if codecs is None else codecs.layers[int(self.layer_idx)]
+        self.key_codec, self.value_codec = (
+            None if codec.is_raw else TensorCodec(codec, heads, self.head_dim)
+            for codec, heads in zip(coding, (self.k_heads, self.v_heads), strict=True)
+        )
 
     def _projection(self, config: Any, heads: int) -> nn.Linear | None:
         if heads == 0:
@@ -112,11 +124,15 @@ class PlanAttention(nn.Module):
         shared = SharedKV() if shared_kv_states is None else shared_kv_states
         cache = None
         if past_key_values is not None:
-            cache = LayerCache(past_key_values, self.layer_idx, self.plan.name, kwargs)
+            coded = None if self.key_codec is None and self.value_codec is None else self._coded_layer
+            cache = LayerCache(past_key_values, self.layer_idx, self.plan.name, kwargs, coded)
         query, keys, values = self._states(hidden_states, position_embeddings, cache, shared)
         steps = shared.steps or hidden_states.shape[1]
         out, weights = self._attend(query, keys, values, attention_mask, steps, shared.window_start, kwargs)
         return self.o_proj(out.flatten(2)), weights
+
+    def _coded_layer(self) -> CodedDynamicLayer:
+        return CodedDynamicLayer(self.config.codecs, self.key_codec, self.value_codec)
 
     def _states(
         self,

@@ -7,6 +7,7 @@ some layers store only keys, only values, or fewer heads of one than of the othe
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    DynamicCache,
     DynamicLayer,
     QuantizedLayer,
     StaticLayer,
@@ -96,12 +98,14 @@ class LayerCache(NamedTuple):
 
     Attributes:
         keywords: the keywords that attention received; the cache of continuous batching needs some of them.
+        coded: makes the layer of the cache for a model layer with codecs; None without.
     """
 
     cache: Any
     layer: int
     plan: str
     keywords: dict[str, Any]
+    coded: Callable[[], DynamicLayer] | None = None
 
     def store(self, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Adds new tokens, key (B, Gk, S, D) and value (B, Gv, S, D), and returns all that attention reads.
@@ -112,6 +116,9 @@ class LayerCache(NamedTuple):
         Raises:
             ValueError: the cache already has tokens with other numbers of heads.
         """
+        if self.coded is not None:
+            self._make_coded(self.coded)
+            return self.cache.update(key, value, self.layer)
         if not isinstance(self.cache, Cache):  # that of continuous batching, which has blocks of all heads
             if self.keywords.get("block_table") is not None:
                 raise ValueError(
@@ -134,6 +141,26 @@ class LayerCache(NamedTuple):
             )
         # Allocated before anything was stored (early_initialization), for as many heads on either side.
         return self._store_padded(key, value, allocated)
+
+    def _make_coded(self, make: Callable[[], DynamicLayer]) -> None:
+        """Makes the layer of the cache one that stores codes, when the first tokens come.
+
+        Raises:
+            ValueError: the cache is not one that grows, or has tokens that are not coded.
+        """
+        layers = self.cache.layers if isinstance(self.cache, Cache) else []
+        if self.cache.__class__ is DynamicCache and self.cache.layer_class_to_replicate is not None:
+            while len(layers) <= self.layer:
+                layers.append(self.cache.layer_class_to_replicate())
+        held = layers[self.layer] if self.layer < len(layers) else None
+        if type(held) is DynamicLayer and not held.is_initialized:
+            held = layers[self.layer] = make()
+        if not getattr(held, "stores_codes", False):
+            what = type(self.cache).__name__ if held is None else f"a {type(held).__name__}"
+            raise ValueError(
+                f"the cache must be a DynamicCache, empty or filled by this model, for layer {self.layer} "
+                f"with codecs, got {what}; pass no cache, or DynamicCache(config=model.config)"
+            )
 
     def _store_padded(
         self, key: Tensor, value: Tensor, heads: tuple[int, int], **keywords: Any

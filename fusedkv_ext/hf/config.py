@@ -14,16 +14,31 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from fusedkv_ext.cache.codec import RAW, CodecPlan, Coding
 from fusedkv_ext.hf.cache import HAS_DUMMY_LAYER
 from fusedkv_ext.plan import CachePlan, check_windows
 from fusedkv_ext.plan.latent import WHOLE
+from fusedkv_ext.plan.pieces import SIDES
 
-__all__ = ["FusedKVLlamaConfig", "FusedKVQwen3Config", "PlanConfig", "cache_bytes_per_token", "config_for"]
+__all__ = [
+    "FusedKVLlamaConfig",
+    "FusedKVQwen3Config",
+    "PlanConfig",
+    "cache_bytes_per_token",
+    "check_codecs",
+    "config_for",
+    "named_codecs",
+]
 
 
 @lru_cache(maxsize=64)
 def _plan(text: str) -> CachePlan:
     return CachePlan.from_dict(json.loads(text))
+
+
+@lru_cache(maxsize=64)
+def _codecs(text: str) -> CodecPlan:
+    return CodecPlan.from_dict(json.loads(text))
 
 
 class PlanConfig:
@@ -37,6 +52,8 @@ class PlanConfig:
         if isinstance(self.cache_plan, str):
             self.cache_plan = CachePlan.named(self.cache_plan, self.num_hidden_layers).to_dict()
         if self.cache_plan is None:
+            if self.cache_codecs is not None:
+                raise ValueError("cache_codecs must be None without cache_plan, got codecs")
             return
         if not isinstance(self.cache_plan, dict):
             raise TypeError(
@@ -55,6 +72,10 @@ class PlanConfig:
         layers = range(plan.num_layers)
         self._check_sources("k_source_layers", [list(plan.key_sources(i)) for i in layers])
         self._check_sources("v_source_layers", [list(plan.value_sources(i)) for i in layers])
+        if isinstance(self.cache_codecs, str):
+            self.cache_codecs = named_codecs(self.cache_codecs, self).to_dict()
+        if self.cache_codecs is not None:
+            check_codecs(self.codecs, self)
         self.base_model_tp_plan = {**(self.base_model_tp_plan or {}), **_tp_plan(plan)}
 
     def _check_sources(self, name: str, expected: list[list[int]]) -> None:
@@ -80,6 +101,19 @@ class PlanConfig:
                 "name of a plan, such as cache_plan='fusedkv-lite'"
             )
         return _plan(json.dumps(self.cache_plan))
+
+    @property
+    def codecs(self) -> CodecPlan | None:
+        """The codecs of the caches; None: keys and values are stored as they are."""
+        return None if self.cache_codecs is None else _codecs(json.dumps(self.cache_codecs))
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int | float:
+        """Bytes of one token of one sequence in the caches of all layers; see ``cache_bytes_per_token``."""
+        heads, dim = self.num_key_value_heads, head_dim_of(self)
+        if self.codecs is None:
+            return self.plan.bytes_per_token(heads, dim, dtype)
+        size = self.codecs.bytes_per_token(self.plan, heads, dim, dtype)
+        return int(size) if size.denominator == 1 else float(size)
 
     @property
     def kv_sharing_modes(self) -> list[str | None] | None:
@@ -135,6 +169,9 @@ def _tp_plan(plan: CachePlan) -> dict[str, str]:
 class FusedKVLlamaConfig(PlanConfig, LlamaConfig):
     """A LlamaConfig with ``cache_plan``: what ``CachePlan.to_dict`` returns, or the name of a plan.
 
+    ``cache_codecs`` is what ``CodecPlan.to_dict`` returns, or the label of a scheme; None stores keys and
+    values as they are.
+
     Raises:
         ValueError: the plan has another depth, shares of heads are not whole, or source lists contradict the
             plan.
@@ -143,6 +180,7 @@ class FusedKVLlamaConfig(PlanConfig, LlamaConfig):
     model_type = "fusedkv_llama"
 
     cache_plan: dict[str, Any] | str | None = None
+    cache_codecs: dict[str, Any] | str | None = None
     k_source_layers: list[list[int]] | None = None
     v_source_layers: list[list[int]] | None = None
 
@@ -150,6 +188,9 @@ class FusedKVLlamaConfig(PlanConfig, LlamaConfig):
 @strict
 class FusedKVQwen3Config(PlanConfig, Qwen3Config):
     """A Qwen3Config with ``cache_plan``: what ``CachePlan.to_dict`` returns, or the name of a plan.
+
+    ``cache_codecs`` is what ``CodecPlan.to_dict`` returns, or the label of a scheme; None stores keys and
+    values as they are.
 
     Raises:
         ValueError: the plan has another depth, shares of heads are not whole, source lists contradict the
@@ -159,6 +200,7 @@ class FusedKVQwen3Config(PlanConfig, Qwen3Config):
     model_type = "fusedkv_qwen3"
 
     cache_plan: dict[str, Any] | str | None = None
+    cache_codecs: dict[str, Any] | str | None = None
     k_source_layers: list[list[int]] | None = None
     v_source_layers: list[list[int]] | None = None
 
@@ -166,11 +208,56 @@ class FusedKVQwen3Config(PlanConfig, Qwen3Config):
 _CONFIGS = {"llama": FusedKVLlamaConfig, "qwen3": FusedKVQwen3Config}
 
 
+def named_codecs(label: str, config: Any) -> CodecPlan:
+    """The codecs of a scheme for a model. Layers with a sliding window stay raw.
+
+    Such a layer keeps few tokens, so codes would save little, and the cache drops its tokens one by one.
+
+    Args:
+        label: As in ``CodecPlan.named``.
+        config: A config with a cache plan.
+
+    Raises:
+        ValueError: As ``CodecPlan.named``.
+    """
+    codecs = CodecPlan.named(label, config.plan)
+    windows = _windows(config)
+    if not any(windows):
+        return codecs
+    layers = [
+        Coding(RAW, RAW) if sees_window else layer
+        for layer, sees_window in zip(codecs.layers, windows, strict=True)
+    ]
+    return CodecPlan(codecs.name, layers, codecs.sinks, codecs.tail)
+
+
+def check_codecs(codecs: CodecPlan, config: Any) -> None:
+    """Checks that codecs fit a model.
+
+    Raises:
+        ValueError: They do not fit the plan or the head dim, or code a layer with a sliding window.
+    """
+    codecs.check(config.plan, config.num_key_value_heads, head_dim_of(config))
+    for i, sees_window in enumerate(_windows(config)):
+        for side, codec in zip(SIDES, codecs.layers[i], strict=True):
+            if sees_window and not codec.is_raw:
+                raise ValueError(
+                    f"layer {i} {side}: the codec must be raw, got {codec}: the layer has a sliding window, "
+                    "and caches drop its tokens one by one"
+                )
+
+
+def _windows(config: Any) -> list[bool]:
+    """Whether each layer has a sliding window."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in types]
+
+
 def config_for(config: PreTrainedConfig, plan: CachePlan | str) -> FusedKVLlamaConfig | FusedKVQwen3Config:
     """The config of the same model with another cache plan.
 
     Args:
-        config: a LlamaConfig, a Qwen3Config, or one of ours, whose plan is replaced.
+        config: a LlamaConfig, a Qwen3Config, or one of ours, whose plan is replaced. Codecs are left out.
         plan: the cache plan, or the name of one.
 
     Raises:
@@ -193,6 +280,7 @@ def config_for(config: PreTrainedConfig, plan: CachePlan | str) -> FusedKVLlamaC
     fields = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "k_source_layers", "v_source_layers"):
         fields.pop(name, None)
+    fields.pop("cache_codecs", None)  # they belong to the plan that is replaced
     return _CONFIGS[kind](**{**fields, "cache_plan": plan.to_dict()})
 
 
@@ -201,16 +289,17 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int | float:
     """Bytes of one token of one sequence in the caches of all layers.
+
+    With codecs these are the codes and scales of a token that is coded; the first and last tokens that stay
+    raw take more. A fraction is possible where groups of tokens share scales.
 
     Args:
         config: one of ours, or a plain LlamaConfig or Qwen3Config, in which all layers store.
         dtype: of the cache.
     """
-    plan = (
-        config.plan
-        if isinstance(config, PlanConfig)
-        else CachePlan.named("vanilla", config.num_hidden_layers)
-    )
+    if isinstance(config, PlanConfig):
+        return config.bytes_per_token(dtype)
+    plan = CachePlan.named("vanilla", config.num_hidden_layers)
     return plan.bytes_per_token(config.num_key_value_heads, head_dim_of(config), dtype)

@@ -22,6 +22,7 @@ from fusedkv_ext.training.data.tokenizer import FileTokenizer
 
 INDEX = "model.safetensors.index.json"
 CONVERSION = "conversion.json"
+COMPRESSION = "compression.json"
 GENERATION = "generation_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
 # A folder whose model has more rows of the embedding than this many times its tokenizer's tokens has the
@@ -203,13 +204,33 @@ def save_like(model: Any, source: Path, target: Path) -> None:
 def copy_small_files(source: Path, target: Path) -> None:
     """Copies all files of a folder but its weights: tokenizer, templates and the like.
 
-    Files that ``target`` already has are kept. conversion.json, which says how ``source`` was created, is
-    left out.
+    Files that ``target`` already has are kept. conversion.json and compression.json, which say how
+    ``source`` was created, are left out.
     """
     for path in sorted(source.iterdir()):
-        known = path.name == CONVERSION or path.name.endswith(_WEIGHTS)
+        known = path.name in (CONVERSION, COMPRESSION) or path.name.endswith(_WEIGHTS)
         if path.is_file() and not known and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``out`` when the block ends: whole, or not at all.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 @contextmanager

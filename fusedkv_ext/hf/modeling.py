@@ -8,6 +8,7 @@ YOCO, arXiv:2405.05254).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+from fusedkv_ext.cache.codec import TensorCodec
 from fusedkv_ext.hf.attention import PlanAttention, SharedKV
 from fusedkv_ext.hf.cache import cached_tokens, check_growth, window_start
 from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config
@@ -96,7 +98,7 @@ class _PlanPreTrained:
     """Mixin of all models."""
 
     _skip_keys_device_placement = [CACHE, "shared_kv_states"]
-    _keep_in_fp32_modules_strict = ["kv_fusion"]
+    _keep_in_fp32_modules_strict = ["kv_fusion", "key_codec", "value_codec"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -124,10 +126,13 @@ class _PlanPreTrained:
 
         Raises:
             ValueError: the plan stores only some heads of a layer. Which heads of the plain model these are
-                is a question of conversion.
+                is a question of conversion. Or the config names codecs whose numbers the checkpoint lacks.
         """
+        wants_report = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error) or not _is_plain(pretrained_model_name_or_path):
                 raise
@@ -136,11 +141,13 @@ class _PlanPreTrained:
                 "some KV heads of a layer (skipv1 and others), a checkpoint of the plain model must be "
                 "converted: fkv.conversion.convert_model, or the command fusedkv convert"
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _check_fitted(pretrained_model_name_or_path, model, report)
         for module in model.modules():
             if isinstance(module, FusionWeights):  # loading makes new parameters, all with gradients
                 module.freeze_constants()
-        return loaded
+            elif isinstance(module, TensorCodec):  # loading casts buffers to float64
+                module.float()
+        return (model, report) if wants_report else model
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -151,6 +158,11 @@ class _PlanPreTrained:
         """
         if distributed_config is not None:
             sizes = {name: getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size")}
+            if model.config.codecs is not None and max(sizes.values()) > 1:
+                raise ValueError(
+                    f"a model with codecs must be on one process, got {sizes}: codecs are not sharded; start "
+                    "one process, or load a folder without cache_codecs"
+                )
             check_parallel(model.config.plan, model.config.num_key_value_heads, **sizes)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
@@ -174,6 +186,19 @@ def _is_plain(folder: Any) -> bool:
         return False
     fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
     return not fields.get("model_type", "").startswith("fusedkv_")
+
+
+def _check_fitted(folder: Any, model: Any, report: dict[str, Any]) -> None:
+    """Raises ValueError if the codecs of the config were not among the weights, or of another shape."""
+    wrong = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    found = sorted(name for name in wrong if re.search(r"\.(key|value)_codec\.", name))
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"{folder} must have the numbers of the codecs {model.config.codecs.name!r} that its config "
+            f"names, got weights without {found[0]}{more}; fit them with the command fusedkv compress, or "
+            "remove cache_codecs from its config.json"
+        )
 
 
 class _PlanModel(_PlanPreTrained):

@@ -295,8 +295,14 @@ class FusedKVAttention(nn.Module):
     def _attend_cached(self, q: Tensor, cache: KVCache) -> Tensor:
         """Like ``_attend``, over the cache."""
         outs = []
-        for q_heads, keys, values in self._reads:
+        for segment, (q_heads, keys, values) in enumerate(self._reads):
             part = q if q_heads is None else q[:, :, q_heads]
+            key_weights, value_weights = self._weights(keys, values)
+            value_bias = None
+            if cache.codecs is not None:
+                k, v = ([(x.layer, x.heads) for x in side.tensors] for side in (keys, values))
+                folded = cache.codecs.fold((self.layer, segment), k, v, key_weights, value_weights)
+                key_weights, value_weights, value_bias = folded
             key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
             _, steps, num_heads, head_dim = part.shape
             schedule = cache.schedule(steps, num_heads, key_caches[0].shape[2], self.window_size)
@@ -304,13 +310,15 @@ class FusedKVAttention(nn.Module):
                 part,
                 key_caches,
                 [heads.of(cache.values(heads.layer)) for heads in values.tensors],
-                *self._weights(keys, values),
+                key_weights,
+                value_weights,
                 cache.seq_lens,
                 cache.block_table,
                 head_dim**-0.5,
                 self.window_size[0],
                 0,
                 schedule,
+                value_bias=value_bias,
                 host_seqlens=cache.lengths,
             )
             outs.append(cached.attend_layer(call))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedkv_ext.cache.cache_codecs import CacheCodecs
 from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.generation.generate import generate
 from fusedkv_ext.generation.sampling import Sampling
@@ -400,7 +401,13 @@ class Decoder(nn.Module):
         )
 
     def make_cache(
-        self, batch_size: int, max_len: int, *, page_size: int | None = None, num_pages: int | None = None
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        codecs: CacheCodecs | None = None,
     ) -> KVCache:
         """Creates an empty KVCache on the model's device, in its dtype or that of autocast.
 
@@ -411,6 +418,7 @@ class Decoder(nn.Module):
             max_len: Largest number of tokens per sequence.
             page_size: Tokens per page; None for a contiguous cache.
             num_pages: Pages of the pool; by default enough for all sequences at full length.
+            codecs: Fitted codecs (``CacheCodecs.fit``); None stores keys and values as they are.
         """
         config, weight = self.config, self.model.embed_tokens.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
@@ -426,6 +434,7 @@ class Decoder(nn.Module):
             page_size=page_size,
             num_pages=num_pages,
             rope_dim=config.qk_rope_head_dim,
+            codecs=codecs,
         )
 
     def generate(

@@ -313,6 +313,15 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(
     assert not partial_folder(out).exists()
 
 
+def test_a_model_with_codecs_is_refused(converted: Path, text: Path, tmp_path: Path) -> None:
+    """They were fitted to the weights before training."""
+    coded, out = tmp_path / "coded", tmp_path / "out"
+    shutil.copytree(converted, coded)
+    config = json.loads((coded / "config.json").read_text())
+    (coded / "config.json").write_text(json.dumps({**config, "cache_codecs": "kivi:group=8"}))
+    refused(ConfigError, "must have no codecs, got .*kivi", coded, [text], out)
+
+
 def test_a_conversion_of_another_model_is_refused(converted: Path, text: Path, tmp_path: Path) -> None:
     folder, path = tmp_path / "model", tmp_path / "model" / "conversion.json"
     shutil.copytree(converted, folder)

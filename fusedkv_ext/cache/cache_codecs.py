@@ -1,0 +1,138 @@
+"""CacheCodecs: fitted codecs of all tensors of a KVCache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.cache.codec.codec_plan import CodecPlan
+from fusedkv_ext.cache.codec.fit import fit
+from fusedkv_ext.cache.codec.static_codes import check_static, fold
+from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
+from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.plan.pieces import SIDES
+
+if TYPE_CHECKING:
+    from fusedkv_ext.cache.kv_cache import KVCache
+
+__all__ = ["CacheCodecs", "Folded"]
+
+HeadsOf = tuple[int, slice | None]  # a layer, and which of the heads that it stores; None: all
+
+SKIPPED = 4  # first tokens of a sequence, which are no measure of the others
+
+
+class Folded(NamedTuple):
+    """What one call of attention over codes needs.
+
+    Attributes:
+        key_weights: float32 (m_k, g, D), a (.) s; None if all are ones.
+        value_weights: float32 (m_v, g, D), b (.) s; None if all are ones.
+        value_bias: float32 (g, D), sum_j b_j (.) c_j; None without codes.
+    """
+
+    key_weights: Tensor | None
+    value_weights: Tensor | None
+    value_bias: Tensor | None
+
+
+class CacheCodecs:
+    """Fitted codecs of the tensors that a plan stores.
+
+    Args:
+        codecs: The codecs. Without raw first and last tokens.
+        keys: A fitted codec per layer; None where keys are raw.
+        values: The same of values.
+    """
+
+    def __init__(
+        self, codecs: CodecPlan, keys: Sequence[TensorCodec | None], values: Sequence[TensorCodec | None]
+    ) -> None:
+        self.codecs, self.keys, self.values = codecs, list(keys), list(values)
+        self._folded: dict[tuple[int, int], tuple[Tensor | None, Tensor | None, Folded]] = {}
+
+    @classmethod
+    def fit(cls, codecs: CodecPlan | str, cache: KVCache) -> CacheCodecs:
+        """Codecs that are fitted to what a raw cache holds.
+
+        Args:
+            codecs: The codecs, or the label of a scheme (``CodecPlan.named``).
+            cache: A cache of keys and values with a typical text in it.
+
+        Raises:
+            ValueError: The cache is coded already or has too few tokens, or codecs do not fit its plan.
+        """
+        if cache.codecs is not None or cache.rope_dim is not None:
+            raise ValueError("cache must hold raw keys and values, got codes or latents")
+        if isinstance(codecs, str):
+            codecs = CodecPlan.named(codecs, cache.plan)
+        codecs.check(cache.plan, cache.num_kv_heads, cache.head_dim)
+        check_static(codecs, cache.plan)
+        sides = []
+        for side in SIDES:
+            fitted: list[TensorCodec | None] = []
+            for i in range(cache.plan.num_layers):
+                codec = codecs.codec(i, side)
+                if codec.is_raw:
+                    fitted.append(None)
+                    continue
+                sample = _tokens(cache, cache.keys(i) if side == "keys" else cache.values(i))
+                own = TensorCodec(codec, sample.shape[1], cache.head_dim).to(cache.device)
+                fitted.append(fit(own, sample))
+            sides.append(fitted)
+        return cls(codecs, *sides)
+
+    def check(self, plan: CachePlan, num_kv_heads: int, head_dim: int) -> None:
+        """Checks that the codecs fit a plan, and that kernels read them (``check_static``).
+
+        Raises:
+            ValueError: They do not; the message names the layer and the side.
+        """
+        self.codecs.check(plan, num_kv_heads, head_dim)
+        check_static(self.codecs, plan)
+        for codec in (*self.keys, *self.values):
+            if codec is not None and codec.head_dim != head_dim:
+                raise ValueError(f"codecs must be for head dim {head_dim}, got {codec.head_dim}")
+
+    def fold(
+        self,
+        place: tuple[int, int],
+        keys: Sequence[HeadsOf],
+        values: Sequence[HeadsOf],
+        key_weights: Tensor | None,
+        value_weights: Tensor | None,
+    ) -> Folded:
+        """The weights and the bias of one call of attention, computed when its fusion weights change.
+
+        Args:
+            place: The layer and the segment of heads that read.
+            keys: What it reads: layers, and which of their stored heads.
+            values: The same of values.
+            key_weights: Fusion weights, float32 (m_k, g, D); None for ones.
+            value_weights: The same of values.
+        """
+        known = self._folded.get(place)
+        if known is not None and known[0] is key_weights and known[1] is value_weights:
+            return known[2]
+        k, _ = fold([(self.keys[layer], heads) for layer, heads in keys], key_weights)
+        v, bias = fold([(self.values[layer], heads) for layer, heads in values], value_weights)
+        self._folded[place] = key_weights, value_weights, Folded(k, v, bias)
+        return self._folded[place][2]
+
+
+def _tokens(cache: KVCache, tensor: Tensor) -> Tensor:
+    """The tokens in the cache but the first of each sequence, (N, g, D)."""
+    parts = []
+    for b, length in enumerate(cache.lengths):
+        if cache.block_table is None:
+            rows = tensor[b, :length]
+        else:
+            rows = tensor[cache.block_table[b, : -(-length // tensor.shape[1])].long()].flatten(0, 1)[:length]
+        parts.append(rows[SKIPPED:])
+    found = torch.cat(parts)
+    if len(found) < 2:
+        raise ValueError(f"cache must hold more than {SKIPPED + 2} tokens per sequence, got {cache.lengths}")
+    return found

@@ -1,0 +1,101 @@
+"""Fits the numbers of a codec to a sample of the tensor that it writes.
+
+Errors are measured by what they cost: an error e of a key costs e^T M e in squared scores, with M = E[q q^T];
+an error of a value costs e^T M e in the squared output, with M = O^T O of the output projection.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.cache.codec.tensor_codec import E4M3_MAX, TensorCodec
+
+__all__ = ["fit"]
+
+# Parts of the range below and above the median that a static scale may cover; numbers beyond it saturate.
+_CLIPS = torch.linspace(0.3, 1.0, 8).tolist()
+# With 8 bits a number beyond the range costs more than a coarser scale: room for what the sample lacks.
+_MARGIN_OF_8_BITS = 1.25
+
+
+@torch.no_grad()
+def fit(codec: TensorCodec, sample: Tensor, metric: Tensor | None = None) -> TensorCodec:
+    """Sets the center, scale, balance and basis of ``codec``; returns it.
+
+    Args:
+        codec: The codec to fit.
+        sample: (N, g, D), vectors of the tensor. Without the first tokens of texts, whose norms would set the
+            ranges.
+        metric: M, float64 (g, D, D); None for the identity.
+
+    Raises:
+        ValueError: The sample has another shape, fewer than 2 vectors, or NaN or infinities.
+    """
+    heads, dim = codec.num_heads, codec.head_dim
+    if sample.dim() != 3 or sample.shape[1:] != (heads, dim) or len(sample) < 2:
+        raise ValueError(f"sample must be (N, {heads}, {dim}) with N >= 2, got {tuple(sample.shape)}")
+    sample = sample.float()
+    if not sample.isfinite().all():
+        raise ValueError("sample must be finite, got NaN or inf: the model or the text is damaged")
+    if metric is None:
+        metric = torch.eye(dim, dtype=torch.float64).expand(heads, -1, -1)
+    if codec.center is not None:
+        codec.center.copy_(sample.mean(0))
+    if codec.balance is not None:
+        variance = sample.var(0).double().clamp_min(1e-12)
+        weight = metric.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12).to(variance.device)
+        # The least of (sum of weight b^2) (sum of variance / b^2): the rotation spreads the error evenly.
+        balance = (variance / weight) ** 0.25
+        codec.balance.copy_(balance / balance.mean(-1, keepdim=True))
+    if codec.down is not None and codec.up is not None:
+        down, up = _basis(sample, metric, codec.channels)
+        codec.down.copy_(down)
+        codec.up.copy_(up)
+    if codec.scale is not None:
+        _fit_range(codec, codec.into_frame(sample))
+    return codec
+
+
+def _basis(sample: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Weighted principal components: down (g, r, D) and up (g, D, r) with the least E[e^T M e].
+
+    With S the covariance, the rows of down are U^T M^(1/2) and the columns of up M^(-1/2) U, with U the
+    first eigenvectors of M^(1/2) S M^(1/2).
+    """
+    centered = (sample - sample.mean(0)).double()
+    covariance = torch.einsum("ngi,ngj->gij", centered, centered) / len(sample)
+    numbers, vectors = torch.linalg.eigh(metric.to(covariance.device))
+    numbers = numbers.clamp_min(1e-6 * numbers.amax(-1, keepdim=True))
+    root = vectors * numbers.sqrt().unsqueeze(-2) @ vectors.mT
+    inverse = vectors * numbers.rsqrt().unsqueeze(-2) @ vectors.mT
+    basis = torch.linalg.eigh(root @ covariance @ root).eigenvectors[..., -rank:].flip(-1)
+    return (basis.mT @ root).float(), (inverse @ basis).float()
+
+
+def _fit_range(codec: TensorCodec, y: Tensor) -> None:
+    """Static scales of the channels y (N, g, r): of the range whose rounding has the smallest error."""
+    assert codec.scale is not None
+    spec = codec.codec
+    if spec.kind == "e4m3":
+        codec.scale.copy_((_MARGIN_OF_8_BITS * y.abs().amax(0) / E4M3_MAX).clamp_min(1e-12))
+        return
+    last = 127.0 if spec.bits == 8 else 2.0 ** (spec.bits - 1) - 1
+    first = -127.0 if spec.bits == 8 else -last - 1
+    middle = y.median(0).values
+    below, above = middle - y.amin(0), y.amax(0) - middle
+    clips = [_MARGIN_OF_8_BITS] if spec.bits == 8 else _CLIPS
+    least = torch.full_like(middle, torch.inf)
+    scale, center = torch.ones_like(middle), torch.zeros_like(middle)
+    for low, high in itertools.product(clips, clips):
+        step = ((low * below + high * above) / (last - first)).clamp_min(1e-12)
+        zero = middle - low * below - step * first  # what code 0 stands for
+        error = (((y - zero) / step).round().clamp(first, last) * step + zero - y).square().mean(0)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale, center = torch.where(better, step, scale), torch.where(better, zero, center)
+    codec.scale.copy_(scale)
+    if codec.center is not None:
+        codec.center.add_(codec.from_frame(center, center=False))

@@ -1,0 +1,214 @@
+"""KVCache of codes: what append writes, what attention reads, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import LAYERS, PLANS, randomise_fusion, tiny_config
+from torch import Tensor
+
+from fusedkv_ext.cache.cache_codecs import CacheCodecs
+from fusedkv_ext.cache.codec import Codec, CodecPlan, Encoded, TensorCodec
+from fusedkv_ext.cache.kv_cache import KVCache
+from fusedkv_ext.layers.decoder import Decoder
+from fusedkv_ext.plan import CachePlan
+
+LABELS = ("int8", "fp8", "int4:sinks=0")
+SOME_PLANS = ("vanilla", "fusedkv", "fusedkv-lite", "yoco++", "skipv1", "patchwork", "dense-fusion")
+BATCH, PROMPT, MAX_LEN = 3, 20, 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread(with_threads: Callable[[int], None]) -> None:
+    """Tensors are so small here that a second thread would only be waited for."""
+    with_threads(1)
+
+
+def make_model(plan: str) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(tiny_config(plan)).eval()
+    randomise_fusion(model)
+    return model
+
+
+def codecs_of(model: Decoder, label: str | CodecPlan) -> CacheCodecs:
+    """Fitted to a random text."""
+    raw = model.make_cache(16, 64)
+    with torch.no_grad():
+        model(torch.randint(0, 61, (16, 60)), cache=raw)
+    return CacheCodecs.fit(label, raw)
+
+
+def filled(model: Decoder, codecs: CacheCodecs, page_size: int | None = None) -> KVCache:
+    """A cache of codes after a prompt and one more token."""
+    cache = model.make_cache(BATCH, MAX_LEN, page_size=page_size, codecs=codecs)
+    ids = torch.randint(0, 61, (BATCH, PROMPT))
+    with torch.no_grad():
+        model(ids, cache=cache)
+        model(ids[:, :1], cache=cache)
+    return cache
+
+
+def decoded(codec: TensorCodec | None, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.clone() if codec is None else codec.decode(Encoded(tensor, None), dtype)
+
+
+def decoded_copy(cache: KVCache, codecs: CacheCodecs) -> KVCache:
+    """A raw cache of what the codes stand for."""
+    raw = KVCache(cache.plan, BATCH, MAX_LEN, cache.num_kv_heads, cache.head_dim, page_size=cache.page_size)
+    raw.advance(max(cache.lengths))
+    for i in cache.plan.storage_layers:
+        sides = ((raw._keys, cache._keys, codecs.keys), (raw._values, cache._values, codecs.values))
+        for tensors, own, side in sides:
+            if own[i] is not None:
+                tensors[i].copy_(decoded(side[i], own[i], torch.float32))
+    if cache.block_table is not None:
+        raw.block_table.copy_(cache.block_table)
+    return raw
+
+
+@pytest.mark.parametrize("page_size", [None, 4], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize(
+    "plan", ["vanilla", "fusedkv", "fusedkv-lite", "yoco++", "skipv1", "patchwork", "dense-fusion"]
+)
+def test_attention_reads_codes_as_the_numbers_that_they_stand_for(
+    plan: str, label: str, page_size: int | None
+) -> None:
+    model = make_model(plan)
+    codecs = codecs_of(model, label)
+    cache = filled(model, codecs, page_size)
+    raw = decoded_copy(cache, codecs)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        q = torch.randn(BATCH, 1, attention.num_heads, attention.head_dim)
+        with torch.no_grad():
+            actual, expected = attention._attend_cached(q, cache), attention._attend_cached(q, raw)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_readers_fold_the_scale_of_the_layer_that_stores() -> None:
+    model = make_model("fusedkv")
+    codecs = codecs_of(model, "int8")
+    reader = model.model.layers[LAYERS - 1].self_attn
+    assert codecs.values[LAYERS - 1] is None  # it has no scale of its own
+    cache, q = filled(model, codecs), torch.randn(BATCH, 1, 4, 16)
+    with torch.no_grad():
+        before = reader._attend_cached(q, cache)
+        for j in reader.source_layers:
+            codecs.values[j].scale.mul_(2)
+            codecs.values[j].center.mul_(2)
+        codecs._folded.clear()
+        torch.testing.assert_close(reader._attend_cached(q, cache), 2 * before)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_append_writes_the_codes_of_the_codec(label: str) -> None:
+    model = make_model("vanilla")
+    codecs = codecs_of(model, label)
+    cache, raw = model.make_cache(1, 8, codecs=codecs), model.make_cache(1, 8)
+    new = torch.randn(2, 1, 5, 2, 16)
+    for x in (cache, raw):
+        x.advance(5)
+        x.append(0, new[0], new[1])
+    for tensors, side in ((cache.keys(0), codecs.keys), (cache.values(0), codecs.values)):
+        expected = side[0].encode(new[0] if side is codecs.keys else new[1]).codes
+        found = tensors[:, :5]
+        assert found.dtype == expected.dtype
+        same = found.view(torch.uint8) == expected.view(torch.uint8)
+        assert same.float().mean() > 0.99  # a tie may round the other way
+        apart = side[0].values(found) - side[0].values(expected)
+        assert apart.abs().max() <= (32 if label == "fp8" else 1)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_nbytes_are_those_of_the_codec_plan(label: str) -> None:
+    model = make_model("fusedkv")
+    codecs = codecs_of(model, label)
+    cache = model.make_cache(BATCH, MAX_LEN, codecs=codecs)
+    assert cache.nbytes == BATCH * MAX_LEN * codecs.codecs.bytes_per_token(cache.plan, 2, 16, torch.float32)
+
+
+def test_reorder_and_crop_keep_the_codes_of_the_tokens() -> None:
+    model = make_model("fusedkv")
+    for label in LABELS:
+        for page_size in (None, 4):
+            cache = filled(model, codecs_of(model, label), page_size)
+            before = decoded_rows(cache)
+            cache.crop(10)
+            cache.reorder([2, 0, 0])
+            after = decoded_rows(cache)
+            for b, source in enumerate([2, 0, 0]):
+                assert torch.equal(after[b], before[source][:10])
+
+
+def decoded_rows(cache: KVCache) -> list[Tensor]:
+    """The bytes of the keys of layer 0, by sequence."""
+    tensor = cache.keys(0).view(torch.uint8)
+    if cache.block_table is None:
+        return [tensor[b, :n].clone() for b, n in enumerate(cache.lengths)]
+    return [
+        tensor[cache.block_table[b, : -(-n // 4)].long()].flatten(0, 1)[:n].clone()
+        for b, n in enumerate(cache.lengths)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("int4", "no raw rows"),
+        ("kivi:group=16", "no raw rows"),
+        ("turboquant:sinks=0,tail=0", "static scales per channel"),
+        ("pca:rank=8,sinks=0", "static scales per channel"),
+        ("int4:bits=3,sinks=0", "static scales per channel"),
+    ],
+)
+def test_what_the_cache_cannot_hold_is_refused(label: str, message: str) -> None:
+    model = make_model("vanilla")
+    with pytest.raises(ValueError, match=message):
+        codecs_of(model, label)
+
+
+def test_codecs_for_another_plan_or_head_dim_are_refused() -> None:
+    codecs = codecs_of(make_model("vanilla"), "int8")
+    with pytest.raises(ValueError, match="stores no keys"):
+        make_model("fusedkv").make_cache(1, 8, codecs=codecs)
+    with pytest.raises(ValueError, match="for the 5 layers"):
+        KVCache(CachePlan.named("vanilla", 5), 1, 8, 2, 16, codecs=codecs)
+    with pytest.raises(ValueError, match="head dim"):
+        KVCache(PLANS["vanilla"], 1, 8, 2, 32, codecs=codecs)
+
+
+def test_sources_of_one_sum_must_be_coded_alike() -> None:
+    model = make_model("fusedkv")
+    int8, fp8, raw = Codec("int", 8, "channel"), Codec("e4m3", 0, "channel"), Codec()
+    plan = CodecPlan("mixed", [(int8, int8), (fp8, fp8), (raw, raw), (raw, raw)])
+    with pytest.raises(ValueError, match="coded alike"):
+        model.make_cache(1, 8, codecs=codecs_of(model, plan))
+
+
+def test_a_coded_cache_is_no_sample_to_fit_to() -> None:
+    model = make_model("vanilla")
+    codecs = codecs_of(model, "int8")
+    with pytest.raises(ValueError, match="raw keys and values"):
+        CacheCodecs.fit("int8", model.make_cache(1, 8, codecs=codecs))
+    with pytest.raises(ValueError, match="more than"):
+        CacheCodecs.fit("int8", model.make_cache(1, 8))
+
+
+def test_more_bits_are_closer_to_the_numbers() -> None:
+    model = make_model("fusedkv")
+    ids = torch.randint(0, 61, (2, 30))
+
+    def logits(label: str | None) -> Tensor:
+        cache = model.make_cache(2, 30, codecs=None if label is None else codecs_of(model, label))
+        with torch.no_grad():
+            return torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(30)], 1)
+
+    raw = logits(None)
+    errors = [
+        float((logits(label) - raw).norm() / raw.norm()) for label in ("int8", "int4:sinks=0,source_factor=1")
+    ]
+    assert 0 < errors[0] < errors[1]
