@@ -24,6 +24,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from fusedkv_ext.cache.codec import TensorCodec
+from fusedkv_ext.cache.codec.static_codes import code_dtype, fold
 from fusedkv_ext.layers.layer_io import WeightedSum, mixed
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AppendCall, AttentionCall
@@ -163,6 +165,9 @@ class Reads:
             ``names``.
         mixes: The sums of keys and of values that the layer stores; empty: its own projections.
         weights: Of keys and of values, by segment: float32 (m, heads, D) or None.
+        coded: Whether the model has codecs. Caches are then bytes.
+        codecs: Of the keys and the values that the layer stores; None: as they are.
+        folded: By segment, weights over codes and the constant of the output.
     """
 
     names: list[str]
@@ -170,13 +175,45 @@ class Reads:
     parts: list[tuple[slice | None, WeightedSum, WeightedSum]]
     mixes: tuple[tuple[WeightedSum, ...], tuple[WeightedSum, ...]] = ((), ())
     weights: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] = ((), ())
+    coded: bool = False
+    codecs: tuple[TensorCodec | None, TensorCodec | None] = (None, None)
+    folded: dict[int, tuple[Tensor | None, Tensor | None, Tensor | None]] = field(default_factory=dict)
 
 
-def cache_views(cache: Tensor, stored: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (blocks, tokens, heads, D) of a layer's cache, which may have no heads on a side."""
-    heads = sum(stored)
-    keys, values = cache[:, 0, :, : heads * head_dim].unflatten(-1, (heads, head_dim)).split(stored, dim=2)
+def code_bytes(reads: Reads, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the keys and of the values of a token in a layer of a coded model."""
+    keys, values = (
+        heads * (head_dim * dtype.itemsize if codec is None else codec.codec.code_bytes(head_dim, 1))
+        for heads, codec in zip(reads.stored, reads.codecs, strict=True)
+    )
     return keys, values
+
+
+def cache_views(cache: Tensor, reads: Reads, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values (blocks, tokens, heads, D) of a layer's cache, which may have no heads on a side.
+
+    Args:
+        cache: The layer's cache as vLLM has it.
+        reads: Of the layer.
+        head_dim: D.
+        dtype: Of keys and values that are not coded.
+    """
+    stored = reads.stored
+    if not reads.coded:
+        heads = sum(stored)
+        keys, values = (
+            cache[:, 0, :, : heads * head_dim].unflatten(-1, (heads, head_dim)).split(stored, dim=2)
+        )
+        return keys, values
+    sizes = code_bytes(reads, head_dim, dtype)
+    parts = cache[:, 0, :, : sum(sizes)].split(sizes, dim=-1)
+    found = [
+        part.view(dtype if codec is None else code_dtype(codec.codec)).unflatten(-1, (heads, -1))
+        if heads
+        else part.new_empty(*part.shape[:2], 0, head_dim, dtype=dtype)
+        for part, heads, codec in zip(parts, stored, reads.codecs, strict=True)
+    ]
+    return found[0], found[1]
 
 
 class PlanAttentionImpl(AttentionImpl):
@@ -230,7 +267,17 @@ class PlanAttentionImpl(AttentionImpl):
         if any(reads.mixes):
             new = self._mixed(reads, step, new)
         rows, caches = [x[:, None] for x in new], layer.cache_views()
-        cached.append(AppendCall(*rows, *caches, *step.slots()))
+        call = AppendCall(*rows, *caches, *step.slots())
+        if reads.coded:
+            scales = [(None, None) if x is None else (x.scale, x.center) for x in reads.codecs]
+            (key_scale, key_center), (value_scale, value_center) = scales
+            call = call._replace(
+                key_scale=key_scale,
+                key_center=key_center,
+                value_scale=value_scale,
+                value_center=value_center,
+            )
+        cached.append(call)
 
     def _mixed(self, reads: Reads, step: Step, new: Sequence[Tensor]) -> list[Tensor]:
         """What is stored, (rows, heads, D): mixed with what the sources have stored for the same rows."""
@@ -269,20 +316,20 @@ class PlanAttentionImpl(AttentionImpl):
             packed = {"cu_seqlens_q": step.query_start_loc, "max_seqlen_q": step.max_query_length}
         lengths = step.host_lengths()
         for segment, (heads, keys, values) in enumerate(reads.parts):
-            weights = [
-                None if x.segment is None else side[segment]
-                for x, side in zip((keys, values), reads.weights, strict=True)
-            ]
+            if segment not in reads.folded:
+                reads.folded[segment] = self._folded(reads, segment, keys, values)
+            key_weights, value_weights, value_bias = reads.folded[segment]
             own_q, own_out = (x if heads is None else x[:, :, heads] for x in (q, out))
             key_caches = [part.of(sides[part.index][0]) for part in keys.tensors]
             call = AttentionCall(
                 own_q,
                 key_caches,
                 [part.of(sides[part.index][1]) for part in values.tensors],
-                weights[0],
-                weights[1],
+                key_weights,
+                value_weights,
                 *(step.seq_lens, step.block_table, self.scale, self.left, self.right),
                 schedule=step.schedule(own_q.shape[2], key_caches[0].shape[2], self.left),
+                value_bias=value_bias,
                 host_seqlens=lengths,
                 out=own_out if own_out.is_contiguous() else None,
                 **packed,
@@ -291,6 +338,22 @@ class PlanAttentionImpl(AttentionImpl):
             if result is not call.out:
                 own_out.copy_(result)
         return output
+
+    def _folded(
+        self, reads: Reads, segment: int, *sides: WeightedSum
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Weights of keys and of values over what is stored, and the constant of the output."""
+        weights = [
+            None if x.segment is None else side[segment] for x, side in zip(sides, reads.weights, strict=True)
+        ]
+        if not reads.coded:
+            return weights[0], weights[1], None
+        layers = get_forward_context().no_compile_layers
+        (key_weights, _), (value_weights, bias) = (
+            fold([(layers[reads.names[x.index]].reads.codecs[i], x.heads) for x in side.tensors], weights[i])
+            for i, side in enumerate(sides)
+        )
+        return key_weights, value_weights, bias
 
     def _caches(self, reads: Reads, step: Step) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the layers that one reads.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from fusedkv_ext.layers.layer_io import SidePlan
+from fusedkv_ext.cache.codec import CodecPlan
+from fusedkv_ext.cache.codec.static_codes import check_static
+from fusedkv_ext.layers.layer_io import SidePlan, mixes_any
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.plan.latent import WHOLE
 from fusedkv_ext.vllm.versions import needed
@@ -39,12 +41,14 @@ class EngineChecks:
                 "max_loras to one more than the adapters that you use",
                 stacklevel=2,
             )
+        if config.codecs is not None:
+            check_codecs(config.codecs, plan, heads, parallel.tensor_parallel_size)
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
         if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
             raise ValueError(
                 f"kv_cache_dtype must be auto or {dtype}, the dtype of the model, got "
-                f"{vllm_config.cache_config.cache_dtype!r}: no kernel reads a coded cache; leave "
-                "--kv-cache-dtype out"
+                f"{vllm_config.cache_config.cache_dtype!r}: codes need scales that fit the model; leave "
+                "--kv-cache-dtype out, and serve a folder of `fusedkv compress --codecs int8`"
             )
         if len(storing_windows(config)) > 1:
             # One block table for all layers: groups by window would have tables of their own, and a layer may
@@ -56,13 +60,33 @@ class EngineChecks:
         """Nothing to change."""
 
 
-def stores_whole_layers(plan: CachePlan, num_kv_heads: int) -> bool:
-    """Whether each layer stores all heads of both sides, or nothing."""
+def stores_whole_layers(plan: CachePlan, num_kv_heads: int, codecs: CodecPlan | None = None) -> bool:
+    """Whether each layer stores all heads of both sides, coded alike, or nothing."""
+    if codecs is not None and len({codecs.layers[i] for i in plan.storage_layers}) > 1:
+        return False
     whole = ([0, 0], [num_kv_heads] * 2)
     return all(
         [SidePlan.resolve(plan, i, num_kv_heads, side).num_stored for side in ("key", "value")] in whole
         for i in range(plan.num_layers)
     )
+
+
+def check_codecs(codecs: CodecPlan, plan: CachePlan, num_kv_heads: int, ranks: int) -> None:
+    """Checks that blocks can hold the codes of a coded model.
+
+    Raises:
+        ValueError: Codes need raw rows or groups of tokens, a layer mixes before it stores, or ranks would
+            share the heads.
+    """
+    check_static(codecs, plan)
+    if ranks > 1:
+        raise ValueError(f"tensor_parallel_size must be 1 with cache_codecs, got {ranks}")
+    for i in range(plan.num_layers):
+        if mixes_any(plan, i, num_kv_heads):
+            raise ValueError(
+                f"cache_codecs must be None for plan {plan.name!r}, got codecs: its layer {i} mixes new keys "
+                "or values with those that others have stored"
+            )
 
 
 def check_tensor_parallel(plan: CachePlan, num_kv_heads: int, ranks: int) -> None:

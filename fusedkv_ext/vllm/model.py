@@ -19,10 +19,11 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import extract_layer_index, is_pp_missing_parameter
 
+from fusedkv_ext.cache.codec import TensorCodec
 from fusedkv_ext.layers.fusion import FusionWeights
 from fusedkv_ext.layers.layer_io import SidePlan
 from fusedkv_ext.plan import CachePlan
-from fusedkv_ext.vllm.attention import PlanAttentionBackend, Reads, cache_views
+from fusedkv_ext.vllm.attention import PlanAttentionBackend, Reads, cache_views, code_bytes
 from fusedkv_ext.vllm.config import stores_whole_layers
 
 __all__ = ["PlanForCausalLM"]
@@ -46,6 +47,7 @@ class SourceAttention(Attention):
 
     def __init__(self, *args: Any, reads: Reads, fusion: FusionWeights | None, **kwargs: Any) -> None:
         super().__init__(*args, attn_backend=PlanAttentionBackend, **kwargs)
+        self.dtype = torch.get_default_dtype()  # of the model
         self.reads = reads
         self._fusion = [fusion]  # in a list: it is a submodule of the layer, under the checkpoint's name
         self._viewed: Tensor | None = None  # the cache of the views
@@ -57,21 +59,27 @@ class SourceAttention(Attention):
         """
         spec = super().get_kv_cache_spec(vllm_config)
         keys, values = (heads * self.head_size for heads in self.reads.stored)
+        dtype = spec.dtype
+        if self.reads.coded:
+            keys, values = code_bytes(self.reads, self.head_size, dtype)
+            dtype = torch.uint8
         size = vllm_config.cache_config.block_size
         if keys + values == 0:
             keys = 1
-        return replace(spec, block_size=size, num_kv_heads=1, head_size=keys, head_size_v=values)
+        sizes = {"num_kv_heads": 1, "head_size": keys, "head_size_v": values}
+        return replace(spec, block_size=size, dtype=dtype, **sizes)
 
     def cache_views(self) -> tuple[Tensor, Tensor]:
         """Keys and values (blocks, tokens, heads, D) that the layer stores."""
         if self._viewed is not self.kv_cache:
-            self._views = cache_views(self.kv_cache, self.reads.stored, self.head_size)
+            self._views = cache_views(self.kv_cache, self.reads, self.head_size, self.dtype)
             self._viewed = self.kv_cache
         return self._views
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         (fusion,) = self._fusion
+        self.reads.folded.clear()
         if fusion is None:
             return
         with torch.no_grad():
@@ -154,8 +162,15 @@ class PlanAttention(nn.Module):
             if ranks > 1:  # loaded whole; ranks that share a KV head use the same rows
                 copies = max(1, ranks // num_kv_heads)
                 self.kv_fusion.shard_heads(self.num_kv_heads, rank // copies * self.num_kv_heads)
+        self.key_codec = self.value_codec = None
+        if config.codecs is not None:
+            coding = zip(config.codecs.layers[layer], reads.stored, strict=True)
+            self.key_codec, self.value_codec = (
+                None if codec.is_raw else TensorCodec(codec, count, self.head_dim) for codec, count in coding
+            )
+            reads.coded, reads.codecs = True, (self.key_codec, self.value_codec)
         # vLLM lets layers share a group's pages only if all pages of the group are alike.
-        shares = not any(reads.stored) and stores_whole_layers(plan, num_kv_heads)
+        shares = not any(reads.stored) and stores_whole_layers(plan, num_kv_heads, config.codecs)
         types = getattr(config, "layer_types", None)
         slides = types and types[layer] == "sliding_attention"
         self.attn = SourceAttention(
@@ -297,7 +312,7 @@ class PlanForCausalLM(LlamaForCausalLM):
         Returns:
             The parameters that were loaded.
         """
-        parameters, loaded = dict(self.named_parameters()), set()
+        parameters, loaded = {**dict(self.named_parameters()), **_codec_buffers(self)}, set()
         for name, tensor in weights:
             if name.startswith("lm_head.") and self.config.tie_word_embeddings:
                 continue
@@ -309,6 +324,11 @@ class PlanForCausalLM(LlamaForCausalLM):
             loader(parameter, tensor, *shard)
             loaded.add(target)
         return loaded
+
+
+def _codec_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The numbers of the codecs, which are no parameters."""
+    return {name: x for name, x in model.named_buffers() if "_codec." in name}
 
 
 def _target(name: str, parameters: dict[str, Any]) -> tuple[str, tuple[str | int, ...]]:
