@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fusedkv_ext.lab import comparison, comparison_plots, conversions, gradients, probe
+from fusedkv_ext.lab import comparison, comparison_plots, compressions, conversions, gradients, probe
 from fusedkv_ext.lab.comparison import Result
 from fusedkv_ext.lab.reporting import filled_from_results, table
 
-DOCUMENTS = ("docs/experiments.md", "docs/analysis.md", "docs/conversion.md")
+DOCUMENTS = ("docs/experiments.md", "docs/analysis.md", "docs/conversion.md", "docs/compression.md")
 RESULTS = "benchmarks/results/experiments"
 PICTURES = "docs/img"
 
@@ -97,6 +97,8 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "comparison-losses": losses,
     "comparison-orderings": orderings,
     "comparison-rates": rates,
+    "compression": compressions.compression_table,
+    "compression-claims": compressions.claims_table,
     "conversion": conversions.conversion_table,
     "conversion-pooling": conversions.pooling_table,
     "evaluation": evaluated,
@@ -124,10 +126,13 @@ def main(root: Path) -> None:
             ("tokens", comparison_plots.loss_over_tokens(result["curves"])),
         ):
             print(f"wrote {save(figure, root / PICTURES / f'{file.stem}_{name}.png')}")
-    for file in sorted((root / RESULTS).glob("conversion_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        figure = conversions.conversion_figure(result)
-        print(f"wrote {save(figure, root / PICTURES / f'{file.stem}.png')}")
+    for kind, draw in (
+        ("conversion", conversions.conversion_figure),
+        ("compression", compressions.compression_figure),
+    ):
+        for file in sorted((root / RESULTS).glob(f"{kind}_*.json")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            print(f"wrote {save(draw(result), root / PICTURES / f'{file.stem}.png')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""Tables and plot of the results of benchmarks/compression.py: perplexity over bytes of coded caches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fusedkv_ext.lab.figures import new_figure, tidy
+from fusedkv_ext.lab.reporting import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Families of codecs (color), and marks of the plans in their order.
+FAMILIES = {
+    "static": "#0072B2",
+    "static e4m3": "#56B4E9",
+    "rotated": "#D55E00",
+    "rotated keys": "#E69F00",
+    "KIVI": "#009E73",
+    "weighted PCA": "#CC79A7",
+}
+MARKS = ("o", "s", "^")
+
+
+def _ratio(row: dict[str, Any], base: float) -> str:
+    return f"{row['perplexity'] / base:.3f}x"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    return f"{row['difference']:+.4f} ± {row['stderr']:.4f}"
+
+
+def compression_table(result: dict[str, Any]) -> str:
+    """Markdown table: every coding of every plan."""
+    whole = result["plans"][0]["bytes"]
+    rows = []
+    for plan in result["plans"]:
+        base = plan["perplexity"]["eval"]
+        size = plan["bytes"]
+        rows.append([plan["plan"], "raw", f"{size / 1024:.2f}", f"{size / whole:.0%}", f"{base:.2f}", "", ""])
+        shown = [row for row in plan["rows"] if row["family"] in FAMILIES and row["text"] == "eval"]
+        for row in sorted(shown, key=lambda row: (-row["bytes"], row["perplexity"])):
+            rows.append(
+                [
+                    plan["plan"],
+                    f"`{row['codecs']}`",
+                    f"{row['bytes'] / 1024:.2f}",
+                    f"{row['bytes'] / whole:.0%}",
+                    f"{row['perplexity']:.2f}",
+                    _ratio(row, base),
+                    _difference(row),
+                ]
+            )
+    titles = ["plan", "codecs", "KiB per token", "of the cache", "perplexity", "to raw", "nats per token"]
+    return table(titles, rows, numbers=True)
+
+
+def claims_table(result: dict[str, Any]) -> str:
+    """Markdown table: one question at a time, and codecs on a text of another kind."""
+    rows = []
+    for plan in result["plans"]:
+        for row in plan["rows"]:
+            if row["family"] not in FAMILIES:
+                base, text = plan["perplexity"][row["text"]], result[row["text"]]
+                rows.append([plan["plan"], row["codecs"], text, _ratio(row, base), _difference(row)])
+    return table(["plan", "codecs", "text", "perplexity to raw", "nats per token"], rows, numbers=True)
+
+
+def compression_figure(result: dict[str, Any]) -> Figure:
+    """Plots perplexity over bytes, one line per family of codecs and plan."""
+    figure, axes = new_figure(8.4, 5.2)
+    whole = result["plans"][0]["perplexity"]["eval"]
+    top = 1.6 * whole
+    for mark, plan in zip(MARKS, result["plans"], strict=False):
+        base = plan["perplexity"]["eval"]
+        for family, color in FAMILIES.items():
+            rows = [row for row in plan["rows"] if row["family"] == family and row["text"] == "eval"]
+            points = sorted((row["bytes"] / 1024, row["perplexity"]) for row in rows)
+            points = [point for point in points if point[1] < top]
+            if points:
+                line = "-" if len(points) > 1 else ""
+                label = family if mark == MARKS[0] else None
+                axes.plot(
+                    *zip(*points, strict=True), line, marker=mark, color=color, label=label, markersize=5
+                )
+        axes.plot(plan["bytes"] / 1024, base, mark, color="black", markersize=7, label=f"{plan['plan']}, raw")
+        axes.axhline(base, color="#BBBBBB", linewidth=0.6, linestyle="--", zorder=0)
+    axes.set_yscale("log")
+    ticks = [tick for tick in (10, 11, 12, 13, 14, 15, 16, 18, 20) if 0.97 * whole < tick < top]
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0.97 * whole, top)
+    axes.set_xlabel("KiB of cache per token")
+    axes.set_ylabel("perplexity")
+    axes.set_title(f"{result['model']}: fewer layers store, or fewer bits", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes)
+    return figure
