@@ -67,7 +67,7 @@ def claims_table(result: dict[str, Any]) -> str:
 
 
 def compression_figure(result: dict[str, Any]) -> Figure:
-    """Plots perplexity over bytes, one line per family of codecs and plan."""
+    """Plots perplexity over bytes: a line per family and plan, through the best coding of each size."""
     figure, axes = new_figure(8.4, 5.2)
     whole = result["plans"][0]["perplexity"]["eval"]
     top = 1.6 * whole
@@ -75,8 +75,10 @@ def compression_figure(result: dict[str, Any]) -> Figure:
         base = plan["perplexity"]["eval"]
         for family, color in FAMILIES.items():
             rows = [row for row in plan["rows"] if row["family"] == family and row["text"] == "eval"]
-            points = sorted((row["bytes"] / 1024, row["perplexity"]) for row in rows)
-            points = [point for point in points if point[1] < top]
+            best: dict[float, float] = {}  # the line goes through the better of codecs with equal bytes
+            for row in rows:
+                best[row["bytes"]] = min(row["perplexity"], best.get(row["bytes"], top))
+            points = [(size / 1024, value) for size, value in sorted(best.items()) if value < top]
             if points:
                 line = "-" if len(points) > 1 else ""
                 label = family if mark == MARKS[0] else None
