@@ -84,7 +84,7 @@ def test_the_cost_of_an_error_is_summed_over_the_layers_that_read_it(plan: str) 
 
     with watched(model, see):
         model(ids, use_cache=False)
-    samples = collect_stored(model, ids, batch_size=3)
+    samples = collect_stored(model, ids, positions=ids.shape[1], batch_size=3)
     layers = attentions(model)
     for side, name in enumerate(("keys", "values")):
         stored = [(x.k_heads, x.v_heads)[side] for x in layers]
@@ -112,7 +112,7 @@ def test_samples_are_what_caches_store_without_the_first_tokens() -> None:
     model, ids = tiny_model("llama", "patchwork"), tokens(2, 12)
     cache = DynamicCache(config=model.config)
     model(ids, **{CACHE: cache})
-    samples = collect_stored(model, ids)
+    samples = collect_stored(model, ids, positions=12)
     for i in (0, 1):
         layer = cache.layers[i]
         for name, x in (("keys", layer.keys), ("values", layer.values)):
@@ -120,6 +120,22 @@ def test_samples_are_what_caches_store_without_the_first_tokens() -> None:
             torch.testing.assert_close(samples[i, name].vectors, expected, rtol=1e-5, atol=1e-6)
     few = collect_stored(model, ids, rows=4)
     assert len(few[0, "keys"].vectors) == 4
+
+
+@torch.no_grad()
+def test_sequences_are_shifted_over_all_positions() -> None:
+    """Values and layers' outputs stay, and keys are those of the later positions."""
+    model, ids = tiny_model("llama", "vanilla"), tokens(2, 12)
+    near, far = (collect_stored(model, ids, positions=n) for n in (12, 112))
+    shift = torch.tensor([[0], [100]]) + torch.arange(12)
+    cache = DynamicCache(config=model.config)
+    model(ids, position_ids=shift, **{CACHE: cache})
+    for i in (0, 3):
+        torch.testing.assert_close(near[i, "values"].vectors, far[i, "values"].vectors, rtol=1e-3, atol=1e-3)
+        expected = cache.layers[i].keys[:, :, 4:].transpose(1, 2).flatten(0, 1)
+        torch.testing.assert_close(far[i, "keys"].vectors, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="positions must be at least"):
+        collect_stored(model, ids, positions=11)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusedkv_ext.cache.codec import CodecPlan
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.plan.methods import METHODS
 from fusedkv_ext.vllm import config, versions
@@ -66,10 +67,14 @@ def test_a_stage_may_end_where_no_later_layer_reads_an_earlier_one() -> None:
 
 def engine(layer_types: list[str] | None = None, **changes: Any) -> Any:
     """What EngineChecks reads of vLLM's configuration."""
-    hf_config = SimpleNamespace(plan=plan("fusedkv"), num_key_value_heads=2, layer_types=layer_types)
+    found = changes.get("plan", plan("fusedkv"))
+    codecs = None if "codecs" not in changes else CodecPlan.named(changes["codecs"], found)
+    hf_config = SimpleNamespace(plan=found, codecs=codecs, num_key_value_heads=2, layer_types=layer_types)
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=changes.get("ranks", 1), pipeline_parallel_size=1
+        ),
         cache_config=SimpleNamespace(cache_dtype=changes.get("cache_dtype", "auto")),
         lora_config=changes.get("lora_config"),
         device_config=SimpleNamespace(device_type=changes.get("device", "cpu")),
@@ -88,6 +93,21 @@ def test_adapters_on_cpus_are_warned_of() -> None:
     config.EngineChecks.verify_and_update_config(engine(lora_config=object(), device="cuda"))
     with pytest.warns(UserWarning, match="max_loras to one more"):
         config.EngineChecks.verify_and_update_config(engine(lora_config=object()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codecs": "kivi"}, "must keep no raw rows"),
+        ({"codecs": "turboquant:sinks=0,tail=0"}, "static scales per channel"),
+        ({"codecs": "int8", "ranks": 2}, "tensor_parallel_size must be 1 with cache_codecs"),
+        ({"codecs": "int8", "plan": plan("yoco++")}, "mixes new keys or values"),
+    ],
+)
+def test_codes_that_blocks_cannot_hold_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.EngineChecks.verify_and_update_config(engine(**changes))
+    config.EngineChecks.verify_and_update_config(engine(codecs="int8"))
 
 
 def test_storing_layers_with_different_windows_share_one_cache_group() -> None:
