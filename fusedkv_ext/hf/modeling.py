@@ -98,7 +98,14 @@ class _PlanPreTrained:
     """Mixin of all models."""
 
     _skip_keys_device_placement = [CACHE, "shared_kv_states"]
-    _keep_in_fp32_modules_strict = ["kv_fusion", "key_codec", "value_codec"]
+    _keep_in_fp32_modules_strict = ["kv_fusion"]
+
+    def post_init(self) -> None:
+        """Same as in transformers. Codecs stay in float32 as fusion weights do."""
+        if self.config.codecs is not None:
+            kept = self._keep_in_fp32_modules_strict or ()
+            self._keep_in_fp32_modules_strict = {*kept, "key_codec", "value_codec"}
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
