@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run or a checkpoint")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; must not exist")
     parser.add_argument(
+        "--hf",
+        action="store_true",
+        help="write a folder of transformers, for vLLM too: a Qwen3 with the plan, without QK-norm a Llama",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="dtype of all weights except fusion weights, which stay float32 (default: as in the checkpoint)",
@@ -45,12 +50,25 @@ def run(args: argparse.Namespace) -> int:
     need("safetensors", "Exporting", "io")
     found = run_folder.resolve(args.run_folder)
     model = load_pretrained(found, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    if args.hf:
+        need("transformers", "Exporting with --hf", "hf")
+        from fusedkv_ext.hf.decoder_export import from_decoder, save_tokenizer
+
+        try:
+            made = from_decoder(model)
+        except ValueError as error:
+            raise ConfigError(f"--hf: {error}") from error
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.folder.with_name(f".partial-{args.folder.name}-{os.getpid()}")
     try:
         with checked_files.naming(args.folder):
-            save_pretrained(model, scratch)
-            saved_tokenizer(found).save(scratch)
+            tokenizer = saved_tokenizer(found)
+            if args.hf:
+                made.save_pretrained(scratch)
+                save_tokenizer(tokenizer, scratch)
+            else:
+                save_pretrained(model, scratch)
+                tokenizer.save(scratch)
             run_folder.publish(scratch, args.folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config, cache_bytes_per_token, config_for
+from fusedkv_ext.hf.decoder_export import from_decoder
 from fusedkv_ext.hf.interface import register_attention
 from fusedkv_ext.hf.modeling import (
     FusedKVLlamaForCausalLM,
@@ -49,6 +50,7 @@ __all__ = [
     "FusedKVQwen3Model",
     "cache_bytes_per_token",
     "config_for",
+    "from_decoder",
 ]
 
 warn_if_untested()
