@@ -22,7 +22,7 @@ __all__ = ["CacheCodecs", "Folded"]
 
 HeadsOf = tuple[int, slice | None]  # a layer, and which of the heads that it stores; None: all
 
-SKIPPED = 4  # first tokens of a sequence, which are no measure of the others
+FIRST = 4  # tokens of a sequence that are no measure of the others: their norms are ten times as large
 
 
 class Folded(NamedTuple):
@@ -79,9 +79,9 @@ class CacheCodecs:
                 if codec.is_raw:
                     fitted.append(None)
                     continue
-                sample = _tokens(cache, cache.keys(i) if side == "keys" else cache.values(i))
+                first, sample = _tokens(cache, cache.keys(i) if side == "keys" else cache.values(i))
                 own = TensorCodec(codec, sample.shape[1], cache.head_dim).to(cache.device)
-                fitted.append(fit(own, sample))
+                fitted.append(fit(own, sample, first=first))
             sides.append(fitted)
         return cls(codecs, *sides)
 
@@ -123,16 +123,17 @@ class CacheCodecs:
         return self._folded[place][2]
 
 
-def _tokens(cache: KVCache, tensor: Tensor) -> Tensor:
-    """The tokens in the cache but the first of each sequence, (N, g, D)."""
-    parts = []
+def _tokens(cache: KVCache, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The first tokens of all sequences in the cache, and the others, each (N, g, D)."""
+    firsts, parts = [], []
     for b, length in enumerate(cache.lengths):
         if cache.block_table is None:
             rows = tensor[b, :length]
         else:
             rows = tensor[cache.block_table[b, : -(-length // tensor.shape[1])].long()].flatten(0, 1)[:length]
-        parts.append(rows[SKIPPED:])
+        firsts.append(rows[:FIRST])
+        parts.append(rows[FIRST:])
     found = torch.cat(parts)
     if len(found) < 2:
-        raise ValueError(f"cache must hold more than {SKIPPED + 2} tokens per sequence, got {cache.lengths}")
-    return found
+        raise ValueError(f"cache must hold more than {FIRST + 2} tokens per sequence, got {cache.lengths}")
+    return torch.cat(firsts), found

@@ -37,14 +37,16 @@ class StoredSample(NamedTuple):
     """A tensor that a layer stores, on the calibration text.
 
     Attributes:
-        vectors: float32 (N, g, D).
+        vectors: float32 (N, g, D), without the first tokens of a text.
         metric: float64 (g, D, D), the cost of an error, summed over the layers that read the tensor: of keys
             diag(a) E[q q^T] diag(a) with the fusion weights a, of values diag(b) O^T O diag(b). Each layer
             counts with the size of its attention in the residual stream.
+        first: float32 (N, g, D), vectors of the first 4 tokens of each sequence.
     """
 
     vectors: Tensor
     metric: Tensor
+    first: Tensor
 
 
 def _attentions(model: PreTrainedModel) -> list[Any]:
@@ -106,6 +108,7 @@ def collect_stored(
     total = ids.shape[0] * (ids.shape[1] - SKIPPED)
     step = max(1, total // rows)
     vectors: dict[tuple[int, Side], list[Tensor]] = {}
+    firsts: dict[tuple[int, Side], list[Tensor]] = {}
     queries: dict[int, Tensor] = {}
     shares = torch.zeros(len(attentions), dtype=torch.float64)
 
@@ -116,6 +119,7 @@ def collect_stored(
             if own is not None and own.shape[2]:
                 kept = own[:, SKIPPED:].flatten(0, 1)[::step]
                 vectors.setdefault((i, side), []).append(kept.float().cpu())
+                firsts.setdefault((i, side), []).append(own[:, :SKIPPED].flatten(0, 1).float().cpu())
         x = query.unflatten(1, (layer.config.num_key_value_heads, -1)).permute(1, 0, 2, 3, 4)
         x = x.flatten(1, 3).float()
         seen = (x.mT @ x).double().cpu()
@@ -128,7 +132,8 @@ def collect_stored(
             model.get_decoder()(input_ids=part.to(model.device), position_ids=where, use_cache=False)
     metrics = {side: _metrics(attentions, queries, shares / ids.numel(), side, ids.numel()) for side in SIDES}
     return {
-        (i, side): StoredSample(torch.cat(parts), metrics[side][i]) for (i, side), parts in vectors.items()
+        (i, side): StoredSample(torch.cat(parts), metrics[side][i], torch.cat(firsts[i, side]))
+        for (i, side), parts in vectors.items()
     }
 
 
@@ -198,7 +203,9 @@ def code_model(
             layer.make_codecs(codecs)
             for side, codec in zip(SIDES, (layer.key_codec, layer.value_codec), strict=True):
                 if codec is not None:
-                    fit(codec, *samples[i, side]).to(layer.o_proj.weight.device)
+                    sample = samples[i, side]
+                    first = None if codecs.sinks >= SKIPPED else sample.first
+                    fit(codec, sample.vectors, sample.metric, first).to(layer.o_proj.weight.device)
     except BaseException:  # the model stays as it was
         for layer, (key, value) in zip(attentions, before, strict=True):
             layer.key_codec, layer.value_codec = key, value

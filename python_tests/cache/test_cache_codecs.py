@@ -89,6 +89,17 @@ def test_attention_reads_codes_as_the_numbers_that_they_stand_for(
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def test_ranges_hold_the_first_tokens_of_the_sample() -> None:
+    model = make_model("vanilla")
+    raw = model.make_cache(4, 16)
+    with torch.no_grad():
+        model(torch.randint(0, 61, (4, 12)), cache=raw)
+    raw.keys(0)[:, :1] *= 100
+    codecs = CacheCodecs.fit("int8", raw)
+    first, codec = raw.keys(0)[:, :1], codecs.keys[0]
+    assert (codec.decode(codec.encode(first)) - first).abs().max() < 0.01 * first.abs().max()
+
+
 def test_readers_fold_the_scale_of_the_layer_that_stores() -> None:
     model = make_model("fusedkv")
     codecs = codecs_of(model, "int8")

@@ -257,6 +257,34 @@ def test_static_scales_clip_rare_outliers_instead_of_covering_them() -> None:
     assert error[0, 9] < 0.35 * covering
 
 
+@pytest.mark.parametrize("codec", [Codec("int", 8, "channel"), Codec("e4m3", 0, "channel")], ids=str)
+def test_static_ranges_of_8_bits_hold_the_first_tokens(codec: Codec) -> None:
+    """Which have ten times the norm of others, and most of the attention."""
+    x, first = sample(), 10 * sample(8)
+    made = fit(TensorCodec(codec, HEADS, DIM), x, first=first)
+    without = fit(TensorCodec(codec, HEADS, DIM), x)
+    error, saturated = ((c.decode(c.encode(first)) - first).norm() / first.norm() for c in (made, without))
+    assert error < 0.03 < 0.3 < saturated
+
+
+def test_ranges_of_few_bits_have_no_room_for_the_first_tokens() -> None:
+    x, codec = sample(), Codec("int", 4, "channel")
+    made = fit(TensorCodec(codec, HEADS, DIM), x, first=10 * sample(8))
+    assert torch.equal(made.scale, fit(TensorCodec(codec, HEADS, DIM), x).scale)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (torch.zeros(3, HEADS, 32), r"first must be \(N, 2, 64\), got \(3, 2, 32\)"),
+        (torch.full((1, HEADS, DIM), float("inf")), "first must be finite"),
+    ],
+)
+def test_wrong_first_tokens_are_refused(first: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(TensorCodec(Codec("int", 8, "channel"), HEADS, DIM), sample(), first=first)
+
+
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 def test_a_sample_that_is_not_finite_is_refused(damage: float) -> None:
     x = sample()

@@ -118,8 +118,24 @@ def test_samples_are_what_caches_store_without_the_first_tokens() -> None:
         for name, x in (("keys", layer.keys), ("values", layer.values)):
             expected = x[:, :, 4:].transpose(1, 2).flatten(0, 1)
             torch.testing.assert_close(samples[i, name].vectors, expected, rtol=1e-5, atol=1e-6)
+            first = x[:, :, :4].transpose(1, 2).flatten(0, 1)
+            torch.testing.assert_close(samples[i, name].first, first, rtol=1e-5, atol=1e-6)
     few = collect_stored(model, ids, rows=4)
     assert len(few[0, "keys"].vectors) == 4
+
+
+@torch.no_grad()
+def test_first_tokens_count_unless_they_stay_raw() -> None:
+    model, ids = tiny_model("llama", "vanilla"), tokens(8, 16)
+    samples = collect_stored(model, ids)
+    wide = {key: x._replace(first=x.first * 100) for key, x in samples.items()}
+    scales = {}
+    for label in ("int8", "int8:sinks=4"):
+        for name, found in (("plain", samples), ("wide", wide)):
+            code_model(model, label, found)
+            scales[label, name] = attentions(model)[0].key_codec.scale.clone()
+    assert (scales["int8", "wide"] > 10 * scales["int8", "plain"]).all()
+    assert torch.equal(scales["int8:sinks=4", "wide"], scales["int8:sinks=4", "plain"])
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ _MARGIN_OF_8_BITS = 1.25
 
 
 @torch.no_grad()
-def fit(codec: TensorCodec, sample: Tensor, metric: Tensor | None = None) -> TensorCodec:
+def fit(
+    codec: TensorCodec, sample: Tensor, metric: Tensor | None = None, first: Tensor | None = None
+) -> TensorCodec:
     """Sets the center, scale, balance and basis of ``codec``; returns it.
 
     Args:
@@ -30,16 +32,15 @@ def fit(codec: TensorCodec, sample: Tensor, metric: Tensor | None = None) -> Ten
         sample: (N, g, D), vectors of the tensor. Without the first tokens of texts, whose norms would set the
             ranges.
         metric: M, float64 (g, D, D); None for the identity.
+        first: (N, g, D), vectors of the first tokens, if they are coded too. Static ranges of 8 bits hold
+            them. Fewer bits have no room for them.
 
     Raises:
-        ValueError: The sample has another shape, fewer than 2 vectors, or NaN or infinities.
+        ValueError: A sample has another shape, fewer than 2 vectors, or NaN or infinities.
     """
     heads, dim = codec.num_heads, codec.head_dim
-    if sample.dim() != 3 or sample.shape[1:] != (heads, dim) or len(sample) < 2:
-        raise ValueError(f"sample must be (N, {heads}, {dim}) with N >= 2, got {tuple(sample.shape)}")
-    sample = sample.float()
-    if not sample.isfinite().all():
-        raise ValueError("sample must be finite, got NaN or inf: the model or the text is damaged")
+    sample = _checked("sample", sample, heads, dim, least=2)
+    first = sample[:0] if first is None else _checked("first", first, heads, dim, least=0)
     if metric is None:
         metric = torch.eye(dim, dtype=torch.float64).expand(heads, -1, -1)
     if codec.center is not None:
@@ -55,8 +56,17 @@ def fit(codec: TensorCodec, sample: Tensor, metric: Tensor | None = None) -> Ten
         codec.down.copy_(down)
         codec.up.copy_(up)
     if codec.scale is not None:
-        _fit_range(codec, codec.into_frame(sample))
+        _fit_range(codec, codec.into_frame(sample), codec.into_frame(first))
     return codec
+
+
+def _checked(name: str, sample: Tensor, heads: int, dim: int, least: int) -> Tensor:
+    if sample.dim() != 3 or sample.shape[1:] != (heads, dim) or len(sample) < least:
+        expected = f"(N, {heads}, {dim})" + (f" with N >= {least}" if least else "")
+        raise ValueError(f"{name} must be {expected}, got {tuple(sample.shape)}")
+    if not sample.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or inf: the model or the text is damaged")
+    return sample.float()
 
 
 def _basis(sample: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -75,10 +85,15 @@ def _basis(sample: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (basis.mT @ root).float(), (inverse @ basis).float()
 
 
-def _fit_range(codec: TensorCodec, y: Tensor) -> None:
-    """Static scales of the channels y (N, g, r): of the range whose rounding has the smallest error."""
+def _fit_range(codec: TensorCodec, y: Tensor, first: Tensor) -> None:
+    """Static scales of the channels y (N, g, r): of the range whose rounding has the smallest error.
+
+    With 8 bits it is the range of all numbers, those of the first tokens included.
+    """
     assert codec.scale is not None
     spec = codec.codec
+    if spec.kind == "e4m3" or spec.bits == 8:
+        y = torch.cat((y, first))
     if spec.kind == "e4m3":
         codec.scale.copy_((_MARGIN_OF_8_BITS * y.abs().amax(0) / E4M3_MAX).clamp_min(1e-12))
         return
