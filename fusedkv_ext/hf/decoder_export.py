@@ -56,7 +56,7 @@ def from_decoder(model: Decoder) -> PreTrainedModel:
     }
     fields["cache_plan"] = config.plan.to_dict()
     if config.qk_norm:
-        windows = {
+        windows: dict[str, Any] = {
             "sliding_window": config.sliding_window,
             "use_sliding_window": config.sliding_window is not None,
             "layer_types": list(config.layer_types),

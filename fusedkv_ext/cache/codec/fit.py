@@ -97,19 +97,19 @@ def _fit_range(codec: TensorCodec, y: Tensor, first: Tensor) -> None:
     if spec.kind == "e4m3":
         codec.scale.copy_((_MARGIN_OF_8_BITS * y.abs().amax(0) / E4M3_MAX).clamp_min(1e-12))
         return
-    last = 127.0 if spec.bits == 8 else 2.0 ** (spec.bits - 1) - 1
-    first = -127.0 if spec.bits == 8 else -last - 1
+    most = 127.0 if spec.bits == 8 else 2.0 ** (spec.bits - 1) - 1
+    least = -127.0 if spec.bits == 8 else -most - 1
     middle = y.median(0).values
     below, above = middle - y.amin(0), y.amax(0) - middle
     clips = [_MARGIN_OF_8_BITS] if spec.bits == 8 else _CLIPS
-    least = torch.full_like(middle, torch.inf)
+    smallest = torch.full_like(middle, torch.inf)
     scale, center = torch.ones_like(middle), torch.zeros_like(middle)
     for low, high in itertools.product(clips, clips):
-        step = ((low * below + high * above) / (last - first)).clamp_min(1e-12)
-        zero = middle - low * below - step * first  # what code 0 stands for
-        error = (((y - zero) / step).round().clamp(first, last) * step + zero - y).square().mean(0)
-        better = error < least
-        least = torch.where(better, error, least)
+        step = ((low * below + high * above) / (most - least)).clamp_min(1e-12)
+        zero = middle - low * below - step * least  # what code 0 stands for
+        error = (((y - zero) / step).round().clamp(least, most) * step + zero - y).square().mean(0)
+        better = error < smallest
+        smallest = torch.where(better, error, smallest)
         scale, center = torch.where(better, step, scale), torch.where(better, zero, center)
     codec.scale.copy_(scale)
     if codec.center is not None:
