@@ -32,18 +32,20 @@ class Folded(NamedTuple):
         key_weights: float32 (m_k, g, D), a (.) s; None if all are ones.
         value_weights: float32 (m_v, g, D), b (.) s; None if all are ones.
         value_bias: float32 (g, D), sum_j b_j (.) c_j; None without codes.
+        key_bias: float32 (g, D), the same of keys. Scores over codes lack q . key_bias.
     """
 
     key_weights: Tensor | None
     value_weights: Tensor | None
     value_bias: Tensor | None
+    key_bias: Tensor | None
 
 
 class CacheCodecs:
     """Fitted codecs of the tensors that a plan stores.
 
     Args:
-        codecs: The codecs. Without raw first and last tokens.
+        codecs: The codecs. Without raw last tokens.
         keys: A fitted codec per layer; None where keys are raw.
         values: The same of values.
     """
@@ -81,7 +83,7 @@ class CacheCodecs:
                     continue
                 first, sample = _tokens(cache, cache.keys(i) if side == "keys" else cache.values(i))
                 own = TensorCodec(codec, sample.shape[1], cache.head_dim).to(cache.device)
-                fitted.append(fit(own, sample, first=first))
+                fitted.append(fit(own, sample, first=first if codecs.sinks < FIRST else None))
             sides.append(fitted)
         return cls(codecs, *sides)
 
@@ -117,9 +119,9 @@ class CacheCodecs:
         known = self._folded.get(place)
         if known is not None and known[0] is key_weights and known[1] is value_weights:
             return known[2]
-        k, _ = fold([(self.keys[layer], heads) for layer, heads in keys], key_weights)
+        k, center = fold([(self.keys[layer], heads) for layer, heads in keys], key_weights)
         v, bias = fold([(self.values[layer], heads) for layer, heads in values], value_weights)
-        self._folded[place] = key_weights, value_weights, Folded(k, v, bias)
+        self._folded[place] = key_weights, value_weights, Folded(k, v, bias, center)
         return self._folded[place][2]
 
 

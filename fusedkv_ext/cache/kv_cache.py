@@ -19,12 +19,14 @@ from torch import Tensor
 from fusedkv_ext.cache.cache_codecs import CacheCodecs
 from fusedkv_ext.cache.codec.static_codes import code_dtype
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
+from fusedkv_ext.cache.first_tokens import FirstTokens
 from fusedkv_ext.cache.page_table import PageTable, brief
 from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.ops import cached, native
 from fusedkv_ext.ops.call import AppendCall
+from fusedkv_ext.ops.dispatch import in_graph
 from fusedkv_ext.ops.functional import decode_schedule
-from fusedkv_ext.ops.rope import RotaryEmbedding
+from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan, latent_layers
 
 __all__ = ["KV", "KVCache"]
@@ -56,7 +58,8 @@ class KVCache:
       tensor, ``values`` its view of c;
     * codes (``codecs`` given), contiguous or paged: the same with codes for numbers, in int8, float8_e4m3fn
       or uint8 of two 4-bit codes. ``append`` encodes, and attention reads the codes, also while a prompt is
-      read.
+      read. The first ``sinks`` tokens of each sequence stay raw in ``first``. The tensors and the block table
+      then begin with the token after them.
 
     Each step calls ``advance(n)`` once to reserve space. Then every layer, in order, appends its S = max(n)
     new rows and attends. ``seq_lens`` (B,) int32 on ``device`` is the number of valid tokens, including new
@@ -117,6 +120,11 @@ class KVCache:
             codecs.check(plan, num_kv_heads, head_dim)
         self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
         self.num_kv_heads, self.head_dim, self.codecs = num_kv_heads, head_dim, codecs
+        self.sinks = 0 if codecs is None else codecs.codecs.sinks
+        if self.sinks >= max_len:
+            raise ValueError(
+                f"max_len must exceed the {self.sinks} first tokens that stay raw, got {max_len}"
+            )
         self.dtype = dtype or torch.get_default_dtype()
         self.page_size, self.rope_dim = page_size, rope_dim
         self._lengths = [0] * batch_size
@@ -126,10 +134,11 @@ class KVCache:
         self._rotary: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
         # Inference tensors could not be modified outside of inference mode.
         with torch.inference_mode(False):
-            slots: tuple[int, int] = (batch_size, max_len)
+            stored = max_len - self.sinks
+            slots: tuple[int, int] = (batch_size, stored)
             if page_size is not None:
                 _check_positive("page_size", page_size)
-                max_pages = -(-max_len // page_size)
+                max_pages = -(-stored // page_size)
                 num_pages = batch_size * max_pages if num_pages is None else num_pages
                 _check_positive("num_pages", num_pages)
                 self._table = PageTable(batch_size, page_size, max_pages, num_pages)
@@ -138,6 +147,7 @@ class KVCache:
                 raise ValueError(f"num_pages must be None without page_size, got {num_pages}")
 
             self._allocate(slots, device)
+            self.first = self._first_tokens(device)
             self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
@@ -174,6 +184,16 @@ class KVCache:
         self._owned = [
             x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in owned if x is not None
         ]
+
+    def _first_tokens(self, device: torch.device | str | None) -> FirstTokens | None:
+        if not self.sinks:
+            return None
+        plan, heads = self.plan, self.num_kv_heads
+        stored = [
+            (len(plan.stored_key_heads(i, heads)), len(plan.stored_value_heads(i, heads)))
+            for i in range(plan.num_layers)
+        ]
+        return FirstTokens(self.sinks, stored, self.batch_size, self.head_dim, self.dtype, device)
 
     def _latents(self) -> list[Tensor | None]:
         """The values of a cache of latents: views of the unrotated channels of the keys."""
@@ -215,6 +235,23 @@ class KVCache:
         return tuple(self._lengths)
 
     @property
+    def stored_lens(self) -> Tensor:
+        """(B,) int32: the tokens in the tensors, ``seq_lens`` without raw first tokens."""
+        if self.first is None:
+            return self.seq_lens
+        if () not in self._schedules:  # for all layers of a step
+            self._schedules[()] = (self.seq_lens - self.sinks).clamp_min(0)
+        return self._schedules[()]
+
+    @property
+    def stored_lengths(self) -> tuple[int, ...]:
+        """A copy of ``stored_lens`` on the host."""
+        return tuple(self._stored(self._lengths))
+
+    def _stored(self, lengths: Sequence[int]) -> list[int]:
+        return [max(length - self.sinks, 0) for length in lengths]
+
+    @property
     def free_pages(self) -> int | None:
         """Pages that no sequence owns; None for a contiguous cache."""
         return None if self._table is None else self._table.num_free
@@ -222,7 +259,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, without ``seq_lens`` and ``block_table``."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._owned)
+        first = () if self.first is None else self.first.tensors
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*self._owned, *first))
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
         """Reserves space for the next step.
@@ -256,7 +294,7 @@ class KVCache:
                 )
         lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         if self._table is not None:
-            copies, changed = self._table.extend(self._lengths, lengths)
+            copies, changed = self._table.extend(self._stored(self._lengths), self._stored(lengths))
             self._copy_pages(copies)
             if changed:
                 self._sync_table()
@@ -288,11 +326,21 @@ class KVCache:
         Raises:
             ValueError: The layer does not store these sides, or S differs from the rows of ``advance``.
         """
+        if self.first is not None:
+            if key is not None and rotary is not None:
+                key, rotary = self._rotate(key, rotary, rotary_interleaved), None
+            if min(self._lengths) - self._step < self.sinks or in_graph(self.seq_lens, self.device.type):
+                self.first.store(layer, key, value, self.seq_lens)
         sides = self._sides(layer, key, value)
         if sides is not None:
             cos, sin = (None, None) if rotary is None else rotary
-            lengths, table, codes = self.seq_lens, self.block_table, self._static_codes(layer)
+            lengths, table, codes = self.stored_lens, self.block_table, self._static_codes(layer)
             cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
+
+    def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+        """The rows of a step after RoPE; ``append_kvcache`` would count positions from the codes on."""
+        at = self.positions(x.shape[1]).clamp_min(0)
+        return apply_rotary(x, rotary[0][at], rotary[1][at], interleaved)
 
     def rope_append(
         self,
@@ -319,6 +367,9 @@ class KVCache:
         Raises:
             ValueError: See ``append``.
         """
+        if self.first is not None:
+            self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
+            return self._rotate(query, rotary, rotary_interleaved)
         sides = self._sides(layer, key, value)
         cos, sin = rotary
         if sides is None or query.shape[1] != sides[0].shape[1]:
@@ -432,11 +483,11 @@ class KVCache:
             return None
         key = (query_length, num_heads, num_kv_heads, window_size[0])
         if key not in self._schedules:
-            capacity = self.max_len
+            capacity = self.max_len - self.sinks
             if self.block_table is not None and self.page_size is not None:
                 capacity = self.block_table.shape[1] * self.page_size
             self._schedules[key] = decode_schedule(
-                self.seq_lens,
+                self.stored_lens,
                 query_length=query_length,
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
@@ -492,12 +543,14 @@ class KVCache:
         for b, i in enumerate(order):
             if not 0 <= i < self.batch_size:
                 raise ValueError(f"index[{b}] must be in 0..{self.batch_size - 1}, got {i}")
+        rows = self._staged(torch.tensor(order)).to(self.seq_lens.device, non_blocking=True)
+        if self.first is not None:
+            self.first.reorder(rows)
         if self._table is not None:
             self._table.reorder(order)
             self._sync_table()
         else:
-            rows = self._staged(torch.tensor(order)).to(self.seq_lens.device, non_blocking=True)
-            used = max(self._lengths)
+            used = max(self.stored_lengths)
             for tensor in self._owned:
                 tensor[:, :used] = tensor[:, :used].index_select(0, rows)
         self._lengths = [self._lengths[i] for i in order]
@@ -514,7 +567,7 @@ class KVCache:
 
     def _truncate(self, lengths: list[int]) -> None:
         if self._table is not None:
-            freed = [self._table.truncate(b, length) for b, length in enumerate(lengths)]
+            freed = [self._table.truncate(b, length) for b, length in enumerate(self._stored(lengths))]
             if any(freed):
                 self._sync_table()
         self._lengths, self._step = lengths, 0

@@ -297,12 +297,16 @@ class FusedKVAttention(nn.Module):
         outs = []
         for segment, (q_heads, keys, values) in enumerate(self._reads):
             part = q if q_heads is None else q[:, :, q_heads]
-            key_weights, value_weights = self._weights(keys, values)
-            value_bias = None
+            raw = key_weights, value_weights = self._weights(keys, values)
+            key_bias, value_bias = None, None
+            sources: tuple[Any, Any] = ([], [])
             if cache.codecs is not None:
-                k, v = ([(x.layer, x.heads) for x in side.tensors] for side in (keys, values))
-                folded = cache.codecs.fold((self.layer, segment), k, v, key_weights, value_weights)
-                key_weights, value_weights, value_bias = folded
+                sources = (
+                    [(x.layer, x.heads) for x in keys.tensors],
+                    [(x.layer, x.heads) for x in values.tensors],
+                )
+                folded = cache.codecs.fold((self.layer, segment), *sources, *raw)
+                key_weights, value_weights, value_bias, key_bias = folded
             key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
             _, steps, num_heads, head_dim = part.shape
             schedule = cache.schedule(steps, num_heads, key_caches[0].shape[2], self.window_size)
@@ -312,16 +316,20 @@ class FusedKVAttention(nn.Module):
                 [heads.of(cache.values(heads.layer)) for heads in values.tensors],
                 key_weights,
                 value_weights,
-                cache.seq_lens,
+                cache.stored_lens,
                 cache.block_table,
                 head_dim**-0.5,
                 self.window_size[0],
                 0,
                 schedule,
                 value_bias=value_bias,
-                host_seqlens=cache.lengths,
+                host_seqlens=cache.stored_lengths,
             )
-            outs.append(cached.attend_layer(call))
+            if cache.first is None:
+                outs.append(cached.attend_layer(call))
+            else:
+                over_codes = cached.attend(call._replace(return_lse=True))
+                outs.append(cache.first.attend(call, over_codes, sources, raw, key_bias, cache.seq_lens))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:

@@ -78,7 +78,7 @@ def check_codecs(codecs: CodecPlan, plan: CachePlan, num_kv_heads: int, ranks: i
         ValueError: Codes need raw rows or groups of tokens, a layer mixes before it stores, or ranks would
             share the heads.
     """
-    check_static(codecs, plan)
+    check_static(codecs, plan, sinks=False)
     if ranks > 1:
         raise ValueError(f"tensor_parallel_size must be 1 with cache_codecs, got {ranks}")
     for i in range(plan.num_layers):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import LAYERS, PLANS, randomise_fusion, tiny_config
+from tiny import LAYERS, PLANS, randomise_fusion, tiny_config, tiny_decoder
 from torch import Tensor
 
 from fusedkv_ext.cache.cache_codecs import CacheCodecs
-from fusedkv_ext.cache.codec import Codec, CodecPlan, Encoded, TensorCodec
+from fusedkv_ext.cache.codec import Codec, CodecPlan, Encoded
 from fusedkv_ext.cache.kv_cache import KVCache
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.plan import CachePlan
 
-LABELS = ("int8", "fp8", "int4:sinks=0")
+LABELS = ("int8", "fp8:sinks=0", "fp8", "int4:sinks=0", "int4")
 SOME_PLANS = ("vanilla", "fusedkv", "fusedkv-lite", "yoco++", "skipv1", "patchwork", "dense-fusion")
 BATCH, PROMPT, MAX_LEN = 3, 20, 32
 
@@ -51,21 +52,29 @@ def filled(model: Decoder, codecs: CacheCodecs, page_size: int | None = None) ->
     return cache
 
 
-def decoded(codec: TensorCodec | None, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.clone() if codec is None else codec.decode(Encoded(tensor, None), dtype)
+def tokens_of(cache: KVCache, tensor: Tensor, b: int) -> Tensor:
+    """The rows of sequence b in a tensor of the cache, (tokens, g, ...)."""
+    count = cache.stored_lengths[b]
+    if cache.block_table is None:
+        return tensor[b, :count]
+    return tensor[cache.block_table[b, : -(-count // cache.page_size)].long()].flatten(0, 1)[:count]
 
 
 def decoded_copy(cache: KVCache, codecs: CacheCodecs) -> KVCache:
-    """A raw cache of what the codes stand for."""
-    raw = KVCache(cache.plan, BATCH, MAX_LEN, cache.num_kv_heads, cache.head_dim, page_size=cache.page_size)
-    raw.advance(max(cache.lengths))
+    """A raw, contiguous cache of what the codes stand for, behind the raw first tokens."""
+    raw = KVCache(cache.plan, BATCH, MAX_LEN, cache.num_kv_heads, cache.head_dim)
+    raw.advance(list(cache.lengths))
     for i in cache.plan.storage_layers:
-        sides = ((raw._keys, cache._keys, codecs.keys), (raw._values, cache._values, codecs.values))
-        for tensors, own, side in sides:
-            if own[i] is not None:
-                tensors[i].copy_(decoded(side[i], own[i], torch.float32))
-    if cache.block_table is not None:
-        raw.block_table.copy_(cache.block_table)
+        for name in ("keys", "values"):
+            own, copy = (getattr(x, f"_{name}")[i] for x in (cache, raw))
+            for b in range(BATCH if own is not None else 0):
+                rows, codec = tokens_of(cache, own, b), getattr(codecs, name)[i]
+                if codec is not None:
+                    rows = codec.decode(Encoded(rows, None))
+                if cache.first is not None:
+                    first = getattr(cache.first, name)[i][b]
+                    rows = torch.cat((first[: cache.lengths[b]], rows))
+                copy[b, : len(rows)] = rows
     return raw
 
 
@@ -83,10 +92,11 @@ def test_attention_reads_codes_as_the_numbers_that_they_stand_for(
     raw = decoded_copy(cache, codecs)
     for layer in model.model.layers:
         attention = layer.self_attn
-        q = torch.randn(BATCH, 1, attention.num_heads, attention.head_dim)
-        with torch.no_grad():
-            actual, expected = attention._attend_cached(q, cache), attention._attend_cached(q, raw)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        for steps in (1, PROMPT):  # rows of the first tokens too
+            q = torch.randn(BATCH, steps, attention.num_heads, attention.head_dim)
+            with torch.no_grad():
+                actual, expected = attention._attend_cached(q, cache), attention._attend_cached(q, raw)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_ranges_hold_the_first_tokens_of_the_sample() -> None:
@@ -126,12 +136,13 @@ def test_append_writes_the_codes_of_the_codec(label: str) -> None:
         x.append(0, new[0], new[1])
     for tensors, side in ((cache.keys(0), codecs.keys), (cache.values(0), codecs.values)):
         expected = side[0].encode(new[0] if side is codecs.keys else new[1]).codes
-        found = tensors[:, :5]
+        found = tensors[:, : 5 - codecs.codecs.sinks]
         assert found.dtype == expected.dtype
+        expected = expected[:, codecs.codecs.sinks :]
         same = found.view(torch.uint8) == expected.view(torch.uint8)
         assert same.float().mean() > 0.99  # a tie may round the other way
         apart = side[0].values(found) - side[0].values(expected)
-        assert apart.abs().max() <= (32 if label == "fp8" else 1)
+        assert apart.abs().max() <= (32 if label.startswith("fp8") else 1)
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -139,7 +150,9 @@ def test_nbytes_are_those_of_the_codec_plan(label: str) -> None:
     model = make_model("fusedkv")
     codecs = codecs_of(model, label)
     cache = model.make_cache(BATCH, MAX_LEN, codecs=codecs)
-    assert cache.nbytes == BATCH * MAX_LEN * codecs.codecs.bytes_per_token(cache.plan, 2, 16, torch.float32)
+    sizes, sinks = (cache.plan, 2, 16, torch.float32), codecs.codecs.sinks
+    coded = (MAX_LEN - sinks) * codecs.codecs.bytes_per_token(*sizes)
+    assert cache.nbytes == BATCH * (coded + codecs.codecs.raw_bytes(*sizes))
 
 
 def test_reorder_and_crop_keep_the_codes_of_the_tokens() -> None:
@@ -152,25 +165,115 @@ def test_reorder_and_crop_keep_the_codes_of_the_tokens() -> None:
             cache.reorder([2, 0, 0])
             after = decoded_rows(cache)
             for b, source in enumerate([2, 0, 0]):
-                assert torch.equal(after[b], before[source][:10])
+                for name, rows in after[b].items():
+                    assert torch.equal(rows, before[source][name][: len(rows)]), name
+                assert sum(len(rows) for rows in after[b].values()) == 10
 
 
-def decoded_rows(cache: KVCache) -> list[Tensor]:
-    """The bytes of the keys of layer 0, by sequence."""
+def decoded_rows(cache: KVCache) -> list[dict[str, Tensor]]:
+    """The keys of layer 0, by sequence: the raw first tokens, and the bytes of the others."""
     tensor = cache.keys(0).view(torch.uint8)
-    if cache.block_table is None:
-        return [tensor[b, :n].clone() for b, n in enumerate(cache.lengths)]
     return [
-        tensor[cache.block_table[b, : -(-n // 4)].long()].flatten(0, 1)[:n].clone()
-        for b, n in enumerate(cache.lengths)
+        {
+            "codes": tokens_of(cache, tensor, b).clone(),
+            "first": cache.seq_lens.new_empty(0)
+            if cache.first is None
+            else cache.first.keys[0][b, : cache.lengths[b]].clone(),
+        }
+        for b in range(BATCH)
     ]
+
+
+@pytest.mark.parametrize("page_size", [None, 4], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("steps", [[3, 1, 1, 1, 6, 1], [20, 1], [1] * 9])
+def test_first_tokens_are_raw_whatever_the_steps(steps: list[int], page_size: int | None) -> None:
+    """Against a raw cache: rotated keys are the same, and the others are codes of the same."""
+    model = make_model("fusedkv")
+    codecs = codecs_of(model, "int8:sinks=4")
+    raw, cache = (
+        model.make_cache(BATCH, MAX_LEN),
+        model.make_cache(BATCH, MAX_LEN, page_size=page_size, codecs=codecs),
+    )
+    ids = torch.randint(0, 61, (BATCH, sum(steps)))
+    for part in ids.split(steps, dim=1):
+        with torch.no_grad():
+            expected, got = model(part, cache=raw), model(part, cache=cache)
+        assert (got - expected).norm() < 0.03 * expected.norm()
+    copy, n = decoded_copy(cache, codecs), sum(steps)
+    torch.testing.assert_close(copy.keys(0)[:, :4], raw.keys(0)[:, :4])
+    step = codecs.keys[0].scale.max().item()
+    torch.testing.assert_close(copy.keys(0)[:, :n], raw.keys(0)[:, :n], rtol=0, atol=0.51 * step)
+
+
+@pytest.mark.parametrize("page_size", [None, 4], ids=["contiguous", "paged"])
+def test_sequences_may_be_shorter_than_their_first_tokens(page_size: int | None) -> None:
+    model = make_model("fusedkv-lite")
+    codecs = codecs_of(model, "int4")
+    cache = model.make_cache(BATCH, MAX_LEN, page_size=page_size, codecs=codecs)
+
+    def step(count: int | list[int]) -> None:
+        cache.advance(count)
+        rows = max(count) if isinstance(count, list) else count
+        for i in cache.plan.storage_layers:
+            key, value = (
+                None if side[i] is None else torch.randn(BATCH, rows, side[i].shape[2], 16)
+                for side in (cache._keys, cache._values)
+            )
+            cache.append(i, key, value)
+
+    step([2, 7, 20])
+    for count in (1, 1, 1, 3):
+        step(count)
+        raw = decoded_copy(cache, codecs)
+        for layer in model.model.layers:
+            for rows in (1, 7):
+                q = torch.randn(BATCH, rows, 4, 16)
+                with torch.no_grad():
+                    actual, expected = (layer.self_attn._attend_cached(q, x) for x in (cache, raw))
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    cache.crop(3)
+    assert cache.lengths == (3, 3, 3) and cache.stored_lengths == (0, 0, 0)
+    step(4)
+    raw = decoded_copy(cache, codecs)
+    q = torch.randn(BATCH, 7, 4, 16)
+    with torch.no_grad():
+        actual, expected = (model.model.layers[3].self_attn._attend_cached(q, x) for x in (cache, raw))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_first_tokens_leave_the_window() -> None:
+    model = tiny_decoder("vanilla", sliding_window=6, layer_types=["sliding_attention"] * LAYERS).eval()
+    codecs = codecs_of(model, "int8:sinks=4")
+    raw, cache = model.make_cache(2, MAX_LEN), model.make_cache(2, MAX_LEN, codecs=codecs)
+    ids = torch.randint(0, 61, (2, 24))
+    for part in ids.split([12, 6, 1, 5], dim=1):
+        with torch.no_grad():
+            expected, got = model(part, cache=raw), model(part, cache=cache)
+        assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_copied_cache_has_its_own_first_tokens() -> None:
+    model = make_model("fusedkv")
+    cache = filled(model, codecs_of(model, "int4"))
+    twin = copy.deepcopy(cache)
+    cache.reset()
+    with torch.no_grad():
+        model(torch.randint(0, 61, (BATCH, 5)), cache=cache)
+    assert twin.lengths == (PROMPT + 1,) * BATCH
+    assert not torch.equal(twin.first.keys[0], cache.first.keys[0])
+
+
+def test_a_cache_needs_room_beyond_its_first_tokens() -> None:
+    model = make_model("vanilla")
+    with pytest.raises(ValueError, match="max_len must exceed the 4 first tokens that stay raw, got 4"):
+        model.make_cache(1, 4, codecs=codecs_of(model, "int4"))
 
 
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("int4", "no raw rows"),
-        ("kivi:group=16", "no raw rows"),
+        ("int4:tail=8", "no raw last tokens here, got sinks=4 and tail=8; ask for int4:tail=0"),
+        ("kivi:group=16", "no raw last tokens"),
         ("turboquant:sinks=0,tail=0", "static scales per channel"),
         ("pca:rank=8,sinks=0", "static scales per channel"),
         ("int4:bits=3,sinks=0", "static scales per channel"),

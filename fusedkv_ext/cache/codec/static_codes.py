@@ -42,16 +42,22 @@ def code_dtype(codec: Codec) -> torch.dtype:
     )
 
 
-def check_static(codecs: CodecPlan, plan: CachePlan) -> None:
+def check_static(codecs: CodecPlan, plan: CachePlan, *, sinks: bool = True) -> None:
     """Checks that kernels read the codes of every layer, and that those of each sum are coded alike.
+
+    Args:
+        codecs: The codecs.
+        plan: The cache plan.
+        sinks: Whether raw first tokens are possible. Raw last tokens are not.
 
     Raises:
         ValueError: They do not; the message names the layer and the side.
     """
-    if codecs.sinks or codecs.tail:
+    if codecs.tail or (codecs.sinks and not sinks):
+        label = f"{codecs.name.split(':')[0]}:" + ("tail=0" if sinks else "sinks=0,tail=0")
         raise ValueError(
-            f"codecs must keep no raw rows here, got sinks={codecs.sinks} and tail={codecs.tail}; ask for "
-            f"{codecs.name.split(':')[0]}:sinks=0,tail=0"
+            f"codecs must keep no raw {'last tokens' if sinks else 'rows'} here, got sinks={codecs.sinks} "
+            f"and tail={codecs.tail}; ask for {label}"
         )
     for i in range(plan.num_layers):
         for side, sources in zip(SIDES, (plan.key_sources(i), plan.value_sources(i)), strict=True):
