@@ -36,9 +36,10 @@ STORAGE_LAYERS = 24
 
 # Lines of the picture: (family, label of the codecs).
 LINES = [
-    ("static", "int8"),
+    ("static", "int8:sinks=4"),
     ("rotated", "turboquant:bits=4"),
     ("rotated", "turboquant:key_bits=3,value_bits=1"),
+    ("static", "int8"),
     ("static", "int4:tail=128"),
     ("rotated", "turboquant:bits=3"),
     ("KIVI", "kivi:bits=4"),
@@ -46,6 +47,7 @@ LINES = [
     ("weighted PCA", "pca:rank=48"),
     ("rotated", "turboquant:key_bits=4,value_bits=2"),
     ("rotated", "turboquant:key_bits=2,value_bits=4"),
+    ("rotated", "turboquant:bits=2"),
     ("static e4m3", "fp8"),
 ]
 ON_FUSED_PLANS = 3  # of them, on the plans with fewer storage layers

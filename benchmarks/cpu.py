@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py [FAMILY ...] [--quick] [--json FILE] [--plots DIR] [--dtype D] [--threads N]
 
-Families: decode, fuse, prefill, train, model; none named: all. Every row is checked against the oracle before
+Families: decode, coded, fuse, prefill, train, model; none named: all. Every row is checked against the oracle before
 it is timed. At the end each goal is printed with what was measured.
 """
 
@@ -27,7 +27,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="decode, fuse, prefill, train, model")
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help="decode, coded, fuse, prefill, train, model"
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",

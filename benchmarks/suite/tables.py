@@ -169,6 +169,9 @@ def rows_tables(result: Result) -> str:
             parts.append(_models(rows))
             continue
         curves = [row for row in rows if row["op"] in _CURVES]
+        if family == "coded":
+            parts.append(_operations(rows, versus=True))
+            continue
         variants = [row for row in rows if "decode, " in row["op"] and row["op"] not in (*_CURVES, SHORT)]
         rest = [row for row in rows if row not in curves and row not in variants]
         parts.append(_operations(rest))

@@ -259,7 +259,7 @@ def test_command_writes_json_and_says_what_it_found(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["decoode"], "unknown family 'decoode'; known: decode, fuse, prefill, train, model"),
+        (["decoode"], "unknown family 'decoode'; known: decode, coded, fuse, prefill, train, model"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["fuse", "--plots", "x"], "--plots draws the curves of decode"),

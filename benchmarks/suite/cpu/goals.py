@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from suite.cpu.codes import APPEND, FUSED
 from suite.cpu.decode import SHORT
 from suite.cpu.fuse import AUTOGRAD, BACKWARD, FORWARD
 from suite.cpu.models import OPERATIONS, STEP, TINY_ATTENTION, TPOT, TTFT
@@ -159,6 +160,10 @@ GOALS = (
         at_least=False,
     ),
     Goal("decode", "caches in L2, 128 to 2048 tokens: as fast as the best of torch", best(SHORT), 1),
+    Goal("coded", "int8: time to bfloat16", versus("decode, int8"), 0.60, at_least=False),
+    Goal("coded", "int4: time to bfloat16", versus("decode, int4"), 0.40, at_least=False),
+    Goal("coded", "2 sources of int8: time to 1 source of bfloat16", versus(FUSED), 0.85, at_least=False),
+    Goal("coded", "encoding a token: time to a plain append", versus(APPEND), 1.3, at_least=False),
     Goal("fuse", "forward: of the copy roof", roof(FORWARD), 85, unit="%"),
     Goal("fuse", "forward: as fast as eager", beside("eager", FORWARD), 2),
     Goal("fuse", "backward: of the copy roof", both(roof(BACKWARD), roof(AUTOGRAD)), 75, unit="%"),

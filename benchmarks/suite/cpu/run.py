@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from suite.clocks import HostClock
-from suite.cpu import decode, fuse, goals, models
+from suite.cpu import codes, decode, fuse, goals, models
 from suite.cpu.settings import FAMILIES, Settings
 from suite.machine import busy_seconds, machine
 from suite.measure import Bench, Cell, Row
@@ -32,6 +32,7 @@ class _Family:
 
 _FAMILIES = {
     "decode": _Family(decode.cells, True, True),
+    "coded": _Family(codes.cells, True, True),
     "fuse": _Family(fuse.cells, False, True),
     "prefill": _Family(models.prefill_cells, True, False),
     "train": _Family(models.train_cells, False, False),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("decode", "fuse", "prefill", "train", "model")
+FAMILIES = ("decode", "coded", "fuse", "prefill", "train", "model")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 Shape = dict[str, Any]  # arguments of DecoderConfig
