@@ -2,8 +2,8 @@
 
     python benchmarks/cpu.py [FAMILY ...] [--quick] [--json FILE] [--plots DIR] [--dtype D] [--threads N]
 
-Families: decode, coded, fuse, prefill, train, model; none named: all. Every row is checked against the oracle before
-it is timed. At the end each goal is printed with what was measured.
+Families: decode, coded, fuse, prefill, train, model; none named: all. Every row is checked against the oracle
+before it is timed. At the end each goal is printed with what was measured.
 """
 
 from __future__ import annotations

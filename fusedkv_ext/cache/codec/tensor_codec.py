@@ -188,7 +188,7 @@ class TensorCodec(nn.Module):
         norm = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_SMALLEST)
         codes = torch.bucketize(y / norm, (grid[1:] + grid[:-1]) / 2)
         u = grid[codes]
-        # The scale that keeps the norm of y. One of a smaller error would shorten all scores and outputs alike.
+        # The scale that keeps the norm of y. One with a smaller error shortens all scores and outputs alike.
         scale = _float16((y.square().sum(-1) / u.square().sum(-1)).sqrt())
         return Encoded(self._packed(codes.to(torch.uint8)), scale)
 
