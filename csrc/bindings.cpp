@@ -50,11 +50,12 @@ pybind11::dict build_info() {
 // an SM.
 pybind11::dict decode_launch(int64_t batch, int64_t rows, int64_t num_kv_heads, int64_t head_dim,
                              int64_t value_dim, int num_keys, int num_values, int element_size, int64_t cost,
-                             int64_t capacity, bool batch_invariant, int sm_count, int shared_per_block) {
+                             int64_t capacity, bool batch_invariant, int sm_count, int shared_per_block,
+                             bool coded) {
   using namespace fusedkv;
   const DType dtype = element_size == 4 ? DType::f32 : DType::bf16;
-  const AttnLaunch launch =
-      attn_launch({dtype, batch, rows, head_dim, value_dim, num_keys, num_values, true, shared_per_block});
+  const AttnLaunch launch = attn_launch(
+      {dtype, batch, rows, head_dim, value_dim, num_keys, num_values, true, shared_per_block, coded});
   // Every block uses 1 KiB more than it requests, and an SM has 1 KiB more than the largest block may
   // request.
   const int blocks = grid_blocks(sm_count, (shared_per_block + 1024) / (launch.shared_bytes + 1024));
@@ -80,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"), pybind11::arg("value_dim"),
         pybind11::arg("num_keys"), pybind11::arg("num_values"), pybind11::arg("element_size"),
         pybind11::arg("cost"), pybind11::arg("capacity"), pybind11::arg("batch_invariant"),
-        pybind11::arg("sm_count"), pybind11::arg("shared_per_block"),
+        pybind11::arg("sm_count"), pybind11::arg("shared_per_block"), pybind11::arg("coded"),
         "The GPU kernel of a cached-attention call, its block and its grid.");
   m.def("cpu_levels", &cpu_levels, "SIMD targets of this build that this CPU supports, best first.");
   m.def("cpu_level", [] { return std::string(fusedkv::cpu_kernels().target); }, "The SIMD target in use.");

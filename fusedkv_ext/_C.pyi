@@ -19,6 +19,7 @@ def decode_launch(
     batch_invariant: bool,
     sm_count: int,
     shared_per_block: int,
+    coded: bool,
 ) -> dict[str, Any]:
     """The GPU kernel of a cached-attention call, its block and its grid."""
 

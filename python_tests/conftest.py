@@ -147,6 +147,19 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_cpu_level(before)
 
 
+@pytest.fixture(params=[*native.cpu_levels(), "simt1", "simt2", "simt3"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test with the CPU kernels of each level, and with the CUDA kernels in the executor."""
+    before = native.cpu_level()
+    if request.param.startswith("simt"):
+        request.getfixturevalue("simt").configure(seed=int(request.param[4:]))
+        monkeypatch.setattr(native, "_ops", torch.ops.fusedkv_simt)
+    else:
+        native.set_cpu_level(request.param)
+    yield request.param
+    native.set_cpu_level(before)
+
+
 @pytest.fixture
 def largest_file() -> Callable[[int], AbstractContextManager[None]]:
     """A context in which no file grows beyond so many bytes: the system refuses, as on a full disk."""

@@ -9,11 +9,13 @@
 
 int main() {
   using namespace fusedkv;
-  const auto bytes = [](DType dtype, int rows, int dim, int keys, int values) {
-    return attn_launch({dtype, kMaxCopiedBatch, rows, dim, dim, keys, values, true, kSharedBytesSm90}).shared_bytes;
+  const auto bytes = [](DType dtype, int rows, int dim, int keys, int values, bool coded = false) {
+    return attn_launch({dtype, kMaxCopiedBatch, rows, dim, dim, keys, values, true, kSharedBytesSm90, coded})
+        .shared_bytes;
   };
   for (int dim : {64, 128, 256}) {
     printf("FallbackKernel<%d> %d\n", dim, bytes(DType::f32, 1, dim, 1, 1));
+    printf("CodedKernel<%d> %d\n", dim, bytes(DType::f32, 1, dim, 2, 2, true));  // of two sources each
     for (int keys : {1, 2})
       for (int values : {1, 2}) {
         if (dim < 256 || keys + values == 2)

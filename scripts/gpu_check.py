@@ -196,7 +196,7 @@ def all_steps(out: Path, dry: bool) -> list[Step]:
         Step("library", 60, load, ("torch",), NEVER),
         Step("build", 150, lambda _: build(), ("cmake", "ninja", "pybind11", "torch")),
         Step("smoke", 40, lambda _: pytest(dry, CASES), tested),
-        bench("headline", 170, "decode,latency,schedule", *quick),
+        bench("headline", 170, "decode,coded,latency,schedule", *quick),
         Step("tests", 80, lambda _: tests(dry, out), tested),
         bench("operations", 100, more, *quick),
         bench("model", 80, "model,prefill", *quick),

@@ -19,8 +19,6 @@ Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_c
                                   block_table, rotary_cos, rotary_sin,  rotary_interleaved, query,
                                   key_scale,   key_center, value_scale, value_center};
   const AppendCall call = append_call(arguments, kCuda);
-  check_value(call.params.key.code == CacheCode::raw && call.params.value.code == CacheCode::raw,
-              "key_cache and value_cache must have the dtype of key on a GPU, got codes");
   const auto use = [&](const Tensor& x, const char* name) {
     check_same_gpu(x, name, key, "key");
     scope.uses(x, name);
@@ -37,6 +35,10 @@ Tensor append_kvcache(Tensor key, Tensor value, Tensor key_cache, Tensor value_c
   use_optional(rotary_cos, "rotary_cos");
   use_optional(rotary_sin, "rotary_sin");
   use_optional(query, "query");
+  use_optional(key_scale, "key_scale");
+  use_optional(key_center, "key_center");
+  use_optional(value_scale, "value_scale");
+  use_optional(value_center, "value_center");
   begin_writes(arguments);
   scope.makes(call.rotated, "the rotated query");
   check_launch(append_kvcache_cuda(call.params, scope.stream()), "append_kvcache");

@@ -10,25 +10,75 @@ namespace fusedkv::api {
 
 namespace {
 
-bool aligned16(const void* data, DType dtype, std::initializer_list<int64_t> strides) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (int64_t stride : strides) aligned = aligned && stride * size_of(dtype) % 16 == 0;
-  return aligned;
+// The largest power of two up to 16 that divides the address and the strides, in bytes, of every row.
+int alignment(const void* data, int64_t size, std::initializer_list<int64_t> strides) {
+  uint64_t bits = reinterpret_cast<uintptr_t>(data) | 16;
+  for (int64_t stride : strides) bits |= uint64_t(stride * size);
+  return int(bits & -bits);
 }
 
-bool aligned16(const AttnDecodeParams& p) {
-  // The stride of a dim of size 1 is arbitrary.
-  const auto used = [](int64_t stride, int64_t size) { return size > 1 ? stride : 0; };
-  bool aligned = aligned16(p.q, p.dtype,
-                           {used(p.q_stride_b, p.B), used(p.q_stride_s, p.cu_seqlens_q ? p.total_q : p.S),
-                            used(p.q_stride_h, p.H)});
-  const auto check = [&](const CacheTensor& x) {
-    const int64_t stride_b = p.block_table ? x.stride_b : used(x.stride_b, p.B);
-    aligned = aligned && aligned16(x.data, p.dtype, {stride_b, x.stride_t, used(x.stride_g, p.G)});
+// The stride of a dim of size 1 is arbitrary.
+int64_t used(int64_t stride, int64_t size) {
+  return size > 1 ? stride : 0;
+}
+
+struct Alignments {
+  int q, keys, values;
+};
+
+Alignments alignments(const AttnDecodeParams& p) {
+  const int q = alignment(p.q, size_of(p.dtype),
+                          {used(p.q_stride_b, p.B), used(p.q_stride_s, p.cu_seqlens_q ? p.total_q : p.S),
+                           used(p.q_stride_h, p.H), p.q_stride_source});
+  const auto of_caches = [&](const CacheTensor* caches, int count, CacheCode code) {
+    int least = 16;
+    for (int j = 0; j < count; ++j) {
+      const CacheTensor& x = caches[j];
+      const int64_t stride_b = p.block_table ? x.stride_b : used(x.stride_b, p.B);
+      least = std::min(
+          least, alignment(x.data, size_of(code, p.dtype), {stride_b, x.stride_t, used(x.stride_g, p.G)}));
+    }
+    return least;
   };
-  for (int j = 0; j < p.num_keys; ++j) check(p.keys[j]);
-  for (int j = 0; j < p.num_values; ++j) check(p.values[j]);
-  return aligned;
+  return {q, of_caches(p.keys, p.num_keys, p.key_code), of_caches(p.values, p.num_values, p.value_code)};
+}
+
+// Bytes that a lane loads at once from a side: of codes of 8 channels, of which two per byte may lie in two
+// places.
+int load_width(CacheCode code, int64_t channels, int aligned) {
+  if (code == CacheCode::raw) return aligned;
+  const int most = code == CacheCode::i4 && channels / 2 % 8 ? 4 : 8;
+  return aligned >= most ? most : aligned >= 4 ? 4 : 1;
+}
+
+// The factors of a side's tokens. The caches of a call have B sequences or some pages.
+TokenFactors token_factors(const std::optional<std::vector<Tensor>>& scales, const char* name) {
+  TokenFactors factors{};
+  for (size_t j = 0; scales && j < scales->size(); ++j) {
+    const Tensor& x = (*scales)[j];
+    const auto stride = [&](int dim) {
+      const int64_t elements = used(x.stride(dim), x.size(dim));
+      check_value(elements <= INT32_MAX, Name(name, j),
+                  " must have strides below 2^31 elements on a GPU, got ", elements, "; call .contiguous()");
+      return int32_t(elements);
+    };
+    factors.data[j] = static_cast<const f16*>(x.const_data_ptr());
+    factors.stride_b[j] = stride(0), factors.stride_t[j] = stride(1), factors.stride_g[j] = stride(2);
+  }
+  return factors;
+}
+
+// What the kernel of codes needs beside the rest. The factors are in the parameters, not in host memory.
+void set_coded(AttnCodedParams& p, const AttnArguments& x, const Alignments& aligned,
+               const AttnLaunch& launch) {
+  AttnDecodeParams& a = p.attn;
+  p.shared = launch.coded;
+  p.q_width = aligned.q;
+  p.key_width = load_width(a.key_code, a.D, aligned.keys);
+  p.value_width = load_width(a.value_code, a.Dv, aligned.values);
+  p.key_factors = token_factors(x.key_token_scales, "key_token_scales");
+  p.value_factors = token_factors(x.value_token_scales, "value_token_scales");
+  a.key_scales = a.value_scales = nullptr;
 }
 
 // A schedule (int32) is the running sum, B + 1 numbers, and then the counters: one per block of a grid and,
@@ -73,7 +123,7 @@ Tensor attn_schedule(Tensor cache_seqlens, int64_t query_length, int64_t num_hea
 }
 
 AttnResults attend(const AttnArguments& x) {
-  AttnCudaParams p{};
+  AttnCodedParams p{};
   p.attn = attn_params(x, kCuda);
   AttnDecodeParams& a = p.attn;
   const CacheLayout layout =
@@ -82,10 +132,6 @@ AttnResults attend(const AttnArguments& x) {
   set_scores(a, x, kCuda);
   TokenScales scales;
   set_codes(a, x, kCuda, &scales);
-  check_value(
-      !is_coded(a) && !a.value_bias && !x.q_sources,
-      "key_caches and value_caches must have the dtype of q on a GPU, without token scales, value_bias "
-      "and a query per source; decode them first");
   check_value(layout.capacity <= INT32_MAX - 2 * kFixedSplitTiles * kKVTileTokens,
               "key_caches[0] must hold fewer than 2^31 tokens per sequence, got ", layout.capacity);
   check_value(!x.schedule || !x.cu_seqlens_q, "schedule must be None with cu_seqlens_q, got a tensor");
@@ -95,13 +141,16 @@ AttnResults attend(const AttnArguments& x) {
   p.capacity = layout.capacity;
   p.cache_rows = int(std::min<int64_t>(x.block_table ? layout.num_pages : a.B, INT32_MAX));
   p.batch_invariant = x.batch_invariant;
-  p.aligned = aligned16(a);
+  const Alignments aligned = alignments(a);
+  p.aligned = std::min({aligned.q, aligned.keys, aligned.values}) == 16;
   p.whole_pages = !x.block_table || layout.page_size % 16 == 0;
   const int64_t rows = num_rows(a);
   int shared_limit = 0, blocks = 0;
   check_launch(attn_shared_limit(&shared_limit), "attn_with_kvcache");
+  const bool coded = is_coded(a) || a.value_bias || x.q_sources;
   const AttnLaunch launch =
-      attn_launch({a.dtype, a.B, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit});
+      attn_launch({a.dtype, a.B, rows, a.D, a.Dv, a.num_keys, a.num_values, p.aligned, shared_limit, coded});
+  if (coded) set_coded(p, x, aligned, launch);
   check_launch(attn_blocks(a, launch, &blocks), "attn_with_kvcache");
   p.group = int(a.H / a.G);
   p.by_group = divisor(p.group);

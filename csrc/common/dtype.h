@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 namespace fusedkv {
 
 enum class DType : int { f64, f32, bf16, f16 };
@@ -47,7 +49,7 @@ static inline int64_t size_of(DType dtype) {
 }
 
 // Elements of a cache for so many channels, and the bytes of each.
-static inline int64_t cache_elements(CacheCode code, int64_t channels) {
+FUSEDKV_HOST_DEVICE int64_t cache_elements(CacheCode code, int64_t channels) {
   return code == CacheCode::i4 ? channels / 2 : channels;
 }
 

@@ -73,4 +73,21 @@ union Piece {
   T element[kVec];
 };
 
+// N adjacent elements, a multiple of a piece, in fp32. `pieces`: they start at a multiple of 16 bytes.
+template <typename T, int N>
+__device__ __forceinline__ void load_channels(float (&x)[N], const T* from, bool pieces) {
+  if (pieces) {
+#pragma unroll
+    for (int i = 0; i < N; i += Piece<T>::kVec) {
+      Piece<T> piece;
+      piece.raw = load(reinterpret_cast<const uint4*>(from + i));
+#pragma unroll
+      for (int k = 0; k < Piece<T>::kVec; ++k) x[i + k] = float(widen(piece.element[k]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = float(widen(load(from + i)));
+  }
+}
+
 }  // namespace fusedkv

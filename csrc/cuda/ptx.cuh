@@ -140,6 +140,13 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], const uint32_t (
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
+// Byte i of the result is the one of the 8 bytes of low and high that the i-th 4 bits of `select` number.
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t x;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(low), "r"(high), "r"(select));
+  return x;
+}
+
 __device__ __forceinline__ float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

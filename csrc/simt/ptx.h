@@ -222,6 +222,14 @@ inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
+// The default mode, whose numbers of bytes are below 8.
+inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t select) {
+  const uint64_t bytes = low | uint64_t(high) << 32;
+  uint32_t x = 0;
+  for (int i = 0; i < 4; ++i) x |= uint32_t(bytes >> 8 * (select >> 4 * i & 7) & 0xff) << 8 * i;
+  return x;
+}
+
 inline float ex2(float x) {
   return exp2f(x);
 }

@@ -322,6 +322,7 @@ def _cuda_launch(call: AttentionCall, spans: Spans, sm_count: int | None) -> tup
         batch_invariant=call.batch_invariant,
         sm_count=sm_count or _SM_COUNT,
         shared_per_block=shared,
+        coded=call.native_only,
     )
     kernel = f"{launch['kernel']}, {launch['rows']} rows"
     splits = max((-(-cost // launch["cells_per_block"]) for cost in costs), default=0)

@@ -47,7 +47,7 @@ def test_dry_run_goes_through_every_step(tmp_path: Path) -> None:
         assert "tests collected" in found[name]["summary"][-1]
     families = {name: {row["family"] for row in x["rows"]} for name, x in report["benchmarks"].items()}
     assert families == {
-        "headline": {"decode", "latency", "schedule"},
+        "headline": {"decode", "coded", "latency", "schedule"},
         "operations": {"fuse", "append", "ragged", "crossover", "head_dim", "layout", "chunked"},
         "model": {"model", "prefill"},
         "compile": {"decode", "fuse"},

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Simt
 from torch import Tensor
 
 from fusedkv_ext import append_kvcache, fused_kv_attn_with_kvcache, rope_append_kvcache
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import native, reference
 from fusedkv_ext.testing import assert_same_bits
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -78,7 +79,7 @@ def assert_same_codes(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor
 @CODED
 @pytest.mark.parametrize("paged", [False, True])
 def test_codes_are_those_of_the_oracle(
-    level: str, code: torch.dtype, dtype: torch.dtype, paged: bool
+    kernels: str, code: torch.dtype, dtype: torch.dtype, paged: bool
 ) -> None:
     """The same float32 arithmetic: every bit is equal, and no other slot is written."""
     for D, Dv in ((8, 24), (64, 128), (256, 16), (2, 6)):
@@ -87,7 +88,7 @@ def test_codes_are_those_of_the_oracle(
 
 
 @DTYPES
-def test_each_side_has_its_own_code(level: str, dtype: torch.dtype) -> None:
+def test_each_side_has_its_own_code(kernels: str, dtype: torch.dtype) -> None:
     for key, value in ((I8, I4), (dtype, I8), (E4M3, dtype), (I4, E4M3)):
         call = Append(key, value, dtype)
         assert_same_codes(call.run(), call.run(reference.append_kvcache, dtype=F32))
@@ -95,7 +96,7 @@ def test_each_side_has_its_own_code(level: str, dtype: torch.dtype) -> None:
 
 @DTYPES
 @CODED
-def test_without_a_center_it_is_zero(level: str, code: torch.dtype, dtype: torch.dtype) -> None:
+def test_without_a_center_it_is_zero(kernels: str, code: torch.dtype, dtype: torch.dtype) -> None:
     call = Append(code, code, dtype)
     zeros = {name: torch.zeros_like(call.state[name]) for name in ("key_center", "value_center")}
     nothing: dict[str, Any] = {"key_center": None, "value_center": None}
@@ -106,7 +107,7 @@ def test_without_a_center_it_is_zero(level: str, code: torch.dtype, dtype: torch
 @CODED
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotated_keys_are_the_nearest_codes(
-    level: str, code: torch.dtype, dtype: torch.dtype, interleaved: bool
+    kernels: str, code: torch.dtype, dtype: torch.dtype, interleaved: bool
 ) -> None:
     """Against float64: a code is at most half a step, and rounding of float32, from the exact number."""
     call = Append(code, code, dtype, D=32)
@@ -128,7 +129,7 @@ def test_rotated_keys_are_the_nearest_codes(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_query_of_the_same_call_is_rotated_as_without_codes(level: str, dtype: torch.dtype) -> None:
+def test_query_of_the_same_call_is_rotated_as_without_codes(kernels: str, dtype: torch.dtype) -> None:
     call = Append(I8, I4, dtype, D=32)
     angles = torch.randn(10, 16)
     query = torch.randn(3, 3, 4, 32).to(dtype)
@@ -142,7 +143,7 @@ def test_query_of_the_same_call_is_rotated_as_without_codes(level: str, dtype: t
     assert_same_codes((caches[0], caches[1]), call.run(**tables))
 
 
-def test_every_number_has_the_nearest_code(level: str) -> None:
+def test_every_number_has_the_nearest_code(kernels: str) -> None:
     """Ties go to the even code, numbers beyond the largest saturate, NaN is 0 or NaN."""
     special = torch.tensor(
         [0.0, -0.0, math.inf, -math.inf, math.nan, 464.0, 1e30, -1e30, 1e-30, 2.0**-10, 3e-3]
@@ -161,7 +162,7 @@ def test_every_number_has_the_nearest_code(level: str) -> None:
 
 
 @CODED
-def test_codes_that_are_there_already_are_copied(level: str, code: torch.dtype) -> None:
+def test_codes_that_are_there_already_are_copied(kernels: str, code: torch.dtype) -> None:
     call = Append(code, code, F32)
     made = call.run()
     tokens = [x[:, :1] for x in made]
@@ -173,7 +174,7 @@ def test_codes_that_are_there_already_are_copied(level: str, code: torch.dtype) 
         assert bits(copied[:, :3]).eq(0x55).all() and bits(copied[:, 4:]).eq(0x55).all()
 
 
-def test_raw_keys_with_copied_values(level: str) -> None:
+def test_raw_keys_with_copied_values(kernels: str) -> None:
     call = Append(BF16, I8, BF16)
     codes = torch.randint(-127, 128, call.new[1].shape, dtype=I8)
     caches = [empty_cache(shape, code) for shape, code in zip(call.shapes, call.codes, strict=True)]
@@ -183,7 +184,7 @@ def test_raw_keys_with_copied_values(level: str) -> None:
 
 
 @CODED
-def test_slot_mapping_encodes_packed_tokens(level: str, code: torch.dtype) -> None:
+def test_slot_mapping_encodes_packed_tokens(kernels: str, code: torch.dtype) -> None:
     call = Append(code, code, BF16)
     call.new = call.new[0].flatten(0, 1), call.new[1].flatten(0, 1)
     call.state["cache_seqlens"] = None
@@ -208,6 +209,83 @@ def test_attention_over_an_encoded_cache_is_that_over_the_tokens() -> None:
     got = fused_kv_attn_with_kvcache(q, *caches, *weights, cache_seqlens=lengths, value_bias=center)
     expected = fused_kv_attn_with_kvcache(q, key, value, cache_seqlens=lengths)
     assert (got - expected).abs().max() < 0.02 < expected.abs().max()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@DTYPES
+@CODED
+def test_cuda_codes_are_those_of_the_portable_cpu_kernel(
+    seed: int, code: torch.dtype, dtype: torch.dtype, simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bit, also of rotated keys: neither of the two fuses multiplications with additions."""
+    before = native.cpu_level()
+    simt.configure(seed=seed)
+    for D, rotary, interleaved in (
+        (64, 64, False),
+        (64, 32, True),
+        (128, 32, False),
+        (24, 24, False),
+        (40, 6, True),
+    ):
+        call = Append(code, code, dtype, D=D, Dv=D, paged=interleaved)
+        angles = torch.randn(12, rotary // 2)
+        tables = {
+            "rotary_cos": angles.cos(),
+            "rotary_sin": angles.sin(),
+            "rotary_interleaved": bool(interleaved),
+        }
+        native.set_cpu_level("portable")
+        expected = call.run(**tables)
+        native.set_cpu_level(before)
+        with monkeypatch.context() as executor:
+            executor.setattr(native, "_ops", torch.ops.fusedkv_simt)
+            assert_same_codes(call.run(**tables), expected)
+
+
+def odd(x: Tensor) -> Tensor:
+    """The same tensor, whose rows begin at odd multiples of the element size."""
+    memory = torch.zeros((*x.shape[:-1], x.shape[-1] + 5), dtype=torch.uint8 if x.itemsize == 1 else x.dtype)
+    return memory.view(x.dtype)[..., 3 : 3 + x.shape[-1]].copy_(x)
+
+
+@CODED
+@pytest.mark.parametrize("which", ["new", "caches", "scales", "tables"])
+def test_memory_at_any_address_gets_the_same_codes(kernels: str, code: torch.dtype, which: str) -> None:
+    call = Append(code, code, BF16, D=64, Dv=64)
+    angles = torch.randn(10, 16)
+    tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    expected = call.run(**tables)
+    if which == "new":
+        call.new = odd(call.new[0]), odd(call.new[1])
+    for name in ("key_scale", "value_scale", "key_center", "value_center"):
+        if which == "scales":
+            call.state[name] = at_odd_address(call.state[name])
+    if which == "tables":
+        tables = {name: at_odd_address(x) for name, x in tables.items()}
+    caches = [empty_cache(shape, code) for shape in call.shapes]
+    if which == "caches":
+        caches = [odd(x) for x in caches]
+    append_kvcache(*call.new, *caches, **call.state, **tables)
+    assert_same_codes((caches[0], caches[1]), expected)
+
+
+def at_odd_address(x: Tensor) -> Tensor:
+    """The same contiguous float32 tensor, 4 bytes into its memory."""
+    memory = torch.zeros(x.numel() + 1)
+    return memory[1:].view(x.shape).copy_(x)
+
+
+@CODED
+def test_copied_codes_may_lie_anywhere(kernels: str, code: torch.dtype) -> None:
+    made = Append(code, code, F32, D=64, Dv=64).run()
+    lengths = torch.full((3,), 4, dtype=torch.int32)
+    for change in (lambda x: x, odd):
+        tokens = [change(x[:, :2]) for x in made]
+        copies = [change(empty_cache((3, 10, 2, 64), code)) for _ in range(2)]
+        append_kvcache(*tokens, *copies, cache_seqlens=lengths)
+        for copied, source in zip(copies, made, strict=True):
+            assert bits(copied[:, 2:4]).equal(bits(source[:, :2]))
+            assert bits(copied[:, :2]).eq(0x55).all() and bits(copied[:, 4:]).eq(0x55).all()
 
 
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [

@@ -17,10 +17,14 @@ SHAPES = [
 
 
 def launch(
-    shape: dict[str, int], kib: int, batch: int = 1, batch_invariant: bool = False
+    shape: dict[str, int],
+    kib: int,
+    batch: int = 1,
+    batch_invariant: bool = False,
+    coded: bool = False,
 ) -> dict[str, object]:
     sequences = dict(batch=batch, num_kv_heads=2, cost=1000, capacity=5000, batch_invariant=batch_invariant)
-    return _C.decode_launch(**sequences, sm_count=132, shared_per_block=kib * 1024, **shape)
+    return _C.decode_launch(**sequences, sm_count=132, shared_per_block=kib * 1024, coded=coded, **shape)
 
 
 @pytest.mark.parametrize("batch", [1, 1024, 1025, 100_000])
@@ -64,3 +68,16 @@ def test_two_sources_of_256_channels_run_on_tensor_cores_where_they_fit() -> Non
     shape = dict(rows=1, head_dim=256, value_dim=256, num_keys=2, num_values=2, element_size=2)
     kernels = [launch(shape, kib)["kernel"] for kib in (227, 163, 99)]
     assert kernels == ["attn_decode/mma_block.cu", "attn_decode/mma_block.cu", "attn_decode/fallback.cu"]
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_codes_have_a_kernel_of_their_own_that_fits_with_any_number_of_sources(kib: int) -> None:
+    for shape in [*SHAPES, *({**shape, "num_keys": 32, "num_values": 32} for shape in SHAPES[::7])]:
+        got = launch(shape, kib, batch=1024, coded=True)
+        assert (got["kernel"], got["rows"], got["threads"]) == ("attn_decode/coded.cu", 4, 128)
+        assert 0 < got["shared_bytes"] <= kib * 1024, (shape, got)
+    shape = dict(rows=4, head_dim=256, value_dim=256, num_values=1, element_size=2)
+    few, many = (launch({**shape, "num_keys": n}, kib, coded=True)["shared_bytes"] for n in (1, 32))
+    assert (many - few == 31 * 4 * 256 * 4) == (kib > 99), (
+        "where they fit, the queries of all sources are held"
+    )

@@ -9,9 +9,10 @@ from functools import partial
 import pytest
 import torch
 from cases import Case, as_cache, block_table, cache_inputs, named, random_tensor, to_device
+from coded_cases import CODES, Inputs
 from torch import Tensor
 
-from fusedkv_ext import fuse_kv, fused_kv_attn_with_kvcache, rope_append_kvcache
+from fusedkv_ext import append_kvcache, fuse_kv, fused_kv_attn_with_kvcache, rope_append_kvcache
 from fusedkv_ext.ops import reference
 from fusedkv_ext.testing import assert_matches_oracle
 
@@ -35,6 +36,15 @@ def test_attention(case: Case, device: torch.device) -> None:
     args, state = cache_inputs(case, device)
     op, oracle = fused_kv_attn_with_kvcache, reference.fused_kv_attn_with_kvcache
     assert_matches_oracle(op, oracle, *args, **state, **case.options, terms=case.terms)
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_attention_over_codes(code: torch.dtype, page_size: int | None, device: torch.device) -> None:
+    x = Inputs(code, code, BF16, lengths=(150, 0, 33), S=2, D=128, page_size=page_size)
+    x.options |= {"key_token_scales": x.token_scales(), "value_token_scales": x.token_scales()}
+    x.to(device)
+    x.check()
 
 
 @pytest.mark.parametrize("sources", [1, 2, 5])
@@ -65,3 +75,21 @@ def test_append(page_size: int | None, device: torch.device) -> None:
     assert_matches_oracle(
         partial(append, rope_append_kvcache), partial(append, reference.rope_append_kvcache)
     )
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_append_of_codes(code: torch.dtype, device: torch.device) -> None:
+    """Without a rotation the codes are those of the oracle, bit for bit."""
+    lengths = torch.tensor([40, 2], dtype=torch.int32)
+    new = [random_tensor((2, 3, 2, 64), BF16) for _ in range(2)]
+    scales = {"key_scale": torch.rand(2, 64) + 0.5, "value_scale": torch.rand(2, 64) + 0.5}
+    new, scales, lengths = to_device((new, scales, lengths), device)
+
+    def append(op: Callable[..., None], **options: torch.dtype) -> list[Tensor]:
+        width = 32 if code == torch.uint8 else 64
+        caches = [torch.zeros(2, 48, 2, width, dtype=torch.uint8, device=device).view(code) for _ in range(2)]
+        op(*new, *caches, cache_seqlens=lengths, **scales, **options)
+        return [x.view(torch.uint8) for x in caches]
+
+    expected = append(reference.append_kvcache, dtype=torch.float32)
+    assert all(map(torch.equal, append(append_kvcache), expected))

@@ -1,4 +1,4 @@
-"""Families of cached attention with few query tokens: decode, latency, head_dim, layout, ragged, schedule."""
+"""Families of attention with few query tokens: decode, coded, latency, head_dim, layout, ragged, schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedkv_ext as fkv
 from suite.gpu import peers
-from suite.gpu.inputs import Decode, DecodeInputs
+from suite.gpu.inputs import CodedInputs, Decode, DecodeInputs
 from suite.gpu.lab import Lab
 from suite.gpu.tasks import TINY, Sizes, Task
 from suite.measure import Call, Entry, Peer, Row
@@ -53,7 +53,7 @@ def plan(x: DecodeInputs, batch_invariant: bool = False) -> Tensor:
 
 def _entry(op: str, x: DecodeInputs, mine: list[Call], peers: dict[str, Peer], view: str = "paged") -> Entry:
     s, check = x.shape, partial(x.check, "fusedkv_ext", view, ours=True)
-    size = s.cache_bytes(x.q.element_size())
+    size = s.cache_bytes(x.element_bytes)
     return Entry(op, op, s.params, x.q.dtype, mine, check, size, "read", peers, flops=s.flops)
 
 
@@ -104,6 +104,25 @@ def decode_tasks(sizes: Sizes) -> Iterator[Task]:
         G = sizes.kv_heads
         shape = Decode((T,) * B, ratio * G, G, sizes.head_dim, m, page)
         yield _cell("decode", shape, _grid_priority(B, T, ratio, page, sizes))
+
+
+def coded_tasks(sizes: Sizes) -> Iterator[Task]:
+    """The headline over caches of codes. The roof is the time of reading the codes."""
+    B, T, ratio, G = sizes.batches[1], sizes.contexts[1], sizes.ratios[1], sizes.kv_heads
+    for m, bits in itertools.product((2, 1), (8, 4)):
+        shape = Decode((T,) * B, ratio * G, G, sizes.head_dim, m, sizes.pages[0])
+        room = int(1.1 * shape.allocated_bytes(bits / 8)) + (1 << 30)
+        yield Task("coded", f"{_op(shape)}, int{bits} {shape}", 0, room, _coded(shape, bits))
+
+
+def _coded(shape: Decode, bits: int) -> Callable[[Lab], Iterator[Row]]:
+    def measure(lab: Lab) -> Iterator[Row]:
+        x, op = CodedInputs(shape, lab, bits), f"{_op(shape)}, int{bits}"
+        own = _entry(op, x, ours(x), {})
+        shared = _entry(f"{op}, shared schedule", x, ours(x, schedule=plan(x)), {})
+        yield from lab.rows("coded", own, shared)
+
+    return measure
 
 
 def profile(device: str, calls: int = 4) -> None:

@@ -45,12 +45,12 @@ class Decode:
     def elements_per_token(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def cache_bytes(self, element: int = 2) -> int:
+    def cache_bytes(self, element: float = 2) -> int:
         """That must be read: keys and values of the valid tokens, from every source."""
-        return 2 * self.sources * sum(self.lengths) * self.elements_per_token * element
+        return int(2 * self.sources * sum(self.lengths) * self.elements_per_token * element)
 
-    def allocated_bytes(self, element: int = 2) -> int:
-        return 2 * self.sources * self.batch * self.capacity * self.elements_per_token * element
+    def allocated_bytes(self, element: float = 2) -> int:
+        return int(2 * self.sources * self.batch * self.capacity * self.elements_per_token * element)
 
     @property
     def flops(self) -> float:
@@ -82,16 +82,16 @@ class DecodeInputs:
     def __init__(self, shape: Decode, lab: Lab) -> None:
         self.shape, self.lab = shape, lab
         self._exact: dict[str, list[list[Tensor]]] = {}
-        self.sets = lab.sets_for(shape.cache_bytes())
-        self.sets = max(1, min(self.sets, int(0.5 * lab.free_bytes() // shape.allocated_bytes())))
+        self.sets = lab.sets_for(shape.cache_bytes(self.element_bytes))
+        self.sets = max(
+            1, min(self.sets, int(0.5 * lab.free_bytes() // shape.allocated_bytes(self.element_bytes)))
+        )
         B, H, G, D, m = shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.sources
         amount = m * B * shape.capacity * G * D
-        self.key_buffers = [lab.random(amount) for _ in range(self.sets)]
-        self.value_buffers = [lab.random(amount) for _ in range(self.sets)]
+        self.key_buffers = [self.make_buffer(amount) for _ in range(self.sets)]
+        self.value_buffers = [self.make_buffer(amount) for _ in range(self.sets)]
         self.q = lab.random(B, shape.steps, H, D)
-        self.key_weights, self.value_weights = (
-            (lab.weights(m, G, D), lab.weights(m, G, D)) if m > 1 else (None, None)
-        )
+        self.key_weights, self.value_weights = self.make_weights(), self.make_weights()
         self.seqlens = torch.tensor(shape.lengths, dtype=torch.int32, device=lab.device)
         self.table: Tensor | None = None
         if shape.page is not None:
@@ -99,10 +99,23 @@ class DecodeInputs:
             order = torch.randperm(pages, device=lab.device).to(torch.int32)
             self.table = order.view(B, shape.capacity // shape.page)
 
+    @property
+    def element_bytes(self) -> float:
+        """Of a channel in a cache."""
+        return self.lab.dtype.itemsize
+
+    def make_buffer(self, amount: int) -> Tensor:
+        """So many channels of caches."""
+        return self.lab.random(amount)
+
+    def make_weights(self) -> Tensor | None:
+        s = self.shape
+        return self.lab.weights(s.sources, s.kv_heads, s.head_dim) if s.sources > 1 else None
+
     def split(self, buffer: Tensor) -> list[Tensor]:
         """m contiguous caches (B, capacity, G, D)."""
         s = self.shape
-        return list(buffer.view(s.sources, s.batch, s.capacity, s.kv_heads, s.head_dim).unbind(0))
+        return list(buffer.view(s.sources, s.batch, s.capacity, s.kv_heads, -1).unbind(0))
 
     def paged(self, buffer: Tensor) -> list[Tensor]:
         """m pools (P, page size, G, D); the contiguous caches where there are no pages."""
@@ -149,12 +162,16 @@ class DecodeInputs:
             self._exact[view] = [[self._reference(view, *at, dtype) for dtype in both] for at in self.checked]
         return self._exact[view]
 
+    def numbers(self, sources: list[Tensor]) -> list[Tensor]:
+        """What the elements of caches stand for."""
+        return sources
+
     def _reference(self, view: str, b: int, g: int, dtype: torch.dtype | None) -> Tensor:
         rows = self.shape.heads // self.shape.kv_heads
         return reference.fused_kv_attn_func(
             self.q[b : b + 1, :, g * rows : (g + 1) * rows],
-            self.sources_of(view, self.key_buffers[0], b, g),
-            self.sources_of(view, self.value_buffers[0], b, g),
+            self.numbers(self.sources_of(view, self.key_buffers[0], b, g)),
+            self.numbers(self.sources_of(view, self.value_buffers[0], b, g)),
             None if self.key_weights is None else self.key_weights[:, g : g + 1],
             None if self.value_weights is None else self.value_weights[:, g : g + 1],
             causal=True,
@@ -186,3 +203,31 @@ class DecodeInputs:
 
     def on_sets(self, run: Callable[[int], Tensor]) -> list[Call]:
         return [partial(run, i) for i in range(self.sets)]
+
+
+class CodedInputs(DecodeInputs):
+    """The same with caches of codes, int8 or two of 4 bits per byte, whose scales are in the weights."""
+
+    def __init__(self, shape: Decode, lab: Lab, bits: int) -> None:
+        self.bits = bits
+        super().__init__(shape, lab)
+
+    @property
+    def element_bytes(self) -> float:
+        return self.bits / 8
+
+    def make_buffer(self, amount: int) -> Tensor:
+        codes = torch.empty(amount * self.bits // 8, dtype=torch.uint8, device=self.lab.device)
+        for piece in codes.split(1 << 28):
+            piece.random_(0, 256)
+        return codes if self.bits == 4 else codes.view(torch.int8)
+
+    def make_weights(self) -> Tensor:
+        """For numbers of about the size 1: codes have a mean square of 73^2, or of 4.6^2."""
+        s, size = self.shape, 4.6 if self.bits == 4 else 73.0
+        return self.lab.weights(s.sources, s.kv_heads, s.head_dim) / size
+
+    def numbers(self, sources: list[Tensor]) -> list[Tensor]:
+        if self.bits == 8:
+            return [x.to(self.q.dtype) for x in sources]
+        return [torch.cat((x & 15, x >> 4), dim=-1).to(self.q.dtype) - 8 for x in sources]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TITLES = {
     "decode": "Cached attention, one query token",
+    "coded": "Caches of codes",
     "latency": "Latency, one sequence",
     "schedule": "Schedules",
     "crossover": "Folding against fusing once, by query rows",

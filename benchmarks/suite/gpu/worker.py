@@ -55,6 +55,7 @@ def facts(lab: Lab, commit: str | None) -> dict[str, Any]:
 
 def all_tasks(sizes: Sizes) -> Iterator[Task]:
     yield from decode.decode_tasks(sizes)
+    yield from decode.coded_tasks(sizes)
     yield from decode.latency_tasks(sizes)
     yield from decode.head_dim_tasks(sizes)
     yield from decode.layout_tasks(sizes)

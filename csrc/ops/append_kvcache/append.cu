@@ -8,9 +8,16 @@
 // both 16-byte pieces of its rotated pairs, so that lanes exchange nothing and shared memory is not needed.
 // Four rows fill a warp at head dim 64; at 128 every lane has its one pair of pieces in flight. Rows whose
 // addresses or pairs are not aligned to 16 bytes are moved element by element.
+//
+// A cache of codes gets u = (x - c) / s of the rotated key or of the value, in fp32, rounded to nearest even
+// and saturated. A lane makes the 8 bytes of 8 or 16 channels. Calls without such a cache have a kernel of
+// their own.
 
 #include "ops/append_kvcache/params.h"
 
+#include <initializer_list>
+
+#include "common/codes.h"
 #include "cuda/elements.cuh"
 
 namespace fusedkv {
@@ -23,7 +30,8 @@ constexpr int kRows = kThreads / kLanes;  // per block
 
 struct Params {
   AppendKVCacheParams append;
-  bool query_pieces, key_pieces, value_pieces;  // whether rows can be moved 16 bytes at a time
+  // Whether rows can be moved 16 bytes at a time, or encoded 8 channels at a time.
+  bool query_pieces, key_pieces, value_pieces;
 };
 
 // Cosines or sines of kCount channels, with the widest aligned loads.
@@ -41,8 +49,8 @@ __device__ __forceinline__ void load_table(const float* from, float (&x)[kCount]
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void rotate(T x0, T x1, float cos, float sin, T* out0, T* out1) {
+template <typename T, typename Out>
+__device__ __forceinline__ void rotate(T x0, T x1, float cos, float sin, Out* out0, Out* out1) {
   const auto wide0 = widen(x0), wide1 = widen(x1);
   narrow(wide0 * cos - wide1 * sin, out0);
   narrow(wide1 * cos + wide0 * sin, out1);
@@ -113,7 +121,129 @@ __device__ __forceinline__ void move_row(T* to, const T* from, const float* cos,
   for (int i = rotated + lane; i < D; i += kLanes) store(to + i, load(from + i));
 }
 
+// ---- codes --------------------------------------------------------------------------------------
+
+constexpr int kCodes = 8;  // bytes of codes that a lane makes at once
+
+// A row that is encoded. scale and center: of its head; center may be nullptr.
 template <typename T>
+struct EncodedRow {
+  const T* from;
+  const float *cos, *sin, *scale, *center;
+  int rotated;
+  bool interleaved;
+
+  // Channel c after the rotation.
+  __device__ __forceinline__ float channel(int c) const {
+    if (c >= rotated) return float(widen(load(from + c)));
+    const int half = rotated / 2, pair = interleaved ? c / 2 : c < half ? c : c - half;
+    const int i0 = interleaved ? 2 * pair : pair, i1 = interleaved ? i0 + 1 : i0 + half;
+    float y0, y1;
+    rotate(load(from + i0), load(from + i1), load(cos + pair), load(sin + pair), &y0, &y1);
+    return c == i0 ? y0 : y1;
+  }
+
+  // Channels c .. c + 7, none or all of which are rotated; of half-split pairs they have one side.
+  __device__ __forceinline__ void channels(int c, float (&x)[kCodes]) const {
+    load_channels(x, from + c, true);
+    if (c >= rotated) return;
+    if (interleaved) {
+      float cosines[kCodes / 2], sines[kCodes / 2];
+      load_table(cos + c / 2, cosines);
+      load_table(sin + c / 2, sines);
+#pragma unroll
+      for (int i = 0; i < kCodes / 2; ++i)
+        rotate(x[2 * i], x[2 * i + 1], cosines[i], sines[i], &x[2 * i], &x[2 * i + 1]);
+      return;
+    }
+    const int half = rotated / 2;
+    const bool first = c < half;
+    float other[kCodes], cosines[kCodes], sines[kCodes];
+    load_channels(other, from + (first ? c + half : c - half), true);
+    load_table(cos + (first ? c : c - half), cosines);
+    load_table(sin + (first ? c : c - half), sines);
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      float y0, y1;
+      rotate(first ? x[i] : other[i], first ? other[i] : x[i], cosines[i], sines[i], &y0, &y1);
+      x[i] = first ? y0 : y1;
+    }
+  }
+
+  template <CacheCode kCode>
+  __device__ __forceinline__ uint32_t code(int c) const {
+    const float x = channel(c);
+    return encode<kCode>((center ? x - load(center + c) : x) / load(scale + c));
+  }
+
+  // The codes of channels c .. c + 7, four per word.
+  template <CacheCode kCode>
+  __device__ __forceinline__ uint2 codes(int c) const {
+    float x[kCodes], scales[kCodes], centers[kCodes];
+    channels(c, x);
+    load_table(scale + c, scales);
+    if (center) load_table(center + c, centers);
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i)
+      words[i / 4] |= encode<kCode>((center ? x[i] - centers[i] : x[i]) / scales[i]) << i % 4 * 8;
+    return {words[0], words[1]};
+  }
+};
+
+template <CacheCode kCode, typename T>
+__device__ __forceinline__ void encode_row(uint8_t* to, const EncodedRow<T>& row, int D, bool pieces,
+                                           int lane) {
+  constexpr bool kHalves = kCode == CacheCode::i4;
+  const int bytes = kHalves ? D / 2 : D;
+  for (int at = lane * kCodes; pieces && at < bytes; at += kLanes * kCodes) {
+    uint2 codes = row.template codes<kCode>(at);
+    if (kHalves) {
+      const uint2 high = row.template codes<kCode>(bytes + at);
+      codes = {codes.x | high.x << 4, codes.y | high.y << 4};
+    }
+    store(reinterpret_cast<uint2*>(to + at), codes);
+  }
+  for (int at = lane; !pieces && at < bytes; at += kLanes) {
+    const uint32_t high = kHalves ? row.template code<kCode>(bytes + at) : 0;
+    store(to + at, uint8_t(row.template code<kCode>(at) | high << 4));
+  }
+}
+
+// Codes that are there already.
+__device__ __forceinline__ void copy_codes(uint8_t* to, const uint8_t* from, int bytes, bool pieces,
+                                           int lane) {
+  for (int at = lane * kCodes; pieces && at < bytes; at += kLanes * kCodes)
+    store(reinterpret_cast<uint2*>(to + at), load(reinterpret_cast<const uint2*>(from + at)));
+  for (int at = lane; !pieces && at < bytes; at += kLanes) store(to + at, load(from + at));
+}
+
+// Token s of sequence b for row `row`, slot `slot` of a cache of codes.
+template <typename T>
+__device__ __forceinline__ void write_codes(const AppendKVCacheParams& p, const AppendTensor& x, int64_t b,
+                                            int64_t s, int64_t row, int64_t slot, int64_t head, int64_t pos,
+                                            int rotated, bool pieces, int lane) {
+  const int64_t from = b * x.src_stride_b + s * x.src_stride_s + head * x.src_stride_g;
+  uint8_t* to =
+      static_cast<uint8_t*>(x.dst) + row * x.dst_stride_b + slot * x.dst_stride_t + head * x.dst_stride_g;
+  const int D = int(x.D);
+  if (!x.scale) {
+    const int bytes = int(cache_elements(x.code, D));
+    return copy_codes(to, static_cast<const uint8_t*>(x.src) + from, bytes, pieces, lane);
+  }
+  const int64_t angles = pos * (rotated / 2);
+  const EncodedRow<T> encoded = {
+      static_cast<const T*>(x.src) + from,        p.cos + angles, p.sin + angles, x.scale + head * x.D,
+      x.center ? x.center + head * x.D : nullptr, rotated,        p.interleaved};
+  if (x.code == CacheCode::i8) return encode_row<CacheCode::i8>(to, encoded, D, pieces, lane);
+  if (x.code == CacheCode::e4m3) return encode_row<CacheCode::e4m3>(to, encoded, D, pieces, lane);
+  encode_row<CacheCode::i4>(to, encoded, D, pieces, lane);
+}
+
+// ---- the kernel ---------------------------------------------------------------------------------
+
+// kCoded: a cache has codes.
+template <typename T, bool kCoded>
 __global__ void __launch_bounds__(kThreads) append_kvcache_kernel(const __grid_constant__ Params params) {
   ptx::grid_dependency_wait();
   const AppendKVCacheParams& p = params.append;
@@ -143,7 +273,9 @@ __global__ void __launch_bounds__(kThreads) append_kvcache_kernel(const __grid_c
   T* to;
   bool pieces;
   int D, rotated = p.cos && in_range ? int(p.rotary_dim) : 0;
+  const AppendTensor* tensor = nullptr;
   const auto take = [&](const AppendTensor& x, bool in_pieces) {
+    if (kCoded) tensor = &x;
     from = static_cast<const T*>(x.src) + b * x.src_stride_b + s * x.src_stride_s + head * x.src_stride_g;
     to = static_cast<T*>(x.dst) + row * x.dst_stride_b + slot * x.dst_stride_t + head * x.dst_stride_g;
     D = int(x.D);
@@ -158,6 +290,8 @@ __global__ void __launch_bounds__(kThreads) append_kvcache_kernel(const __grid_c
     take(p.value, params.value_pieces);
     rotated = 0;
   }
+  if (kCoded && tensor->code != CacheCode::raw)
+    return write_codes<T>(p, *tensor, b, s, row, slot, head, pos, rotated, pieces, lane);
   const int64_t angles = pos * (rotated / 2);
   move_row(to, from, p.cos + angles, p.sin + angles, rotated, D, p.interleaved, pieces, lane);
 }
@@ -166,17 +300,38 @@ bool aligned16(const void* x) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
 
+// Whether `strides`, in elements of `size` bytes, are multiples of so many bytes.
+bool strides_fit(int64_t bytes, int64_t size, std::initializer_list<int64_t> strides) {
+  for (const int64_t stride : strides)
+    if (stride * size % bytes) return false;
+  return true;
+}
+
+// Whether the pairs of a rotation lie in whole groups of `channels`, and so do their cosines and sines.
+bool pairs_fit(const AppendKVCacheParams& p, int channels) {
+  return !p.cos || (aligned16(p.cos) && aligned16(p.sin) &&
+                    (p.interleaved ? p.rotary_dim : p.rotary_dim / 2) % channels == 0);
+}
+
+// Whether codes are made or copied in groups of kCodes bytes, each of which starts at a multiple of kCodes.
+bool codes_fit(const AppendTensor& x, const AppendKVCacheParams& p, bool rotates) {
+  const int64_t size = x.scale ? size_of(p.dtype) : 1, bytes = x.scale ? 16 : kCodes;
+  if (cache_elements(x.code, x.D) % kCodes || reinterpret_cast<uintptr_t>(x.dst) % kCodes) return false;
+  if (!strides_fit(kCodes, 1, {x.dst_stride_b, x.dst_stride_t, x.dst_stride_g})) return false;
+  if (!strides_fit(bytes, size, {x.src_stride_b, x.src_stride_s, x.src_stride_g})) return false;
+  if (reinterpret_cast<uintptr_t>(x.src) % uintptr_t(bytes)) return false;
+  return !x.scale || (aligned16(x.scale) && aligned16(x.center) && (!rotates || pairs_fit(p, kCodes)));
+}
+
 // Whether every piece of every row starts at a multiple of 16 bytes, and every pair lies in whole pieces.
 template <typename T>
 bool in_pieces(const AppendTensor& x, const AppendKVCacheParams& p, bool rotates) {
+  if (x.code != CacheCode::raw) return codes_fit(x, p, rotates);
   constexpr int kVec = Piece<T>::kVec;
-  for (const int64_t stride :
-       {x.src_stride_b, x.src_stride_s, x.src_stride_g, x.dst_stride_b, x.dst_stride_t, x.dst_stride_g})
-    if (stride % kVec) return false;
-  if (!aligned16(x.src) || !aligned16(x.dst) || x.D % kVec) return false;
-  if (!rotates || !p.cos) return true;
-  return aligned16(p.cos) && aligned16(p.sin) &&
-         (p.interleaved ? p.rotary_dim : p.rotary_dim / 2) % kVec == 0;
+  return strides_fit(kVec, 1,
+                     {x.src_stride_b, x.src_stride_s, x.src_stride_g, x.dst_stride_b, x.dst_stride_t,
+                      x.dst_stride_g, x.D}) &&
+         aligned16(x.src) && aligned16(x.dst) && (!rotates || pairs_fit(p, kVec));
 }
 
 }  // namespace
@@ -190,8 +345,9 @@ int append_kvcache_cuda(const AppendKVCacheParams& p, void* stream) {
     using T = typename decltype(tag)::type;
     const Params params{p, in_pieces<T>(p.query, p, true), in_pieces<T>(p.key, p, true),
                         in_pieces<T>(p.value, p, false)};
-    error = launch_overlapped(append_kvcache_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream,
-                              params);
+    const bool coded = p.key.code != CacheCode::raw || p.value.code != CacheCode::raw;
+    error = launch_overlapped(coded ? append_kvcache_kernel<T, true> : append_kvcache_kernel<T, false>,
+                              dim3(unsigned(blocks)), dim3(kThreads), 0, stream, params);
   });
   return error;
 }

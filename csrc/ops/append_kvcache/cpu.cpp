@@ -8,6 +8,7 @@
 
 #include "ops/append_kvcache/params.h"
 
+#include "common/codes.h"
 #include "common/limits.h"
 
 #include "cpu/simd.h"
@@ -36,33 +37,6 @@ void widen_into(float* out, const T* x, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) <= 4)
     for (; d + kLanes <= end; d += kLanes) store(out + d, load(x + d));
   for (; d < end; ++d) out[d] = float(widen(x[d]));
-}
-
-// Rounds to an integer from least to most; NaN becomes 0. Adding 1.5 * 2^23 leaves no fraction.
-inline int32_t round_within(float x, float least, float most) {
-  x = x > most ? most : x;
-  x = x < least ? least : x;
-  x = x == x ? x : 0.f;
-  return int32_t((x + 12582912.f) - 12582912.f);
-}
-
-// The code of e4m3 that is nearest, ties to even; numbers beyond 448 become 448.
-inline uint8_t round_e4m3(float x) {
-  const uint32_t u = bits_of(x), sign = u >> 24 & 0x80u, magnitude = u & 0x7fffffffu;
-  const uint32_t most = 0x43e00000u, held = magnitude < most ? magnitude : most;
-  // Below 2^-6 adding 2^14 lines the mantissa up with units of 2^-9.
-  const uint32_t small = bits_of(float_of(held) + 16384.f) - 0x46800000u;
-  const uint32_t large = (held - 0x3c000000u + 0x7ffffu + (held >> 20 & 1u)) >> 20;
-  const uint32_t code = held < 0x3c800000u ? small : large;
-  return uint8_t(sign | (magnitude > 0x7f800000u ? 0x7fu : code));
-}
-
-// One code, in the low bits.
-template <CacheCode kCode>
-inline uint32_t encode(float u) {
-  if (kCode == CacheCode::i8) return uint8_t(round_within(u, -127.f, 127.f));
-  if (kCode == CacheCode::i4) return uint32_t(round_within(u, -8.f, 7.f) + 8);
-  return round_e4m3(u);
 }
 
 #if defined(__AVX2__)

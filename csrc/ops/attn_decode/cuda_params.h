@@ -31,6 +31,22 @@ struct AttnCudaParams {
                             // zeros between calls
 };
 
+// The factors of one side's tokens: of each source f16 (B, capacity, G) or (P, page_size, G), strides in
+// elements. data[0] == nullptr: there are none.
+struct TokenFactors {
+  const f16* data[kMaxSources];
+  int32_t stride_b[kMaxSources], stride_t[kMaxSources], stride_g[kMaxSources];
+};
+
+// Of coded.cu. Apart from the others, so that their launches pass no more than they read.
+struct AttnCodedParams : AttnCudaParams {
+  CodedLayout shared;
+  int q_width;                 // 16, or another number: bytes that a lane may load at once from q
+  int key_width, value_width;  // 8, 4 or 1 from codes, as q_width from raw caches
+  TokenFactors key_factors, value_factors;  // instead of attn.key_scales and value_scales
+};
+static_assert(sizeof(AttnCodedParams) <= 4096, "a kernel has 4 KB of parameters");
+
 // What the costs of a batch's sequences follow from.
 struct SequenceCosts {
   int64_t B, S;
@@ -63,6 +79,6 @@ int attn_shared_limit(int* bytes);
 int attn_blocks(const AttnDecodeParams& p, const AttnLaunch& l, int* blocks);
 
 int attn_schedule_cuda(const AttnScheduleParams& p, void* stream);
-int attn_decode_cuda(const AttnCudaParams& p, const AttnLaunch& l, int blocks, void* stream);
+int attn_decode_cuda(const AttnCodedParams& p, const AttnLaunch& l, int blocks, void* stream);
 
 }  // namespace fusedkv

@@ -6,39 +6,16 @@
 // four query rows. Every team has its own tokens, softmax state and output; the results of the teams are
 // merged at the end of the chunk. All sums are float32.
 
-#include "ops/attn_decode/kernels.h"
-#include "ops/attn_decode/work.cuh"
+#include "ops/attn_decode/team.cuh"
 
 namespace fusedkv {
 
 namespace {
 
-constexpr int kRows = kFallbackRows, kVec = 8;
+constexpr int kRows = kTeamRows, kVec = kTeamVec;
 
-template <typename T_, int kD_>
-struct FallbackKernel {
-  using T = T_;
-  static constexpr int kD = kD_;
-  static constexpr FallbackLayout kLayout = fallback_layout(kD);
-  static constexpr int kLanes = kLayout.lanes, kTeams = kLayout.teams, kThreads = kLayout.threads;
-};
-
-// 8 elements in float32.
-template <typename T>
-__device__ __forceinline__ void load_channels(float (&x)[kVec], const T* from, bool aligned) {
-  if (aligned) {
-#pragma unroll
-    for (int i = 0; i < kVec; i += Piece<T>::kVec) {
-      Piece<T> piece;
-      piece.raw = load(reinterpret_cast<const uint4*>(from + i));
-#pragma unroll
-      for (int k = 0; k < Piece<T>::kVec; ++k) x[i + k] = widen(piece.element[k]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) x[i] = widen(load(from + i));
-  }
-}
+template <typename T, int kD>
+struct FallbackKernel : TeamKernel<T, kD> {};
 
 // x = sum_j w_j (.) source_j of one token: channels d .. d + 7.
 template <typename T>
@@ -56,11 +33,6 @@ __device__ __forceinline__ void fuse_token(float (&x)[kVec], const CacheTensor* 
     for (int i = 0; i < kVec; ++i) x[i] = w ? x[i] + load(w + i) * source[i] : x[i] + source[i];
   }
 }
-
-struct TeamState {
-  float max[kRows], sum[kRows];  // the same in all lanes of the team
-  float o[kRows][kVec];
-};
 
 template <typename K>
 __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkChunk& w, TeamState& state,
@@ -112,43 +84,14 @@ __device__ __forceinline__ void run_tokens(const AttnCudaParams& p, const WorkCh
       for (int i = 0; i < kVec; ++i) state.o[r][i] = state.o[r][i] * rescale + e * v[i];
     }
   }
-  if (__any_sync(kFullWarp, bad) || w.len < 0) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) state.sum[r] = not_a_number();
-  }
+  spoil_if(bad || w.len < 0, state);
 }
 
 template <typename K>
 __global__ void __launch_bounds__(K::kThreads)
     attn_decode_fallback_kernel(const __grid_constant__ AttnCudaParams p) {
-  const int team = threadIdx.x / K::kLanes, d = threadIdx.x % K::kLanes * kVec;
-  const BlockStates states = block_states(shared_base(), K::kTeams, kRows, K::kD);
-  const BlockWork work = begin_block(p, K::kThreads);
-  WorkChunk w = {};
-  w.next = work.begin;
-  while ((w = next_chunk(p, work, w.next)).splits > 0) {
-    TeamState state;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      state.max[r] = minus_infinity(), state.sum[r] = 0.f;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) state.o[r][i] = 0.f;
-    }
-    run_tokens<K>(p, w, state, team, d);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = team * kRows + r;
-      if (d == 0) ptx::st_shared_f32(states.maxima + row * 4, state.max[r]);
-      if (d == 0) ptx::st_shared_f32(states.sums + row * 4, state.sum[r]);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i)
-        ptx::st_shared_f32(states.outs + (row * K::kD + d + i) * 4, state.o[r][i]);
-    }
-    __syncthreads();
-    merge_states<typename K::T>(p, w, states, K::kThreads);
-    finish_chunk<typename K::T>(p, w, states.flag, states.outs, K::kThreads);
-    __syncthreads();  // the next chunk reuses shared memory
-  }
+  run_chunks<K>(
+      p, [&](const WorkChunk& w, TeamState& state, int team, int d) { run_tokens<K>(p, w, state, team, d); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 namespace fusedkv {
 
 using AttnKernelFunction = void (*)(AttnCudaParams);
+using AttnCodedKernelFunction = void (*)(AttnCodedParams);
 
 // T: bf16 or f16; kD: 64, 128 or 256; keys, values: 1 or 2, for mma_warp with kD = 256 one of each; rows: 16,
 // 32 or 64. Each choice of template arguments is a translation unit (CMakeLists.txt), so that many compile
@@ -17,5 +18,9 @@ AttnKernelFunction attn_mma_block_kernel(int values, int rows);
 
 // head_dim: 64, 128 or 256; any number of sources; dtype f32, bf16 or f16.
 AttnKernelFunction attn_fallback_kernel(DType dtype, int head_dim);
+
+// T: float, bf16 or f16, of q, raw caches and out; head_dim: 64, 128 or 256. A translation unit per T.
+template <typename T>
+AttnCodedKernelFunction attn_coded_kernel(int head_dim);
 
 }  // namespace fusedkv

@@ -30,6 +30,28 @@ AttnKernelFunction kernel_function(const AttnDecodeParams& p, const AttnLaunch& 
   return p.dtype == DType::bf16 ? mma_kernel<bf16>(p, l) : mma_kernel<f16>(p, l);
 }
 
+AttnCodedKernelFunction coded_kernel_function(const AttnDecodeParams& p, const AttnLaunch& l) {
+  return p.dtype == DType::f32    ? attn_coded_kernel<float>(l.head_dim)
+         : p.dtype == DType::bf16 ? attn_coded_kernel<bf16>(l.head_dim)
+                                  : attn_coded_kernel<f16>(l.head_dim);
+}
+
+// Blocks of a kernel per SM. What the kernel is permitted and its occupancy take microseconds to set and to
+// query. Decoding would repeat it for every layer.
+template <typename Kernel>
+int known_blocks_per_sm(Kernel kernel, const DeviceLimits& limits, const AttnLaunch& l, int* blocks) {
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& per_sm = known[{kernel, limits.device, l.shared_bytes}];
+  if (per_sm == 0) {
+    if (int error = allow_shared(kernel, limits)) return error;
+    if (int error = blocks_per_sm(&per_sm, kernel, l.threads, size_t(l.shared_bytes))) return error;
+  }
+  *blocks = per_sm;
+  return 0;
+}
+
 }  // namespace
 
 int attn_shared_limit(int* bytes) {
@@ -42,24 +64,22 @@ int attn_shared_limit(int* bytes) {
 int attn_blocks(const AttnDecodeParams& p, const AttnLaunch& l, int* blocks) {
   DeviceLimits limits;
   if (int error = device_limits(&limits)) return error;
-  // What the kernel is permitted and its occupancy take microseconds to set and to query. Decoding would
-  // repeat it for every layer.
-  static std::mutex mutex;
-  static std::map<std::tuple<AttnKernelFunction, int, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const AttnKernelFunction kernel = kernel_function(p, l);
-  int& per_sm = known[{kernel, limits.device, l.shared_bytes}];
-  if (per_sm == 0) {
-    if (int error = allow_shared(kernel, limits)) return error;
-    if (int error = blocks_per_sm(&per_sm, kernel, l.threads, size_t(l.shared_bytes))) return error;
-  }
+  int per_sm = 0;
+  const int error = l.kernel == AttnKernel::kCoded
+                        ? known_blocks_per_sm(coded_kernel_function(p, l), limits, l, &per_sm)
+                        : known_blocks_per_sm(kernel_function(p, l), limits, l, &per_sm);
+  if (error) return error;
   *blocks = grid_blocks(limits.sm_count, per_sm);
   return 0;
 }
 
-int attn_decode_cuda(const AttnCudaParams& p, const AttnLaunch& l, int blocks, void* stream) {
-  return launch_overlapped(kernel_function(p.attn, l), dim3(unsigned(blocks)), dim3(unsigned(l.threads)),
-                           size_t(l.shared_bytes), stream, p);
+int attn_decode_cuda(const AttnCodedParams& p, const AttnLaunch& l, int blocks, void* stream) {
+  const dim3 grid{unsigned(blocks)}, block{unsigned(l.threads)};
+  const auto bytes = size_t(l.shared_bytes);
+  if (l.kernel == AttnKernel::kCoded)
+    return launch_overlapped(coded_kernel_function(p.attn, l), grid, block, bytes, stream, p);
+  const AttnCudaParams& raw = p;
+  return launch_overlapped(kernel_function(p.attn, l), grid, block, bytes, stream, raw);
 }
 
 }  // namespace fusedkv

@@ -91,9 +91,29 @@ constexpr FallbackLayout fallback_layout(int head_dim) {
   return l;
 }
 
+// ---- coded.cu: caches of codes, and what belongs to them; the teams of fallback.cu ---------------
+
+// Byte offsets of what a block keeps in fp32, and of the end: numbers of the 4-bit codes; weights of the
+// value sources, then the bias, (values + 1, head_dim); folded queries (keys, 4 rows, head_dim), or, where
+// they have no place, those of one source at a time.
+struct CodedLayout {
+  int numbers, value_weights, queries, end;
+  bool holds_queries;
+};
+
+constexpr CodedLayout coded_layout(int head_dim, int keys, int values, bool holds_queries) {
+  CodedLayout l{};
+  l.holds_queries = holds_queries;
+  l.numbers = fallback_layout(head_dim).state_bytes + kFlagBytes;
+  l.value_weights = l.numbers + kCodebook * 4;
+  l.queries = l.value_weights + (values + 1) * head_dim * 4;
+  l.end = l.queries + (holds_queries ? keys : 1) * kFallbackRows * head_dim * 4;
+  return l;
+}
+
 // ---- selection ----------------------------------------------------------------------------------
 
-enum class AttnKernel { kMmaWarp, kMmaBlock, kFallback };
+enum class AttnKernel { kMmaWarp, kMmaBlock, kCoded, kFallback };
 
 // The files of the kernels, below csrc/ops: their names for users.
 constexpr const char* kCpuKernelFile = "attn_decode/cpu.cpp";
@@ -104,6 +124,8 @@ inline const char* kernel_file(AttnKernel kernel) {
       return "attn_decode/mma_warp.cu";
     case AttnKernel::kMmaBlock:
       return "attn_decode/mma_block.cu";
+    case AttnKernel::kCoded:
+      return "attn_decode/coded.cu";
     default:
       return "attn_decode/fallback.cu";
   }
@@ -111,12 +133,13 @@ inline const char* kernel_file(AttnKernel kernel) {
 
 struct AttnLaunch {
   AttnKernel kernel;
-  int head_dim;      // compiled head dim: the wider of D and Dv padded to 64, 128 or 256
-  int rows;          // query rows per work unit
-  int row_groups;    // work units per sequence and KV head
-  int threads;       // per block
-  int cost_sums;     // byte offset in shared memory of the block's copy of the schedule
-  int shared_bytes;  // per block
+  int head_dim;       // compiled head dim: the wider of D and Dv padded to 64, 128 or 256
+  int rows;           // query rows per work unit
+  int row_groups;     // work units per sequence and KV head
+  int threads;        // per block
+  int cost_sums;      // byte offset in shared memory of the block's copy of the schedule
+  int shared_bytes;   // per block
+  CodedLayout coded;  // if kernel is kCoded
 };
 
 // The arguments of attn_launch.
@@ -126,8 +149,9 @@ struct AttnShape {
   int64_t rows;  // query rows per KV head, S * H / G
   int64_t D, Dv;
   int num_keys, num_values;
-  bool aligned;      // every row of q and the caches starts at a multiple of 16 bytes
-  int shared_limit;  // bytes of shared memory that a block may have
+  bool aligned;        // every row of q and the caches starts at a multiple of 16 bytes
+  int shared_limit;    // bytes of shared memory that a block may have
+  bool coded = false;  // codes, factors of tokens, a query per key source or a bias of the values
 };
 
 inline AttnLaunch attn_launch(const AttnShape& s) {
@@ -141,8 +165,15 @@ inline AttnLaunch attn_launch(const AttnShape& s) {
   const auto block_bytes = [&](int rows) {
     return mma_block_layout(l.head_dim, s.num_keys, s.num_values, rows).flag + kFlagBytes;
   };
-  if (s.dtype == DType::f32 || !s.aligned || s.num_keys > 2 || s.num_values > 2 ||
-      (wide && block_bytes(16) > limit)) {
+  if (s.coded) {
+    l.kernel = AttnKernel::kCoded;
+    l.rows = kFallbackRows;
+    l.threads = fallback_layout(l.head_dim).threads;
+    l.coded = coded_layout(l.head_dim, s.num_keys, s.num_values, true);
+    if (l.coded.end > limit) l.coded = coded_layout(l.head_dim, s.num_keys, s.num_values, false);
+    l.cost_sums = l.coded.end;
+  } else if (s.dtype == DType::f32 || !s.aligned || s.num_keys > 2 || s.num_values > 2 ||
+             (wide && block_bytes(16) > limit)) {
     const FallbackLayout layout = fallback_layout(l.head_dim);
     l.kernel = AttnKernel::kFallback;
     l.rows = kFallbackRows;
