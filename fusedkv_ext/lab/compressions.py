@@ -98,3 +98,57 @@ def compression_figure(result: dict[str, Any]) -> Figure:
     axes.legend(frameon=False, fontsize=8)
     tidy(axes)
     return figure
+
+
+def trained_table(result: dict[str, Any]) -> str:
+    """Markdown table of benchmarks/trained_codes.py: models that were trained with their plan."""
+    rows = []
+    for method, codings in result["methods"].items():
+        for row in codings:
+            spread = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            rows.append(
+                [
+                    method,
+                    f"`{row['codecs']}`" if row["codecs"] != "raw" else "raw",
+                    f"{row['bytes']:,.0f}",
+                    f"{row['loss']:.4f}",
+                    f"{row['difference']:+.4f}{spread}",
+                ]
+            )
+    titles = ["method", "codecs", "bytes per token", "nats per token", "to vanilla, raw"]
+    return table(titles, rows, numbers=True)
+
+
+def trained_figure(result: dict[str, Any]) -> Figure:
+    """Plots the loss over bytes: a line per method, through the best coding of each size."""
+    figure, axes = new_figure(6.4, 4.2)
+    for (method, codings), color in zip(result["methods"].items(), FAMILIES.values(), strict=False):
+        best: dict[float, float] = {}
+        for row in codings:
+            best[row["bytes"]] = min(row["loss"], best.get(row["bytes"], float("inf")))
+        axes.plot(*zip(*sorted(best.items()), strict=True), "-o", color=color, label=method, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("bytes of cache per token")
+    axes.set_ylabel("nats per token")
+    axes.set_title("Trained with their plan, then coded", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes)
+    return figure
+
+
+def peers_table(result: dict[str, Any]) -> str:
+    """Markdown table of benchmarks/cache_peers.py: other caches of codes on the same text."""
+    raw = result["rows"]["raw"]
+    rows = []
+    for name, row in result["rows"].items():
+        ours = ":" in name
+        rows.append(
+            [
+                f"`{name}`" if ours else name,
+                f"{row['bytes'] / raw['bytes']:.0%}",
+                f"{row['difference']:+.4f} ± {row['stderr']:.4f}" if row is not raw else "",
+                f"{row['step_ms'] / raw['step_ms']:.2f}x",
+            ]
+        )
+    titles = ["cache", "resident bytes, to raw", "nats per token, to raw", "time of a step, to raw"]
+    return table(titles, rows, numbers=True)

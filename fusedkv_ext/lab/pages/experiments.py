@@ -99,6 +99,8 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "comparison-rates": rates,
     "compression": compressions.compression_table,
     "compression-claims": compressions.claims_table,
+    "compression-peers": compressions.peers_table,
+    "compression-trained": compressions.trained_table,
     "conversion": conversions.conversion_table,
     "conversion-pooling": conversions.pooling_table,
     "evaluation": evaluated,
@@ -129,6 +131,7 @@ def main(root: Path) -> None:
     for kind, draw in (
         ("conversion", conversions.conversion_figure),
         ("compression", compressions.compression_figure),
+        ("trained_codes", compressions.trained_figure),
     ):
         for file in sorted((root / RESULTS).glob(f"{kind}_*.json")):
             result = json.loads(file.read_text(encoding="utf-8"))
