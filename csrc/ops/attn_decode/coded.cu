@@ -478,13 +478,11 @@ __global__ void __launch_bounds__(K::kThreads, 3)
 
 }  // namespace
 
-template <typename T>
-AttnCodedKernelFunction attn_coded_kernel(int head_dim) {
-  if (head_dim == 64) return attn_decode_coded_kernel<CodedKernel<T, 64>>;
-  if (head_dim == 128) return attn_decode_coded_kernel<CodedKernel<T, 128>>;
-  return attn_decode_coded_kernel<CodedKernel<T, 256>>;
+template <typename T, int kD>
+AttnCodedKernelFunction attn_coded_kernel() {
+  return attn_decode_coded_kernel<CodedKernel<T, kD>>;
 }
 
-template AttnCodedKernelFunction attn_coded_kernel<FUSEDKV_UNIT>(int head_dim);
+template AttnCodedKernelFunction attn_coded_kernel<FUSEDKV_UNIT>();
 
 }  // namespace fusedkv

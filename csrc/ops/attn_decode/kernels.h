@@ -19,8 +19,8 @@ AttnKernelFunction attn_mma_block_kernel(int values, int rows);
 // head_dim: 64, 128 or 256; any number of sources; dtype f32, bf16 or f16.
 AttnKernelFunction attn_fallback_kernel(DType dtype, int head_dim);
 
-// T: float, bf16 or f16, of q, raw caches and out; head_dim: 64, 128 or 256. A translation unit per T.
-template <typename T>
-AttnCodedKernelFunction attn_coded_kernel(int head_dim);
+// T: float, bf16 or f16, of q, raw caches and out; kD: 64, 128 or 256. Each is a translation unit.
+template <typename T, int kD>
+AttnCodedKernelFunction attn_coded_kernel();
 
 }  // namespace fusedkv

@@ -30,10 +30,17 @@ AttnKernelFunction kernel_function(const AttnDecodeParams& p, const AttnLaunch& 
   return p.dtype == DType::bf16 ? mma_kernel<bf16>(p, l) : mma_kernel<f16>(p, l);
 }
 
+template <typename T>
+AttnCodedKernelFunction coded_kernel(const AttnLaunch& l) {
+  return l.head_dim == 64    ? attn_coded_kernel<T, 64>()
+         : l.head_dim == 128 ? attn_coded_kernel<T, 128>()
+                             : attn_coded_kernel<T, 256>();
+}
+
 AttnCodedKernelFunction coded_kernel_function(const AttnDecodeParams& p, const AttnLaunch& l) {
-  return p.dtype == DType::f32    ? attn_coded_kernel<float>(l.head_dim)
-         : p.dtype == DType::bf16 ? attn_coded_kernel<bf16>(l.head_dim)
-                                  : attn_coded_kernel<f16>(l.head_dim);
+  return p.dtype == DType::f32    ? coded_kernel<float>(l)
+         : p.dtype == DType::bf16 ? coded_kernel<bf16>(l)
+                                  : coded_kernel<f16>(l);
 }
 
 // Blocks of a kernel per SM. What the kernel is permitted and its occupancy take microseconds to set and to
