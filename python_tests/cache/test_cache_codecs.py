@@ -198,7 +198,7 @@ def test_first_tokens_are_raw_whatever_the_steps(steps: list[int], page_size: in
     for part in ids.split(steps, dim=1):
         with torch.no_grad():
             expected, got = model(part, cache=raw), model(part, cache=cache)
-        assert (got - expected).norm() < 0.03 * expected.norm()
+        assert (got - expected).norm() < 0.08 * expected.norm()
     copy, n = decoded_copy(cache, codecs), sum(steps)
     torch.testing.assert_close(copy.keys(0)[:, :4], raw.keys(0)[:, :4])
     step = codecs.keys[0].scale.max().item()
@@ -249,7 +249,7 @@ def test_first_tokens_leave_the_window() -> None:
     for part in ids.split([12, 6, 1, 5], dim=1):
         with torch.no_grad():
             expected, got = model(part, cache=raw), model(part, cache=cache)
-        assert (got - expected).norm() < 0.03 * expected.norm()
+        assert (got - expected).norm() < 0.08 * expected.norm()
 
 
 def test_a_copied_cache_has_its_own_first_tokens() -> None:

@@ -18,7 +18,7 @@ __all__ = ["fit"]
 # Parts of the range below and above the median that a static scale may cover; numbers beyond it saturate.
 _CLIPS = torch.linspace(0.3, 1.0, 8).tolist()
 # With 8 bits a number beyond the range costs more than a coarser scale: room for what the sample lacks.
-_MARGIN_OF_8_BITS = 1.1
+_MARGIN_OF_8_BITS = 2.0
 
 
 @torch.no_grad()
