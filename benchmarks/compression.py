@@ -36,10 +36,9 @@ STORAGE_LAYERS = 24
 
 # Lines of the picture: (family, label of the codecs).
 LINES = [
-    ("static", "int8:sinks=4"),
+    ("static", "int8"),
     ("rotated", "turboquant:bits=4"),
     ("rotated", "turboquant:key_bits=3,value_bits=1"),
-    ("static", "int8"),
     ("static", "int4:tail=128"),
     ("rotated", "turboquant:bits=3"),
     ("KIVI", "kivi:bits=4"),

@@ -83,7 +83,7 @@ class CacheCodecs:
                     continue
                 first, sample = _tokens(cache, cache.keys(i) if side == "keys" else cache.values(i))
                 own = TensorCodec(codec, sample.shape[1], cache.head_dim).to(cache.device)
-                fitted.append(fit(own, sample, first=first if codecs.sinks < FIRST else None))
+                fitted.append(fit(own, sample, first=first))
             sides.append(fitted)
         return cls(codecs, *sides)
 

@@ -203,9 +203,7 @@ def code_model(
             layer.make_codecs(codecs)
             for side, codec in zip(SIDES, (layer.key_codec, layer.value_codec), strict=True):
                 if codec is not None:
-                    sample = samples[i, side]
-                    first = None if codecs.sinks >= SKIPPED else sample.first
-                    fit(codec, sample.vectors, sample.metric, first).to(layer.o_proj.weight.device)
+                    fit(codec, *samples[i, side]).to(layer.o_proj.weight.device)
     except BaseException:  # the model stays as it was
         for layer, (key, value) in zip(attentions, before, strict=True):
             layer.key_codec, layer.value_codec = key, value

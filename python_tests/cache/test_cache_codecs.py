@@ -16,7 +16,7 @@ from fusedkv_ext.cache.kv_cache import KVCache
 from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.plan import CachePlan
 
-LABELS = ("int8", "fp8:sinks=0", "fp8", "int4:sinks=0", "int4")
+LABELS = ("int8", "fp8", "fp8:sinks=4", "int4:sinks=0", "int4")
 SOME_PLANS = ("vanilla", "fusedkv", "fusedkv-lite", "yoco++", "skipv1", "patchwork", "dense-fusion")
 BATCH, PROMPT, MAX_LEN = 3, 20, 32
 

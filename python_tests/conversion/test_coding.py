@@ -124,18 +124,17 @@ def test_samples_are_what_caches_store_without_the_first_tokens() -> None:
     assert len(few[0, "keys"].vectors) == 4
 
 
+@pytest.mark.parametrize("label", ["int8", "int8:sinks=4"])
 @torch.no_grad()
-def test_first_tokens_count_unless_they_stay_raw() -> None:
+def test_static_ranges_of_8_bits_hold_the_first_tokens(label: str) -> None:
     model, ids = tiny_model("llama", "vanilla"), tokens(8, 16)
     samples = collect_stored(model, ids)
     wide = {key: x._replace(first=x.first * 100) for key, x in samples.items()}
-    scales = {}
-    for label in ("int8", "int8:sinks=4"):
-        for name, found in (("plain", samples), ("wide", wide)):
-            code_model(model, label, found)
-            scales[label, name] = attentions(model)[0].key_codec.scale.clone()
-    assert (scales["int8", "wide"] > 10 * scales["int8", "plain"]).all()
-    assert torch.equal(scales["int8:sinks=4", "wide"], scales["int8:sinks=4", "plain"])
+    scales = []
+    for found in (samples, wide):
+        code_model(model, label, found)
+        scales.append(attentions(model)[0].key_codec.scale.clone())
+    assert (scales[1] > 10 * scales[0]).all()
 
 
 @torch.no_grad()

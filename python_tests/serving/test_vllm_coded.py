@@ -48,7 +48,7 @@ def coded_greedy(folder: Path, inputs: list[list[int]]) -> list[list[int]]:
     [
         ("llama", "vanilla", "int8"),
         ("qwen3", "fusedkv", "int4:sinks=0"),
-        ("llama", "skipv1", "fp8:sinks=0"),
+        ("llama", "skipv1", "fp8"),
         ("llama", "yoco", "int8"),
     ],
 )

@@ -32,8 +32,8 @@ def fit(
         sample: (N, g, D), vectors of the tensor. Without the first tokens of texts, whose norms would set the
             ranges.
         metric: M, float64 (g, D, D); None for the identity.
-        first: (N, g, D), vectors of the first tokens, if they are coded too. Static ranges of 8 bits hold
-            them. Fewer bits have no room for them.
+        first: (N, g, D), vectors of first tokens. Static ranges of 8 bits hold them, raw or not: texts have
+            other tokens of such norms. Fewer bits have no room for them.
 
     Raises:
         ValueError: A sample has another shape, fewer than 2 vectors, or NaN or infinities.

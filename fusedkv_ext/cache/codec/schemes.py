@@ -69,7 +69,7 @@ def _int8() -> Coding:
     return Coding(Codec("int", 8, "channel"), Codec("int", 8, "channel"))
 
 
-@scheme("fp8", paper="e4m3 (arXiv:2209.05433), static scales per channel", sinks=4)
+@scheme("fp8", paper="e4m3 (arXiv:2209.05433), static scales per channel")
 def _fp8() -> Coding:
     """float8 e4m3, one static scale per channel."""
     return Coding(Codec("e4m3", 0, "channel"), Codec("e4m3", 0, "channel"))
