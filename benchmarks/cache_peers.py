@@ -37,12 +37,12 @@ OURS = ["turboquant:bits=4", "int4:tail=128", "turboquant:bits=2", "kivi:bits=2"
 def resident_bytes(cache: Any) -> int:
     """Bytes of the storages of all tensors that a cache refers to."""
     storages: dict[int, int] = {}
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # with the objects, so that no other gets the id of one that is gone
 
     def visit(x: Any) -> None:
         if id(x) in seen or isinstance(x, (str, int, float, bool, type(None), torch.nn.Module)):
             return
-        seen.add(id(x))
+        seen[id(x)] = x
         if isinstance(x, Tensor):
             if hasattr(x, "__tensor_flatten__"):  # a quantized tensor of several plain ones
                 for name in x.__tensor_flatten__()[0]:
