@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.cache.codec.codec_plan import CodecPlan
-from fusedkv_ext.cache.codec.fit import fit
+from fusedkv_ext.cache.codec.fit import FIRST_TOKENS, fit
 from fusedkv_ext.cache.codec.static_codes import check_static, fold
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
 from fusedkv_ext.plan import CachePlan
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["CacheCodecs", "Folded"]
 
 HeadsOf = tuple[int, slice | None]  # a layer, and which of the heads that it stores; None: all
-
-FIRST = 4  # tokens of a sequence that are no measure of the others: their norms are ten times as large
 
 
 class Folded(NamedTuple):
@@ -133,9 +131,11 @@ def _tokens(cache: KVCache, tensor: Tensor) -> tuple[Tensor, Tensor]:
             rows = tensor[b, :length]
         else:
             rows = tensor[cache.block_table[b, : -(-length // tensor.shape[1])].long()].flatten(0, 1)[:length]
-        firsts.append(rows[:FIRST])
-        parts.append(rows[FIRST:])
+        firsts.append(rows[:FIRST_TOKENS])
+        parts.append(rows[FIRST_TOKENS:])
     found = torch.cat(parts)
     if len(found) < 2:
-        raise ValueError(f"cache must hold more than {FIRST + 2} tokens per sequence, got {cache.lengths}")
+        raise ValueError(
+            f"cache must hold more than {FIRST_TOKENS + 2} tokens per sequence, got {cache.lengths}"
+        )
     return torch.cat(firsts), found

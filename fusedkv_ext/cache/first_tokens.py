@@ -12,13 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops.call import AttentionCall
+from fusedkv_ext.ops.call import AttentionCall, Side
 from fusedkv_ext.ops.fuse import fuse_side
 from fusedkv_ext.ops.merging import merge_state
 
-__all__ = ["FirstTokens"]
-
-HeadsOf = tuple[int, slice | None]  # a layer, and which of the heads that it stores; None: all
+__all__ = ["FirstTokens", "attend_to_both"]
 
 
 class FirstTokens:
@@ -76,53 +74,40 @@ class FirstTokens:
             mine = ((row >= 0) & (row < steps))[..., None, None]
             stored.copy_(torch.where(mine, new.gather(1, index).to(stored.dtype), stored))
 
-    def reorder(self, rows: Tensor) -> None:
-        """Replaces sequence b by the former sequence ``rows[b]``."""
-        for x in self.tensors:
-            x.copy_(x.index_select(0, rows))
 
-    def attend(
-        self,
-        call: AttentionCall,
-        over_codes: tuple[Tensor, Tensor | None],
-        sources: tuple[Sequence[HeadsOf], Sequence[HeadsOf]],
-        weights: tuple[Tensor | None, Tensor | None],
-        key_bias: Tensor | None,
-        lengths: Tensor,
-    ) -> Tensor:
-        """Attention over first tokens and codes, (B, S, H, D).
+def attend_to_both(
+    call: AttentionCall,
+    over_codes: tuple[Tensor, Tensor | None],
+    keys: Side,
+    values: Side,
+    key_bias: Tensor | None,
+    lengths: Tensor,
+) -> Tensor:
+    """Attention over first tokens and codes, (B, S, H, D).
 
-        Args:
-            call: The call over the codes.
-            over_codes: Its out and lse.
-            sources: The heads that its keys and its values are sums of.
-            weights: Fusion weights of raw keys and of raw values, float32 (m, g, D) or None.
-            key_bias: (g, D), what scores over codes lack: theirs are q . (k - key_bias).
-            lengths: (B,) int32, of the whole sequences.
-        """
-        k, v = (
-            fuse_side([_heads(side[layer], heads) for layer, heads in parts], weight)
-            for side, parts, weight in zip((self.keys, self.values), sources, weights, strict=True)
-        )
-        q, steps = call.q, call.q.shape[1]
-        position = lengths.long()[:, None] + torch.arange(-steps, 0, device=q.device)  # (B, S)
-        token = torch.arange(self.count, device=q.device)
-        seen = token <= position[..., None]  # (B, S, n)
-        if call.left >= 0:
-            seen &= token >= position[..., None] - call.left
-        wide = torch.promote_types(q.dtype, torch.float32)
-        rows = q.to(wide).unflatten(2, (k.shape[2], -1))  # (B, S, G, group, D)
-        k = k.to(wide) if key_bias is None else k - key_bias.to(wide)
-        s = torch.einsum("bsghd,bngd->bghsn", rows, k) * call.scale
-        s = s.masked_fill(~seen[:, None, None], -torch.inf)
-        lse = s.logsumexp(-1)
-        p = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()
-        out = torch.einsum("bghsn,bngd->bsghd", p, v.to(wide)).flatten(2, 3).to(q.dtype)
-        out_of_codes, lse_of_codes = over_codes
-        assert lse_of_codes is not None
-        return merge_state(out, lse.flatten(1, 2).float(), out_of_codes, lse_of_codes)[0]
-
-
-def _heads(tensor: Tensor | None, heads: slice | None) -> Tensor:
-    assert tensor is not None
-    return tensor if heads is None else tensor[:, :, heads]
+    Args:
+        call: The call over the codes.
+        over_codes: Its out and lse.
+        keys, values: The first tokens of its sources, (B, n, g, D) each, and their fusion weights, float32
+            (m, g, D) or None.
+        key_bias: (g, D), what scores over codes lack: theirs are q . (k - key_bias).
+        lengths: (B,) int32, of the whole sequences.
+    """
+    k, v = fuse_side(*keys), fuse_side(*values)
+    q, steps = call.q, call.q.shape[1]
+    position = lengths.long()[:, None] + torch.arange(-steps, 0, device=q.device)  # (B, S)
+    token = torch.arange(k.shape[1], device=q.device)
+    seen = token <= position[..., None]  # (B, S, n)
+    if call.left >= 0:
+        seen &= token >= position[..., None] - call.left
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = q.to(wide).unflatten(2, (k.shape[2], -1))  # (B, S, G, group, D)
+    k = k.to(wide) if key_bias is None else k - key_bias.to(wide)
+    s = torch.einsum("bsghd,bngd->bghsn", rows, k) * call.scale
+    s = s.masked_fill(~seen[:, None, None], -torch.inf)
+    lse = s.logsumexp(-1)
+    p = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    out = torch.einsum("bghsn,bngd->bsghd", p, v.to(wide)).flatten(2, 3).to(q.dtype)
+    out_of_codes, lse_of_codes = over_codes
+    assert lse_of_codes is not None
+    return merge_state(out, lse.flatten(1, 2).float(), out_of_codes, lse_of_codes)[0]

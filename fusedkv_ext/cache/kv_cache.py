@@ -246,7 +246,7 @@ class KVCache:
     @property
     def stored_lengths(self) -> tuple[int, ...]:
         """A copy of ``stored_lens`` on the host."""
-        return tuple(self._stored(self._lengths))
+        return self.lengths if self.first is None else tuple(self._stored(self._lengths))
 
     def _stored(self, lengths: Sequence[int]) -> list[int]:
         return [max(length - self.sinks, 0) for length in lengths]
@@ -543,16 +543,17 @@ class KVCache:
         for b, i in enumerate(order):
             if not 0 <= i < self.batch_size:
                 raise ValueError(f"index[{b}] must be in 0..{self.batch_size - 1}, got {i}")
-        rows = self._staged(torch.tensor(order)).to(self.seq_lens.device, non_blocking=True)
-        if self.first is not None:
-            self.first.reorder(rows)
+        by_sequence = [] if self.first is None else self.first.tensors
         if self._table is not None:
             self._table.reorder(order)
             self._sync_table()
         else:
             used = max(self.stored_lengths)
-            for tensor in self._owned:
-                tensor[:, :used] = tensor[:, :used].index_select(0, rows)
+            by_sequence += [tensor[:, :used] for tensor in self._owned]
+        if by_sequence:
+            rows = self._staged(torch.tensor(order)).to(self.seq_lens.device, non_blocking=True)
+            for tensor in by_sequence:
+                tensor.copy_(tensor.index_select(0, rows))
         self._lengths = [self._lengths[i] for i in order]
         self._sync_lengths()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkv_ext.cache.codec import CodecPlan
-from fusedkv_ext.cache.codec.fit import fit
+from fusedkv_ext.cache.codec.fit import FIRST_TOKENS, fit
 from fusedkv_ext.cache.codec.simulation import coded_attention, decoded
 from fusedkv_ext.checkpoint import checked_files
 from fusedkv_ext.conversion.least_squares import output_metric
@@ -29,8 +29,6 @@ from fusedkv_ext.plan.pieces import SIDES, Side
 from fusedkv_ext.training.data.tokenizer import FileTokenizer
 
 __all__ = ["StoredSample", "code_model", "collect_stored", "save_coded", "simulated"]
-
-SKIPPED = 4  # first tokens of a text: their norms are ten times those of others
 
 
 class StoredSample(NamedTuple):
@@ -99,13 +97,15 @@ def collect_stored(
         ValueError: Sequences are too short.
     """
     attentions, layers = _attentions(model), model.get_decoder().layers
-    if ids.shape[1] <= SKIPPED + 1:
-        raise ValueError(f"ids must have more than {SKIPPED + 1} tokens per sequence, got {ids.shape[1]}")
+    if ids.shape[1] <= FIRST_TOKENS + 1:
+        raise ValueError(
+            f"ids must have more than {FIRST_TOKENS + 1} tokens per sequence, got {ids.shape[1]}"
+        )
     positions = model.config.max_position_embeddings if positions is None else positions
     if positions < ids.shape[1]:
         raise ValueError(f"positions must be at least the {ids.shape[1]} of a sequence, got {positions}")
     starts = torch.linspace(0, positions - ids.shape[1], ids.shape[0], dtype=torch.float64).long()
-    total = ids.shape[0] * (ids.shape[1] - SKIPPED)
+    total = ids.shape[0] * (ids.shape[1] - FIRST_TOKENS)
     step = max(1, total // rows)
     vectors: dict[tuple[int, Side], list[Tensor]] = {}
     firsts: dict[tuple[int, Side], list[Tensor]] = {}
@@ -117,9 +117,9 @@ def collect_stored(
         for side, tensors in zip(SIDES, (keys, values), strict=True):
             own = tensors[-1]
             if own is not None and own.shape[2]:
-                kept = own[:, SKIPPED:].flatten(0, 1)[::step]
+                kept = own[:, FIRST_TOKENS:].flatten(0, 1)[::step]
                 vectors.setdefault((i, side), []).append(kept.float().cpu())
-                firsts.setdefault((i, side), []).append(own[:, :SKIPPED].flatten(0, 1).float().cpu())
+                firsts.setdefault((i, side), []).append(own[:, :FIRST_TOKENS].flatten(0, 1).float().cpu())
         x = query.unflatten(1, (layer.config.num_key_value_heads, -1)).permute(1, 0, 2, 3, 4)
         x = x.flatten(1, 3).float()
         seen = (x.mT @ x).double().cpu()

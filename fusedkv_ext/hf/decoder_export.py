@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from fusedkv_ext.extras import need
 from fusedkv_ext.hf.config import FusedKVLlamaConfig, FusedKVQwen3Config
-from fusedkv_ext.layers.fusion import FusionWeights
+from fusedkv_ext.layers.decoder_config import POSITIVE_FIELDS
 from fusedkv_ext.training.data.tokenizer import FileTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -18,20 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["from_decoder", "save_tokenizer"]
 
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "attention_bias",
-    "initializer_range",
-)
+_SAME = (*POSITIVE_FIELDS, "rms_norm_eps", "tie_word_embeddings", "attention_bias", "initializer_range")
 
 
 def from_decoder(model: Decoder) -> PreTrainedModel:
@@ -67,9 +54,6 @@ def from_decoder(model: Decoder) -> PreTrainedModel:
     dtype = model.model.embed_tokens.weight.dtype
     made = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
     made.load_state_dict(model.state_dict())
-    for module in made.modules():
-        if isinstance(module, FusionWeights):
-            module.clear_cache()
     return made
 
 

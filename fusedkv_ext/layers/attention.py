@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedkv_ext.cache.first_tokens import attend_to_both
 from fusedkv_ext.cache.kv_cache import KV, KVCache
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed, mixes_any
@@ -299,13 +300,9 @@ class FusedKVAttention(nn.Module):
             part = q if q_heads is None else q[:, :, q_heads]
             raw = key_weights, value_weights = self._weights(keys, values)
             key_bias, value_bias = None, None
-            sources: tuple[Any, Any] = ([], [])
             if cache.codecs is not None:
-                sources = (
-                    [(x.layer, x.heads) for x in keys.tensors],
-                    [(x.layer, x.heads) for x in values.tensors],
-                )
-                folded = cache.codecs.fold((self.layer, segment), *sources, *raw)
+                k, v = ([(x.layer, x.heads) for x in side.tensors] for side in (keys, values))
+                folded = cache.codecs.fold((self.layer, segment), k, v, *raw)
                 key_weights, value_weights, value_bias, key_bias = folded
             key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
             _, steps, num_heads, head_dim = part.shape
@@ -325,11 +322,16 @@ class FusedKVAttention(nn.Module):
                 value_bias=value_bias,
                 host_seqlens=cache.stored_lengths,
             )
-            if cache.first is None:
+            first: Any = cache.first
+            if first is None:
                 outs.append(cached.attend_layer(call))
-            else:
-                over_codes = cached.attend(call._replace(return_lse=True))
-                outs.append(cache.first.attend(call, over_codes, sources, raw, key_bias, cache.seq_lens))
+                continue
+            over_codes = cached.attend(call._replace(return_lse=True))
+            sides = (
+                ([x.of(first.keys[x.layer]) for x in keys.tensors], raw[0]),
+                ([x.of(first.values[x.layer]) for x in values.tensors], raw[1]),
+            )
+            outs.append(attend_to_both(call, over_codes, *sides, key_bias, cache.seq_lens))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:

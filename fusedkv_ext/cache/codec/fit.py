@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fusedkv_ext.cache.codec.tensor_codec import E4M3_MAX, TensorCodec
 
-__all__ = ["fit"]
+__all__ = ["FIRST_TOKENS", "fit"]
+
+FIRST_TOKENS = 4  # of a text: their norms are ten times those of others
 
 # Parts of the range below and above the median that a static scale may cover; numbers beyond it saturate.
 _CLIPS = torch.linspace(0.3, 1.0, 8).tolist()
