@@ -212,7 +212,10 @@ def test_nan_codes_of_a_visible_token_reach_the_result(kernels: str, dtype: torc
 
 @pytest.mark.parametrize("dtype", [F32, BF16, FP16], ids=str)
 def test_all_256_codes_stand_for_their_numbers(kernels: str, dtype: torch.dtype) -> None:
-    """With one token the output is its value: every code of every kind, one by one."""
+    """With one token the output is its value: every code of every kind, one by one.
+
+    Products in integers round to 1/512 of a step between codes.
+    """
     bits = torch.arange(256, dtype=torch.uint8)
     numbers = {
         I8: bits.view(I8).float(),
@@ -226,7 +229,8 @@ def test_all_256_codes_stand_for_their_numbers(kernels: str, dtype: torch.dtype)
         wanted = (
             expected.view(2, 4, 64).transpose(0, 1).reshape(4, 128) if code == I4 else expected.view(4, 64)
         )
-        torch.testing.assert_close(out.flatten(1).float(), wanted, rtol=1e-4, atol=0, equal_nan=True)
+        atol = 0 if dtype == F32 or code == E4M3 else 1 / 500
+        torch.testing.assert_close(out.flatten(1).float(), wanted, rtol=1e-4, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -20,7 +20,7 @@ from suite.measure import Cell, Entry
 
 FAMILY = "coded"
 KINDS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "int4": torch.uint8}
-FUSED, APPEND = "decode, int8 of 2 sources", "append_kvcache, encoding"
+FUSED, APPEND = "decode, int8 in FusedKV", "append_kvcache, encoding"
 
 
 def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,11 +84,15 @@ def code_cell(R: int, m: int, s: Settings) -> Cell:
 
 
 def fused_cell(R: int, s: Settings) -> Cell:
-    """FusedKV over int8 beside a plain cache in bfloat16 of the same length."""
+    """The layers of FusedKV over int8 beside a plain cache in bfloat16 of the same length.
+
+    A storing layer reads one source, the others two.
+    """
     T = decode.tokens_of(s.cache_bytes, 1, torch.bfloat16, s)
     one, two = (decode.make([T], R, m, torch.bfloat16, s) for m in (1, 2))
     entries = [
         decode.entry("decode, bfloat16 of 1 source", "plain", one, {"T": T}),
+        decode.entry(FUSED, "storing", coded(one, "int8"), {"T": T}),
         decode.entry(FUSED, "fused", coded(two, "int8"), {"T": T}),
     ]
     return Cell(FAMILY, entries, base="plain")

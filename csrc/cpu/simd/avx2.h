@@ -45,6 +45,17 @@ static inline Vec load(const float* p) {
 static inline Vec load(const bf16* p) {
   return widen16(_mm_loadu_si128((const __m128i*)p));
 }
+// 16 channels: those at even and those at odd places. Of the second form the first n, 8 or 16, are read.
+static inline void load_words(const bf16* p, Vec* even, Vec* odd) {
+  const __m256i words = _mm256_loadu_si256((const __m256i*)p);
+  *even = {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
+  *odd = {_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000))))};
+}
+static inline void load_words(const bf16* p, int n, Vec* even, Vec* odd) {
+  alignas(32) bf16 part[16] = {};
+  memcpy(part, p, size_t(n) * sizeof(bf16));
+  load_words(part, even, odd);
+}
 static inline Vec load(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
 }

@@ -148,11 +148,16 @@ template <typename Codes>
 void integer_or_wide_values(float* o, const float* p, int64_t rows, const BlockRows& v, int64_t offset,
                             Ahead& ahead, int64_t D, int64_t Dp, const CodeContext& context) {
   if (context.probabilities->finite)
-    integer_values<Codes>(o, *context.probabilities, rows, v, offset, ahead, D, Dp);
-  else if constexpr (Codes::kHalves)
-    wide_nibble_values(o, p, rows, v, offset, ahead, D, Dp, context);
-  else
-    wide_values<int8_t>(o, p, rows, v, offset, ahead, D, Dp, context);
+    return integer_values<Codes>(o, *context.probabilities, rows, v, offset, ahead, D, Dp);
+  for (int64_t r = 0; r < rows; ++r) {
+    float row[kMaxHeadDim + 2 * kIntegerPad] = {}, unordered[kMaxHeadDim + 2 * kIntegerPad];
+    if constexpr (Codes::kHalves == 2)
+      wide_nibble_values(row, p + r * kBlock, 1, v, offset, ahead, D, Dp, context);
+    else
+      wide_values<int8_t>(row, p + r * kBlock, 1, v, offset, ahead, D, Dp, context);
+    unorder_integer_channels(unordered, row, Dp);
+    for (int64_t d = 0; d < Dp; ++d) o[r * Dp + d] += unordered[d];
+  }
 }
 
 #endif
@@ -301,9 +306,16 @@ class CodedProducts {
   }
 
   void order_channels(float* o, int64_t Dp) const {
-    const int64_t half = p_.Dv / 2;
-    if (!values_.halves || Dp == p_.Dv) return;
-    for (int64_t d = 0; d < half; ++d) o[half + d] = o[Dp / 2 + d];
+    const int64_t halves = values_.halves ? 2 : 1, part = p_.Dv / halves, padded = Dp / halves;
+#if defined(__AVX2__)
+    if (values_.integers) {
+      float unordered[kMaxHeadDim + 2 * kIntegerPad];
+      __builtin_memcpy(unordered, o, size_t(Dp) * sizeof(float));
+      order_integer_channels(o, unordered, Dp);
+    }
+#endif
+    if (padded == part) return;
+    for (int64_t d = 0; d < (halves - 1) * part; ++d) o[part + d] = o[padded + d];
   }
 
  private:

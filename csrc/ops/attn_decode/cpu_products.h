@@ -1,9 +1,10 @@
 // The two matrix products of cached attention on the CPU: scores = q K^T and output = p V, for the rows of
 // one KV head and one block of tokens.
 //
-// There are three implementations. Every SIMD target has fp32: it widens to fp32 and uses fma. AVX-512-BF16
-// multiplies pairs of bf16 with dpbf16, AMX multiplies tiles of bf16; both round q (.) a_j and the
-// probabilities to bf16. All have the same interface, which cpu.cpp takes as a template argument:
+// There are four implementations. Every SIMD target has fp32: it widens to fp32 and uses fma. AVX2 and
+// AVX-512 have another one for bf16, which widens without moving data across lanes. AVX-512-BF16 multiplies
+// pairs of bf16 with dpbf16, AMX multiplies tiles of bf16; both round q (.) a_j and the probabilities to
+// bf16. All have the same interface, which cpu.cpp takes as a template argument:
 //
 //   Element, Query        types of q and the cache, and of q (.) a_j
 //   kCoded                whether it is that of cpu_codes.h, which has a state
@@ -213,6 +214,148 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
 
   static void order_channels(float*, int64_t) {}
 };
+
+// ---- the two products, bf16 in fp32 -------------------------------------------------------------
+
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+
+// A 32-bit word has channels 2 c and 2 c + 1. A shift widens one of them, a mask the other. So in each kStep
+// channels q and the output have the even ones first. q is (D / kStep, rows, kStep): the loop over channels
+// needs one address.
+struct Bf16Words : RowByRow<Bf16Words, bf16, float> {
+  static constexpr int kStep = 2 * kLanes, kPad = kStep;
+
+  static void store_query(float* q, int64_t r, int64_t rows, const float* x, int64_t Dp) {
+    for (int64_t d = 0; d < Dp; d += kStep) {
+      float* to = q + d * rows + r * kStep;
+      for (int c = 0; c < kStep; ++c) to[c % 2 * kLanes + c / 2] = x[d + c];
+    }
+  }
+
+  static void scores(float* s, const float* q, int64_t rows, const BlockRows* k, const int64_t* offsets,
+                     Ahead& ahead, int m, int64_t D, int64_t Dp) {
+    for_row_tiles<8>(rows, [&](int64_t r, auto tile) {
+      row_scores<tile.rows>(s + r * kBlock, q + r * kStep, rows, Dp, k, offsets, ahead, m, D);
+    });
+  }
+
+  // s[r][i] = sum_j q_j[r] . k_j[i] for RT rows and kBlock tokens. Eight sums hide the latency of fma. In a
+  // function of its own, because gcc 12 would spill them in a larger one.
+  template <int RT>
+  __attribute__((noinline)) static void row_scores(float* s, const float* q, int64_t rows, int64_t Dp,
+                                                   const BlockRows* k, const int64_t* offsets, Ahead& ahead,
+                                                   int m, int64_t D) {
+    constexpr int kTokens = RT == 1 ? 4 : 8 / RT, kSums = RT == 1 ? 2 : 1;
+    for (int first = 0; first < kBlock; first += kLanes) {
+      Vec sums[RT][kLanes];
+      for (int i = 0; i < kLanes; i += kTokens) {
+        Vec acc[kTokens][RT][kSums];
+        for (int t = 0; t < kTokens; ++t)
+          for (int r = 0; r < RT; ++r)
+            for (int c = 0; c < kSums; ++c) acc[t][r][c] = zero();
+        for (int j = 0; j < m; ++j) {
+          const char* const* key = k[j].row + first + i;
+          const int64_t offset = offsets[j] * int64_t(sizeof(bf16));
+          const float* qj = q + j * rows * Dp;
+          const auto step = [&](int64_t d, int n) {
+            const float* x = qj + d * rows;
+            ahead.bytes(kTokens * n * int64_t(sizeof(bf16)));
+            for (int t = 0; t < kTokens; ++t) {
+              Vec even, odd;
+              const bf16* from = (const bf16*)(key[t] + offset) + d;
+              if (n == kStep)
+                load_words(from, &even, &odd);
+              else
+                load_words(from, n, &even, &odd);
+              for (int r = 0; r < RT; ++r) {
+                acc[t][r][0] = fma(load(x + r * kStep), even, acc[t][r][0]);
+                acc[t][r][kSums - 1] = fma(load(x + r * kStep + kLanes), odd, acc[t][r][kSums - 1]);
+              }
+            }
+          };
+          int64_t d = 0;
+#pragma GCC unroll 1
+          for (; d + kStep <= D; d += kStep) step(d, kStep);
+          if (d < D) step(d, int(D - d));
+        }
+        for (int t = 0; t < kTokens; ++t)
+          for (int r = 0; r < RT; ++r)
+            sums[r][i + t] = kSums == 2 ? add(acc[t][r][0], acc[t][r][kSums - 1]) : acc[t][r][0];
+      }
+      for (int r = 0; r < RT; ++r) store(s + r * kBlock + first, reduce_add_each(sums[r]));
+    }
+  }
+
+  static void values(float* o, const float* p, int64_t rows, const BlockRows& v, int64_t offset, Ahead& ahead,
+                     int64_t D, int64_t Dp) {
+    Ahead none;
+    for_row_tiles<4>(rows, [&](int64_t r, auto tile) {
+      row_values<tile.rows>(o + r * Dp, Dp, p + r * kBlock, v, offset, r == 0 ? ahead : none, D);
+    });
+  }
+
+  // o[r] += sum_i p[r][i] v[i] for RT rows.
+  template <int RT>
+  static void row_values(float* o, int64_t Dp, const float* p, const BlockRows& v, int64_t offset,
+                         Ahead& ahead, int64_t D) {
+    constexpr int NC = kChains<RT>;
+    int64_t d = 0;
+    for (; d + NC * kStep <= D; d += NC * kStep)
+      channels<RT, NC, true>(o + d, Dp, p, v, offset + d, ahead, kStep);
+    for (; d + kStep <= D; d += kStep) channels<RT, 1, true>(o + d, Dp, p, v, offset + d, ahead, kStep);
+    if (d < D) channels<RT, 1, false>(o + d, Dp, p, v, offset + d, ahead, int(D - d));
+  }
+
+  // NC steps of channels from d on. Without kWhole it is one of n channels.
+  template <int RT, int NC, bool kWhole>
+  __attribute__((noinline)) static void channels(float* o, int64_t Dp, const float* p, const BlockRows& v,
+                                                 int64_t d, Ahead& ahead, int n) {
+    Vec even[RT][NC], odd[RT][NC];
+    for (int r = 0; r < RT; ++r) {
+      for (int c = 0; c < NC; ++c) {
+        even[r][c] = load(o + r * Dp + c * kStep);
+        odd[r][c] = load(o + r * Dp + c * kStep + kLanes);
+      }
+    }
+    const auto add_token = [&](int i) {
+      const bf16* from = v.at<bf16>(i, d);
+      for (int c = 0; c < NC; ++c) {
+        Vec x, y;
+        if (kWhole)
+          load_words(from + c * kStep, &x, &y);
+        else
+          load_words(from, n, &x, &y);
+        for (int r = 0; r < RT; ++r) {
+          const Vec probability = set1(p[r * kBlock + i]);
+          even[r][c] = fma(probability, x, even[r][c]);
+          odd[r][c] = fma(probability, y, odd[r][c]);
+        }
+      }
+    };
+#pragma GCC unroll 1
+    for (int i = 0; i < kBlock; i += 2) {
+      ahead.bytes(2 * NC * kStep * int64_t(sizeof(bf16)));
+      add_token(i);
+      add_token(i + 1);
+    }
+    for (int r = 0; r < RT; ++r) {
+      for (int c = 0; c < NC; ++c) {
+        store(o + r * Dp + c * kStep, even[r][c]);
+        store(o + r * Dp + c * kStep + kLanes, odd[r][c]);
+      }
+    }
+  }
+
+  static void order_channels(float* o, int64_t Dp) {
+    for (int64_t d = 0; d < Dp; d += kStep) {
+      float ordered[kStep];
+      for (int c = 0; c < kStep; ++c) ordered[c] = o[d + c % 2 * kLanes + c / 2];
+      for (int c = 0; c < kStep; ++c) o[d + c] = ordered[c];
+    }
+  }
+};
+
+#endif
 
 // ---- the two products, bf16 pairs ---------------------------------------------------------------
 

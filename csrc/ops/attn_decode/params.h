@@ -157,7 +157,7 @@ static inline int64_t num_head_blocks(const AttnDecodeParams& p) {
 // An upper bound of a thread's workspace in bytes, for any SIMD target.
 static inline int64_t attn_decode_workspace(const AttnDecodeParams& p) {
   const int64_t rows = (num_rows(p) < kMaxTaskRows ? num_rows(p) : kMaxTaskRows) + 15;
-  const int64_t per_row = p.num_keys * (p.D + 31) + p.num_values * (p.Dv + 31) + 19;
+  const int64_t per_row = p.num_keys * (p.D + 62) + p.num_values * (p.Dv + 62) + 19;
   return (p.task_heads * rows * per_row + rows * 32) * int64_t(sizeof(float));
 }
 
