@@ -48,6 +48,10 @@ LINES = [
     ("rotated", "turboquant:key_bits=2,value_bits=4"),
     ("rotated", "turboquant:bits=2"),
     ("static e4m3", "fp8"),
+    ("rotated", "turboquant:bits=4,tail=0"),
+    ("rotated", "turboquant:bits=4,tail=16"),
+    ("rotated", "turboquant:bits=2,balance=1"),
+    ("rotated", "turboquant:key_bits=3,value_bits=1,balance=1"),
 ]
 ON_FUSED_PLANS = 3  # of them, on the plans with fewer storage layers
 # On a text of another kind.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedkv_ext.cache.codec.codec_plan import CodecPlan
 from fusedkv_ext.cache.codec.fit import FIRST_TOKENS, fit
-from fusedkv_ext.cache.codec.static_codes import check_static, fold
+from fusedkv_ext.cache.codec.kernel_codes import check_codes, fold
+from fusedkv_ext.cache.codec.rotation import gaussian_grid
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.plan.pieces import SIDES
@@ -27,8 +28,8 @@ class Folded(NamedTuple):
     """What one call of attention over codes needs.
 
     Attributes:
-        key_weights: float32 (m_k, g, D), a (.) s; None if all are ones.
-        value_weights: float32 (m_v, g, D), b (.) s; None if all are ones.
+        key_weights: float32 (m_k, g, D), a (.) s, or a with scales of tokens; None if all are ones.
+        value_weights: The same of b, (m_v, g, D).
         value_bias: float32 (g, D), sum_j b_j (.) c_j; None without codes.
         key_bias: float32 (g, D), the same of keys. Scores over codes lack q . key_bias.
     """
@@ -52,6 +53,7 @@ class CacheCodecs:
         self, codecs: CodecPlan, keys: Sequence[TensorCodec | None], values: Sequence[TensorCodec | None]
     ) -> None:
         self.codecs, self.keys, self.values = codecs, list(keys), list(values)
+        self._codebooks: dict[torch.device, Tensor | None] = {}
         self._folded: dict[tuple[int, int], tuple[Tensor | None, Tensor | None, Folded]] = {}
 
     @classmethod
@@ -70,7 +72,7 @@ class CacheCodecs:
         if isinstance(codecs, str):
             codecs = CodecPlan.named(codecs, cache.plan)
         codecs.check(cache.plan, cache.num_kv_heads, cache.head_dim)
-        check_static(codecs, cache.plan)
+        check_codes(codecs, cache.plan)
         sides = []
         for side in SIDES:
             fitted: list[TensorCodec | None] = []
@@ -86,16 +88,30 @@ class CacheCodecs:
         return cls(codecs, *sides)
 
     def check(self, plan: CachePlan, num_kv_heads: int, head_dim: int) -> None:
-        """Checks that the codecs fit a plan, and that kernels read them (``check_static``).
+        """Checks that the codecs fit a plan, and that kernels read them (``check_codes``).
 
         Raises:
             ValueError: They do not; the message names the layer and the side.
         """
         self.codecs.check(plan, num_kv_heads, head_dim)
-        check_static(self.codecs, plan)
+        check_codes(self.codecs, plan)
         for codec in (*self.keys, *self.values):
             if codec is not None and codec.head_dim != head_dim:
                 raise ValueError(f"codecs must be for head dim {head_dim}, got {codec.head_dim}")
+
+    @property
+    def have_token_scales(self) -> bool:
+        """Whether any codec has a scale per token."""
+        codecs = (*self.keys, *self.values)
+        return any(codec is not None and codec.codec.scale == "token" for codec in codecs)
+
+    def codebook(self, device: torch.device) -> Tensor | None:
+        """float32 (16,), the numbers of 4-bit codes of a grid; None without a grid."""
+        if device not in self._codebooks:
+            codecs = [codec for codec in (*self.keys, *self.values) if codec is not None]
+            grid = any(codec.codec.kind == "grid" for codec in codecs)
+            self._codebooks[device] = gaussian_grid(4).float().to(device) if grid else None
+        return self._codebooks[device]
 
     def fold(
         self,

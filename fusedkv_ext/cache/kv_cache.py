@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.cache.cache_codecs import CacheCodecs
-from fusedkv_ext.cache.codec.static_codes import code_dtype
+from fusedkv_ext.cache.codec.kernel_codes import code_dtype
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
 from fusedkv_ext.cache.first_tokens import FirstTokens
 from fusedkv_ext.cache.page_table import PageTable, brief
+from fusedkv_ext.cache.token_scales import TokenScales
 from fusedkv_ext.errors import CacheFullError
 from fusedkv_ext.ops import cached, native
 from fusedkv_ext.ops.call import AppendCall
@@ -148,6 +149,7 @@ class KVCache:
 
             self._allocate(slots, device)
             self.first = self._first_tokens(device)
+            self.scales = self._token_scales(slots, device)
             self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             self.block_table = None if self._table is None else self._table.rows.to(device, copy=True)
@@ -194,6 +196,19 @@ class KVCache:
             for i in range(plan.num_layers)
         ]
         return FirstTokens(self.sinks, stored, self.batch_size, self.head_dim, self.dtype, device)
+
+    def _token_scales(self, slots: tuple[int, int], device: torch.device | str | None) -> TokenScales | None:
+        codecs = self.codecs
+        if codecs is None or not codecs.have_token_scales:
+            return None
+
+        def heads(codec: TensorCodec | None) -> int:
+            return codec.num_heads if codec is not None and codec.codec.scale == "token" else 0
+
+        pairs = zip(codecs.keys, codecs.values, strict=True)
+        scales = TokenScales(slots, [(heads(k), heads(v)) for k, v in pairs], device)
+        self._owned += scales.tensors
+        return scales
 
     def _latents(self) -> list[Tensor | None]:
         """The values of a cache of latents: views of the unrotated channels of the keys."""
@@ -260,7 +275,7 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, without ``seq_lens`` and ``block_table``."""
         first = () if self.first is None else self.first.tensors
-        return sum(tensor.untyped_storage().nbytes() for tensor in (*self._owned, *first))
+        return sum(tensor.nbytes for tensor in (*self._owned, *first))
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
         """Reserves space for the next step.
@@ -326,16 +341,44 @@ class KVCache:
         Raises:
             ValueError: The layer does not store these sides, or S differs from the rows of ``advance``.
         """
-        if self.first is not None:
-            if key is not None and rotary is not None:
-                key, rotary = self._rotate(key, rotary, rotary_interleaved), None
-            if min(self._lengths) - self._step < self.sinks or in_graph(self.seq_lens, self.device.type):
-                self.first.store(layer, key, value, self.seq_lens)
+        if (self.first is not None or self.scales is not None) and key is not None and rotary is not None:
+            key, rotary = self._rotate(key, rotary, rotary_interleaved), None
+        if self.first is not None and (
+            min(self._lengths) - self._step < self.sinks or in_graph(self.seq_lens, self.device.type)
+        ):
+            self.first.store(layer, key, value, self.seq_lens)
+        if self.scales is not None:
+            self._append_codes(layer, key, value)
+            return
         sides = self._sides(layer, key, value)
         if sides is not None:
             cos, sin = (None, None) if rotary is None else rotary
             lengths, table, codes = self.stored_lens, self.block_table, self._static_codes(layer)
             cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
+
+    def _append_codes(self, layer: int, key: Tensor | None, value: Tensor | None) -> None:
+        """``append`` where a codec has scales of tokens: torch encodes, and each side has its own call."""
+        self._sides(layer, key, value)  # checks
+        codecs, scales, lengths, table = self.codecs, self.scales, self.stored_lens, self.block_table
+        assert codecs is not None and scales is not None
+        for new, stored, codec, own in (
+            (key, self._keys[layer], codecs.keys[layer], scales.keys[layer]),
+            (value, self._values[layer], codecs.values[layer], scales.values[layer]),
+        ):
+            if new is None or stored is None:
+                continue
+            static: tuple[Tensor | None, ...] = ()
+            none, no_heads = new[:, :, :0], self._no_heads
+            if codec is not None and own is not None:
+                new, of_tokens = codec.encode(new)
+                assert of_tokens is not None
+                scales.store(own, of_tokens, lengths, table)
+                none, no_heads = new[:, :, :0], stored[:, :, :0]
+            elif codec is not None:
+                static = (codec.scale, codec.center)
+            cached.append(
+                AppendCall(new, none, stored, no_heads, lengths, table, None, None, False, None, *static)
+            )
 
     def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
         """The rows of a step after RoPE; ``append_kvcache`` would count positions from the codes on."""
@@ -367,7 +410,7 @@ class KVCache:
         Raises:
             ValueError: See ``append``.
         """
-        if self.first is not None:
+        if self.first is not None or self.scales is not None:
             self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
             return self._rotate(query, rotary, rotary_interleaved)
         sides = self._sides(layer, key, value)

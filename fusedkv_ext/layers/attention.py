@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedkv_ext.cache.first_tokens import attend_to_both
 from fusedkv_ext.cache.kv_cache import KV, KVCache
+from fusedkv_ext.layers.coded_attention import attend_to_codes
 from fusedkv_ext.layers.fusion import FusionTensors, FusionWeights
 from fusedkv_ext.layers.layer_io import SidePlan, WeightedSum, mixed, mixes_any
 from fusedkv_ext.layers.norm import RMSNorm
@@ -298,12 +298,6 @@ class FusedKVAttention(nn.Module):
         outs = []
         for segment, (q_heads, keys, values) in enumerate(self._reads):
             part = q if q_heads is None else q[:, :, q_heads]
-            raw = key_weights, value_weights = self._weights(keys, values)
-            key_bias, value_bias = None, None
-            if cache.codecs is not None:
-                k, v = ([(x.layer, x.heads) for x in side.tensors] for side in (keys, values))
-                folded = cache.codecs.fold((self.layer, segment), k, v, *raw)
-                key_weights, value_weights, value_bias, key_bias = folded
             key_caches = [heads.of(cache.keys(heads.layer)) for heads in keys.tensors]
             _, steps, num_heads, head_dim = part.shape
             schedule = cache.schedule(steps, num_heads, key_caches[0].shape[2], self.window_size)
@@ -311,27 +305,19 @@ class FusedKVAttention(nn.Module):
                 part,
                 key_caches,
                 [heads.of(cache.values(heads.layer)) for heads in values.tensors],
-                key_weights,
-                value_weights,
+                *self._weights(keys, values),
                 cache.stored_lens,
                 cache.block_table,
                 head_dim**-0.5,
                 self.window_size[0],
                 0,
                 schedule,
-                value_bias=value_bias,
                 host_seqlens=cache.stored_lengths,
             )
-            first: Any = cache.first
-            if first is None:
+            if cache.codecs is None:
                 outs.append(cached.attend_layer(call))
-                continue
-            over_codes = cached.attend(call._replace(return_lse=True))
-            sides = (
-                ([x.of(first.keys[x.layer]) for x in keys.tensors], raw[0]),
-                ([x.of(first.values[x.layer]) for x in values.tensors], raw[1]),
-            )
-            outs.append(attend_to_both(call, over_codes, *sides, key_bias, cache.seq_lens))
+            else:
+                outs.append(attend_to_codes(call, cache, (self.layer, segment), keys, values))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _weights(self, keys: WeightedSum, values: WeightedSum) -> tuple[Tensor | None, Tensor | None]:

@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from fusedkv_ext.cache.codec import TensorCodec
-from fusedkv_ext.cache.codec.static_codes import code_dtype, fold
+from fusedkv_ext.cache.codec.kernel_codes import code_dtype, fold
 from fusedkv_ext.layers.layer_io import WeightedSum, mixed
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AppendCall, AttentionCall

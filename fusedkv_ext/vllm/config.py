@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from fusedkv_ext.cache.codec import CodecPlan
-from fusedkv_ext.cache.codec.static_codes import check_static
+from fusedkv_ext.cache.codec.kernel_codes import check_codes
 from fusedkv_ext.layers.layer_io import SidePlan, mixes_any
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.plan.latent import WHOLE
@@ -78,7 +78,7 @@ def check_codecs(codecs: CodecPlan, plan: CachePlan, num_kv_heads: int, ranks: i
         ValueError: Codes need raw rows or groups of tokens, a layer mixes before it stores, or ranks would
             share the heads.
     """
-    check_static(codecs, plan, sinks=False)
+    check_codes(codecs, plan, static=True)
     if ranks > 1:
         raise ValueError(f"tensor_parallel_size must be 1 with cache_codecs, got {ranks}")
     for i in range(plan.num_layers):

@@ -17,6 +17,12 @@ from fusedkv_ext.layers.decoder import Decoder
 from fusedkv_ext.plan import CachePlan
 
 LABELS = ("int8", "fp8", "fp8:sinks=4", "int4:sinks=0", "int4")
+LABELS += (
+    "token",
+    "token:bits=4,sinks=0",
+    "turboquant:tail=0",
+    "turboquant:key_bits=4,value_bits=4,sinks=0,tail=0",
+)
 SOME_PLANS = ("vanilla", "fusedkv", "fusedkv-lite", "yoco++", "skipv1", "patchwork", "dense-fusion")
 BATCH, PROMPT, MAX_LEN = 3, 20, 32
 
@@ -70,7 +76,9 @@ def decoded_copy(cache: KVCache, codecs: CacheCodecs) -> KVCache:
             for b in range(BATCH if own is not None else 0):
                 rows, codec = tokens_of(cache, own, b), getattr(codecs, name)[i]
                 if codec is not None:
-                    rows = codec.decode(Encoded(rows, None))
+                    scales = None if cache.scales is None else getattr(cache.scales, name)[i]
+                    of_tokens = None if scales is None else tokens_of(cache, scales, b)
+                    rows = codec.decode(Encoded(rows, of_tokens))
                 if cache.first is not None:
                     first = getattr(cache.first, name)[i][b]
                     rows = torch.cat((first[: cache.lengths[b]], rows))
@@ -143,6 +151,11 @@ def test_append_writes_the_codes_of_the_codec(label: str) -> None:
         assert same.float().mean() > 0.99  # a tie may round the other way
         apart = side[0].values(found) - side[0].values(expected)
         assert apart.abs().max() <= (32 if label.startswith("fp8") else 1)
+    if cache.scales is not None:
+        n = codecs.codecs.sinks
+        torch.testing.assert_close(
+            cache.scales.keys[0][:, : 5 - n], codecs.keys[0].encode(new[0]).scales[:, n:]
+        )
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -167,11 +180,11 @@ def test_reorder_and_crop_keep_the_codes_of_the_tokens() -> None:
             for b, source in enumerate([2, 0, 0]):
                 for name, rows in after[b].items():
                     assert torch.equal(rows, before[source][name][: len(rows)]), name
-                assert sum(len(rows) for rows in after[b].values()) == 10
+                assert len(after[b]["codes"]) + len(after[b]["first"]) == 10
 
 
 def decoded_rows(cache: KVCache) -> list[dict[str, Tensor]]:
-    """The keys of layer 0, by sequence: the raw first tokens, and the bytes of the others."""
+    """The keys of layer 0, by sequence: raw first tokens, and the bytes and scales of the others."""
     tensor = cache.keys(0).view(torch.uint8)
     return [
         {
@@ -179,6 +192,9 @@ def decoded_rows(cache: KVCache) -> list[dict[str, Tensor]]:
             "first": cache.seq_lens.new_empty(0)
             if cache.first is None
             else cache.first.keys[0][b, : cache.lengths[b]].clone(),
+            "scales": cache.seq_lens.new_empty(0)
+            if cache.scales is None
+            else tokens_of(cache, cache.scales.keys[0], b).clone(),
         }
         for b in range(BATCH)
     ]
@@ -205,10 +221,11 @@ def test_first_tokens_are_raw_whatever_the_steps(steps: list[int], page_size: in
     torch.testing.assert_close(copy.keys(0)[:, :n], raw.keys(0)[:, :n], rtol=0, atol=0.51 * step)
 
 
+@pytest.mark.parametrize("label", ["int4", "turboquant:tail=0"])
 @pytest.mark.parametrize("page_size", [None, 4], ids=["contiguous", "paged"])
-def test_sequences_may_be_shorter_than_their_first_tokens(page_size: int | None) -> None:
+def test_sequences_may_be_shorter_than_their_first_tokens(page_size: int | None, label: str) -> None:
     model = make_model("fusedkv-lite")
-    codecs = codecs_of(model, "int4")
+    codecs = codecs_of(model, label)
     cache = model.make_cache(BATCH, MAX_LEN, page_size=page_size, codecs=codecs)
 
     def step(count: int | list[int]) -> None:
@@ -252,15 +269,20 @@ def test_first_tokens_leave_the_window() -> None:
         assert (got - expected).norm() < 0.08 * expected.norm()
 
 
-def test_a_copied_cache_has_its_own_first_tokens() -> None:
+def test_a_copied_cache_has_its_own_first_tokens_and_scales() -> None:
     model = make_model("fusedkv")
-    cache = filled(model, codecs_of(model, "int4"))
+    cache = filled(model, codecs_of(model, "turboquant:tail=0"))
     twin = copy.deepcopy(cache)
-    cache.reset()
+    ids = torch.randint(0, 61, (BATCH, 7))
     with torch.no_grad():
-        model(torch.randint(0, 61, (BATCH, 5)), cache=cache)
+        expected = model(ids, cache=copy.deepcopy(cache))
+        cache.reset()
+        model(ids, cache=cache)
     assert twin.lengths == (PROMPT + 1,) * BATCH
     assert not torch.equal(twin.first.keys[0], cache.first.keys[0])
+    assert not torch.equal(twin.scales.keys[0], cache.scales.keys[0])
+    with torch.no_grad():
+        assert torch.equal(model(ids, cache=twin), expected)
 
 
 def test_a_cache_needs_room_beyond_its_first_tokens() -> None:
@@ -274,9 +296,10 @@ def test_a_cache_needs_room_beyond_its_first_tokens() -> None:
     [
         ("int4:tail=8", "no raw last tokens here, got sinks=4 and tail=8; ask for int4:tail=0"),
         ("kivi:group=16", "no raw last tokens"),
-        ("turboquant:sinks=0,tail=0", "static scales per channel"),
-        ("pca:rank=8,sinks=0", "static scales per channel"),
-        ("int4:bits=3,sinks=0", "static scales per channel"),
+        ("turboquant:bits=3,tail=0", "8 or 4 bits and scales per channel or per token, got grid3"),
+        ("turboquant", "ask for turboquant:tail=0"),
+        ("pca:rank=8,sinks=0", "scales per channel or per token, got raw, rank 8"),
+        ("int4:bits=3,sinks=0", "8 or 4 bits"),
     ],
 )
 def test_what_the_cache_cannot_hold_is_refused(label: str, message: str) -> None:
@@ -301,6 +324,14 @@ def test_sources_of_one_sum_must_be_coded_alike() -> None:
     plan = CodecPlan("mixed", [(int8, int8), (fp8, fp8), (raw, raw), (raw, raw)])
     with pytest.raises(ValueError, match="coded alike"):
         model.make_cache(1, 8, codecs=codecs_of(model, plan))
+
+
+def test_one_layer_has_one_codebook() -> None:
+    model = make_model("vanilla")
+    grid, linear = Codec("grid", 4, "token", rotate=True), Codec("int", 4, "token")
+    plan = CodecPlan("mixed", [(grid, linear)] * LAYERS)
+    with pytest.raises(ValueError, match="layer 0: 4-bit codes of keys and values must be of one kind"):
+        codecs_of(model, plan)
 
 
 def test_a_coded_cache_is_no_sample_to_fit_to() -> None:

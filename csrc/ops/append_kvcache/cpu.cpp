@@ -59,13 +59,24 @@ inline __m256i encode8(__m256 u) {
     code = _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), is_nan);
     return _mm256_or_si256(code, _mm256_and_si256(sign, _mm256_set1_epi32(0x80)));
   }
+  // NaN is the second operand, so that it stays; as an integer its low bits are 0.
   const bool wide = kCode == CacheCode::i8;
-  u = _mm256_and_ps(u, _mm256_cmp_ps(u, u, _CMP_ORD_Q));
-  u = _mm256_min_ps(_mm256_max_ps(u, _mm256_set1_ps(wide ? -127.f : -8.f)),
-                    _mm256_set1_ps(wide ? 127.f : 7.f));
-  const __m256i code = _mm256_cvtps_epi32(u);  // to nearest even
-  return wide ? _mm256_and_si256(code, _mm256_set1_epi32(0xff))
-              : _mm256_add_epi32(code, _mm256_set1_epi32(8));
+  u = _mm256_max_ps(_mm256_set1_ps(wide ? -127.f : -8.f), u);
+  u = _mm256_min_ps(_mm256_set1_ps(wide ? 127.f : 7.f), u);
+  const __m256i n = _mm256_cvtps_epi32(u);  // to nearest even
+  return wide ? _mm256_and_si256(n, _mm256_set1_epi32(0xff))
+              : _mm256_and_si256(_mm256_add_epi32(n, _mm256_set1_epi32(8)), _mm256_set1_epi32(15));
+}
+
+inline __m256 widen8(const float* x) {
+  return _mm256_loadu_ps(x);
+}
+inline __m256 widen8(const bf16* x) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+inline __m256 widen8(const f16* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
 }
 
 inline void store_codes(uint8_t* to, __m256i codes) {
@@ -76,26 +87,29 @@ inline void store_codes(uint8_t* to, __m256i codes) {
 #endif
 
 // The codes of one head, of u = (x - center) / scale.
-template <CacheCode kCode>
-void encode_row(const float* x, const float* scale, const float* center, int64_t D, uint8_t* to) {
+template <CacheCode kCode, typename T>
+void encode_row(const T* x, const float* scale, const float* center, int64_t D, uint8_t* to) {
   constexpr bool kHalves = kCode == CacheCode::i4;
   const int64_t bytes = kHalves ? D / 2 : D;
   int64_t d = 0;
 #if defined(__AVX2__)
   const auto at = [&](int64_t i) {
-    __m256 u = _mm256_loadu_ps(x + i);
+    __m256 u = widen8(x + i);
     if (center) u = _mm256_sub_ps(u, _mm256_loadu_ps(center + i));
     return encode8<kCode>(_mm256_div_ps(u, _mm256_loadu_ps(scale + i)));
   };
   for (; d + 8 <= bytes; d += 8)
     store_codes(to + d, kHalves ? _mm256_or_si256(at(d), _mm256_slli_epi32(at(bytes + d), 4)) : at(d));
 #endif
-  const auto one = [&](int64_t i) { return encode<kCode>((center ? x[i] - center[i] : x[i]) / scale[i]); };
+  const auto one = [&](int64_t i) {
+    const float u = widen(x[i]);
+    return encode<kCode>((center ? u - center[i] : u) / scale[i]);
+  };
   for (; d < bytes; ++d) to[d] = uint8_t(kHalves ? one(d) | one(bytes + d) << 4 : one(d));
 }
 
-inline void encode_row(CacheCode code, const float* x, const float* scale, const float* center, int64_t D,
-                       void* out) {
+template <typename T>
+void encode_row(CacheCode code, const T* x, const float* scale, const float* center, int64_t D, void* out) {
   uint8_t* to = (uint8_t*)out;
   if (code == CacheCode::i8) return encode_row<CacheCode::i8>(x, scale, center, D, to);
   if (code == CacheCode::i4) return encode_row<CacheCode::i4>(x, scale, center, D, to);
@@ -116,13 +130,20 @@ void move_token(const AppendKVCacheParams& p, const AppendTensor& x, int64_t b, 
       continue;
     }
     const T* channels = (const T*)x.src + from;
+    const float *scale = x.scale + g * x.D, *center = x.center ? x.center + g * x.D : nullptr;
+    if constexpr (sizeof(T) <= 4) {
+      if (!rotated) {
+        encode_row(x.code, channels, scale, center, x.D, to);
+        continue;
+      }
+    }
     alignas(64) float wide[kMaxHeadDim];
     if (rotated) {
       const int64_t angles = pos * (rotated / 2);
       rotate_into(wide, channels, p.cos + angles, p.sin + angles, rotated, p.interleaved);
     }
     widen_into(wide, channels, rotated, x.D);
-    encode_row(x.code, wide, x.scale + g * x.D, x.center ? x.center + g * x.D : nullptr, x.D, to);
+    encode_row(x.code, wide, scale, center, x.D, to);
   }
   for (int64_t g = 0; x.code == CacheCode::raw && g < x.heads; ++g) {
     const T* from = (const T*)x.src + b * x.src_stride_b + s * x.src_stride_s + g * x.src_stride_g;

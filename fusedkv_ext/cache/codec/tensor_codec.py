@@ -103,21 +103,22 @@ class TensorCodec(nn.Module):
             return y @ rotation(self.head_dim).to(y.device).mT
         return y if self.down is None else torch.einsum("...gd,grd->...gr", y, self.down)
 
-    def from_frame(self, y: Tensor, *, center: bool = True) -> Tensor:
+    def from_frame(self, y: Tensor, *, center: bool = True, heads: slice | None = None) -> Tensor:
         """x^ of y, float32 (..., g, D).
 
         Args:
             y: (..., g, r).
             center: Whether to add the center.
+            heads: Which heads y has; None: all.
         """
-        x = y.float()
+        x, part = y.float(), slice(None) if heads is None else heads
         if self.codec.rotate:
             x = x @ rotation(self.head_dim).to(x.device)
         elif self.up is not None:
-            x = torch.einsum("...gr,gdr->...gd", x, self.up)
+            x = torch.einsum("...gr,gdr->...gd", x, self.up[part])
         if self.balance is not None:
-            x = x * self.balance
-        return x + self.center if center and self.center is not None else x
+            x = x * self.balance[part]
+        return x + self.center[part] if center and self.center is not None else x
 
     # ---- codes ----------------------------------------------------------------------------------
 
@@ -197,24 +198,26 @@ class TensorCodec(nn.Module):
 
     # ---- attention over codes -------------------------------------------------------------------
 
-    def fold_query(self, q: Tensor) -> Tensor:
+    def fold_query(self, q: Tensor, heads: slice | None = None) -> Tensor:
         """q' with q' . u = q . (x^ - center); with a scale per token, u includes it.
 
         Args:
             q: (..., H, D), H a multiple of g. With fusion weights a: a (.) q.
+            heads: The KV heads that q reads; None: all g.
 
         Returns:
             float32 (..., H, r).
         """
-        x = q.float().unflatten(-2, (self.num_heads, -1))
+        part = slice(None) if heads is None else heads
+        x = q.float().unflatten(-2, (len(range(self.num_heads)[part]), -1))
         if self.balance is not None:
-            x = x * self.balance.unsqueeze(-2)
+            x = x * self.balance[part].unsqueeze(-2)
         if self.codec.rotate:
             x = x @ rotation(self.head_dim).to(x.device).mT
         elif self.up is not None:
-            x = torch.einsum("...ghd,gdr->...ghr", x, self.up)
+            x = torch.einsum("...ghd,gdr->...ghr", x, self.up[part])
         if self.scale is not None:
-            x = x * self.scale.unsqueeze(-2)
+            x = x * self.scale[part].unsqueeze(-2)
         return x.flatten(-3, -2)
 
     def fold_output(self, out: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -1,0 +1,120 @@
+"""Attention of a layer over a cache of codes.
+
+Static scales are part of the fusion weights (cache/codec/kernel_codes.py). With a scale s per token and head,
+
+    x^ = c + f (.) R^T (s u)        R: the rotation or the identity, f: the balance of channels
+
+and fusion weights a and b,
+
+    q . sum_j a_j (.) k^_j = sum_j (R (f_j (.) a_j (.) q)) . (s_j u_j) + q . sum_j a_j (.) c_j
+    P sum_j b_j (.) v^_j   = sum_j b_j (.) f_j (.) (R^T P (s_j u_j)) + sum_j b_j (.) c_j
+
+Kernels take a query per key source and the scales of tokens. They sum over the sources of values before
+anything is rotated. So rotated values of several sources with weights take one call each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.cache.cache_codecs import Folded
+from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
+from fusedkv_ext.cache.first_tokens import attend_to_both
+from fusedkv_ext.cache.kv_cache import KVCache
+from fusedkv_ext.layers.layer_io import WeightedSum
+from fusedkv_ext.ops import cached
+from fusedkv_ext.ops.call import AttentionCall
+
+__all__ = ["attend_to_codes"]
+
+Coded = tuple[TensorCodec, slice | None]  # and which of its heads are read
+
+
+def attend_to_codes(
+    call: AttentionCall, cache: KVCache, place: tuple[int, int], keys: WeightedSum, values: WeightedSum
+) -> Tensor:
+    """Attention over codes and raw first tokens, (B, S, H, D).
+
+    Args:
+        call: The call over the tensors of the cache as if they were raw.
+        cache: The cache.
+        place: The layer and the segment of heads that read.
+        keys: What the call reads.
+        values: The same of values.
+    """
+    codecs: Any = cache.codecs
+    k, v = ([(x.layer, x.heads) for x in side.tensors] for side in (keys, values))
+    folded: Folded = codecs.fold(place, k, v, call.key_weights, call.value_weights)
+    over = call._replace(key_weights=folded.key_weights, value_weights=folded.value_weights)
+    first: Any = cache.first
+    scales: Any = cache.scales
+    if scales is None:
+        over = over._replace(value_bias=folded.value_bias)
+        if first is None:
+            return cached.attend_layer(over)
+        out, lse = cached.attend(over._replace(return_lse=True))
+    else:
+        token = [
+            [x.of(side[x.layer]) for x in reads.tensors if side[x.layer] is not None]
+            for reads, side in ((keys, scales.keys), (values, scales.values))
+        ]
+        over = over._replace(
+            codebook=codecs.codebook(call.q.device),
+            key_token_scales=token[0] or None,
+            value_token_scales=token[1] or None,
+            return_lse=True,
+        )
+        if token[0]:
+            mapped = _queries(call.q, [(codecs.keys[i], heads) for i, heads in k], call.key_weights)
+            over = over._replace(q=mapped[0], q_sources=mapped if len(k) > 1 else None, key_weights=None)
+        sources = [(codecs.values[i], heads) for i, heads in v]
+        if token[1] and sources[0][0].codec.rotate:
+            out, lse = _rotated(over, sources, folded.value_bias)
+        else:
+            out, lse = cached.attend(over._replace(value_bias=folded.value_bias))
+        if first is None:
+            return out
+    raw = (
+        ([x.of(first.keys[x.layer]) for x in keys.tensors], call.key_weights),
+        ([x.of(first.values[x.layer]) for x in values.tensors], call.value_weights),
+    )
+    return attend_to_both(call, (out, lse), *raw, folded.key_bias, cache.seq_lens)
+
+
+def _queries(q: Tensor, sources: Sequence[Coded], weights: Tensor | None) -> Tensor:
+    """(m, B, S, H, D): the query of each source of keys, in q's dtype."""
+    found = []
+    for j, (codec, heads) in enumerate(sources):
+        x = q
+        if weights is not None:
+            x = (q.unflatten(2, (weights.shape[1], -1)) * weights[j].unsqueeze(1)).flatten(2, 3)
+        found.append(codec.fold_query(x, heads))
+    return torch.stack(found).to(q.dtype)
+
+
+def _rotated(call: AttentionCall, sources: Sequence[Coded], bias: Tensor | None) -> tuple[Tensor, Any]:
+    """out and lse over rotated values: out is rotated back."""
+    weights, scales = call.value_weights, call.value_token_scales
+    assert scales is not None
+    parts = [slice(None)] if weights is None else [slice(j, j + 1) for j in range(len(sources))]
+    total: Any = 0
+    lse: Any = None
+    for j, part in enumerate(parts):
+        one = call._replace(values=call.values[part], value_token_scales=scales[part], value_weights=None)
+        out, lse = cached.attend(one)
+        codec, heads = sources[j]
+        x = codec.from_frame(_by_group(out, call.keys[0].shape[2]), center=False, heads=heads)
+        total = total + (x if weights is None else x * weights[j])
+    if bias is not None:
+        seen = _by_group((lse > -torch.inf).mT, call.keys[0].shape[2])  # (B, S, group, g)
+        total = total + seen.unsqueeze(-1) * bias
+    return total.transpose(2, 3).flatten(2, 3).to(call.q.dtype), lse
+
+
+def _by_group(x: Tensor, heads: int) -> Tensor:
+    """(B, S, H, ...) as (B, S, group, g, ...), so that tensors (g, D) fit."""
+    return x.unflatten(2, (heads, -1)).transpose(2, 3)
