@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ LINES = [
     ("static e4m3", "fp8"),
     ("rotated", "turboquant:bits=4,tail=0"),
     ("rotated", "turboquant:bits=4,tail=16"),
-    ("rotated", "turboquant:bits=2,balance=1"),
-    ("rotated", "turboquant:key_bits=3,value_bits=1,balance=1"),
+    ("rotated", "turboquant:bits=2,balance=true"),
+    ("rotated", "turboquant:key_bits=3,value_bits=1,balance=true"),
 ]
 ON_FUSED_PLANS = 3  # of them, on the plans with fewer storage layers
 # On a text of another kind.
@@ -103,11 +104,21 @@ def cases(plan: CachePlan, claim: bool, other: bool) -> Iterator[tuple[str, str 
 
 
 class Subject:
-    """A converted model, what it stores on the calibration text, and its rows."""
+    """A plan and its rows. The model is converted when the first row is missing."""
 
-    def __init__(self, model: Any, plan: CachePlan, samples: Any, record: dict[str, Any], file: Path) -> None:
-        self.model, self.plan, self.samples, self.record, self.file = model, plan, samples, record, file
+    def __init__(self, convert: Callable[[], Any], windows: Tensor, plan: CachePlan, file: Path) -> None:
+        self.convert, self.windows, self.plan, self.file = convert, windows, plan, file
+        self.record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
         self.base: dict[str, WindowLosses] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        return self.convert()
+
+    @cached_property
+    def samples(self) -> Any:
+        """What the model stores on the calibration text."""
+        return collect_stored(self.model, self.windows)
 
     def losses(self, ids: Tensor) -> WindowLosses:
         return window_losses(LanguageModel(self.model), ids, context=WINDOW, max_tokens=JUDGED_TOKENS)
@@ -179,15 +190,17 @@ def main() -> None:
         "plans": [],
     }
     subjects = []
+    sizes = model.config.num_key_value_heads, head_dim_of(model.config)
     for name, plan in plans.items():
-        file = args.work / f"{name.replace(' ', '_')}.json"
-        record = json.loads(file.read_text()) if file.exists() else {"plan": name, "rows": []}
-        coded = convert_model(model, plan, calibration=windows, second_moments=moments).model
-        sizes = coded.config.num_key_value_heads, head_dim_of(coded.config)
+
+        def convert(plan: CachePlan = plan) -> Any:
+            return convert_model(model, plan, calibration=windows, second_moments=moments).model
+
+        subject = Subject(convert, windows, plan, args.work / f"{name.replace(' ', '_')}.json")
         whole = plan.bytes_per_token(*sizes, torch.bfloat16)
-        record |= {"bytes": whole, "cache_plan": plan.to_dict()}
-        subjects.append(Subject(coded, plan, collect_stored(coded, windows), record, file))
-        result["plans"].append(record)
+        subject.record |= {"plan": name, "bytes": whole, "cache_plan": plan.to_dict()}
+        subjects.append(subject)
+        result["plans"].append(subject.record)
     for claim in (False, True):
         for subject in subjects:
             for family, codecs, text in cases(subject.plan, claim, args.other is not None):

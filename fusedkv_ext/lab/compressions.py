@@ -128,6 +128,7 @@ def trained_figure(result: dict[str, Any]) -> Figure:
             best[row["bytes"]] = min(row["loss"], best.get(row["bytes"], float("inf")))
         axes.plot(*zip(*sorted(best.items()), strict=True), "-o", color=color, label=method, markersize=4)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("bytes of cache per token")
     axes.set_ylabel("nats per token")
     axes.set_title("Trained with their plan, then coded", loc="left", fontsize=11)

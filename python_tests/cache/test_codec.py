@@ -412,7 +412,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: CodecPlan.named("kivi:group=two", VANILLA),
         ValueError,
-        "option 'group' must be a number, got 'two'",
+        "option 'group' must be a number, true or false, got 'two'",
     ),
     (lambda: CodecPlan.named("kivi:group=8,group=4", VANILLA), ValueError, "must be given once"),
     (lambda: CodecPlan.named("kivi:2", VANILLA), ValueError, "expected option=value"),

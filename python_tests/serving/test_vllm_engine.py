@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm_models import (
     LENGTHS,
     LLM,
+    SIZES,
     TOKENS,
     answers,
     engine,
@@ -21,6 +23,10 @@ from vllm_models import (
     plan_of,
     prompts,
 )
+
+from fusedkv_ext.hf import from_decoder
+from fusedkv_ext.layers.decoder import Decoder
+from fusedkv_ext.layers.decoder_config import DecoderConfig
 
 MODELS = [
     ("llama", "vanilla"),
@@ -48,6 +54,26 @@ def test_greedy_tokens_are_those_of_transformers(family: str, plan: str, tmp_pat
     make_model(tmp_path, family, plan)
     with engine(tmp_path, max_num_seqs=3, max_num_batched_tokens=64) as llm:
         assert answers(llm, prompts()) == greedy(tmp_path, prompts())
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "llama"])
+def test_a_trained_decoder_is_served_from_its_exported_folder(qk_norm: bool, tmp_path: Path) -> None:
+    """`fusedkv export --hf` writes it; the tokens are those of the Decoder itself."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: SIZES[name] for name in names} | {"head_dim": SIZES["head_dim"], "num_hidden_layers": 6}
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(**sizes, plan="fusedkv", qk_norm=qk_norm)).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.05 * torch.randn_like(parameter))
+    from_decoder(decoder).save_pretrained(tmp_path)
+    inputs = prompts((5, 40, 90))
+    with engine(tmp_path) as llm:
+        found = answers(llm, inputs)
+    for prompt, answer in zip(inputs, found, strict=True):
+        with torch.no_grad():
+            logits = decoder(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        assert answer == logits.argmax(-1).tolist()
 
 
 def test_prefix_caching_changes_no_token(tmp_path: Path) -> None:

@@ -302,7 +302,8 @@ def _parse(label: str) -> tuple[Scheme, dict[str, Any]]:
         if key in options:
             raise ValueError(f"{label!r}: option {key!r} must be given once, got it twice")
         try:
-            options[key] = json.loads(text)
+            options[key] = json.loads(text.lower())
         except ValueError:
-            raise ValueError(f"{label!r}: option {key!r} must be a number, got {text!r}") from None
+            message = f"{label!r}: option {key!r} must be a number, true or false, got {text!r}"
+            raise ValueError(message) from None
     return found, options
