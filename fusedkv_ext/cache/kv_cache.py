@@ -59,8 +59,8 @@ class KVCache:
       tensor, ``values`` its view of c;
     * codes (``codecs`` given), contiguous or paged: the same with codes for numbers, in int8, float8_e4m3fn
       or uint8 of two 4-bit codes. ``append`` encodes, and attention reads the codes, also while a prompt is
-      read. The first ``sinks`` tokens of each sequence stay raw in ``first``. The tensors and the block table
-      then begin with the token after them.
+      read. Scales of tokens are in ``scales``. The first ``sinks`` tokens of each sequence stay raw in
+      ``first``. The tensors and the block table then begin with the token after them.
 
     Each step calls ``advance(n)`` once to reserve space. Then every layer, in order, appends its S = max(n)
     new rows and attends. ``seq_lens`` (B,) int32 on ``device`` is the number of valid tokens, including new

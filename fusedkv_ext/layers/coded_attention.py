@@ -49,40 +49,49 @@ def attend_to_codes(
     codecs: Any = cache.codecs
     k, v = ([(x.layer, x.heads) for x in side.tensors] for side in (keys, values))
     folded: Folded = codecs.fold(place, k, v, call.key_weights, call.value_weights)
-    over = call._replace(key_weights=folded.key_weights, value_weights=folded.value_weights)
+    over = call._replace(
+        key_weights=folded.key_weights, value_weights=folded.value_weights, value_bias=folded.value_bias
+    )
     first: Any = cache.first
-    scales: Any = cache.scales
-    if scales is None:
-        over = over._replace(value_bias=folded.value_bias)
-        if first is None:
-            return cached.attend_layer(over)
-        out, lse = cached.attend(over._replace(return_lse=True))
+    if cache.scales is not None:
+        out, lse = _attend_with_token_scales(over, call.q, cache, keys, values)
+    elif first is None:
+        return cached.attend_layer(over)
     else:
-        token = [
-            [x.of(side[x.layer]) for x in reads.tensors if side[x.layer] is not None]
-            for reads, side in ((keys, scales.keys), (values, scales.values))
-        ]
-        over = over._replace(
-            codebook=codecs.codebook(call.q.device),
-            key_token_scales=token[0] or None,
-            value_token_scales=token[1] or None,
-            return_lse=True,
-        )
-        if token[0]:
-            mapped = _queries(call.q, [(codecs.keys[i], heads) for i, heads in k], call.key_weights)
-            over = over._replace(q=mapped[0], q_sources=mapped if len(k) > 1 else None, key_weights=None)
-        sources = [(codecs.values[i], heads) for i, heads in v]
-        if token[1] and sources[0][0].codec.rotate:
-            out, lse = _rotated(over, sources, folded.value_bias)
-        else:
-            out, lse = cached.attend(over._replace(value_bias=folded.value_bias))
-        if first is None:
-            return out
+        out, lse = cached.attend(over._replace(return_lse=True))
+    if first is None:
+        return out
     raw = (
         ([x.of(first.keys[x.layer]) for x in keys.tensors], call.key_weights),
         ([x.of(first.values[x.layer]) for x in values.tensors], call.value_weights),
     )
     return attend_to_both(call, (out, lse), *raw, folded.key_bias, cache.seq_lens)
+
+
+def _attend_with_token_scales(
+    call: AttentionCall, q: Tensor, cache: KVCache, keys: WeightedSum, values: WeightedSum
+) -> tuple[Tensor, Any]:
+    """out and lse where a side has scales of tokens. The other side is raw or has static scales."""
+    codecs: Any = cache.codecs
+    scales: Any = cache.scales
+    of_keys, of_values = (
+        [x.of(side[x.layer]) for x in reads.tensors if side[x.layer] is not None]
+        for reads, side in ((keys, scales.keys), (values, scales.values))
+    )
+    call = call._replace(
+        codebook=codecs.codebook(q.device),
+        key_token_scales=of_keys or None,
+        value_token_scales=of_values or None,
+        return_lse=True,
+    )
+    if of_keys:
+        queries = _queries(q, [(codecs.keys[x.layer], x.heads) for x in keys.tensors], call.key_weights)
+        several = queries if len(queries) > 1 else None
+        call = call._replace(q=queries[0], q_sources=several, key_weights=None)
+    sources = [(codecs.values[x.layer], x.heads) for x in values.tensors]
+    if of_values and sources[0][0].codec.rotate:
+        return _rotated(call, sources)
+    return cached.attend(call)
 
 
 def _queries(q: Tensor, sources: Sequence[Coded], weights: Tensor | None) -> Tensor:
@@ -96,22 +105,22 @@ def _queries(q: Tensor, sources: Sequence[Coded], weights: Tensor | None) -> Ten
     return torch.stack(found).to(q.dtype)
 
 
-def _rotated(call: AttentionCall, sources: Sequence[Coded], bias: Tensor | None) -> tuple[Tensor, Any]:
+def _rotated(call: AttentionCall, sources: Sequence[Coded]) -> tuple[Tensor, Any]:
     """out and lse over rotated values: out is rotated back."""
-    weights, scales = call.value_weights, call.value_token_scales
-    assert scales is not None
-    parts = [slice(None)] if weights is None else [slice(j, j + 1) for j in range(len(sources))]
+    weights, bias, heads = call.value_weights, call.value_bias, call.keys[0].shape[2]
+    call = call._replace(value_weights=None, value_bias=None)
+    scales: Any = call.value_token_scales
+    alike = weights is None and not sources[0][0].codec.balance  # the sum of the sources can be rotated
     total: Any = 0
     lse: Any = None
-    for j, part in enumerate(parts):
-        one = call._replace(values=call.values[part], value_token_scales=scales[part], value_weights=None)
-        out, lse = cached.attend(one)
-        codec, heads = sources[j]
-        x = codec.from_frame(_by_group(out, call.keys[0].shape[2]), center=False, heads=heads)
+    for j in range(1 if alike else len(sources)):
+        part = slice(None) if alike else slice(j, j + 1)
+        out, lse = cached.attend(call._replace(values=call.values[part], value_token_scales=scales[part]))
+        codec, which = sources[j]
+        x = codec.from_frame(_by_group(out, heads), center=False, heads=which)
         total = total + (x if weights is None else x * weights[j])
     if bias is not None:
-        seen = _by_group((lse > -torch.inf).mT, call.keys[0].shape[2])  # (B, S, group, g)
-        total = total + seen.unsqueeze(-1) * bias
+        total = total + _by_group((lse > -torch.inf).mT, heads).unsqueeze(-1) * bias
     return total.transpose(2, 3).flatten(2, 3).to(call.q.dtype), lse
 
 
