@@ -13,6 +13,7 @@ from coded_cases import BF16, CODES, E4M3, F32, FP16, I4, I8, NAN_CODE, Inputs, 
 from torch import Tensor
 
 from fusedkv_ext import explain, fused_kv_attn_func, fused_kv_attn_with_kvcache
+from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.testing import assert_near, assert_same_bits
 
 PAIRS = [
@@ -267,6 +268,23 @@ def test_cuda_graph_style_meta_call_has_the_shapes(kernels: str) -> None:
     out, lse = fused_kv_attn_with_kvcache(*meta, **state)
     real_out, real_lse = x.call()
     assert (out.shape, out.dtype) == (real_out.shape, real_out.dtype) and lse.shape == real_lse.shape
+
+
+@pytest.mark.parametrize("code", [I8, I4], ids=str)  # torch's checks multiply, which float8 cannot
+def test_opcheck(code: torch.dtype) -> None:
+    """Schema, fake and autograd registration of the operation with every tensor that belongs to codes."""
+    x = Inputs(code, code, BF16, D=16, lengths=(9, 2), page_size=4)
+    lengths = x.state()["cache_seqlens"]
+    queries = torch.stack([x.q, torch.randn_like(x.q)])
+    call = AttentionCall(x.q, x.keys, x.values, x.a, x.b, lengths, x.table, 0.25, -1, 0)._replace(
+        codebook=torch.randn(16) if code == I4 else None,
+        key_token_scales=x.token_scales(),
+        value_token_scales=x.token_scales(),
+        q_sources=queries,
+        value_bias=torch.randn(2, 16),
+    )
+    results = torch.library.opcheck(torch.ops.fusedkv.attn_with_kvcache.default, tuple(call[:22]))
+    assert set(results.values()) == {"SUCCESS"}, results
 
 
 def test_codes_into_a_given_out(kernels: str) -> None:
