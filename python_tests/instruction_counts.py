@@ -79,10 +79,14 @@ def main() -> int:
     if reason:
         print(f"the ratios mean little: {reason}")
     if args.record:
-        lost = set((recorded or measured)["instructions"]) - set(measured["instructions"])
-        if lost:
-            print(f"not recorded: this CPU does not run {', '.join(sorted(lost))}", file=sys.stderr)
+        before = (recorded or measured)["instructions"]
+        lost = sorted(set(before) - set(measured["instructions"]))
+        if lost and reason:
+            print(f"not recorded: this CPU does not run {', '.join(lost)}", file=sys.stderr)
             return 1
+        if lost:
+            print(f"kept as they are: this CPU does not run {', '.join(lost)}")
+        measured["instructions"] = {**before, **measured["instructions"]}
         RECORD.write_text(json.dumps(measured, indent=2) + "\n")
         print(f"recorded in {RECORD}")
     return 0

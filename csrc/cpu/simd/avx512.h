@@ -55,17 +55,6 @@ static inline Vec load(const bf16* p) {
 static inline Vec load(const bf16* p, int n) {
   return widen16(_mm256_maskz_loadu_epi16(lanes(n), p));
 }
-// 32 channels: those at even and those at odd places. Of the second form the first n are read.
-static inline void split_words(__m512i words, Vec* even, Vec* odd) {
-  *even = {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
-  *odd = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))))};
-}
-static inline void load_words(const bf16* p, Vec* even, Vec* odd) {
-  split_words(_mm512_loadu_si512(p), even, odd);
-}
-static inline void load_words(const bf16* p, int n, Vec* even, Vec* odd) {
-  split_words(_mm512_maskz_loadu_epi16((1ull << n) - 1, p), even, odd);
-}
 static inline Vec load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }

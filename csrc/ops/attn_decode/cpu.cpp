@@ -500,7 +500,7 @@ void attn_decode(const AttnDecodeParams& p, int64_t index, int64_t next_task, vo
 #endif
 #if defined(__AVX512BF16__)
       return decode<Bf16Products>(p, task, next_task, workspace);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
       return decode<Bf16Words>(p, task, next_task, workspace);
 #else
       return decode<Fp32Products<bf16>>(p, task, next_task, workspace);

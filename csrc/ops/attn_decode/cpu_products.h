@@ -1,10 +1,10 @@
 // The two matrix products of cached attention on the CPU: scores = q K^T and output = p V, for the rows of
 // one KV head and one block of tokens.
 //
-// There are four implementations. Every SIMD target has fp32: it widens to fp32 and uses fma. AVX2 and
-// AVX-512 have another one for bf16, which widens without moving data across lanes. AVX-512-BF16 multiplies
-// pairs of bf16 with dpbf16, AMX multiplies tiles of bf16; both round q (.) a_j and the probabilities to
-// bf16. All have the same interface, which cpu.cpp takes as a template argument:
+// There are four implementations. Every SIMD target has fp32: it widens to fp32 and uses fma. AVX2 has
+// another one for bf16, which widens without moving data across lanes. AVX-512-BF16 multiplies pairs of bf16
+// with dpbf16, AMX multiplies tiles of bf16; both round q (.) a_j and the probabilities to bf16. All have the
+// same interface, which cpu.cpp takes as a template argument:
 //
 //   Element, Query        types of q and the cache, and of q (.) a_j
 //   kCoded                whether it is that of cpu_codes.h, which has a state
@@ -217,7 +217,7 @@ struct Fp32Products : RowByRow<Fp32Products<T>, T, float> {
 
 // ---- the two products, bf16 in fp32 -------------------------------------------------------------
 
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 
 // A 32-bit word has channels 2 c and 2 c + 1. A shift widens one of them, a mask the other. So in each kStep
 // channels q and the output have the even ones first. q is (D / kStep, rows, kStep): the loop over channels
