@@ -95,21 +95,23 @@ class CacheCodecs:
         """
         self.codecs.check(plan, num_kv_heads, head_dim)
         check_codes(self.codecs, plan)
-        for codec in (*self.keys, *self.values):
-            if codec is not None and codec.head_dim != head_dim:
+        for codec in self._fitted:
+            if codec.head_dim != head_dim:
                 raise ValueError(f"codecs must be for head dim {head_dim}, got {codec.head_dim}")
+
+    @property
+    def _fitted(self) -> list[TensorCodec]:
+        return [codec for codec in (*self.keys, *self.values) if codec is not None]
 
     @property
     def have_token_scales(self) -> bool:
         """Whether any codec has a scale per token."""
-        codecs = (*self.keys, *self.values)
-        return any(codec is not None and codec.codec.scale == "token" for codec in codecs)
+        return any(codec.codec.scale == "token" for codec in self._fitted)
 
     def codebook(self, device: torch.device) -> Tensor | None:
         """float32 (16,), the numbers of 4-bit codes of a grid; None without a grid."""
         if device not in self._codebooks:
-            codecs = [codec for codec in (*self.keys, *self.values) if codec is not None]
-            grid = any(codec.codec.kind == "grid" for codec in codecs)
+            grid = any(codec.codec.kind == "grid" for codec in self._fitted)
             self._codebooks[device] = gaussian_grid(4).float().to(device) if grid else None
         return self._codebooks[device]
 

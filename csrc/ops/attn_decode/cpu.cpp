@@ -14,6 +14,7 @@
 
 #include "ops/attn_decode/params.h"
 
+#include "ops/attn_decode/cpu_bf16.h"
 #include "ops/attn_decode/cpu_codes.h"
 #include "ops/attn_decode/cpu_products.h"
 
