@@ -44,7 +44,7 @@ class CacheCodecs:
     """Fitted codecs of the tensors that a plan stores.
 
     Args:
-        codecs: The codecs. Without raw last tokens.
+        codecs: The codecs.
         keys: A fitted codec per layer; None where keys are raw.
         values: The same of values.
     """

@@ -9,6 +9,7 @@ on the left. A row before the start of its sequence is not stored, and its atten
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from torch import Tensor
 from fusedkv_ext.cache.cache_codecs import CacheCodecs
 from fusedkv_ext.cache.codec.kernel_codes import code_dtype
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
+from fusedkv_ext.cache.coded_tensors import append_codes, decode_tokens
 from fusedkv_ext.cache.first_tokens import FirstTokens
+from fusedkv_ext.cache.last_tokens import LastTokens
 from fusedkv_ext.cache.page_table import PageTable, brief
 from fusedkv_ext.cache.token_scales import TokenScales
 from fusedkv_ext.errors import CacheFullError
@@ -60,7 +63,9 @@ class KVCache:
     * codes (``codecs`` given), contiguous or paged: the same with codes for numbers, in int8, float8_e4m3fn
       or uint8 of two 4-bit codes. ``append`` encodes, and attention reads the codes, also while a prompt is
       read. Scales of tokens are in ``scales``. The first ``sinks`` tokens of each sequence stay raw in
-      ``first``. The tensors and the block table then begin with the token after them.
+      ``first``. The tensors and the block table then begin with the token after them. The last ``tail``
+      tokens have raw rows too, in ``last``, which every row reads for the tokens before it. A step of S
+      rows needs room for S more, until the next step. To bound it, read a prompt in parts.
 
     Each step calls ``advance(n)`` once to reserve space. Then every layer, in order, appends its S = max(n)
     new rows and attends. ``seq_lens`` (B,) int32 on ``device`` is the number of valid tokens, including new
@@ -121,7 +126,7 @@ class KVCache:
             codecs.check(plan, num_kv_heads, head_dim)
         self.plan, self.batch_size, self.max_len = plan, batch_size, max_len
         self.num_kv_heads, self.head_dim, self.codecs = num_kv_heads, head_dim, codecs
-        self.sinks = 0 if codecs is None else codecs.codecs.sinks
+        self.sinks, tail = (0, 0) if codecs is None else (codecs.codecs.sinks, codecs.codecs.tail)
         if self.sinks >= max_len:
             raise ValueError(
                 f"max_len must exceed the {self.sinks} first tokens that stay raw, got {max_len}"
@@ -148,7 +153,11 @@ class KVCache:
                 raise ValueError(f"num_pages must be None without page_size, got {num_pages}")
 
             self._allocate(slots, device)
-            self.first = self._first_tokens(device)
+            sides = zip(self._keys, self._values, strict=True)
+            heads = [(_num_heads(k), _num_heads(v)) for k, v in sides]
+            rows = (head_dim, self.dtype, device)
+            self.first = FirstTokens(self.sinks, heads, batch_size, *rows) if self.sinks else None
+            self.last = LastTokens(tail, heads, batch_size, stored, *rows) if tail else None
             self.scales = self._token_scales(slots, device)
             self._no_heads = torch.empty(*slots, 0, head_dim, dtype=self.dtype, device=device)
             self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -186,16 +195,6 @@ class KVCache:
         self._owned = [
             x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in owned if x is not None
         ]
-
-    def _first_tokens(self, device: torch.device | str | None) -> FirstTokens | None:
-        if not self.sinks:
-            return None
-        plan, heads = self.plan, self.num_kv_heads
-        stored = [
-            (len(plan.stored_key_heads(i, heads)), len(plan.stored_value_heads(i, heads)))
-            for i in range(plan.num_layers)
-        ]
-        return FirstTokens(self.sinks, stored, self.batch_size, self.head_dim, self.dtype, device)
 
     def _token_scales(self, slots: tuple[int, int], device: torch.device | str | None) -> TokenScales | None:
         codecs = self.codecs
@@ -252,11 +251,15 @@ class KVCache:
     @property
     def stored_lens(self) -> Tensor:
         """(B,) int32: the tokens in the tensors, ``seq_lens`` without raw first tokens."""
-        if self.first is None:
+        return self.lens_without(self.sinks)
+
+    def lens_without(self, count: int) -> Tensor:
+        """(B,) int32: ``seq_lens`` less ``count`` tokens, at least 0; computed once per step."""
+        if not count:
             return self.seq_lens
-        if () not in self._schedules:  # for all layers of a step
-            self._schedules[()] = (self.seq_lens - self.sinks).clamp_min(0)
-        return self._schedules[()]
+        if (count,) not in self._schedules:
+            self._schedules[(count,)] = (self.seq_lens - count).clamp_min(0)
+        return self._schedules[(count,)]
 
     @property
     def stored_lengths(self) -> tuple[int, ...]:
@@ -274,8 +277,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, without ``seq_lens`` and ``block_table``."""
-        first = () if self.first is None else self.first.tensors
-        return sum(tensor.nbytes for tensor in (*self._owned, *first))
+        raw = [x for part in (self.first, self.last) if part is not None for x in part.tensors]
+        return sum(tensor.nbytes for tensor in (*self._owned, *raw))
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
         """Reserves space for the next step.
@@ -308,11 +311,14 @@ class KVCache:
                     f"sequence {b}; crop, or make a cache with a larger max_len"
                 )
         lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        stored = self._stored(self._lengths), self._stored(lengths)
         if self._table is not None:
-            copies, changed = self._table.extend(self._stored(self._lengths), self._stored(lengths))
+            copies, changed = self._table.extend(*stored)
             self._copy_pages(copies)
             if changed:
                 self._sync_table()
+        if self.last is not None:
+            self.last.advance(*stored, step)
         self._lengths, self._step = lengths, step
         self._schedules.clear()
         if isinstance(n, int):
@@ -341,44 +347,23 @@ class KVCache:
         Raises:
             ValueError: The layer does not store these sides, or S differs from the rows of ``advance``.
         """
-        if (self.first is not None or self.scales is not None) and key is not None and rotary is not None:
+        if self._encodes_rotated and key is not None and rotary is not None:
             key, rotary = self._rotate(key, rotary, rotary_interleaved), None
         if self.first is not None and (
             min(self._lengths) - self._step < self.sinks or in_graph(self.seq_lens, self.device.type)
         ):
             self.first.store(layer, key, value, self.seq_lens)
+        if self.last is not None:
+            self.last.store(layer, key, value, self.stored_lens)
         if self.scales is not None:
-            self._append_codes(layer, key, value)
+            self._sides(layer, key, value)  # checks
+            append_codes(self, layer, key, value)
             return
         sides = self._sides(layer, key, value)
         if sides is not None:
             cos, sin = (None, None) if rotary is None else rotary
             lengths, table, codes = self.stored_lens, self.block_table, self._static_codes(layer)
             cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
-
-    def _append_codes(self, layer: int, key: Tensor | None, value: Tensor | None) -> None:
-        """``append`` where a codec has scales of tokens: torch encodes, and each side has its own call."""
-        self._sides(layer, key, value)  # checks
-        codecs, scales, lengths, table = self.codecs, self.scales, self.stored_lens, self.block_table
-        assert codecs is not None and scales is not None
-        for new, stored, codec, own in (
-            (key, self._keys[layer], codecs.keys[layer], scales.keys[layer]),
-            (value, self._values[layer], codecs.values[layer], scales.values[layer]),
-        ):
-            if new is None or stored is None:
-                continue
-            static: tuple[Tensor | None, ...] = ()
-            none, no_heads = new[:, :, :0], self._no_heads
-            if codec is not None and own is not None:
-                new, of_tokens = codec.encode(new)
-                assert of_tokens is not None
-                scales.store(own, of_tokens, lengths, table)
-                none, no_heads = new[:, :, :0], stored[:, :, :0]
-            elif codec is not None:
-                static = (codec.scale, codec.center)
-            cached.append(
-                AppendCall(new, none, stored, no_heads, lengths, table, None, None, False, None, *static)
-            )
 
     def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
         """The rows of a step after RoPE; ``append_kvcache`` would count positions from the codes on."""
@@ -410,7 +395,7 @@ class KVCache:
         Raises:
             ValueError: See ``append``.
         """
-        if self.first is not None or self.scales is not None:
+        if self._encodes_rotated:
             self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
             return self._rotate(query, rotary, rotary_interleaved)
         sides = self._sides(layer, key, value)
@@ -422,6 +407,11 @@ class KVCache:
             sides = (none, none, self._no_heads, self._no_heads)
         lengths, table, codes = self.seq_lens, self.block_table, self._static_codes(layer)
         return cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, query, *codes))
+
+    @property
+    def _encodes_rotated(self) -> bool:
+        """Whether the operation that encodes cannot rotate, because other rows or numbers come of it."""
+        return self.first is not None or self.last is not None or self.scales is not None
 
     def _static_codes(self, layer: int) -> tuple[Tensor | None, ...]:
         """Scales and centers of keys, then of values; empty without codecs."""
@@ -511,7 +501,9 @@ class KVCache:
     def schedule(
         self, query_length: int, num_heads: int, num_kv_heads: int, window_size: tuple[int, int] = (-1, -1)
     ) -> Tensor | None:
-        """``decode_schedule`` of ``seq_lens``, computed once per step for layers with the same arguments.
+        """``decode_schedule`` of stored tokens, computed once per step for layers with the same arguments.
+
+        Not of the last tokens that are raw.
 
         Args:
             query_length: S of the calls, which are not ``batch_invariant``.
@@ -524,18 +516,22 @@ class KVCache:
         """
         if self.device.type == "cpu":
             return None
-        key = (query_length, num_heads, num_kv_heads, window_size[0])
+        left, tail = window_size[0], 0 if self.last is None else self.last.count
+        if 0 <= left < tail:  # no row sees a code
+            return None
+        left -= tail if left >= 0 else 0
+        key = (query_length, num_heads, num_kv_heads, left)
         if key not in self._schedules:
             capacity = self.max_len - self.sinks
             if self.block_table is not None and self.page_size is not None:
                 capacity = self.block_table.shape[1] * self.page_size
             self._schedules[key] = decode_schedule(
-                self.stored_lens,
+                self.lens_without(self.sinks + tail),
                 query_length=query_length,
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 capacity=capacity,
-                window_size=window_size,
+                window_size=(left, window_size[1]),
             )
         return self._schedules[key]
 
@@ -593,10 +589,12 @@ class KVCache:
         else:
             used = max(self.stored_lengths)
             by_sequence += [tensor[:, :used] for tensor in self._owned]
-        if by_sequence:
+        if by_sequence or self.last is not None:
             rows = self._staged(torch.tensor(order)).to(self.seq_lens.device, non_blocking=True)
             for tensor in by_sequence:
                 tensor.copy_(tensor.index_select(0, rows))
+            if self.last is not None:
+                self.last.reorder(order, rows)
         self._lengths = [self._lengths[i] for i in order]
         self._sync_lengths()
 
@@ -614,6 +612,8 @@ class KVCache:
             freed = [self._table.truncate(b, length) for b, length in enumerate(self._stored(lengths))]
             if any(freed):
                 self._sync_table()
+        if self.last is not None:
+            self.last.crop(self._stored(lengths), functools.partial(decode_tokens, self))
         self._lengths, self._step = lengths, 0
         self._sync_lengths()
 
@@ -670,6 +670,10 @@ def _stored(tensors: list[Tensor | None], layer: int, side: str, plan: CachePlan
 def _check_positive(name: str, size: int) -> None:
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{name} must be a positive int, got {size!r}")
+
+
+def _num_heads(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.shape[2]
 
 
 def _yes(tensor: Tensor | None) -> str:

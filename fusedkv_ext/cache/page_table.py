@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fusedkv_ext.errors import CacheFullError
 
-__all__ = ["PageTable", "brief"]
+__all__ = ["PageTable", "brief", "slots_of"]
 
 
 class PageTable:
@@ -116,3 +117,16 @@ class PageTable:
 def brief(numbers: Sequence[int]) -> str:
     """Formats the first few numbers for messages."""
     return "[" + ", ".join(map(str, numbers[:8])) + (", ...]" if len(numbers) > 8 else "]")
+
+
+def slots_of(token: Tensor, size: int, block_table: Tensor | None) -> Tensor:
+    """Where tokens are in a cache tensor whose first two dims are flattened.
+
+    Args:
+        token: (B, N) from 0, int64.
+        size: The second dim: capacity or page size.
+        block_table: (B, max_pages) int32 of a paged cache.
+    """
+    if block_table is None:
+        return token + size * torch.arange(len(token), device=token.device)[:, None]
+    return block_table.long().gather(1, token // size) * size + token % size

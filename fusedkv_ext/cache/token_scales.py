@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedkv_ext.cache.page_table import slots_of
+
 __all__ = ["TokenScales"]
 
 
@@ -53,11 +55,6 @@ class TokenScales:
         first, size = self.slots
         steps = new.shape[1]
         token = lengths.long()[:, None] + torch.arange(-steps, 0, device=new.device)  # (B, S)
-        at = token.clamp_min(0)
-        if block_table is None:
-            slot = at + size * torch.arange(first, device=new.device)[:, None]
-        else:
-            slot = block_table.long().gather(1, at // size) * size + at % size
-        slot = torch.where(token >= 0, slot, first * size)
+        slot = torch.where(token >= 0, slots_of(token.clamp_min(0), size, block_table), first * size)
         flat = stored.as_strided((first * size + 1, stored.shape[2]), (stored.shape[2], 1))
         flat.index_copy_(0, slot.flatten(), new.flatten(0, 1))

@@ -11,6 +11,8 @@ and fusion weights a and b,
 
 Kernels take a query per key source and the scales of tokens. They sum over the sources of values before
 anything is rotated. So rotated values of several sources with weights take one call each.
+
+Attention over codes, over raw last tokens and over raw first tokens are states, which are merged.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from fusedkv_ext.cache.cache_codecs import Folded
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
 from fusedkv_ext.cache.first_tokens import attend_to_both
 from fusedkv_ext.cache.kv_cache import KVCache
+from fusedkv_ext.cache.last_tokens import LastTokens
 from fusedkv_ext.layers.layer_io import WeightedSum
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AttentionCall
+from fusedkv_ext.ops.merging import merge_state
 
 __all__ = ["attend_to_codes"]
 
@@ -37,7 +41,7 @@ Coded = tuple[TensorCodec, slice | None]  # and which of its heads are read
 def attend_to_codes(
     call: AttentionCall, cache: KVCache, place: tuple[int, int], keys: WeightedSum, values: WeightedSum
 ) -> Tensor:
-    """Attention over codes and raw first tokens, (B, S, H, D).
+    """Attention over codes, raw last and raw first tokens, (B, S, H, D).
 
     Args:
         call: The call over the tensors of the cache as if they were raw.
@@ -53,7 +57,13 @@ def attend_to_codes(
         key_weights=folded.key_weights, value_weights=folded.value_weights, value_bias=folded.value_bias
     )
     first: Any = cache.first
-    if cache.scales is not None:
+    lse: Any
+    if cache.last is not None:
+        out, lse = _attend_to_last_tokens(call, cache.last, keys, values, folded.key_bias)
+        if not 0 <= call.left < cache.last.count:
+            codes = _attend_to_others(over, cache, cache.last.count, keys, values)
+            out, lse = merge_state(out, lse, *codes)
+    elif cache.scales is not None:
         out, lse = _attend_with_token_scales(over, call.q, cache, keys, values)
     elif first is None:
         return cached.attend_layer(over)
@@ -66,6 +76,43 @@ def attend_to_codes(
         ([x.of(first.values[x.layer]) for x in values.tensors], call.value_weights),
     )
     return attend_to_both(call, (out, lse), *raw, folded.key_bias, cache.seq_lens)
+
+
+def _attend_to_last_tokens(
+    call: AttentionCall, last: LastTokens, keys: WeightedSum, values: WeightedSum, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out and lse over the raw rows of ``last``, with scores q . (k - key_bias) as over codes."""
+    window, raw_keys, raw_values = last.count - 1, last.keys, last.values
+    out, lse = cached.attend(
+        call._replace(
+            keys=[x.of(raw_keys[x.layer]) for x in keys.tensors],
+            values=[x.of(raw_values[x.layer]) for x in values.tensors],
+            block_table=last.block_table,
+            left=min(call.left, window) if call.left >= 0 else window,
+            schedule=None,
+            return_lse=True,
+        )
+    )
+    assert lse is not None
+    if key_bias is not None:
+        rows = call.q.to(key_bias.dtype).unflatten(2, (len(key_bias), -1))
+        lse = lse - call.scale * torch.einsum("bsghd,gd->bghs", rows, key_bias).flatten(1, 2)
+    return out, lse
+
+
+def _attend_to_others(
+    over: AttentionCall, cache: KVCache, count: int, keys: WeightedSum, values: WeightedSum
+) -> tuple[Tensor, Any]:
+    """out and lse over the codes of all tokens but each row's last ``count``: positions are less by that."""
+    over = over._replace(
+        cache_seqlens=cache.lens_without(cache.sinks + count),
+        host_seqlens=[max(length - count, 0) for length in cache.stored_lengths],
+        left=over.left - count if over.left >= 0 else over.left,
+        return_lse=True,
+    )
+    if cache.scales is None:
+        return cached.attend(over)
+    return _attend_with_token_scales(over, over.q, cache, keys, values)
 
 
 def _attend_with_token_scales(

@@ -68,7 +68,7 @@ def tokens_of(cache: KVCache, tensor: Tensor, b: int) -> Tensor:
 
 def decoded_copy(cache: KVCache, codecs: CacheCodecs) -> KVCache:
     """A raw, contiguous cache of what the codes stand for, behind the raw first tokens."""
-    raw = KVCache(cache.plan, BATCH, MAX_LEN, cache.num_kv_heads, cache.head_dim)
+    raw = KVCache(cache.plan, BATCH, cache.max_len, cache.num_kv_heads, cache.head_dim)
     raw.advance(list(cache.lengths))
     for i in cache.plan.storage_layers:
         for name in ("keys", "values"):
@@ -294,10 +294,8 @@ def test_a_cache_needs_room_beyond_its_first_tokens() -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("int4:tail=8", "no raw last tokens here, got sinks=4 and tail=8; ask for int4:tail=0"),
-        ("kivi:group=16", "no raw last tokens"),
+        ("kivi:group=16", "scales per channel or per token"),
         ("turboquant:bits=3,tail=0", "8 or 4 bits and scales per channel or per token, got grid3"),
-        ("turboquant", "ask for turboquant:tail=0"),
         ("pca:rank=8,sinks=0", "scales per channel or per token, got raw, rank 8"),
         ("int4:bits=3,sinks=0", "8 or 4 bits"),
     ],

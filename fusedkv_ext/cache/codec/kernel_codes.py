@@ -52,18 +52,17 @@ def check_codes(codecs: CodecPlan, plan: CachePlan, *, static: bool = False) -> 
     """Checks that kernels read the codes of every layer, and that those of each sum are coded alike.
 
     Args:
-        codecs: The codecs. Raw last tokens are not possible.
+        codecs: The codecs.
         plan: The cache plan.
-        static: Whether raw first tokens and scales of tokens are not possible either.
+        static: Whether raw tokens and scales of tokens are not possible.
 
     Raises:
         ValueError: They do not; the message names the layer and the side.
     """
-    if codecs.tail or (codecs.sinks and static):
-        label = f"{codecs.name.split(':')[0]}:" + ("sinks=0,tail=0" if static else "tail=0")
+    if static and (codecs.tail or codecs.sinks):
         raise ValueError(
-            f"codecs must keep no raw {'rows' if static else 'last tokens'} here, got sinks={codecs.sinks} "
-            f"and tail={codecs.tail}; ask for {label}"
+            f"codecs must keep no raw rows here, got sinks={codecs.sinks} and tail={codecs.tail}; ask for "
+            f"{codecs.name.split(':')[0]}:sinks=0,tail=0"
         )
     for i in range(plan.num_layers):
         four_bits: set[str] = set()
