@@ -90,6 +90,13 @@ def test_decoding_equals_that_of_one_process(ranks: list[dict]) -> None:
         assert found["messages"] == 0, case
 
 
+def test_caches_of_codes_are_read_and_written_as_by_one_process(ranks: list[dict]) -> None:
+    for part in ("coded", "encoded"):
+        for case, found in each(ranks, part):
+            equal(found, rtol=0, atol=0)
+            assert found["messages"] == 0, case
+
+
 def test_what_does_not_fit_is_gathered(ranks: list[dict]) -> None:
     for case, found in each(ranks, "gathered"):
         equal(found, rtol=0, atol=0)
@@ -326,6 +333,62 @@ def gathered(place: Placed) -> dict[str, Any]:
     return found
 
 
+def coded(place: Placed) -> dict[str, Any]:
+    """4-bit codes with a codebook, scales of tokens, a query per source and a bias of values."""
+    results = {}
+    for paged in (False, True):
+        for placed, dim in place.dims.items():
+            if placed == "tokens":
+                continue
+            tensors, seqlens, table = caches(G, paged)
+            shape = next(iter(tensors.values())).shape[:3]
+            of_batch, pool = 0 if dim == 0 else None, None if paged and dim == 0 else dim
+            arguments: dict[str, tuple[Any, int | None]] = {
+                "q": ([draw(B, 2, 4, D, dtype=torch.float32) for _ in range(2)], dim),
+                "key_caches": ([torch.randint(0, 256, (*shape, D // 2)).byte() for _ in range(2)], pool),
+                "value_caches": ([torch.randint(0, 256, (*shape, D // 2)).byte() for _ in range(2)], pool),
+                "value_weights": (torch.rand(2, G, D) + 0.5, 1 if dim == 2 else None),
+                "cache_seqlens": (seqlens, of_batch),
+                "codebook": (torch.randn(16), None),
+                "key_token_scales": ([torch.rand(shape).half() for _ in range(2)], pool),
+                "value_token_scales": ([torch.rand(shape).half() for _ in range(2)], pool),
+                "value_bias": (torch.randn(G, D), 0 if dim == 2 else None),
+            }
+            if table is not None:
+                arguments["block_table"] = (table, of_batch)
+            expected = fkv.fused_kv_attn_with_kvcache(**{name: x for name, (x, _) in arguments.items()})
+            on = {
+                name: [place(y, d) for y in x] if isinstance(x, list) else place(x, d)
+                for name, (x, d) in arguments.items()
+            }
+            out, messages = counted(lambda on=on: fkv.fused_kv_attn_with_kvcache(**on))
+            pairs = {"out": (out.full_tensor(), expected)}
+            results[f"{placed}, paged {paged}"] = {"pairs": pairs, "messages": messages}
+    return results
+
+
+def encoded(place: Placed) -> dict[str, Any]:
+    """Rows that ``append_kvcache`` encodes with scales and centers."""
+    results = {}
+    for placed, dim in place.dims.items():
+        if placed == "tokens":
+            continue
+        seqlens = torch.tensor([16, 3, 7, 11], dtype=torch.int32)
+        new = [draw(B, 2, G, D, dtype=torch.float32) for _ in range(2)]
+        stored = [torch.zeros(B, 16, G, D, dtype=torch.int8) for _ in range(2)]
+        names = ("key_scale", "key_center", "value_scale", "value_center")
+        of_codes = {name: torch.rand(G, D) / 64 for name in names}
+        on_stored = [place(x.clone(), dim) for x in stored]
+        on_new = [place(x, dim) for x in new]
+        on = {name: place(x, 0 if dim == 2 else None) for name, x in of_codes.items()}
+        on["cache_seqlens"] = place(seqlens, 0 if dim == 0 else None)
+        fkv.append_kvcache(*new, *stored, cache_seqlens=seqlens, **of_codes)
+        _, messages = counted(lambda new=on_new, to=on_stored, on=on: fkv.append_kvcache(*new, *to, **on))
+        pairs = {str(j): (x.full_tensor(), y) for j, (x, y) in enumerate(zip(on_stored, stored, strict=True))}
+        results[placed] = {"pairs": pairs, "messages": messages}
+    return results
+
+
 def append(place: Placed) -> dict[str, Any]:
     results = {}
     cos, sin = torch.rand(16, D // 2), torch.rand(16, D // 2)
@@ -449,7 +512,7 @@ def work(folder: Path) -> dict[str, Any]:
     parts = (fuse_kv, wanted, pair, accumulate, append, local_map)
     found |= {part.__name__: part(place) for part in parts}
     with torch.no_grad():
-        found |= {part.__name__: part(place) for part in (decode, gathered, folded)}
+        found |= {part.__name__: part(place) for part in (decode, coded, encoded, gathered, folded)}
     found["refused"] = refused(place)
     return found
 
