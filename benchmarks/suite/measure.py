@@ -65,6 +65,8 @@ class Entry:
         peak_mb: Measured before.
         flops: Of the operation; 0: not counted.
         captured: A GPU times replays of a CUDA graph; False: calls as they are, with what the host does.
+        products: The same products on data that stays in the first cache. With it the row has a share of the
+            limit: the longer of the time of these and of reading ``num_bytes`` at the read roof.
     """
 
     op: str
@@ -80,6 +82,7 @@ class Entry:
     peak_mb: float | None = None
     flops: float = 0.0
     captured: bool = True
+    products: Call | None = None
 
     @property
     def ours(self) -> Contestant:
@@ -119,7 +122,8 @@ class Row:
 
     peers: name -> {us, us_low, us_high, x} with x = how many times our time it takes, or {reason}.
     versus: {to: label of the cell's base, x: our time / its time, per_byte: both divided by their bytes}.
-    timing: "host", "graph" or "stream". error: why the row is not complete.
+    timing: "host", "graph" or "stream". error: why the row is not complete. products_gb_per_s: of the
+    products alone. percent_of_limit: of the slower of reading and products.
     """
 
     family: str
@@ -136,6 +140,8 @@ class Row:
     roof: str | None = None
     roof_gb_per_s: float | None = None
     percent_of_roof: float | None = None
+    products_gb_per_s: float | None = None
+    percent_of_limit: float | None = None
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_peer: str | None = None
     x_best: float | None = None
@@ -163,8 +169,13 @@ class _Place:
 
     entry: Entry
     mine: Ready
+    products: Ready | None = None
     rivals: dict[str, Ready] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[Ready]:
+        return [self.mine] if self.products is None else [self.mine, self.products]
 
 
 class Bench:
@@ -183,7 +194,7 @@ class Bench:
         roofs = {name: self.clock.roof(name, cell.cold) for name in names}
         running = [timed for group, _ in roofs.values() for timed in group]
         self.clock.sample(running, 1)  # warms up
-        timed_here = [timed for place in places for timed in (place.mine, *_fastest(place.rivals))]
+        timed_here = [timed for place in places for timed in (*place.own, *_fastest(place.rivals))]
         running += {id(timed): timed for timed in timed_here}.values()
         rounds = self.clock.rounds(running, cell.slow)
         for timed in running:
@@ -203,6 +214,9 @@ class Bench:
         mine = clock.ready(entry.ours, entry.check, entry, cell, small and small.ours)
         clock.sample([mine], clock.estimates)
         place = _Place(entry, mine)
+        if entry.products is not None:
+            contestant = _contestant(entry.products)
+            place.products = clock.ready(contestant, lambda result: None, entry, cell, small and small.ours)
         self.partial(self._row(cell, [place], place, {}))
         for other in earlier:
             if other.entry.peers is entry.peers:
@@ -238,7 +252,10 @@ class Bench:
         row.timing, row.roof = place.mine.timing, entry.roof
         row.gb_per_s = entry.num_bytes / row.us / 1e3 if entry.num_bytes else None
         row.tflop_per_s = entry.flops / row.us / 1e6 if entry.flops else None
-        share_of_roof(row, per_unit.get(entry.roof or "") or self.clock.rates, samples, entry.flops)
+        roof = per_unit.get(entry.roof or "")
+        share_of_roof(row, roof or self.clock.rates, samples, entry.flops)
+        if place.products is not None and roof:
+            share_of_limit(row, roof, place.products.samples, samples)
         for name in entry.peers:
             if name in place.missing:
                 row.peers[name] = {"reason": place.missing[name]}
@@ -277,6 +294,15 @@ def share_of_roof(
         row.roof_gb_per_s = 1e-9 / statistics.median(roof)
     if amount:
         row.percent_of_roof = 100 * amount * median_ratio(roof, samples)
+
+
+def share_of_limit(
+    row: Row, roof: Sequence[float], products: Sequence[float], samples: Sequence[float]
+) -> None:
+    """roof: seconds per byte in each round; products: seconds of the products alone."""
+    row.products_gb_per_s = 1e-9 * row.num_bytes / statistics.median(products)
+    slower = [max(row.num_bytes * x, y) for x, y in zip(roof, products, strict=True)]
+    row.percent_of_limit = 100 * median_ratio(slower, samples)
 
 
 def beside(timed: Timed, samples: Sequence[float]) -> dict[str, Any]:

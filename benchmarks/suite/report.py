@@ -23,15 +23,24 @@ def line(row: Record) -> str:
         return f"{' '.join(head)} | {row['error']}"
     spread = f"{row['us_low']:.1f}..{row['us_high']:.1f}"
     bandwidth = f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else ""
-    share = f"{row['percent_of_roof']:.0f}% of {row['roof']}" if row["percent_of_roof"] else ""
     notes = [f"{peer['x']:.2f} {name}" for name, peer in by_time(row)]
     if row["versus"]:
         notes.append(f"{times(row['versus']['x'])} of the time of {row['versus']['to']}")
     if row["peak_mb"]:
         notes.append(f"peak {row['peak_mb']:.0f} MB")
     notes += [row["error"]] if row["error"] else []
-    numbers = (f"{row['us']:.1f}", spread, bandwidth, number(row["tflop_per_s"]), share)
+    numbers = (f"{row['us']:.1f}", spread, bandwidth, number(row["tflop_per_s"]), share(row))
     return _COLUMNS.format(*head, *numbers, "; ".join(notes))
+
+
+def share(row: Record) -> str:
+    """Of the roof, and of the limit where that is known."""
+    parts = [f"{row['percent_of_roof']:.0f} % of {row['roof']}"] if row["percent_of_roof"] else []
+    if row.get("percent_of_limit"):
+        parts.append(
+            f"{row['percent_of_limit']:.0f} % of the limit (products {row['products_gb_per_s']:.0f} GB/s)"
+        )
+    return ", ".join(parts)
 
 
 def by_time(row: Record) -> list[tuple[str, Record]]:

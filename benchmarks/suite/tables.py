@@ -21,7 +21,7 @@ from suite.cpu import goals, plots
 from suite.cpu.decode import BATCH, CONTEXT, SHORT
 from suite.cpu.settings import FAMILIES
 from suite.gpu.tasks import TITLES
-from suite.report import by_time, means, number, times
+from suite.report import by_time, means, number, share, times
 from suite.serving import report as serving
 
 Result = dict[str, Any]
@@ -118,8 +118,7 @@ def _beside(row: Record, versus: bool) -> str:
 
 def _shares(row: Record) -> list[str]:
     bandwidth = f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else ""
-    share = f"{row['percent_of_roof']:.0f} % of {row['roof']}" if row["percent_of_roof"] else ""
-    return [bandwidth, share]
+    return [bandwidth, share(row)]
 
 
 def _operations(rows: Sequence[Record], versus: bool = False) -> str:

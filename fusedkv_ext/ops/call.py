@@ -95,8 +95,8 @@ class AttentionCall(NamedTuple):
         """Whether only the native kernel runs the call: over codes, or with what belongs to them."""
         if codes.is_coded(self.keys[0]) or codes.is_coded(self.values[0]):
             return True
-        extras = (self.key_token_scales, self.value_token_scales, self.q_sources, self.value_bias)
-        return any(x is not None for x in extras)
+        scales = self.key_token_scales is not None or self.value_token_scales is not None
+        return scales or self.q_sources is not None or self.value_bias is not None
 
     @property
     def value_dim(self) -> int:
@@ -251,8 +251,13 @@ class CodedInputs(NamedTuple):
         return {name: x for name, x in self._asdict().items() if x is not None}
 
 
+_NO_CODES = CodedInputs(None, None, None, None, None)
+
+
 def take_code_inputs(q: Any, options: Any) -> tuple[Any, CodedInputs]:
     """The query, or the first of those per source, and what belongs to codes: taken out of the options."""
+    if not options and isinstance(q, Tensor):  # nearly every call
+        return q, _NO_CODES
     q, q_sources = codes.split_queries(q)
     taken = {name: options.pop(name, None) for name in codes.CodeOptions.__annotations__}
     return q, CodedInputs(q_sources=q_sources, **taken)
@@ -383,9 +388,9 @@ def cached_attention_call(
     values = checks.as_list("value_caches", value_caches)
     optional = {"key_weights": key_weights, "value_weights": value_weights, "block_table": block_table}
     optional.update(cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes)
-    coded = coded.checked(len(keys), len(values))
     given = [x for x in optional.values() if x is not None]
-    if any(x is not None for x in coded):
+    if coded is not _NO_CODES:
+        coded = coded.checked(len(keys), len(values))
         optional.update(coded.given)
         given += coded.tensors
     if not checks.plain_on_cpu([q, *keys, *values, cache_seqlens, *given]):

@@ -23,6 +23,7 @@ ATTENTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SOURCES: int = native.build_info()["max_sources"]
 MAX_WINDOW = 2**31  # lengths are int32
 _STRIDED = torch.strided
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_tensor(name: str, x: object, index: int | None = None) -> Tensor:
@@ -398,8 +399,7 @@ def check_softcap(softcap: object) -> float:
     """
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}; 0.0 is no soft cap")
-    limits = torch.finfo(torch.float32)
-    if softcap != 0 and not limits.tiny <= softcap <= limits.max:
+    if softcap != 0 and not _FLOAT32.tiny <= softcap <= _FLOAT32.max:
         raise ValueError(f"softcap must be 0.0 (off) or a positive float32, got {softcap}")
     return float(softcap)
 

@@ -83,6 +83,8 @@ def cache_state(
             exclude each other.
         TypeError: An option is unknown, or ``cache_batch_idx`` has a wrong type or dtype.
     """
+    if not flash and _is_int32(cache_seqlens) and (block_table is None or _is_int32(block_table)):
+        return CacheState(cache_seqlens, block_table, host_seqlens)  # nearly every call
     cache = key_caches[0] if isinstance(key_caches, (list, tuple)) and key_caches else key_caches
     known = isinstance(q, Tensor) and isinstance(cache, Tensor) and not q.is_nested
     known = known and q.dim() > 0 and cache.dim() == 4
@@ -161,6 +163,10 @@ def attend_with_options(
 def _begins_at_16_bytes(x: Tensor) -> bool:
     """What the kernels need. A graph of torch.compile cannot ask: the operation refuses others there."""
     return torch.compiler.is_compiling() or x.storage_offset() * x.element_size() % 16 == 0
+
+
+def _is_int32(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.int32
 
 
 def _as_int32(x: Any) -> Any:

@@ -48,6 +48,7 @@ def test_every_row_runs_is_checked_and_beside_peers_that_run(result: dict[str, A
         assert 0 < row["us_low"] <= row["us"] <= row["us_high"]
         assert not [peer for peer in row["peers"].values() if "reason" in peer]
         assert (row["percent_of_roof"] is None) == (row["roof"] is None)
+        assert (row["percent_of_limit"] is None) == (row["products_gb_per_s"] is None)
         if row["peers"]:
             assert row["best_peer"] == min(row["peers"], key=lambda name: row["peers"][name]["us"])
         if row["num_bytes"]:
@@ -172,23 +173,47 @@ def judged(rows: list[dict[str, Any]], start: str) -> tuple[float | None, bool |
 
 
 def test_goals_take_the_worst_row() -> None:
-    sdpa = {"SDPA": {"x": 7.0}, "SDPA, as cached": {"x": 6.0}, "matmul": {"x": 1.0}}
-    sdpa["SDPA on x"] = {"reason": "not here"}
     rows = [
-        row("decode", params={"m": 1, "R": 1}, percent_of_roof=85.0, peers=sdpa, x_best=1.0),
-        row("decode", params={"m": 1, "R": 4}, percent_of_roof=81.0, x_best=3.0),
-        row("decode", params={"m": 2, "R": 4}, percent_of_roof=10.0, versus={"x": 2.0, "per_byte": 1.02}),
+        row("decode", params={"m": 1, "R": 1, "T": 8192}, percent_of_limit=85.0, x_best=1.4),
+        row("decode", params={"m": 1, "R": 4, "T": 8192}, percent_of_limit=81.0, x_best=3.0),
+        row(
+            "decode",
+            dtype="float16",
+            params={"m": 2, "R": 4, "T": 8192},
+            percent_of_limit=10.0,
+            versus={"x": 2.0, "per_byte": 1.02},
+        ),
+        row(decode.CONTEXT, params={"T": 4096}, x_best=1.2),
+        row(decode.CONTEXT, params={"T": 2048}, x_best=1.0),
+        row(decode.CONTEXT, params={"T": 32}, x_best=0.5),
         row("decode, paged", params={"page": 16}, versus={"x": 1.06, "per_byte": 1.06}),
         row(models.TINY_ATTENTION, us=60.0, peers={models.OPERATIONS: {"us": 40.0, "x": 0.67}}),
     ]
-    assert judged(rows, "bfloat16, 1 source") == (81.0, True)
-    assert judged(rows, "bfloat16, 2 sources") == (10.0, False)
-    assert judged(rows, "1 source, H = G") == (6.0, True)
-    assert judged(rows, "1 source: as fast as the best") == (1.0, False)
+    assert judged(rows, "bfloat16: of the limit") == (81.0, True)
+    assert judged(rows, "float16: of the limit") == (10.0, False)
+    assert judged(rows, "from 4096 tokens on") == (1.2, False)
+    assert judged(rows, "64 to 2048 tokens") == (1.0, True)
     assert judged(rows, "time per byte of 2 sources") == (1.02, True)
     assert judged(rows, "time in pages of 16") == (1.06, False)
     assert judged(rows, "time in pages of 64") == (None, None)
     assert judged(rows, "Python time per token and layer") == (20.0, True)
+
+
+def test_the_limit_is_the_slower_of_reading_and_products() -> None:
+    found = measure.Row("decode", "decode", num_bytes=100)
+    # A byte takes 1, 2 and 4 s; the products take 300 s; the row takes 400, 500 and 600 s.
+    measure.share_of_limit(found, [1.0, 2.0, 4.0], [300.0] * 3, [400.0, 500.0, 600.0])
+    assert found.percent_of_limit == pytest.approx(100 * 400 / 600)
+    assert found.products_gb_per_s == pytest.approx(1e-9 / 3)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_products_alone_are_the_same_call_on_four_tokens(page_size: int | None) -> None:
+    problem = decode.make([40, 64], 2, 2, torch.float32, settings.TINY, page_size=page_size)
+    alone = problem.resident()
+    assert alone.num_bytes == problem.num_bytes and len(alone.keys) == 2
+    assert alone.keys[0].untyped_storage().nbytes() == 4 * settings.TINY.G * settings.TINY.D * 4
+    alone.check(alone.run())
 
 
 def test_memory_goal_compares_equal_shapes() -> None:

@@ -75,11 +75,11 @@ def code_cell(R: int, m: int, s: Settings) -> Cell:
     """Codes of every kind beside bfloat16, of m sources."""
     T = decode.tokens_of(s.cache_bytes, m, torch.bfloat16, s)
     plain = decode.make([T], R, m, torch.bfloat16, s)
-    entries = [decode.entry("decode, bfloat16", "bfloat16", plain, {"T": T})]
+    entries = [decode.limited("decode, bfloat16", "bfloat16", plain, {"T": T})]
     for kind in KINDS:
         problem = coded(plain, kind)
         others = {"decode, then SDPA": partial(decode_then_attend, problem)} if m == 1 else {}
-        entries.append(decode.entry(f"decode, {kind}", kind, problem, {"T": T}, peers=others))
+        entries.append(decode.limited(f"decode, {kind}", kind, problem, {"T": T}, peers=others))
     return Cell(FAMILY, entries, base="bfloat16")
 
 

@@ -58,9 +58,10 @@ struct Bf16Words : RowByRow<Bf16Words, bf16, float> {
           const char* const* key = k[j].row + first + i;
           const int64_t offset = offsets[j] * int64_t(sizeof(bf16));
           const float* qj = q + j * rows * Dp;
+          if (RT > 1) ahead.bytes(kTokens * D * int64_t(sizeof(bf16)));
           const auto step = [&](int64_t d, int n) {
             const float* x = qj + d * rows;
-            ahead.bytes(kTokens * n * int64_t(sizeof(bf16)));
+            if (RT == 1) ahead.bytes(kTokens * n * int64_t(sizeof(bf16)));
             for (int t = 0; t < kTokens; ++t) {
               Vec even, odd;
               const bf16* from = (const bf16*)(key[t] + offset) + d;
@@ -133,11 +134,15 @@ struct Bf16Words : RowByRow<Bf16Words, bf16, float> {
         }
       }
     };
+    constexpr int kRun = RT == 1 ? 2 : RT == 2 ? kBlock / 2 : kBlock;
 #pragma GCC unroll 1
-    for (int i = 0; i < kBlock; i += 2) {
-      ahead.bytes(2 * NC * kStep * int64_t(sizeof(bf16)));
-      add_token(i);
-      add_token(i + 1);
+    for (int begin = 0; begin < kBlock; begin += kRun) {
+      ahead.bytes(kRun * NC * kStep * int64_t(sizeof(bf16)));
+#pragma GCC unroll 1
+      for (int i = begin; i < begin + kRun; i += 2) {
+        add_token(i);
+        add_token(i + 1);
+      }
     }
     for (int r = 0; r < RT; ++r) {
       for (int c = 0; c < NC; ++c) {
