@@ -341,13 +341,13 @@ def _like_ours(name: str, entry: Entry) -> Check:
     return lambda result: require_same_function(name, result, entry.ours.calls[0]())
 
 
-def require_same_function(name: str, got: Outputs, expected: Outputs, limit: float = 0.03) -> None:
+def require_same_function(name: str, got: Outputs, expected: Outputs, limit: float = 0.1) -> None:
     """Raises WrongResult where a peer computes something else.
 
     A peer may round more often than torch does in the oracle's formula, so the criterion of ours is not for
     it. Every vector along the last dim has to be within ``limit`` of the expected one, relative to its
-    length; vectors much shorter than the typical one are judged by that. Roundings stay far below the
-    limit; NaN and anything misplaced do not.
+    length; vectors much shorter than the typical one are judged by that. Roundings of 16-bit peers reach
+    a third of the limit; NaN and anything misplaced are far beyond it.
     """
     sides = [[x] if isinstance(x, torch.Tensor) else list(x) for x in (got, expected)]
     for mine, right in zip(*sides, strict=True):
