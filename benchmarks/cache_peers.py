@@ -3,6 +3,8 @@
     pip install optimum-quanto
     python benchmarks/cache_peers.py MODEL --text TEXT --eval EVAL --json FILE
 
+The peer compiles an extension when it is first used: ninja has to be on the path.
+
 Every cache decodes the same windows of --eval, all in one batch: a prompt, then token after token, each step
 over the cache as it is. The peer is `QuantizedCache` with optimum-quanto, in its defaults: groups of 64
 and 128 raw last tokens. Bytes are those of all tensors that the cache holds at the end.
