@@ -38,8 +38,8 @@ struct BlockRows {
 
 // Prefetches the next block during this one. Evenly, because a burst of prefetches delays the loads behind it
 // and a pause leaves the memory idle. From kStreams places in turn: how many a machine reads fastest from is
-// measured. It is 8 on Xeon and EPYC with AVX-512, where the prefetcher of L2 follows one stream per page, and
-// 2 on EPYC without.
+// measured. It is 8 on Xeon and EPYC with AVX-512, where the prefetcher of L2 follows one stream per page,
+// and 2 on EPYC without.
 class Ahead {
  public:
   // rows: the tokens of one side, kBlock per source, each `bytes` long.
@@ -78,8 +78,8 @@ class Ahead {
   int64_t due_ = 0;                     // bytes due and not yet prefetched
 };
 
-// Around an inner loop of prefetches gcc 12 keeps sums in memory. With 16 registers it pays to prefetch before
-// the sums, for a whole block: with four rows or more they take long enough that this is still even.
+// Around an inner loop of prefetches gcc 12 keeps sums in memory. With 16 registers it pays to prefetch
+// before the sums, for a whole block: with four rows or more they take long enough that this is still even.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kPrefetchesFirst = true;
 #else
