@@ -143,7 +143,7 @@ def test_logits_do_not_depend_on_the_steps(label: str, steps: list[int]) -> None
         expected = model(ids, cache=whole)
         got = torch.cat([model(part, cache=cache) for part in ids.split(steps, dim=1)], dim=1)
     # A code may round the other way: a step of other length sums in another order.
-    assert (got - expected).norm() < 5e-3 * expected.norm()
+    assert (got - expected).norm() < 2e-3 * expected.norm()  # one raw token more: 6e-3
 
 
 def test_raw_last_tokens_bring_the_logits_closer() -> None:
