@@ -399,13 +399,13 @@ class KVCache:
             self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
             return self._rotate(query, rotary, rotary_interleaved)
         sides = self._sides(layer, key, value)
-        cos, sin = rotary
+        cos, sin, codes = *rotary, self._static_codes(layer)
         if sides is None or query.shape[1] != sides[0].shape[1]:
             if sides is not None:
                 self.append(layer, key, value, rotary=rotary, rotary_interleaved=rotary_interleaved)
-            none = query[:, :, :0]
+            none, codes = query[:, :, :0], ()  # only the query is rotated
             sides = (none, none, self._no_heads, self._no_heads)
-        lengths, table, codes = self.seq_lens, self.block_table, self._static_codes(layer)
+        lengths, table = self.seq_lens, self.block_table
         return cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, query, *codes))
 
     @property

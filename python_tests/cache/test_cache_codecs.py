@@ -168,6 +168,22 @@ def test_nbytes_are_those_of_the_codec_plan(label: str) -> None:
     assert cache.nbytes == BATCH * (coded + codecs.codecs.raw_bytes(*sizes))
 
 
+@pytest.mark.parametrize("label", [*LABELS, "turboquant", "int8:tail=5"])
+@pytest.mark.parametrize("plan", SOME_PLANS)
+def test_a_prompt_may_want_its_last_logits_only(plan: str, label: str) -> None:
+    """The last layer that stores then has queries of one row and keys of all."""
+    model = make_model(plan)
+    codecs, ids = codecs_of(model, label), torch.randint(0, 61, (BATCH, PROMPT))
+    some, whole = (model.make_cache(BATCH, MAX_LEN, codecs=codecs) for _ in range(2))
+    with torch.no_grad():
+        expected = model(ids, cache=whole)[:, -1:]
+        got = model(ids, cache=some, logits_to_keep=1)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        for cache in (some, whole):
+            got, expected = expected, model(ids[:, :1], cache=cache)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
 def test_reorder_and_crop_keep_the_codes_of_the_tokens() -> None:
     model = make_model("fusedkv")
     for label in LABELS:
