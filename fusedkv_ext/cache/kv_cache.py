@@ -349,6 +349,9 @@ class KVCache:
         """
         if self._encodes_rotated and key is not None and rotary is not None:
             key, rotary = self._rotate(key, rotary, rotary_interleaved), None
+        sides = self._sides(layer, key, value)  # before anything is written
+        if sides is None:
+            return
         if self.first is not None and (
             min(self._lengths) - self._step < self.sinks or in_graph(self.seq_lens, self.device.type)
         ):
@@ -356,14 +359,11 @@ class KVCache:
         if self.last is not None:
             self.last.store(layer, key, value, self.stored_lens)
         if self.scales is not None:
-            self._sides(layer, key, value)  # checks
             append_codes(self, layer, key, value)
             return
-        sides = self._sides(layer, key, value)
-        if sides is not None:
-            cos, sin = (None, None) if rotary is None else rotary
-            lengths, table, codes = self.stored_lens, self.block_table, self._static_codes(layer)
-            cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
+        cos, sin = (None, None) if rotary is None else rotary
+        lengths, table, codes = self.stored_lens, self.block_table, self._static_codes(layer)
+        cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
 
     def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
         """The rows of a step after RoPE; ``append_kvcache`` would count positions from the codes on."""

@@ -209,3 +209,17 @@ def test_a_tail_longer_than_the_cache_keeps_all_raw() -> None:
     with torch.no_grad():
         for part in ids.split([12, 1, 7], dim=1):
             torch.testing.assert_close(model(part, cache=cache), model(part, cache=raw))
+
+
+def test_rows_of_another_step_are_refused_before_anything_is_written() -> None:
+    model = make_model("fusedkv")
+    pair = Pair(model, codecs_of(model, with_tail("int4")), None)
+    pair.step(4)
+    cache = pair.coded
+    parts = [*cache.first.tensors, *cache.last.tensors, cache.keys(0)]
+    before = [x.clone() for x in parts]
+    cache.advance(1)
+    wrong = torch.randn(BATCH, 3, 2, 16)
+    with pytest.raises(ValueError, match="must get the 1 rows of this step, got 3"):
+        cache.append(0, wrong, wrong)
+    assert all(torch.equal(x, y) for x, y in zip(parts, before, strict=True))
