@@ -38,7 +38,7 @@ SIMT := build/simt/_C_simt.so
 SANITIZE := build/sanitize
 # Tests of the CPU ops, on every SIMD target.
 SANITIZE_TESTS := $(addprefix python_tests/ops/test_,levels.py fuse_kv.py fuse_kvcache.py append_kvcache.py \
-    attn_with_kvcache.py coded_attention.py coded_append.py head_dims.py large_results.py)
+    attn_with_kvcache.py coded_attention.py coded_append.py head_dims.py large_results.py merging.py)
 COUNTER := build/count_instructions
 # A file's tests stay in one process: they share what its fixtures compute.
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile

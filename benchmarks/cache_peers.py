@@ -1,13 +1,13 @@
 """Coded caches of transformers beside ours: perplexity, bytes that are resident, time of a decoding step.
 
-    pip install optimum-quanto
+    pip install optimum-quanto turboquant "numpy<2.4"
     python benchmarks/cache_peers.py MODEL --text TEXT --eval EVAL --json FILE
 
-The peer compiles an extension when it is first used: ninja has to be on the path.
+optimum-quanto compiles an extension when it is first used: ninja has to be on the path.
 
 Every cache decodes the same windows of --eval, all in one batch: a prompt, then token after token, each step
-over the cache as it is. The peer is `QuantizedCache` with optimum-quanto, in its defaults: groups of 64
-and 128 raw last tokens. Bytes are those of all tensors that the cache holds at the end.
+over the cache as it is. The peers are `QuantizedCache` with optimum-quanto and the package turboquant, in
+their defaults: both keep 128 raw last tokens. Bytes are those of all tensors that the cache holds at the end.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
+from turboquant import TurboQuantCache
 
 from fusedkv_ext.conversion import calibration_windows, convert_model
 from fusedkv_ext.conversion.coding import code_model, collect_stored
@@ -34,6 +35,13 @@ from fusedkv_ext.lab.reporting import write
 
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512
 OURS = ["turboquant:bits=4", "int4:tail=128", "turboquant:bits=2", "kivi:bits=2"]
+
+
+class CalledWithThree(TurboQuantCache):  # type: ignore[misc]  # the package is not typed
+    """turboquant 0.2.0 under newer transformers, which passes more arguments. It does not read them."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        return super().update(keys, values, layer)
 
 
 def resident_bytes(cache: Any) -> int:
@@ -119,6 +127,8 @@ def main() -> None:
         "raw": lambda: (plain, DynamicCache(config=plain.config)),
         "QuantizedCache, 4 bits": lambda: quanto(4),
         "QuantizedCache, 2 bits": lambda: quanto(2),
+        "TurboQuantCache, 4 bits": lambda: (plain, CalledWithThree(bits=4)),
+        "TurboQuantCache, 2 bits": lambda: (plain, CalledWithThree(bits=2)),
         **{label: (lambda label=label: ours(label)) for label in OURS},
     }
     rows: dict[str, Any] = {}

@@ -408,6 +408,8 @@ def run_the_others(rng: random.Random) -> None:
     tokens = rng.choice([1, 5, 13])
     torch.ops.fusedkv.fuse_kvcache(caches, weights, call["cache_seqlens"], call["block_table"], tokens)
     torch.ops.fusedkv.attn_schedule(call["cache_seqlens"], tokens, 4, 2, 100, -1, rng.choice([True, False]))
+    outs = [torch.randn(2, tokens, 3, 16).to(caches[0].dtype) for _ in range(rng.choice([1, 2, 3]))]
+    torch.ops.fusedkv.merge_states(outs, [torch.randn(2, 3, tokens) for _ in outs])
 
 
 def native_op_names() -> set[str]:

@@ -44,6 +44,7 @@ void define_ops(Library& m) {
       " Tensor cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin,"
       " bool rotary_interleaved, Tensor? query, Tensor? key_scale=None, Tensor? key_center=None,"
       " Tensor? value_scale=None, Tensor? value_center=None) -> Tensor");
+  m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
 }
 
 }  // namespace fusedkv::api

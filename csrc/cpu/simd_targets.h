@@ -8,6 +8,7 @@ namespace fusedkv {
 struct AppendKVCacheParams;
 struct AttnDecodeParams;
 struct FuseKVParams;
+struct MergeStatesParams;
 
 // Every function but attn_decode computes [begin, end) of its parallel dimension: the caller owns the
 // threads.
@@ -21,6 +22,7 @@ struct CpuKernels {
   void (*attn_decode)(const AttnDecodeParams&, int64_t task, int64_t next_task, void* workspace);
   void (*attn_decode_merge)(const AttnDecodeParams&, int64_t begin, int64_t end);  // (query token, h)
   void (*append_kvcache)(const AppendKVCacheParams&, int64_t begin, int64_t end);  // tokens of B * S
+  void (*merge_states)(const MergeStatesParams&, int64_t begin, int64_t end);      // rows of B * S * H
 };
 
 // The table in use: the best target of this CPU, or the one that FUSEDKV_CPU_LEVEL or set_simd_target names.

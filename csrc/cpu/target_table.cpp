@@ -17,6 +17,7 @@ void fuse_kv_reduce_weights(const FuseKVParams&, int64_t, int64_t);
 void attn_decode(const AttnDecodeParams&, int64_t, int64_t, void*);
 void attn_decode_merge(const AttnDecodeParams&, int64_t, int64_t);
 void append_kvcache(const AppendKVCacheParams&, int64_t, int64_t);
+void merge_states(const MergeStatesParams&, int64_t, int64_t);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -27,6 +28,7 @@ const CpuKernels kernels = {
     attn_decode,
     attn_decode_merge,
     append_kvcache,
+    merge_states,
 };
 
 }  // namespace FUSEDKV_SIMD_TARGET

@@ -138,6 +138,14 @@ inline int __all_sync(uint32_t mask, int vote, fusedkv::simt::Site site = fusedk
 // ---- numbers
 // -------------------------------------------------------------------------------------------------
 
+inline float __fmul_rn(float x, float y) {
+  return x * y;
+}
+
+inline float __fadd_rn(float x, float y) {
+  return x + y;
+}
+
 inline float __uint_as_float(unsigned x) {
   return fusedkv::simt::bit_cast<float>(x);
 }

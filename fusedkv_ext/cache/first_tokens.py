@@ -2,21 +2,22 @@
 
 First tokens are attention sinks (StreamingLLM, arXiv:2309.17453). Their keys have ten times the norm of
 others and get most of the attention. So an error that is small in other tokens moves every output.
-Attention over them and attention over the codes are two states, which are merged (``merge_state``).
+Attention over them and attention over the codes are two states, which are merged (``merge_states``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops.call import AttentionCall, Side
+from fusedkv_ext.ops import cached
+from fusedkv_ext.ops.call import AttentionCall
 from fusedkv_ext.ops.fuse import fuse_side
-from fusedkv_ext.ops.merging import merge_state
 
-__all__ = ["FirstTokens", "attend_to_both"]
+__all__ = ["FirstTokens", "attend_to_first"]
 
 
 class FirstTokens:
@@ -48,8 +49,8 @@ class FirstTokens:
             return torch.zeros(batch_size, count, g, head_dim, dtype=dtype, device=device) if g else None
 
         self.count = count
-        self.keys = [make(k) for k, _ in heads]
-        self.values = [make(v) for _, v in heads]
+        self.keys: list[Any] = [make(k) for k, _ in heads]
+        self.values: list[Any] = [make(v) for _, v in heads]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -75,26 +76,18 @@ class FirstTokens:
             stored.copy_(torch.where(mine, new.gather(1, index).to(stored.dtype), stored))
 
 
-def attend_to_both(
-    call: AttentionCall,
-    over_codes: tuple[Tensor, Tensor | None],
-    keys: Side,
-    values: Side,
-    key_bias: Tensor | None,
-    lengths: Tensor,
-) -> Tensor:
-    """Attention over first tokens and codes, (B, S, H, D).
+def attend_to_first(call: AttentionCall, lengths: Tensor, held: Tensor) -> tuple[Tensor, Any]:
+    """Attention over first tokens: out (B, S, H, D) and lse (B, H, S).
 
     Args:
-        call: The call over the codes.
-        over_codes: Its out and lse.
-        keys, values: The first tokens of its sources, (B, n, g, D) each, and their fusion weights, float32
-            (m, g, D) or None.
-        key_bias: (g, D), what scores over codes lack: theirs are q . (k - key_bias).
+        call: The call over all tokens, with the first tokens as its sources, (B, n, g, D) each.
         lengths: (B,) int32, of the whole sequences.
+        held: (B,) int32, how many of the first tokens each sequence has.
     """
-    k, v = fuse_side(*keys), fuse_side(*values)
     q, steps = call.q, call.q.shape[1]
+    if steps == 1 and call.left < 0:  # the row sees all that there are
+        return cached.attend(call._replace(cache_seqlens=held, block_table=None, host_seqlens=None))
+    k, v = fuse_side(call.keys, call.key_weights), fuse_side(call.values, call.value_weights)
     position = lengths.long()[:, None] + torch.arange(-steps, 0, device=q.device)  # (B, S)
     token = torch.arange(k.shape[1], device=q.device)
     seen = token <= position[..., None]  # (B, S, n)
@@ -102,12 +95,9 @@ def attend_to_both(
         seen &= token >= position[..., None] - call.left
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = q.to(wide).unflatten(2, (k.shape[2], -1))  # (B, S, G, group, D)
-    k = k.to(wide) if key_bias is None else k - key_bias.to(wide)
-    s = torch.einsum("bsghd,bngd->bghsn", rows, k) * call.scale
+    s = torch.einsum("bsghd,bngd->bghsn", rows, k.to(wide)) * call.scale
     s = s.masked_fill(~seen[:, None, None], -torch.inf)
     lse = s.logsumexp(-1)
     p = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()
     out = torch.einsum("bghsn,bngd->bsghd", p, v.to(wide)).flatten(2, 3).to(q.dtype)
-    out_of_codes, lse_of_codes = over_codes
-    assert lse_of_codes is not None
-    return merge_state(out, lse.flatten(1, 2).float(), out_of_codes, lse_of_codes)[0]
+    return out, lse.flatten(1, 2).float()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from fusedkv_ext.ops import cached, native
 from fusedkv_ext.ops.call import AppendCall
 from fusedkv_ext.ops.dispatch import in_graph
 from fusedkv_ext.ops.functional import decode_schedule
-from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
+from fusedkv_ext.ops.rope import RotaryEmbedding
 from fusedkv_ext.plan import CachePlan, latent_layers
 
 __all__ = ["KV", "KVCache"]
@@ -136,7 +136,7 @@ class KVCache:
         self._lengths = [0] * batch_size
         self._step = 0
         self._table: PageTable | None = None
-        self._schedules: dict[tuple[int, ...], Tensor] = {}
+        self._schedules: dict[tuple[Any, ...], Tensor] = {}
         self._rotary: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
         # Inference tensors could not be modified outside of inference mode.
         with torch.inference_mode(False):
@@ -257,9 +257,16 @@ class KVCache:
         """(B,) int32: ``seq_lens`` less ``count`` tokens, at least 0; computed once per step."""
         if not count:
             return self.seq_lens
-        if (count,) not in self._schedules:
-            self._schedules[(count,)] = (self.seq_lens - count).clamp_min(0)
-        return self._schedules[(count,)]
+        return self._of_step(("without", count), lambda: (self.seq_lens - count).clamp_min(0))
+
+    def lens_up_to(self, count: int) -> Tensor:
+        """(B,) int32: ``seq_lens``, at most ``count``; computed once per step."""
+        return self._of_step(("up to", count), lambda: self.seq_lens.clamp_max(count))
+
+    def _of_step(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._schedules:
+            self._schedules[key] = make()
+        return self._schedules[key]
 
     @property
     def stored_lengths(self) -> tuple[int, ...]:
@@ -366,9 +373,11 @@ class KVCache:
         cached.append(AppendCall(*sides, lengths, table, cos, sin, rotary_interleaved, None, *codes))
 
     def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-        """The rows of a step after RoPE; ``append_kvcache`` would count positions from the codes on."""
-        at = self.positions(x.shape[1]).clamp_min(0)
-        return apply_rotary(x, rotary[0][at], rotary[1][at], interleaved)
+        """The rows of a step after RoPE, which the operation that stores would count from the codes on."""
+        none, cache = x[:, :, :0], x.new_empty(self.batch_size, self.max_len, 0, x.shape[3])
+        return cached.append(
+            AppendCall(none, none, cache, cache, self.seq_lens, None, *rotary, interleaved, x)
+        )
 
     def rope_append(
         self,

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from fusedkv_ext.cache.cache_codecs import Folded
 from fusedkv_ext.cache.codec.tensor_codec import TensorCodec
-from fusedkv_ext.cache.first_tokens import attend_to_both
+from fusedkv_ext.cache.first_tokens import attend_to_first
 from fusedkv_ext.cache.kv_cache import KVCache
 from fusedkv_ext.cache.last_tokens import LastTokens
 from fusedkv_ext.layers.layer_io import WeightedSum
 from fusedkv_ext.ops import cached
 from fusedkv_ext.ops.call import AttentionCall
-from fusedkv_ext.ops.merging import merge_state
+from fusedkv_ext.ops.merging import merge_states
 
 __all__ = ["attend_to_codes"]
 
@@ -56,48 +56,44 @@ def attend_to_codes(
     over = call._replace(
         key_weights=folded.key_weights, value_weights=folded.value_weights, value_bias=folded.value_bias
     )
-    first: Any = cache.first
-    lse: Any
-    if cache.last is not None:
-        out, lse = _attend_to_last_tokens(call, cache.last, keys, values, folded.key_bias)
-        if not 0 <= call.left < cache.last.count:
-            codes = _attend_to_others(over, cache, cache.last.count, keys, values)
-            out, lse = merge_state(out, lse, *codes)
-    elif cache.scales is not None:
-        out, lse = _attend_with_token_scales(over, call.q, cache, keys, values)
-    elif first is None:
-        return cached.attend_layer(over)
-    else:
-        out, lse = cached.attend(over._replace(return_lse=True))
-    if first is None:
-        return out
-    raw = (
-        ([x.of(first.keys[x.layer]) for x in keys.tensors], call.key_weights),
-        ([x.of(first.values[x.layer]) for x in values.tensors], call.value_weights),
-    )
-    return attend_to_both(call, (out, lse), *raw, folded.key_bias, cache.seq_lens)
+    first, last = cache.first, cache.last
+    if first is None and last is None:
+        if cache.scales is None:
+            return cached.attend_layer(over)
+        return _attend_with_token_scales(over, call.q, cache, keys, values)[0]
+    call = call._replace(schedule=None, return_lse=True)  # over raw tokens
+    states: list[tuple[Tensor, Any]] = []
+    if last is None or not 0 <= call.left < last.count:
+        out, lse = _attend_to_others(over, cache, 0 if last is None else last.count, keys, values)
+        if folded.key_bias is not None:  # which scores over codes lack
+            rows = call.q.to(folded.key_bias.dtype).unflatten(2, (len(folded.key_bias), -1))
+            lse = lse + call.scale * torch.einsum("bsghd,gd->bghs", rows, folded.key_bias).flatten(1, 2)
+        states.append((out, lse))
+    if last is not None:
+        states.append(_attend_to_last_tokens(call, last, keys, values))
+    if first is not None:
+        rows_of_first = call._replace(
+            keys=[x.of(first.keys[x.layer]) for x in keys.tensors],
+            values=[x.of(first.values[x.layer]) for x in values.tensors],
+        )
+        states.append(attend_to_first(rows_of_first, cache.seq_lens, cache.lens_up_to(first.count)))
+    outs, lses = zip(*states, strict=True)
+    return merge_states(outs, lses)[0]
 
 
 def _attend_to_last_tokens(
-    call: AttentionCall, last: LastTokens, keys: WeightedSum, values: WeightedSum, key_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """out and lse over the raw rows of ``last``, with scores q . (k - key_bias) as over codes."""
+    call: AttentionCall, last: LastTokens, keys: WeightedSum, values: WeightedSum
+) -> tuple[Tensor, Any]:
+    """out and lse over the raw rows of ``last``."""
     window, raw_keys, raw_values = last.count - 1, last.keys, last.values
-    out, lse = cached.attend(
+    return cached.attend(
         call._replace(
             keys=[x.of(raw_keys[x.layer]) for x in keys.tensors],
             values=[x.of(raw_values[x.layer]) for x in values.tensors],
             block_table=last.block_table,
             left=min(call.left, window) if call.left >= 0 else window,
-            schedule=None,
-            return_lse=True,
         )
     )
-    assert lse is not None
-    if key_bias is not None:
-        rows = call.q.to(key_bias.dtype).unflatten(2, (len(key_bias), -1))
-        lse = lse - call.scale * torch.einsum("bsghd,gd->bghs", rows, key_bias).flatten(1, 2)
-    return out, lse
 
 
 def _attend_to_others(

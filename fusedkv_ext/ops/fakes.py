@@ -79,6 +79,10 @@ def _fake_append_kvcache(
     return key.new_empty(0) if query is None else query.new_empty(query.shape)
 
 
+def _fake_merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "fuse_kv": _fake_fuse_kv,
     "fuse_kv_pair": _fake_fuse_kv_pair,
@@ -89,6 +93,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attn_with_kvcache": _fake_attn_with_kvcache,
     "attn_with_kvcache_out": _fake_attn_with_kvcache_out,
     "append_kvcache": _fake_append_kvcache,
+    "merge_states": _fake_merge_states,
 }
 
 

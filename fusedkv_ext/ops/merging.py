@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fusedkv_ext.ops import checks
+from fusedkv_ext.ops import checks, native
+from fusedkv_ext.ops.dispatch import native_head_dim
 
-__all__ = ["merge_state"]
+__all__ = ["merge_state", "merge_states"]
 
 
 def merge_state(
@@ -19,7 +22,8 @@ def merge_state(
 
     ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``, as
     FlashInfer's ``merge_state``; our log-sum-exp is natural. Sums are float32, float64 for float64. A state
-    with lse = -inf has no keys: its out is not read. Differentiable in all four.
+    with lse = -inf has no keys: its out is not read. Differentiable in all four. Without gradients it is one
+    native operation.
 
     Args:
         out_a, out_b: (B, S, H, Dv) float32, bfloat16, float16 or float64, or packed (total_q, H, Dv).
@@ -40,21 +44,43 @@ def merge_state(
     if out is not None:
         checks.check_out(out, out_a.shape, out_a)
         checks.check_no_grad("merge_state with out", states, "leave out away")
-    top = torch.maximum(lse_a, lse_b).detach()
+    if out_a.dim() == 3:
+        merged, lse = merge_states([out_a[None], out_b[None]], [lse_a[None], lse_b[None]])
+        merged, lse = merged[0], lse[0]
+    else:
+        merged, lse = merge_states([out_a, out_b], [lse_a, lse_b])
+    return merged if out is None else out.copy_(merged), lse
+
+
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``merge_state`` of any number of states whose arguments are checked: (B, S, H, Dv) and (B, H, S) each.
+
+    One native operation, or torch's: for gradients, float64, other head dims and devices without kernels.
+    """
+    if _is_native(outs, lses):
+        merged, lse = native.run_op("merge_states", outs, lses)
+        return merged, lse
+    top = functools.reduce(torch.maximum, lses).detach()
     empty = top == -math.inf
     top = top.masked_fill(empty, 0)
-    weights = [(lse - top).exp() for lse in (lse_a, lse_b)]
-    total = (weights[0] + weights[1]).masked_fill(empty, 1)
-    sums = torch.float64 if out_a.dtype == torch.float64 else torch.float32
-    merged: Tensor | None = None
-    for part, lse, weight in ((out_a, lse_a, weights[0]), (out_b, lse_b, weights[1])):
+    weights = [(lse - top).exp() for lse in lses]
+    total = sum(weights[1:], weights[0]).masked_fill(empty, 1)
+    sums = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+    parts = []
+    for part, lse, weight in zip(outs, lses, weights, strict=True):
         # (B, H, S) -> (B, S, H, 1)
         share, absent = ((x.transpose(-1, -2).unsqueeze(-1)) for x in (weight / total, lse == -math.inf))
-        part = part.to(sums).masked_fill(absent, 0) * share
-        merged = part if merged is None else merged + part
-    assert merged is not None
-    result = merged.to(out_a.dtype) if out is None else out.copy_(merged)
-    return result, (top + total.log()).masked_fill(empty, -math.inf)
+        parts.append(part.to(sums).masked_fill(absent, 0) * share)
+    return sum(parts[1:], parts[0]).to(outs[0].dtype), (top + total.log()).masked_fill(empty, -math.inf)
+
+
+def _is_native(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
+    out = outs[0]
+    if not native_head_dim(out.shape[3]) or out.dtype == torch.float64:
+        return False
+    if not (out.is_cpu or (out.is_cuda and native.cuda_error() is None)):
+        return False
+    return not checks.may_differentiate(*outs, *lses) and all(x.stride(3) == 1 for x in outs)
 
 
 def _check(states: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ combinations over the dimensions and moves tensors to the cheapest one that fits
     attention over a cache   whole, by sequences, by KV heads with their query heads; by query heads if G = 1;
                              sinks and ALiBi slopes are those of the query heads
     append_kvcache           as attention; in place, so nothing is moved: see ``_in_place``
+    merge_states             whole, by sequences, by query rows, by query heads
 
 Weights, lengths and block tables are placed as the tensors they belong to. A page pool is whole if sequences
 are sharded. There is no rule for heads if KV heads do not divide, for tokens of a cache, or for channels:
@@ -240,6 +241,15 @@ def _of_heads(q_dim: int | None, x: DTensorSpec) -> Placement:
     return Shard(0) if q_dim == _BATCH and per_sequence else _WHOLE
 
 
+def _merge_states(outs: Sequence[DTensorSpec], lses: Sequence[DTensorSpec]) -> list[Rule]:
+    """lses are (B, H, S)."""
+    n = len(outs)
+    return [
+        ([_sharded(dim), _sharded(of_lse)], [*[_sharded(dim)] * n, *[_sharded(of_lse)] * n])
+        for dim, of_lse in ((None, None), (_BATCH, 0), (_TOKENS, 2), (_HEADS, 1))
+    ]
+
+
 def _parts(specs: Sequence[DTensorSpec]) -> int:
     """The number of parts of the heads. Chunks of H and of G belong together if these are whole KV heads."""
     mesh = specs[0].mesh
@@ -273,6 +283,7 @@ _RULES: dict[str, Callable[..., list[Rule]]] = {
     "attn_schedule": _attn_schedule,
     "attn_with_kvcache": _attn_with_kvcache,
     "append_kvcache": _append_kvcache,
+    "merge_states": _merge_states,
 }
 
 register_rules("fusedkv")

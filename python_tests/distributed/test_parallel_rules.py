@@ -97,6 +97,12 @@ def test_caches_of_codes_are_read_and_written_as_by_one_process(ranks: list[dict
             assert found["messages"] == 0, case
 
 
+def test_states_merge_where_they_are(ranks: list[dict]) -> None:
+    for case, found in each(ranks, "merged"):
+        equal(found, rtol=0, atol=0)
+        assert found["messages"] == 0, case
+
+
 def test_what_does_not_fit_is_gathered(ranks: list[dict]) -> None:
     for case, found in each(ranks, "gathered"):
         equal(found, rtol=0, atol=0)
@@ -389,6 +395,21 @@ def encoded(place: Placed) -> dict[str, Any]:
     return results
 
 
+def merged(place: Placed) -> dict[str, Any]:
+    results = {}
+    for placed, dim in place.dims.items():
+        outs = [draw(B, T, G, D, dtype=torch.float32) for _ in range(2)]
+        lses = [draw(B, G, T, dtype=torch.float32) for _ in range(2)]
+        of_lse = None if dim is None else {0: 0, 1: 2, 2: 1}[dim]
+        on = [place(outs[0], dim), place(lses[0], of_lse), place(outs[1], dim), place(lses[1], of_lse)]
+        expected = fkv.merge_state(outs[0], lses[0], outs[1], lses[1])
+        got, messages = counted(lambda on=on: fkv.merge_state(*on))
+        names = ("out", "lse")
+        pairs = {n: (x.full_tensor(), y) for n, x, y in zip(names, got, expected, strict=True)}
+        results[placed] = {"pairs": pairs, "messages": messages}
+    return results
+
+
 def append(place: Placed) -> dict[str, Any]:
     results = {}
     cos, sin = torch.rand(16, D // 2), torch.rand(16, D // 2)
@@ -512,7 +533,7 @@ def work(folder: Path) -> dict[str, Any]:
     parts = (fuse_kv, wanted, pair, accumulate, append, local_map)
     found |= {part.__name__: part(place) for part in parts}
     with torch.no_grad():
-        found |= {part.__name__: part(place) for part in (decode, coded, encoded, gathered, folded)}
+        found |= {part.__name__: part(place) for part in (decode, coded, encoded, merged, gathered, folded)}
     found["refused"] = refused(place)
     return found
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import fused_kv_attn_func, fused_kv_attn_varlen_func, merge_state
-from fusedkv_ext.ops import reference
+from fusedkv_ext.ops import merging, reference
+from fusedkv_ext.ops.native import run_op
 from fusedkv_ext.testing import assert_close, assert_near, assert_same_bits
 
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
@@ -87,6 +88,72 @@ def test_packed_states_merge_as_padded_ones() -> None:
     packed_out, packed_lse = merge_state(*flat[0], *flat[1])
     assert_near(packed_out.unflatten(0, (2, 5)), out, rounding_steps=32)
     assert_near(packed_lse.unflatten(1, (2, 5)).transpose(0, 1), lse, rounding_steps=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+@pytest.mark.parametrize(("states", "shape"), [(1, (2, 3, 4, 8)), (2, (1, 5, 6, 72)), (5, (3, 1, 7, 256))])
+def test_the_native_operation_matches_torchs(
+    states: int, shape: tuple[int, ...], dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any number of states, rows that are views, a state without keys, a row without any."""
+    B, S, H, D = shape
+    outs = [torch.randn(B, H, S, D + 3).to(dtype).transpose(1, 2)[..., :D] for _ in range(states)]
+    lses = [3 * torch.randn(B, S, H).transpose(1, 2) for _ in range(states)]
+    lses[0][0, 0], outs[0][0, :, 0] = -math.inf, math.nan
+    for out, lse in zip(outs, lses, strict=True):
+        lse[-1, -1, -1], out[-1, -1, -1] = -math.inf, math.nan
+    got = run_op("merge_states", outs, lses)
+    assert got[0].is_contiguous() and got[1].is_contiguous() and not got[0][-1, -1, -1].any()
+    monkeypatch.setattr(merging, "_is_native", lambda *_: False)
+    exact = merging.merge_states([x.double() for x in outs], lses)
+    same_maths = merging.merge_states(outs, lses)
+    held = exact[1].isfinite()
+    assert bool((got[1][~held] == -math.inf).all())
+    assert_close((got[0], got[1][held]), (exact[0], exact[1][held]), (same_maths[0], same_maths[1][held]))
+
+
+def test_a_state_that_is_not_a_number_stays_one(kernels: str) -> None:
+    states = random_states()
+    states[1][1, 2, 0] = math.nan
+    out, lse = merge_state(*states)
+    assert bool(out[1, 0, 2].isnan().all()) and bool(lse[1, 2, 0].isnan())
+    assert int(out.isnan().sum()) == 8 and int(lse.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "error", "message"),
+    [
+        ([(2, 3, 4, 8)], [], ValueError, "lses must hold 1 tensors as outs, got 0"),
+        ([(3, 4, 8)], [(4, 3)], ValueError, r"outs\[0\] must have 4 dims \(B, S, H, D\), got \(3, 4, 8\)"),
+        ([(2, 3, 4, 9)], [(2, 4, 3)], ValueError, r"outs\[0\] must have a head dim that is a multiple of 8"),
+        ([(2, 3, 4, 8), (2, 3, 4, 16)], [(2, 4, 3)] * 2, ValueError, r"outs\[1\] must have shape"),
+        ([(2, 3, 4, 8)], [(2, 3, 4)], ValueError, r"lses\[0\] must have shape \(2, 4, 3\) as outs\[0\] says"),
+    ],
+)
+def test_the_native_operation_names_what_is_wrong(
+    outs: list[tuple[int, ...]],
+    lses: list[tuple[int, ...]],
+    error: type[Exception],
+    message: str,
+    backend: str,
+) -> None:
+    if backend == "cuda":
+        pytest.skip("its tensors are on the CPU")
+    with pytest.raises(error, match=message):
+        run_op("merge_states", [torch.zeros(x) for x in outs], [torch.zeros(x) for x in lses])
+
+
+def test_threads_change_no_bit(with_threads: Any) -> None:
+    states = [
+        torch.randn(2, 300, 8, 64),
+        torch.randn(2, 8, 300),
+        torch.randn(2, 300, 8, 64),
+        torch.randn(2, 8, 300),
+    ]
+    with_threads(1)
+    alone = merge_state(*states)
+    with_threads(2)
+    assert_same_bits(merge_state(*states), alone)
 
 
 def random_states(*empty: tuple[int, int, int]) -> list[Tensor]:
