@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,9 @@ def append_codes(cache: KVCache, layer: int, key: Tensor | None, value: Tensor |
         none, no_heads = new[:, :, :0], cache._no_heads
         if own is not None:
             new, of_tokens = codec.encode(new)
-            scales.store(own, of_tokens, lengths, table)
+            steps = of_tokens.shape[1]
+            slots = cache._of_step(("slots", steps), partial(scales.slots_of_step, steps, lengths, table))
+            scales.store(own, of_tokens, slots)
             none, no_heads = new[:, :, :0], stored[:, :, :0]
         elif codec is not None:
             static = (codec.scale, codec.center)

@@ -43,18 +43,21 @@ class TokenScales:
         """All tensors."""
         return [x for x in (*self.keys, *self.values) if x is not None]
 
-    def store(self, stored: Tensor, new: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
-        """Writes the scales of the S rows of a step.
+    def slots_of_step(self, steps: int, lengths: Tensor, block_table: Tensor | None) -> Tensor:
+        """Where the scales of a step go, (B * S,) int64; the same for all layers.
 
         Args:
-            stored: One of ``tensors``.
-            new: (B, S, g). Rows before the first token of a sequence are padding.
+            steps: S. Rows before the first token of a sequence are padding.
             lengths: (B,) int32 tokens of each sequence in the slots, with the rows of the step.
             block_table: (B, max_pages) int32 of a paged cache.
         """
         first, size = self.slots
-        steps = new.shape[1]
-        token = lengths.long()[:, None] + torch.arange(-steps, 0, device=new.device)  # (B, S)
-        slot = torch.where(token >= 0, slots_of(token.clamp_min(0), size, block_table), first * size)
+        token = lengths.long()[:, None] + torch.arange(-steps, 0, device=lengths.device)  # (B, S)
+        slot = slots_of(token.clamp_min(0), size, block_table)
+        return torch.where(token >= 0, slot, first * size).flatten()
+
+    def store(self, stored: Tensor, new: Tensor, slots: Tensor) -> None:
+        """Writes the scales (B, S, g) of a step into one of ``tensors``, at ``slots_of_step``."""
+        first, size = self.slots
         flat = stored.as_strided((first * size + 1, stored.shape[2]), (stored.shape[2], 1))
-        flat.index_copy_(0, slot.flatten(), new.flatten(0, 1))
+        flat.index_copy_(0, slots, new.flatten(0, 1))

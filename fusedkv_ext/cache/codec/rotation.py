@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_GRID_BITS", "gaussian_grid", "rotation"]
+__all__ = ["MAX_GRID_BITS", "gaussian_cells", "gaussian_grid", "rotation"]
 
 MAX_GRID_BITS = 4
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: its multiples are spread evenly
@@ -52,6 +52,13 @@ def gaussian_grid(bits: int) -> Tensor:
         ends = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(points)), math.inf]
         points = [_mean(a, b) for a, b in itertools.pairwise(ends)]
     return torch.tensor([-x for x in reversed(points)] + points)
+
+
+@lru_cache(maxsize=8)
+def gaussian_cells(bits: int) -> Tensor:
+    """The 2^bits - 1 ends of the cells between those points, ascending, float32."""
+    grid = gaussian_grid(bits)
+    return (grid[1:] + grid[:-1]) / 2
 
 
 def _mean(low: float, high: float) -> float:

@@ -8,6 +8,7 @@ with the rotation R, or a basis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fusedkv_ext.cache.codec.bits import pack, unpack
 from fusedkv_ext.cache.codec.codec import Codec
-from fusedkv_ext.cache.codec.rotation import gaussian_grid, rotation
+from fusedkv_ext.cache.codec.rotation import gaussian_cells, gaussian_grid, rotation
 
 __all__ = ["E4M3_MAX", "Encoded", "TensorCodec"]
 
@@ -186,11 +187,11 @@ class TensorCodec(nn.Module):
             scale = _float16(y.abs().amax(-1) / most)
             return Encoded(self._static_codes(y / scale.float().unsqueeze(-1)), scale)
         grid = gaussian_grid(codec.bits).to(y.device)
-        norm = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_SMALLEST)
-        codes = torch.bucketize(y / norm, (grid[1:] + grid[:-1]) / 2)
-        u = grid[codes]
+        norm = torch.linalg.vector_norm(y, dim=-1)
+        unit = (norm / math.sqrt(y.shape[-1])).clamp_min(_SMALLEST).unsqueeze(-1)
+        codes = torch.bucketize(y / unit, gaussian_cells(codec.bits).to(y.device))
         # The scale that keeps the norm of y. One with a smaller error shortens all scores and outputs alike.
-        scale = _float16((y.square().sum(-1) / u.square().sum(-1)).sqrt())
+        scale = _float16(norm / torch.linalg.vector_norm(grid[codes], dim=-1))
         return Encoded(self._packed(codes.to(torch.uint8)), scale)
 
     def _packed(self, codes: Tensor) -> Tensor:
