@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a JSON file of a CodecPlan",
     )
     parser.add_argument(
+        "--rank-budget",
+        choices=("uniform", "ramp", "water-filling"),
+        default="uniform",
+        help="how schemes with a rank divide it among the layers (default: %(default)s)",
+    )
+    parser.add_argument(
         "--calibrate", nargs="+", required=True, metavar="PATH", help="UTF-8 text to fit the codecs to"
     )
     parser.add_argument(
@@ -56,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda if available)")
 
 
-def _codecs(label: str, config: Any) -> CodecPlan:
+def _codecs(label: str, budget: str, config: Any) -> CodecPlan:
     """The codecs of --codecs, checked against the model."""
     from fusedkv_ext.cache.codec import CodecPlan
     from fusedkv_ext.hf.config import check_codecs, named_codecs
@@ -69,6 +75,8 @@ def _codecs(label: str, config: Any) -> CodecPlan:
         check_codecs(codecs, config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--codecs {label}: {error}") from error
+    if budget != "uniform" and not any(codec.rank for layer in codecs.layers for codec in layer):
+        raise ConfigError(f"--rank-budget must be uniform with codecs without a rank, got {budget}")
     if codecs.is_raw:
         raise ConfigError(f"--codecs must code some keys or values, got {label}, in which all are raw")
     return codecs
@@ -80,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     need("transformers", "Compressing a model", "hf")
     from fusedkv_ext.conversion.coding import code_model, collect_stored, save_coded, simulated
     from fusedkv_ext.conversion.convert import calibration_windows, convert_model
+    from fusedkv_ext.conversion.rank_budget import divide_ranks
     from fusedkv_ext.evaluation.language_model import LanguageModel
     from fusedkv_ext.evaluation.perplexity import paired_difference, read_text, window_losses
     from fusedkv_ext.hf.config import PlanConfig, config_for
@@ -92,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = local_folder(args.model)
     config = load_config(args.model)
     on_plan = config if isinstance(config, PlanConfig) else config_for(config, "vanilla")
-    codecs = _codecs(args.codecs, on_plan)
+    codecs = _codecs(args.codecs, args.rank_budget, on_plan)
     check_calibration(args, config.max_position_embeddings)
     tokenizer = load_tokenizer(args.model, config.vocab_size, args.tokenizer)
     windows = calibration_windows(read_text(args.calibrate).ids(tokenizer).long(), args.tokens, args.window)
@@ -110,7 +119,10 @@ def run(args: argparse.Namespace) -> int:
     losses = window_losses(LanguageModel(model), ids, **settings)
     before = losses.perplexity()
     say(f"original: perplexity {before.perplexity:.3f} over {before.tokens:,} tokens")
-    code_model(model, codecs, collect_stored(model, windows))
+    samples = collect_stored(model, windows)
+    if args.rank_budget != "uniform":
+        codecs = divide_ranks(args.rank_budget, codecs, model, samples)
+    code_model(model, codecs, samples)
     with simulated(model):
         coded = window_losses(LanguageModel(model), ids, **settings)
     after, difference = coded.perplexity(), paired_difference(coded, losses)

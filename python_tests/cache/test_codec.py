@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fusedkv_ext.cache.codec import RAW, SCHEMES, Codec, CodecPlan, Coding, TensorCodec
 from fusedkv_ext.cache.codec.bits import pack, packed_bytes, unpack
-from fusedkv_ext.cache.codec.fit import fit
+from fusedkv_ext.cache.codec.fit import fit, spectrum
 from fusedkv_ext.cache.codec.rotation import gaussian_grid, rotation
+from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
 from fusedkv_ext.plan import CachePlan
+from fusedkv_ext.testing import assert_near
 
 HEADS, DIM, TOKENS = 2, 64, 512
 VANILLA = CachePlan.named("vanilla", 4)
@@ -235,6 +237,53 @@ def test_weighted_pca_leaves_the_sum_of_the_other_eigenvalues() -> None:
     assert (torch.einsum("ngi,gij,ngj->g", error, metric, error) / len(x) > found).all()
 
 
+def test_pairs_are_those_with_the_largest_scores_of_queries_and_keys() -> None:
+    """ThinK (arXiv:2407.21018, eq. 6) on a head made for it: pair 3 is large in queries, 1 and 6 in keys."""
+    x, metric = sample(4000, 1, 16), torch.eye(16, dtype=torch.float64)[None].clone()
+    x[:, :, [1, 6 + 8]] *= 4.0
+    metric[:, 3 + 8, 3 + 8] = 9.0
+    x[:, :, 5] += 100.0  # a mean is in the center
+    made = fitted(Codec(rank=6, basis="pairs"), x, metric)
+    assert made.down is not None and made.down[0].nonzero()[:, 1].tolist() == [1, 3, 6, 9, 11, 14]
+    y = made.decode(made.encode(x))
+    kept = torch.zeros(16, dtype=torch.bool)
+    kept[[1, 3, 6, 9, 11, 14]] = True
+    assert_near(y[..., kept], x[..., kept])
+    assert_near(y[..., ~kept], x.mean(0)[..., ~kept].expand_as(y[..., ~kept]))
+    everything = fitted(Codec(rank=16, basis="pairs"), x, metric)
+    assert_near(everything.decode(everything.encode(x)), x, rounding_steps=4)
+
+
+def test_scores_over_pairs_depend_on_the_distance_alone_and_those_over_channels_do_not() -> None:
+    """RoPE turns a pair as one. A channel without its partner leaves a term in the sum of the positions."""
+    rope = RotaryEmbedding(16, theta=100.0)
+    cos, sin = rope.tables(64, "cpu")
+    q, k = torch.randn(16), torch.randn(16)
+
+    def score(kept: list[int], m: int, n: int) -> float:
+        a, b = (
+            apply_rotary(x.view(1, 1, 1, 16), cos[p : p + 1], sin[p : p + 1]) for x, p in ((q, m), (k, n))
+        )
+        return float((a * b)[..., kept].sum())
+
+    pairs, channels = [0, 2, 3, 8, 10, 11], [0, 1, 2, 3, 4, 5]
+    moved = {name: abs(score(x, 9, 4) - score(x, 49, 44)) for name, x in (("p", pairs), ("c", channels))}
+    assert moved["p"] < 1e-5 < 1e-2 < moved["c"]
+
+
+@pytest.mark.parametrize("basis", ["components", "pairs"])
+def test_the_spectrum_is_what_each_coefficient_saves(basis: str) -> None:
+    x = correlated()
+    metric = positive() if basis == "components" else torch.diag_embed(positive().diagonal(dim1=-2, dim2=-1))
+    saved = spectrum(Codec(rank=16, basis=basis), x, metric)
+    assert saved.shape == (HEADS, 16) and (saved.diff() <= 0).all()
+    for rank in (2, 6, 16):
+        made = fitted(Codec(rank=rank, basis=basis), x, metric)
+        error = (made.decode(made.encode(x)) - x).double()
+        found = torch.einsum("ngi,gij,ngj->g", error, metric, error) / len(x)
+        torch.testing.assert_close(found, saved[:, rank:].sum(-1), rtol=2e-3, atol=1e-4)
+
+
 def test_balance_undoes_a_large_channel_that_queries_ignore() -> None:
     x, metric = sample(2000), torch.eye(DIM, dtype=torch.float64).repeat(HEADS, 1, 1)
     x[:, :, 3] *= 30
@@ -318,7 +367,7 @@ def test_every_scheme_survives_json_and_counts_its_bytes(name: str, plan: str) -
     codecs = CodecPlan.named(name, cache_plan)
     codecs.check(cache_plan, 4, DIM)
     assert CodecPlan.from_json(codecs.to_json()) == codecs and not codecs.is_raw and str(codecs)
-    total = Fraction(0)
+    total, coded = Fraction(0), 0
     for i, layer in enumerate(codecs.layers):
         heads = len(cache_plan.stored_key_heads(i, 4)), len(cache_plan.stored_value_heads(i, 4))
         for codec, g in zip(layer, heads, strict=True):
@@ -328,9 +377,9 @@ def test_every_scheme_survives_json_and_counts_its_bytes(name: str, plan: str) -
             x = torch.randn(codecs.token_group, g, DIM).bfloat16()
             size = x.nbytes if codec.is_raw else TensorCodec(codec, g, DIM).encode(x).nbytes
             total += Fraction(size, codecs.token_group)
+            coded += 0 if codec.is_raw else g * DIM * 2
     assert codecs.bytes_per_token(cache_plan, 4, DIM, torch.bfloat16) == total
-    raw = cache_plan.bytes_per_token(4, DIM, torch.bfloat16)
-    assert codecs.raw_bytes(cache_plan, 4, DIM, torch.bfloat16) == (codecs.sinks + codecs.tail) * raw
+    assert codecs.raw_bytes(cache_plan, 4, DIM, torch.bfloat16) == (codecs.sinks + codecs.tail) * coded
 
 
 def test_sources_of_several_layers_get_more_bits() -> None:
@@ -383,6 +432,9 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         "group must be given with scales of groups only, got 0",
     ),
     (lambda: Codec("grid", 4, "token", rotate=True, rank=8), ValueError, "rank must be None with rotate"),
+    (lambda: Codec(rank=5, basis="pairs"), ValueError, "rank must be even with a basis of pairs, got 5"),
+    (lambda: Codec(basis="pairs"), ValueError, "rank must be even with a basis of pairs, got None"),
+    (lambda: Codec(rank=4, basis="rows"), ValueError, "basis must be one of components, pairs, got 'rows'"),
     (lambda: Codec(rank=0), ValueError, "rank"),
     (lambda: TensorCodec(Codec(rank=65), 1, 64), ValueError, "rank must be at most the head dim 64, got 65"),
     (

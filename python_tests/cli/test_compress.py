@@ -145,6 +145,11 @@ def test_bad_input_is_one_clear_error_before_any_work_and_writes_nothing(
         (plain, {"codecs": "int9"}, "codecs must be one of int8, fp8"),
         (plain, {"codecs": "int8:bits=3"}, "codecs 'int8' have no option 'bits'"),
         (plain, {"codecs": "pca:rank=9"}, "layer 0 keys: rank must be at most the head dim 8, got 9"),
+        (
+            plain,
+            {"rank-budget": "ramp"},
+            "--rank-budget must be uniform with codecs without a rank, got ramp",
+        ),
         (fused, {"codecs": other}, "layer 2 keys: the codec must be raw"),
         (plain, {"codecs": future}, "format of the codecs must be at most 1, got 2"),
         (plain, {"codecs": tmp_path / "none.json"}, "none.json"),

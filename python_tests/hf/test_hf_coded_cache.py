@@ -32,6 +32,8 @@ LABELS = {
     "rotate-keys": "rotate-keys:group=4,sinks=1,tail=2",
     "pca": "pca:rank=6,bits=4",
     "pca raw": "pca:rank=6,sinks=0",
+    "think": "think:rank=6,tail=2",
+    "think in codes": "think:rank=6,bits=4,tail=2",
 }
 FUSED = ("fusedkv", "fusedkv-lite", "skipv1", "patchwork", "resformer")
 GREEDY = dict(max_new_tokens=20, do_sample=False)

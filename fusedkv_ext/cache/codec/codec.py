@@ -28,6 +28,7 @@ SCALES = {  # of codes of each kind
     "e4m3": ("channel", "token"),
     "grid": ("token",),
 }
+BASES = ("components", "pairs")
 SCALE_BYTES = 2  # float16
 
 
@@ -48,6 +49,8 @@ class Codec:
         balance: Whether channels are weighted with the size of the queries before the rotation, so that a
             large channel that queries ignore takes no precision.
         rank: Coefficients of a basis instead of D channels; None for all channels.
+        basis: With a rank. "components": weighted principal components; "pairs": the pairs of channels (j, j
+            + D / 2), which RoPE turns together, that carry most of the scores.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -61,6 +64,7 @@ class Codec:
     rotate: bool = False
     balance: bool = False
     rank: int | None = None
+    basis: str = "components"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -92,6 +96,10 @@ class Codec:
             whole_number(self.rank, "rank", minimum=1)
             if self.rotate:
                 raise ValueError(f"rank must be None with rotate, got {self.rank}")
+        if self.basis not in BASES:
+            raise ValueError(f"basis must be one of {', '.join(BASES)}, got {self.basis!r}")
+        if self.basis == "pairs" and (self.rank is None or self.rank % 2):
+            raise ValueError(f"rank must be even with a basis of pairs, got {self.rank}")
 
     @property
     def is_raw(self) -> bool:
@@ -117,6 +125,8 @@ class Codec:
         rank = head_dim if self.rank is None else self.rank
         if rank > head_dim:
             raise ValueError(f"rank must be at most the head dim {head_dim}, got {rank}")
+        if self.basis == "pairs" and head_dim % 2:
+            raise ValueError(f"basis must be components with an odd head dim, got pairs of {head_dim}")
         if self.scale == "channel-group" and rank % self.group:
             raise ValueError(f"group must divide the {rank} channels of a head, got {self.group}")
         if self.kind in ("int", "grid"):
@@ -174,7 +184,8 @@ class Codec:
         if self.is_raw:
             return "raw"
         name = {"raw": "raw", "e4m3": "e4m3"}.get(self.kind, f"{self.kind}{self.bits}")
-        parts = [name, *([f"rank {self.rank}"] if self.rank else [])]
+        of_pairs = " of pairs" if self.basis == "pairs" else ""
+        parts = [name, *([f"rank {self.rank}{of_pairs}"] if self.rank else [])]
         parts += ["rotated"] * self.rotate + ["balanced"] * self.balance
         if self.scale != "none":
             parts.append(f"scale per {self.scale}" + (f" of {self.group}" if self.group else ""))

@@ -11,9 +11,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from fusedkv_ext.cache.codec.codec import Codec
 from fusedkv_ext.cache.codec.tensor_codec import E4M3_MAX, TensorCodec
 
-__all__ = ["FIRST_TOKENS", "fit"]
+__all__ = ["FIRST_TOKENS", "fit", "spectrum"]
 
 FIRST_TOKENS = 4  # of a text: their norms are ten times those of others
 
@@ -54,7 +55,7 @@ def fit(
         balance = (variance / weight) ** 0.25
         codec.balance.copy_(balance / balance.mean(-1, keepdim=True))
     if codec.down is not None and codec.up is not None:
-        down, up = _basis(sample, metric, codec.channels)
+        down, up = _basis(codec.codec, sample, metric, codec.channels)
         codec.down.copy_(down)
         codec.up.copy_(up)
     if codec.scale is not None:
@@ -71,11 +72,39 @@ def _checked(name: str, sample: Tensor, heads: int, dim: int, least: int) -> Ten
     return sample.float()
 
 
-def _basis(sample: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Weighted principal components: down (g, r, D) and up (g, D, r) with the least E[e^T M e].
+def spectrum(codec: Codec, sample: Tensor, metric: Tensor) -> Tensor:
+    """What each further coefficient of a basis saves of E[e^T M e], float64 (g, D), falling.
+
+    Args:
+        codec: A codec with a rank.
+        sample: (N, g, D).
+        metric: M, float64 (g, D, D).
+    """
+    if codec.basis == "pairs":
+        return (_pair_scores(sample, metric).sort(-1, descending=True).values / 2).repeat_interleave(2, -1)
+    return _components(sample, metric)[0]
+
+
+def _basis(codec: Codec, sample: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """down (g, r, D) and up (g, D, r) of what a codec keeps."""
+    if codec.basis == "pairs":
+        pairs = _pair_scores(sample, metric).topk(rank // 2).indices.sort().values
+        kept = torch.cat((pairs, pairs + sample.shape[2] // 2), dim=-1)  # (g, r)
+        down = torch.nn.functional.one_hot(kept, sample.shape[2]).float()
+        return down, down.mT
+    _, basis, root, inverse = _components(sample, metric)
+    basis = basis[..., :rank]
+    return (basis.mT @ root).float(), (inverse @ basis).float()
+
+
+def _components(sample: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted principal components, those with the least E[e^T M e] for any rank.
 
     With S the covariance, the rows of down are U^T M^(1/2) and the columns of up M^(-1/2) U, with U the
     first eigenvectors of M^(1/2) S M^(1/2).
+
+    Returns:
+        The eigenvalues (g, D), falling, their vectors in columns, M^(1/2) and M^(-1/2).
     """
     centered = (sample - sample.mean(0)).double()
     covariance = torch.einsum("ngi,ngj->gij", centered, centered) / len(sample)
@@ -83,8 +112,18 @@ def _basis(sample: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     numbers = numbers.clamp_min(1e-6 * numbers.amax(-1, keepdim=True))
     root = vectors * numbers.sqrt().unsqueeze(-2) @ vectors.mT
     inverse = vectors * numbers.rsqrt().unsqueeze(-2) @ vectors.mT
-    basis = torch.linalg.eigh(root @ covariance @ root).eigenvectors[..., -rank:].flip(-1)
-    return (basis.mT @ root).float(), (inverse @ basis).float()
+    values, basis = torch.linalg.eigh(root @ covariance @ root)
+    return values.flip(-1).clamp_min(0), basis.flip(-1), root, inverse
+
+
+def _pair_scores(sample: Tensor, metric: Tensor) -> Tensor:
+    """(g, D / 2): sum of M_ii Var[x_i] over the pair, for keys E[q_i^2] Var[k_i].
+
+    That is ThinK's ||q_i k_i^T||^2 (arXiv:2407.21018, eq. 6) in the mean over a text, of what differs from
+    the center.
+    """
+    weight = metric.diagonal(dim1=-2, dim2=-1).to(sample.device)
+    return (weight * sample.double().var(0, unbiased=False)).unflatten(-1, (2, -1)).sum(-2)
 
 
 def _fit_range(codec: TensorCodec, y: Tensor, first: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fusedkv_ext.cache.codec.codec import Codec
+from fusedkv_ext.cache.codec.codec import RAW, Codec
 
 __all__ = ["SCHEMES", "Coding", "Scheme"]
 
@@ -114,3 +114,11 @@ def _pca(*, rank: int = 48, bits: int = 0) -> Coding:
     """A basis of ``rank`` directions per head. ``bits`` of static codes for its coefficients; 0: raw."""
     codec = Codec("int", bits, "channel", rank=rank) if bits else Codec(rank=rank)
     return Coding(codec, codec)
+
+
+@scheme("think", paper="ThinK (arXiv:2407.21018), with the same channels for all prompts", sinks=4, tail=32)
+def _think(*, rank: int = 40, bits: int = 0) -> Coding:
+    """``rank`` channels of keys, in pairs; values stay raw. ``bits`` of static codes of them; 0: raw."""
+    if bits:
+        return Coding(Codec("int", bits, "channel", rank=rank, basis="pairs"), RAW)
+    return Coding(Codec(rank=rank, basis="pairs"), RAW)
