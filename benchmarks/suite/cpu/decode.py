@@ -17,7 +17,7 @@ from torch import Tensor
 import fusedkv_ext as fkv
 from fusedkv_ext.ops import reference
 from fusedkv_ext.testing import assert_close
-from suite.cpu import peers
+from suite.cpu import onnx_peer, peers
 from suite.cpu.settings import DTYPES, Settings
 from suite.measure import Cell, Entry
 
@@ -147,7 +147,7 @@ def tokens_of(cache_bytes: int, m: int, dtype: torch.dtype, s: Settings) -> int:
 
 
 def peers_of_one(p: Problem, flex: Callable | str | None) -> dict[str, Callable[[], Tensor] | str]:
-    """m = 1: what torch has, on head-major copies ("as cached": on our tensors as they lie)."""
+    """m = 1: torch and ONNX Runtime on head-major copies ("as cached": torch on our tensors as they lie)."""
     (k,), (v,) = p.head_major()
     cached_k, cached_v = p.keys[0].transpose(1, 2), p.values[0].transpose(1, 2)
     R = p.q.shape[2] // k.shape[1]
@@ -167,6 +167,8 @@ def peers_of_one(p: Problem, flex: Callable | str | None) -> dict[str, Callable[
             found["SDPA on packed rows, as cached"] = partial(peers.packed_sdpa, p.q, cached_k, cached_v)
     if flex is not None:
         found["flex_attention, compiled"] = flex if isinstance(flex, str) else partial(flex, p.q, k, v)
+    if onnx_peer.available(p.q.dtype):
+        found[onnx_peer.NAME] = onnx_peer.group_query_attention(p.q, k, v)
     return found
 
 
