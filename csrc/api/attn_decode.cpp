@@ -14,21 +14,28 @@ namespace fusedkv::api {
 
 namespace {
 
-// Minimum bytes of cache per thread: less is not worth waking one.
-constexpr int64_t kGrainBytes = 128 * 1024;
+// Fewer elements of the caches than these are not worth waking another thread, which takes tens of
+// microseconds. Then every thread has at least the grain.
+constexpr int64_t kElementsToWake = 384 * 1024, kGrainElements = 64 * 1024;
 
 // Contiguous bytes that a thread reads per token and source: a page of memory if possible, and so few that
 // this block of tokens and the next one, of all sources, stay in L2.
 constexpr int64_t kStretchBytes = 4096, kStretchBytesOfAllSources = 16384;
 
-// Bytes of the visible tokens of all sequences in the caches.
-int64_t cache_bytes(const AttnDecodeParams& p) {
+// Elements of the visible tokens of all sequences in the caches.
+int64_t visible_elements(const AttnDecodeParams& p) {
   int64_t tokens = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     const TokenRange visible = visible_tokens(p, b);
     tokens += visible.end - visible.begin;
   }
-  return tokens * p.G * token_bytes(p);
+  return tokens * p.G * (p.num_keys * p.D + p.num_values * p.Dv);
+}
+
+int64_t useful_threads(const AttnDecodeParams& p) {
+  const int64_t elements = visible_elements(p);
+  if (elements < kElementsToWake) return 1;
+  return std::clamp<int64_t>(elements / kGrainElements, 1, torch::stable::get_num_threads());
 }
 
 // KV heads that a task processes together: adjacent heads up to kStretchBytes, or one if heads are not
@@ -97,8 +104,7 @@ AttnResults attend(const AttnArguments& x) {
   const AttnResults results = begin_results(p, x, false);
 
   const CpuKernels& kernels = cpu_kernels();
-  const int64_t threads =
-      std::clamp<int64_t>(cache_bytes(p) / kGrainBytes, 1, torch::stable::get_num_threads());
+  const int64_t threads = useful_threads(p);
   p.task_heads = heads_per_task(p, task_offsets[p.B], threads);
   const int64_t tasks = task_offsets[p.B] * num_head_blocks(p);
   // Threads take the next task when they are free: sequences differ in length, and other processes use cores.

@@ -11,14 +11,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fusedkv_ext.ops import checks, debug
 from fusedkv_ext.ops.call import AppendCall, AttentionCall
-from fusedkv_ext.ops.dispatch import MAX_HEAD_DIM, device_type_of, folds_cached, in_graph, native_head_dim
+from fusedkv_ext.ops.dispatch import (
+    FEW_ROWS,
+    MAX_HEAD_DIM,
+    device_type_of,
+    folds_cached,
+    in_graph,
+    native_head_dim,
+)
 from fusedkv_ext.ops.fuse import fuse_cached, fuse_side, tokens_as_pages
 from fusedkv_ext.ops.masked import masked_attention
 from fusedkv_ext.ops.native import run_op
@@ -26,7 +33,7 @@ from fusedkv_ext.ops.sdpa import sdpa_attention, sdpa_attention_lse
 from fusedkv_ext.ops.sizes import always, host_reads
 from fusedkv_ext.ops.varlen import Packing, varlen_attention
 
-__all__ = ["append", "attend", "attend_layer", "make_schedule"]
+__all__ = ["append", "attend", "attend_layer", "make_schedule", "plain_step"]
 
 
 def attend_layer(call: AttentionCall) -> Tensor:
@@ -43,6 +50,54 @@ def attend_layer(call: AttentionCall) -> Tensor:
     if not debug.active and folds_cached(call.q, call.keys, call.values, device_type_of(call.q)):
         return call.fold()[0]  # nearly every call of a step: without another look at its options
     return attend(call)[0]
+
+
+def plain_step(
+    q: Any,
+    keys: Any,
+    values: Any,
+    key_weights: Any,
+    value_weights: Any,
+    lengths: Any,
+    block_table: Any,
+    softmax_scale: Any,
+) -> Tensor | None:
+    """``fused_kv_attn_with_kvcache`` of few rows on the CPU without further options.
+
+    Over a short cache the checks of all options take longer than attention. These are the few that make sure
+    that the native operation, which checks the rest, can be called with the arguments as they are.
+
+    Returns:
+        None for all other calls: wrong ones, those that convert an argument, other paths and devices.
+    """
+    if type(keys) is not list or type(values) is not list or not (0 < len(keys) and 0 < len(values)):
+        return None
+    given = [x for x in (key_weights, value_weights, block_table) if x is not None]
+    if type(q) is not Tensor or not checks.plain_on_cpu([q, lengths, *keys, *values, *given]):
+        return None
+    key, value = keys[0], values[0]
+    if not q.dim() == key.dim() == value.dim() == 4 or q.dtype is not key.dtype:
+        return None
+    if lengths.dtype is not torch.int32 or (block_table is not None and block_table.dtype is not torch.int32):
+        return None
+    (_, steps, heads, head_dim), groups, value_dim = q.shape, key.shape[2], value.shape[3]
+    if steps * heads > FEW_ROWS * groups or not native_head_dim(head_dim, value_dim):
+        return None
+    for sources, weights, channels in ((keys, key_weights, head_dim), (values, value_weights, value_dim)):
+        if weights is not None and not (
+            weights.dtype is torch.float32
+            and weights.shape == (len(sources), groups, channels)
+            and weights.is_contiguous()
+        ):
+            return None
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    elif type(softmax_scale) is not float:
+        return None
+    if debug.active or torch.compiler.is_compiling():
+        return None
+    arguments = (q, keys, values, key_weights, value_weights, lengths, block_table, softmax_scale)
+    return run_op("attn_with_kvcache", *arguments, -1, 0, None, False)[0]
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

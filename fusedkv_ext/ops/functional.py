@@ -56,6 +56,8 @@ __all__ = [
     "rope_append_kvcache",
 ]
 
+_NO_WINDOW = (-1, -1)
+
 
 def fuse_kv(sources: Tensors, weights: Tensor) -> Tensor:
     """``out[b, t, g, d] = sum_j weights[j, g, d] * sources[j][b, t, g, d]`` (FusedKV, arXiv 2512.03870).
@@ -319,7 +321,7 @@ def fused_kv_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     return_lse: bool = False,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
@@ -375,6 +377,16 @@ def fused_kv_attn_with_kvcache(
             (the operation is not differentiable).
         TypeError: A type or dtype is wrong.
     """
+    plain = not flash and host_seqlens is None and schedule is None
+    plain = plain and cu_seqlens_q is None and max_seqlen_q is None and sinks is None and alibi_slopes is None
+    plain = plain and causal is True and return_lse is False and batch_invariant is False
+    if plain and window_size is _NO_WINDOW and type(softcap) is int and softcap == 0:
+        out = cached.plain_step(
+            *(q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table),
+            softmax_scale,
+        )
+        if out is not None:
+            return out
     query, coded = take_code_inputs(q, flash)
     state = cache_state(cache_seqlens, block_table, host_seqlens, query, key_caches, cu_seqlens_q, flash)
     options = (softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, cu_seqlens_q)

@@ -83,12 +83,6 @@ static inline bool is_coded(const AttnDecodeParams& p) {
   return p.key_code != CacheCode::raw || p.value_code != CacheCode::raw || p.key_scales || p.value_scales;
 }
 
-// Bytes of one token of all sources, per KV head.
-static inline int64_t token_bytes(const AttnDecodeParams& p) {
-  return p.num_keys * cache_elements(p.key_code, p.D) * size_of(p.key_code, p.dtype) +
-         p.num_values * cache_elements(p.value_code, p.Dv) * size_of(p.value_code, p.dtype);
-}
-
 // Whether scores are more than scaled products.
 FUSEDKV_HOST_DEVICE bool adjusts_scores(const AttnDecodeParams& p) {
   return p.softcap > 0.f || p.alibi_slopes;
