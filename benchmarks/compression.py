@@ -24,10 +24,11 @@ from fusedkv_ext.cache.codec import RAW, Codec, CodecPlan, Coding
 from fusedkv_ext.conversion import calibration_windows, convert_model
 from fusedkv_ext.conversion.coding import code_model, collect_stored, simulated
 from fusedkv_ext.conversion.plan_search import SourceTable, search
+from fusedkv_ext.conversion.rank_budget import RULES, divide_ranks
 from fusedkv_ext.conversion.second_moments import collect
 from fusedkv_ext.evaluation.language_model import LanguageModel
 from fusedkv_ext.evaluation.perplexity import WindowLosses, paired_difference, read_text, window_losses
-from fusedkv_ext.hf.config import head_dim_of
+from fusedkv_ext.hf.config import head_dim_of, named_codecs
 from fusedkv_ext.hf.loading import load_causal_lm, load_tokenizer
 from fusedkv_ext.lab.reporting import write
 from fusedkv_ext.plan import CachePlan
@@ -59,10 +60,12 @@ ON_FUSED_PLANS = 3  # of them, on the plans with fewer storage layers
 OTHER = ("int8", "turboquant:bits=4")
 
 
-def one_side(keys: Codec, values: Codec, layers: int, name: str, only: set[int] | None = None) -> CodecPlan:
+def one_side(
+    keys: Codec, values: Codec, layers: int, name: str, only: set[int] | None = None, tail: int = 128
+) -> CodecPlan:
     """The same codecs in all layers, or in some."""
     pairs = [Coding(keys, values) if only is None or i in only else Coding(RAW, RAW) for i in range(layers)]
-    return CodecPlan(name, pairs, sinks=4, tail=128)
+    return CodecPlan(name, pairs, sinks=4, tail=tail)
 
 
 def claims(layers: int) -> Iterator[CodecPlan]:
@@ -87,6 +90,15 @@ def source_claims(plan: CachePlan) -> Iterator[CodecPlan]:
     yield one_side(codec, codec, plan.num_layers, "2 bits in as many other layers", apart)
 
 
+def low_rank(layers: int) -> Iterator[str | CodecPlan]:
+    """ThinK's 20, 40, 50 and 60 % fewer channels of keys, as many directions, and ranks by layer."""
+    for rank in (52, 38, 32, 26):
+        yield f"think:rank={rank}"
+        yield one_side(Codec(rank=rank), RAW, layers, f"keys in {rank} directions", tail=32)
+    for rule in RULES:
+        yield f"pca:rank=38, {rule}"
+
+
 def cases(plan: CachePlan, claim: bool, other: bool) -> Iterator[tuple[str, str | CodecPlan, str]]:
     """Family, codecs and text: the lines of the picture, or the questions of the second table."""
     whole = len(plan.storage_layers) == plan.num_layers
@@ -96,6 +108,8 @@ def cases(plan: CachePlan, claim: bool, other: bool) -> Iterator[tuple[str, str 
     elif whole:
         for codecs in claims(plan.num_layers):
             yield "claim", codecs, "eval"
+        for codecs in low_rank(plan.num_layers):
+            yield "low rank", codecs, "eval"
         for label in OTHER if other else ():
             yield "other text", label, "other"
     elif plan.name == "fusedkv":
@@ -131,6 +145,9 @@ class Subject:
         if text not in self.base:
             self.base[text] = self.losses(ids)
             self.record.setdefault("perplexity", {})[text] = self.base[text].perplexity().perplexity
+        if isinstance(codecs, str) and ", " in codecs:
+            label, rule = codecs.split(", ")
+            codecs = divide_ranks(rule, named_codecs(label, self.model.config), self.model, self.samples)
         fitted = code_model(self.model, codecs, self.samples)
         with simulated(self.model):
             found = self.losses(ids)

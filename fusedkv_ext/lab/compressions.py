@@ -20,6 +20,7 @@ FAMILIES = {
     "weighted PCA": "#CC79A7",
 }
 MARKS = ("o", "s", "^")
+LOW_RANK = "low rank"  # of the table of ranks
 
 
 def _ratio(row: dict[str, Any], base: float) -> str:
@@ -60,10 +61,22 @@ def claims_table(result: dict[str, Any]) -> str:
     rows = []
     for plan in result["plans"]:
         for row in plan["rows"]:
-            if row["family"] not in FAMILIES:
+            if row["family"] not in (*FAMILIES, LOW_RANK):
                 base, text = plan["perplexity"][row["text"]], result[row["text"]]
                 rows.append([plan["plan"], row["codecs"], text, _ratio(row, base), _difference(row)])
     return table(["plan", "codecs", "text", "perplexity to raw", "nats per token"], rows, numbers=True)
+
+
+def ranks_table(result: dict[str, Any]) -> str:
+    """Markdown table: fewer channels of keys or directions of a basis, and ranks that differ by layer."""
+    rows = []
+    for plan in result["plans"]:
+        base = plan["perplexity"]["eval"]
+        shown = [row for row in plan["rows"] if row["family"] == LOW_RANK]
+        for row in sorted(shown, key=lambda row: (-row["bytes"], row["perplexity"])):
+            size, perplexity = f"{row['bytes'] / plan['bytes']:.0%}", f"{row['perplexity']:.2f}"
+            rows.append([row["codecs"], size, perplexity, _ratio(row, base), _difference(row)])
+    return table(["codecs", "of the cache", "perplexity", "to raw", "nats per token"], rows, numbers=True)
 
 
 def compression_figure(result: dict[str, Any]) -> Figure:

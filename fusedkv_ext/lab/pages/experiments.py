@@ -99,6 +99,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "comparison-rates": rates,
     "compression": compressions.compression_table,
     "compression-claims": compressions.claims_table,
+    "compression-ranks": compressions.ranks_table,
     "compression-peers": compressions.peers_table,
     "compression-trained": compressions.trained_table,
     "conversion": conversions.conversion_table,
