@@ -377,29 +377,34 @@ def fused_kv_attn_with_kvcache(
             (the operation is not differentiable).
         TypeError: A type or dtype is wrong.
     """
-    plain = not flash and host_seqlens is None and schedule is None
-    plain = plain and cu_seqlens_q is None and max_seqlen_q is None and sinks is None and alibi_slopes is None
-    plain = plain and causal is True and return_lse is False and batch_invariant is False
-    if plain and window_size is _NO_WINDOW and type(softcap) is int and softcap == 0:
-        out = cached.plain_step(
-            *(q, key_caches, value_caches, key_weights, value_weights, cache_seqlens, block_table),
-            softmax_scale,
-        )
-        if out is not None:
+    sides = (key_caches, value_caches, key_weights, value_weights)
+    options = (softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, cu_seqlens_q)
+    if not flash and _is_plain(options, softcap, host_seqlens, max_seqlen_q, sinks, alibi_slopes):
+        if (out := cached.plain_step(q, *sides, cache_seqlens, block_table, softmax_scale)) is not None:
             return out
     query, coded = take_code_inputs(q, flash)
     state = cache_state(cache_seqlens, block_table, host_seqlens, query, key_caches, cu_seqlens_q, flash)
-    options = (softmax_scale, causal, window_size, return_lse, schedule, batch_invariant, cu_seqlens_q)
-    rows = (max_seqlen_q, flash.get("left_padding", True))
-    call = cached_attention_call(
-        *(query, key_caches, value_caches, key_weights, value_weights, state, *options, *rows),
-        *(softcap, sinks, alibi_slopes),
-        coded,
-    )
+    rows = (max_seqlen_q, flash.get("left_padding", True), softcap, sinks, alibi_slopes)
+    call = cached_attention_call(*(query, *sides, state, *options, *rows), coded)
     result, lse = attend_with_options(call, cache_seqlens, flash) if flash else cached.attend(call)
     if call.cu_seqlens_q is not None:
         result, lse = result.squeeze(0), None if lse is None else lse.squeeze(0)
     return (result, cast(Tensor, lse)) if call.return_lse else result
+
+
+def _is_plain(options: tuple[Any, ...], softcap: object, *others: object) -> bool:
+    """Whether all options of ``fused_kv_attn_with_kvcache`` but the scale have their defaults."""
+    _, causal, window_size, return_lse, schedule, batch_invariant, cu_seqlens_q = options
+    return (
+        schedule is None
+        and cu_seqlens_q is None
+        and causal is True
+        and return_lse is False
+        and batch_invariant is False
+        and window_size is _NO_WINDOW
+        and (type(softcap) is int and softcap == 0)
+        and all(x is None for x in others)
+    )
 
 
 def decode_schedule(

@@ -437,7 +437,8 @@ import fusedkv_ext as fkv
 from fusedkv_ext.ops import native
 from fusedkv_ext.ops import autograd
 names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedkv::")]
-assert len(names) == 9 and all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names)
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+assert len(names) == 10 and all(has_kernel(name, "CUDA") for name in names)
 x, weights = torch.ones(1, 2, 1, 16), torch.ones(2, 1, 16)
 assert torch.equal(fkv.fuse_kv([x, x], weights), 2 * x)
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
