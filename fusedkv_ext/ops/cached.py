@@ -18,14 +18,7 @@ from torch import Tensor
 
 from fusedkv_ext.ops import checks, debug
 from fusedkv_ext.ops.call import AppendCall, AttentionCall
-from fusedkv_ext.ops.dispatch import (
-    FEW_ROWS,
-    MAX_HEAD_DIM,
-    device_type_of,
-    folds_cached,
-    in_graph,
-    native_head_dim,
-)
+from fusedkv_ext.ops.dispatch import MAX_HEAD_DIM, device_type_of, folds_cached, in_graph, native_head_dim
 from fusedkv_ext.ops.fuse import fuse_cached, fuse_side, tokens_as_pages
 from fusedkv_ext.ops.masked import masked_attention
 from fusedkv_ext.ops.native import run_op
@@ -80,18 +73,17 @@ def plain_step(
         return None
     if lengths.dtype is not torch.int32 or (block_table is not None and block_table.dtype is not torch.int32):
         return None
-    (_, steps, heads, head_dim), groups, value_dim = q.shape, key.shape[2], value.shape[3]
-    if steps * heads > FEW_ROWS * groups or not native_head_dim(head_dim, value_dim):
+    if not folds_cached(q, keys, values, "cpu"):
         return None
-    for sources, weights, channels in ((keys, key_weights, head_dim), (values, value_weights, value_dim)):
+    for sources, weights in ((keys, key_weights), (values, value_weights)):
         if weights is not None and not (
             weights.dtype is torch.float32
-            and weights.shape == (len(sources), groups, channels)
+            and weights.shape == (len(sources), *sources[0].shape[2:])
             and weights.is_contiguous()
         ):
             return None
     if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
+        softmax_scale = q.shape[3] ** -0.5
     elif type(softmax_scale) is not float:
         return None
     if debug.active or torch.compiler.is_compiling():
