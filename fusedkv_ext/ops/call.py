@@ -33,6 +33,7 @@ __all__ = [
 
 _ARGUMENTS = 22  # of the native operation
 _BEFORE_CODES = 17  # of them, those that are not about codes
+_ENCODE_OPTIONS = tuple(codes.EncodeOptions.__annotations__)  # in the order of the native operation
 Side = tuple[Sequence[Tensor], Tensor | None]  # the sources of keys or of values, and their weights
 
 
@@ -455,14 +456,16 @@ def append_call(
 
     Types, devices and gradients are checked here, sizes and contents by the native operation.
     """
-    encode = encode or {}
-    for name in encode:
-        if name not in codes.EncodeOptions.__annotations__:
-            raise TypeError(f"append_kvcache() got an unexpected keyword argument {name!r}")
-    optional = [x for x in (block_table, rotary_cos, rotary_sin, query, *encode.values()) if x is not None]
+    encoding: list[Tensor | None] = []
+    if encode:
+        for name in encode:
+            if name not in _ENCODE_OPTIONS:
+                raise TypeError(f"append_kvcache() got an unexpected keyword argument {name!r}")
+        encoding = [encode.get(name) for name in _ENCODE_OPTIONS]
+    optional = [x for x in (block_table, rotary_cos, rotary_sin, query, *encoding) if x is not None]
     if not checks.plain_on_cpu([key, value, key_cache, value_cache, cache_seqlens, *optional]):
         tables = {"block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-        tables.update(encode, query=query)
+        tables.update(encode or {}, query=query)
         caches = {"key_cache": key_cache, "value_cache": value_cache, "cache_seqlens": cache_seqlens}
         arguments = {"key": key, "value": value, **caches}
         checks.check_inputs("append_kvcache", arguments, tables, "append .detach()ed tensors")
@@ -474,5 +477,6 @@ def append_call(
         rotary_sin = checks.rotary_table("rotary_sin", rotary_sin)
     interleaved = checks.check_flag("rotary_interleaved", rotary_interleaved)
     rotary = (rotary_cos, rotary_sin, interleaved)
-    call = AppendCall(key, value, key_cache, value_cache, cache_seqlens, block_table, *rotary, query)
-    return call._replace(**encode) if encode else call
+    return AppendCall(
+        key, value, key_cache, value_cache, cache_seqlens, block_table, *rotary, query, *encoding
+    )

@@ -45,18 +45,20 @@ void widen_into(float* out, const T* x, int64_t begin, int64_t end) {
 template <CacheCode kCode>
 inline __m256i encode8(__m256 u) {
   if (kCode == CacheCode::e4m3) {
+    // |u| of [2^e, 2^(e+1)), or below 2^-6 with e = -6, is a multiple of 2^(e-3) after 2^(e+20) is added: a
+    // float32 of that size has no smaller ones. The code counts these multiples, and 8 for each e above -6.
     const __m256i bits = _mm256_castps_si256(u), sign = _mm256_srli_epi32(bits, 24);
     const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
-    const __m256i held = _mm256_min_epu32(magnitude, _mm256_set1_epi32(0x43e00000));
-    const __m256 shifted = _mm256_add_ps(_mm256_castsi256_ps(held), _mm256_set1_ps(16384.f));
-    const __m256i small = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(0x46800000));
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(held, 20), _mm256_set1_epi32(1));
-    const __m256i based = _mm256_sub_epi32(held, _mm256_set1_epi32(0x3c000000 - 0x7ffff));
-    const __m256i large = _mm256_srli_epi32(_mm256_add_epi32(based, odd), 20);
-    const __m256i is_large = _mm256_cmpgt_epi32(held, _mm256_set1_epi32(0x3c800000 - 1));
+    const __m256i held = _mm256_min_epu32(magnitude, _mm256_set1_epi32(0x43e00000));  // 448
+    const __m256i power = _mm256_max_epi32(_mm256_and_si256(held, _mm256_set1_epi32(0x7f800000)),
+                                           _mm256_set1_epi32(0x3c800000));  // 2^e
+    const __m256i large = _mm256_add_epi32(power, _mm256_set1_epi32(20 << 23));
+    const __m256 rounded = _mm256_add_ps(_mm256_castsi256_ps(held), _mm256_castsi256_ps(large));
+    const __m256i multiples = _mm256_sub_epi32(_mm256_castps_si256(rounded), large);
+    const __m256i steps = _mm256_srli_epi32(_mm256_sub_epi32(power, _mm256_set1_epi32(0x3c800000)), 20);
     const __m256i is_nan = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7f800000));
-    __m256i code = _mm256_blendv_epi8(small, large, is_large);
-    code = _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), is_nan);
+    // NaN was held at 448, code 0x7e.
+    const __m256i code = _mm256_sub_epi32(_mm256_add_epi32(multiples, steps), is_nan);
     return _mm256_or_si256(code, _mm256_and_si256(sign, _mm256_set1_epi32(0x80)));
   }
   // NaN is the second operand, so that it stays; as an integer its low bits are 0.
@@ -84,6 +86,13 @@ inline void store_codes(uint8_t* to, __m256i codes) {
   _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
 }
 
+// 4 x 8 codes. Packing works on each half of a register: the last step puts groups of four in order.
+inline void store_codes(uint8_t* to, __m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(bytes, order));
+}
+
 #endif
 
 // The codes of one head, of u = (x - center) / scale.
@@ -98,8 +107,11 @@ void encode_row(const T* x, const float* scale, const float* center, int64_t D, 
     if (center) u = _mm256_sub_ps(u, _mm256_loadu_ps(center + i));
     return encode8<kCode>(_mm256_div_ps(u, _mm256_loadu_ps(scale + i)));
   };
-  for (; d + 8 <= bytes; d += 8)
-    store_codes(to + d, kHalves ? _mm256_or_si256(at(d), _mm256_slli_epi32(at(bytes + d), 4)) : at(d));
+  const auto byte = [&](int64_t i) {
+    return kHalves ? _mm256_or_si256(at(i), _mm256_slli_epi32(at(bytes + i), 4)) : at(i);
+  };
+  for (; d + 32 <= bytes; d += 32) store_codes(to + d, byte(d), byte(d + 8), byte(d + 16), byte(d + 24));
+  for (; d + 8 <= bytes; d += 8) store_codes(to + d, byte(d));
 #endif
   const auto one = [&](int64_t i) {
     const float u = widen(x[i]);
