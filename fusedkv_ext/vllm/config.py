@@ -10,9 +10,16 @@ from fusedkv_ext.cache.codec.kernel_codes import check_codes
 from fusedkv_ext.layers.layer_io import SidePlan, mixes_any
 from fusedkv_ext.plan import CachePlan
 from fusedkv_ext.plan.latent import WHOLE
-from fusedkv_ext.vllm.versions import needed
+from fusedkv_ext.vllm.versions import minor_release, needed, vllm_version
 
-__all__ = ["EngineChecks", "check_stages", "check_tensor_parallel", "stores_whole_layers", "storing_windows"]
+__all__ = [
+    "EngineChecks",
+    "check_drafts",
+    "check_stages",
+    "check_tensor_parallel",
+    "stores_whole_layers",
+    "storing_windows",
+]
 
 
 class EngineChecks:
@@ -35,7 +42,10 @@ class EngineChecks:
                 raise ValueError("kv_sharing_fast_prefill must be off with pipeline parallelism, got both")
             stages = parallel.pipeline_parallel_size
             check_stages(plan, [get_pp_indices(plan.num_layers, i, stages) for i in range(stages)])
-        if vllm_config.lora_config is not None and vllm_config.device_config.device_type == "cpu":
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        if on_cpu and vllm_config.speculative_config is not None:
+            check_drafts(vllm_version())
+        if on_cpu and vllm_config.lora_config is not None:
             warnings.warn(
                 "on CPUs vLLM computes requests without an adapter with the adapter in its last slot; set "
                 "max_loras to one more than the adapters that you use",
@@ -87,6 +97,19 @@ def check_codecs(codecs: CodecPlan, plan: CachePlan, num_kv_heads: int, ranks: i
                 f"cache_codecs must be None for plan {plan.name!r}, got codecs: its layer {i} mixes new keys "
                 "or values with those that others have stored"
             )
+
+
+def check_drafts(version: str) -> None:
+    """Checks that this release can decode speculatively on CPUs: the sampler of 0.30 has Triton kernels only.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if () < minor_release(version) < (0, 31):
+        raise ValueError(
+            f"speculative_config must be None on CPUs with vLLM {version}, whose sampler for drafts needs "
+            "Triton; install vLLM 0.31 or newer"
+        )
 
 
 def check_tensor_parallel(plan: CachePlan, num_kv_heads: int, ranks: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["TESTED", "needed", "vllm_version", "warn_if_untested"]
+__all__ = ["TESTED", "minor_release", "needed", "vllm_version", "warn_if_untested"]
 
 TESTED = ("0.30", "0.32")  # oldest and newest minor release
 
@@ -22,12 +22,16 @@ def vllm_version() -> str:
     return "unknown"
 
 
+def minor_release(version: str) -> tuple[int, ...]:
+    """(0, 32) of "0.32.0"; () if the version is no number."""
+    return tuple(int(x) for x in version.split(".")[:2]) if version[:1].isdigit() else ()
+
+
 def warn_if_untested() -> None:
     """Warns once for a release outside of the tested range."""
     found = vllm_version()
-    minor = tuple(int(x) for x in found.split(".")[:2]) if found[:1].isdigit() else ()
-    oldest, newest = (tuple(int(x) for x in bound.split(".")) for bound in TESTED)
-    if not oldest <= minor <= newest:
+    oldest, newest = map(minor_release, TESTED)
+    if not oldest <= minor_release(found) <= newest:
         warnings.warn(
             f"fusedkv_ext was tested with vLLM {TESTED[0]} to {TESTED[1]}, and this is {found}; compare its "
             "tokens with those of transformers before you serve",

@@ -77,6 +77,7 @@ def engine(layer_types: list[str] | None = None, **changes: Any) -> Any:
         ),
         cache_config=SimpleNamespace(cache_dtype=changes.get("cache_dtype", "auto")),
         lora_config=changes.get("lora_config"),
+        speculative_config=changes.get("speculative_config"),
         device_config=SimpleNamespace(device_type=changes.get("device", "cpu")),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
     )
@@ -93,6 +94,16 @@ def test_adapters_on_cpus_are_warned_of() -> None:
     config.EngineChecks.verify_and_update_config(engine(lora_config=object(), device="cuda"))
     with pytest.warns(UserWarning, match="max_loras to one more"):
         config.EngineChecks.verify_and_update_config(engine(lora_config=object()))
+
+
+def test_drafts_on_cpus_need_a_sampler_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "vllm_version", lambda: "0.30.0")
+    config.EngineChecks.verify_and_update_config(engine())
+    config.EngineChecks.verify_and_update_config(engine(speculative_config=object(), device="cuda"))
+    with pytest.raises(ValueError, match="must be None on CPUs with vLLM 0.30.0, .* vLLM 0.31 or newer"):
+        config.EngineChecks.verify_and_update_config(engine(speculative_config=object()))
+    for version in ("0.31.0", "0.32.1", "1.0", "unknown"):
+        config.check_drafts(version)
 
 
 @pytest.mark.parametrize(

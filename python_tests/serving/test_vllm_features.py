@@ -29,6 +29,9 @@ from vllm_models import (
     prompts,
 )
 
+from fusedkv_ext.vllm.config import check_drafts
+from fusedkv_ext.vllm.versions import vllm_version
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -89,6 +92,10 @@ def test_drafts_from_the_prompt_change_no_token(tmp_path: Path, monkeypatch: pyt
     """
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     make_model(tmp_path, "llama", "fusedkv")
+    try:
+        check_drafts(vllm_version())
+    except ValueError as error:
+        pytest.skip(str(error))
     tokens = 40
     inputs = prompts((5, 60, 17, 130))
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
