@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.cache.codec import RAW, SCHEMES, Codec, CodecPlan, Coding, TensorCodec
-from fusedkv_ext.cache.codec.bits import pack, packed_bytes, unpack
+from fusedkv_ext.cache.codec.bits import look_up, pack, packed_bytes, unpack
 from fusedkv_ext.cache.codec.fit import fit, spectrum
 from fusedkv_ext.cache.codec.rotation import gaussian_grid, rotation
 from fusedkv_ext.ops.rope import RotaryEmbedding, apply_rotary
@@ -76,6 +76,8 @@ def test_packing_takes_the_bytes_of_the_codes_and_loses_nothing(bits: int) -> No
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 5, packed_bytes(24, bits)) == (3, 5, 3 * bits)
     assert torch.equal(unpack(packed, 24, bits), codes)
+    numbers = torch.randn(2**bits)
+    assert torch.equal(look_up(packed, numbers, 24), numbers[codes.long()])
 
 
 def test_a_byte_holds_a_code_of_the_first_half_and_one_of_the_second() -> None:

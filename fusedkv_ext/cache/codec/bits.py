@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_bytes", "unpack"]
+__all__ = ["look_up", "pack", "packed_bytes", "unpack"]
 
 PLANES = (8, 4, 2, 1)
+_AS_ONE = {2: torch.int64, 4: torch.complex128}  # types of as many bytes as k float32
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -43,6 +44,28 @@ def pack(codes: Tensor, bits: int) -> Tensor:
             planes.append(packed)
             shift += width
     return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+
+
+def look_up(packed: Tensor, numbers: Tensor, n: int) -> Tensor:
+    """numbers[unpack(packed, n, bits)], float32 (..., n).
+
+    With k = 8 / bits codes to a byte, a byte is looked up as one in a table of the k numbers that it stands
+    for: twice as fast as one lookup for each code.
+
+    Args:
+        packed: uint8, of ``pack``.
+        numbers: float32 (2^bits,), what each code stands for.
+        n: Codes of a row.
+    """
+    bits = len(numbers).bit_length() - 1
+    if bits not in PLANES:
+        return numbers[unpack(packed, n, bits).long()]
+    k = 8 // bits
+    every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device).unsqueeze(-1)
+    table = numbers[unpack(every_byte, k, bits).long()]  # (256, k)
+    whole = _AS_ONE.get(k, torch.float32)  # index_select copies elements faster than rows
+    found = table.view(whole).squeeze(-1).index_select(0, packed.flatten().int()).view(torch.float32)
+    return found.view(*packed.shape, k).transpose(-1, -2).flatten(-2)
 
 
 def unpack(packed: Tensor, n: int, bits: int) -> Tensor:

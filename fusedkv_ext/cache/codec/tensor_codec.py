@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedkv_ext.cache.codec.bits import pack, unpack
+from fusedkv_ext.cache.codec.bits import look_up, pack, unpack
 from fusedkv_ext.cache.codec.codec import Codec
 from fusedkv_ext.cache.codec.rotation import gaussian_cells, gaussian_grid, rotation
 
@@ -115,10 +115,10 @@ class TensorCodec(nn.Module):
         x, part = y.float(), slice(None) if heads is None else heads
         if self.codec.rotate:
             x = x @ rotation(self.head_dim).to(x.device)
+            if self.balance is not None:
+                x *= self.balance[part]
         elif self.up is not None:
             x = torch.einsum("...gr,gdr->...gd", x, self.up[part])
-        if self.balance is not None:
-            x = x * self.balance[part]
         return x + self.center[part] if center and self.center is not None else x
 
     # ---- codes ----------------------------------------------------------------------------------
@@ -146,28 +146,28 @@ class TensorCodec(nn.Module):
         """x^ (..., T, g, D) of what ``encode`` returned."""
         codec, u = self.codec, self.values(encoded.codes)
         if self.scale is not None:
-            u = u * self.scale
+            u *= self.scale
         elif codec.scale == "token":
             assert encoded.scales is not None
-            u = u * encoded.scales.float().unsqueeze(-1)
+            u *= encoded.scales.float().unsqueeze(-1)
         elif codec.scale.endswith("-group"):
             assert encoded.scales is not None
             dim = -1 if codec.scale == "channel-group" else -3
             low, step = (x.unsqueeze(dim) for x in encoded.scales.float().unbind(-2))
-            u = (u.unflatten(dim, (-1, codec.group)) * step + low).flatten(dim - 1, dim)
+            grouped = u.unflatten(dim, (-1, codec.group))  # a view
+            grouped *= step
+            grouped += low
         return self.from_frame(u).to(dtype)
 
     def values(self, codes: Tensor) -> Tensor:
-        """The numbers u that codes stand for, float32 (..., g, r)."""
+        """The numbers u that codes stand for, float32 (..., g, r); a new tensor unless they are raw."""
         codec = self.codec
         if codec.kind in ("raw", "e4m3") or codes.dtype == torch.int8:
             return codes.float()
-        n = unpack(codes, self.channels, codec.bits)
         if codec.kind == "grid":
-            return gaussian_grid(codec.bits).to(n.device)[n.long()]
-        if codec.scale.endswith("-group"):
-            return n.float()
-        return n.float() - 2 ** (codec.bits - 1)
+            return look_up(codes, gaussian_grid(codec.bits).to(codes.device), self.channels)
+        n = unpack(codes, self.channels, codec.bits).float()
+        return n if codec.scale.endswith("-group") else n.sub_(2 ** (codec.bits - 1))
 
     def _static_codes(self, u: Tensor) -> Tensor:
         """Codes of numbers that a scale has brought into their range, signed."""
