@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from fusedkv_ext.training.progress import Progress
 
 # Options that are shortcuts for a configuration key.
-_SHORTCUTS = {"steps": "run.steps", "seed": "run.seed", "tokenizer": "data.tokenizer"}
+_SHORTCUTS = {
+    "steps": "run.steps",
+    "seed": "run.seed",
+    "tokenizer": "data.tokenizer",
+    "random_sources": "run.random_sources",
+}
 
 
 def add_configuration(parser: argparse.ArgumentParser, config: str | None = None) -> None:
@@ -65,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: fusedkv)",
     )
     parser.add_argument("--seed", metavar="N", help="seed of the weights and of the data order")
+    parser.add_argument(
+        "--random-sources",
+        metavar="P",
+        help="with --plan vanilla: each layer attends to an earlier layer's keys and values with probability "
+        "P in each step (default: 0)",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="resume from the newest checkpoint in --out, if any"
     )

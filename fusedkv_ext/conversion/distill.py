@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from fusedkv_ext.conversion.layer_sharing import LayerSharing
 from fusedkv_ext.ops.head_loss import Head
 
 MATCHED = ("attention", "hidden")
@@ -65,15 +66,18 @@ class LanguageModelParts:
         output = self.model.get_output_embeddings()
         return Head(output.weight, output.bias)
 
-    def __call__(self, ids: Tensor) -> Outputs:
-        """ids: (B, S) int64, full rows."""
+    def __call__(self, ids: Tensor, sources: list[int] | None = None) -> Outputs:
+        """ids: (B, S) int64, full rows. sources: the layer whose keys and values each layer attends to, for a
+        model within ``layers_share``; None: its own.
+        """
         self._kept = []
-        hidden = self._hidden(ids)
+        hidden = self._hidden(ids, sources)
         kept, self._kept = self._kept, None
         return Outputs(hidden, kept)
 
-    def _run(self, ids: Tensor) -> Tensor:
-        return self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+    def _run(self, ids: Tensor, sources: list[int] | None = None) -> Tensor:
+        sharing = {} if sources is None else {"kv_sharing": LayerSharing(sources)}
+        return self.backbone(input_ids=ids, use_cache=False, **sharing).last_hidden_state
 
     @torch.no_grad()
     def _probe(self) -> None:

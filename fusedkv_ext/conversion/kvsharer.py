@@ -7,48 +7,15 @@ last hidden states still have a cosine similarity above a threshold with the ori
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from fusedkv_ext.conversion.layer_sharing import LayerSharing, layers_share
 from fusedkv_ext.conversion.plan_search import readable_sources
 from fusedkv_ext.plan import CachePlan, LayerPlan, Segment
 
 __all__ = ["kvsharer"]
-
-ATTENTION = "fusedkv_kvsharer"
-
-
-class _Sharing:
-    """The source of each layer in one forward pass, and the caches of that pass; travels as an argument."""
-
-    def __init__(self, sources: list[int]) -> None:
-        self.sources = sources
-        self.caches: list[tuple[Tensor, Tensor]] = []
-
-
-def _sharing_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    kv_sharing: _Sharing | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """SDPA in which a layer attends to the keys and values of another."""
-    if kv_sharing is not None:
-        kv_sharing.caches.append((key, value))
-        key, value = kv_sharing.caches[kv_sharing.sources[cast(int, module.layer_idx)]]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, _sharing_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @torch.no_grad()
@@ -76,9 +43,7 @@ def kvsharer(
     layers = model.config.num_hidden_layers
     if not 1 <= storage_layers <= layers:
         raise ValueError(f"storage_layers must be in 1..{layers}, got {storage_layers}")
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    try:
+    with layers_share(model):
         sources = list(range(layers))
         expected, caches = _run(model, ids, sources)
         distances = _distances(caches)
@@ -97,8 +62,6 @@ def kvsharer(
             similarity = torch.cosine_similarity(hidden.flatten(1), expected.flatten(1)).mean()
             if similarity > threshold:
                 sources = tried
-    finally:
-        model.set_attn_implementation(before)
     return CachePlan("kvsharer", tuple(LayerPlan(Segment((j,)), Segment((j,))) for j in sources))
 
 
@@ -106,7 +69,7 @@ def _run(
     model: PreTrainedModel, ids: Tensor, sources: list[int]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Last hidden states (N, S, hidden) and the caches of each layer, (N, G, S, D)."""
-    sharing = _Sharing(sources)
+    sharing = LayerSharing(sources)
     out = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False, kv_sharing=sharing)
     return out.last_hidden_state.float(), sharing.caches
 

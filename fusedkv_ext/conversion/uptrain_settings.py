@@ -10,6 +10,7 @@ from typing import Any
 from fusedkv_ext.conversion.distill import MATCHED
 from fusedkv_ext.conversion.trainable import TRAIN
 from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.training.random_sources import check_probability
 from fusedkv_ext.training.trainer import decayed
 
 DISTILL = ("logits", "layers")
@@ -41,6 +42,8 @@ class UptrainSettings:
     lr: float | None = None  # None: 1.5 * original_lr if that is given, else DEFAULT_LR
     original_lr: float | None = None  # at the end of the original's training
     fusion_lr: float = 1.0  # fusion weights learn at lr times this
+    # Probability that a layer attends to an earlier layer's keys and values in a step; plain models only.
+    random_sources: float = 0.0
     schedule: str = "cosine"  # or "linear": constant, then down in a straight line
     warmup: float = 0.05  # share of the budget
     decay: float = 0.5  # "linear": share of the budget in which the rate falls
@@ -98,6 +101,7 @@ class UptrainSettings:
         for name in ("ce_weight", "kl_weight", "layer_weight", "weight_decay", "grad_clip", "validations"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check_probability("random_sources", self.random_sources)
         for name in ("warmup", "decay", "final_lr", "valid_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share: expected 0 to 1, got {getattr(self, name)}")

@@ -4,9 +4,9 @@ SkipV1Former's recipe (arXiv:2510.16807): continue for 10 to 15 % of the origina
 rate at which pre-training ended, without dropout. The original can be the teacher (distill.py).
 
 Steps, checkpoints and the loop are those of `fusedkv train` (training/trainer.py, training/loop.py). Nothing
-is random but the windows, a pure function of (seed, step). So the state of a run is what is trained, AdamW's
-moments, the number of steps and the seconds in them. While it runs, everything lies in OUT.partial; OUT
-appears when it is whole.
+is random but windows and random sources, pure functions of (seed, step). So the state of a run is what is
+trained, AdamW's moments, the number of steps and the seconds in them. While it runs, everything lies in
+OUT.partial; OUT appears when it is whole.
 
 Under torchrun FSDP2 shards the model, the teacher and the optimizer state over all processes. Each process
 runs its rows of every batch. The first process merges the trained weights into the whole model and writes it.
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.checkpoint import checked_files
-from fusedkv_ext.conversion.distill import LanguageModelParts, layer_loss
+from fusedkv_ext.conversion.distill import LanguageModelParts, Outputs, layer_loss
+from fusedkv_ext.conversion.layer_sharing import layers_share
 from fusedkv_ext.conversion.trainable import Trainable, read_conversion
 from fusedkv_ext.conversion.uptrain_settings import UptrainSettings
 from fusedkv_ext.distributed import Mesh, shard_weights
@@ -43,6 +44,7 @@ from fusedkv_ext.training.data.tokenizer import FileTokenizer
 from fusedkv_ext.training.data.tokens import TokenData, prepare
 from fusedkv_ext.training.metrics import Log, Record
 from fusedkv_ext.training.progress import Progress, SilentProgress
+from fusedkv_ext.training.random_sources import draw_sources
 from fusedkv_ext.training.trainer import StepSettings, Trainer, resolve_device
 
 LOG_SECONDS = 5.0  # between lines of progress and records of metrics.jsonl; the first steps come one by one
@@ -111,6 +113,8 @@ class Uptrainer(Trainer):
         self.student = LanguageModelParts(trainable.model, match)
         self.teacher = self._teacher(teacher, match) if options.distill else None
         self._workspace = Workspace()
+        if options.random_sources:
+            _check_plain(trainable.model)
         settings = StepSettings(
             seed=options.seed,
             batch_size=options.batch_size,
@@ -120,6 +124,7 @@ class Uptrainer(Trainer):
             lr=options.peak_lr,
             betas=(options.beta1, options.beta2),
             grad_clip=options.grad_clip,
+            random_sources=options.random_sources,
             name="uptraining",
         )
         super().__init__(trainable.model, groups, data, settings, device, mesh)
@@ -158,7 +163,7 @@ class Uptrainer(Trainer):
                     theirs = self.teacher(ids)
                 if "logits" in options.distill:
                     extra = {"teacher_hidden": theirs.hidden, "teacher_head": self.teacher.head}
-            ours = self.student(ids)
+            ours = self._student(ids)
             head = head_losses(
                 ours.hidden,
                 self.student.head,
@@ -179,6 +184,16 @@ class Uptrainer(Trainer):
             parts["layers"] = layers.item()
         return loss, {"objective": loss.item(), **parts}
 
+    def _student(self, ids: Tensor) -> Outputs:
+        """The student's pass, with the step's random sources."""
+        options = self.options
+        layers = self.model.config.get_text_config().num_hidden_layers
+        sources = draw_sources(layers, options.random_sources, options.seed, self.step)
+        if sources is None:
+            return self.student(ids)
+        with layers_share(self.model):
+            return self.student(ids, sources)
+
     def evaluate(self) -> float:
         return self.held_out_loss(self.model)
 
@@ -192,6 +207,15 @@ class Uptrainer(Trainer):
                 model, self.data.valid, context=min(window, limit), max_tokens=self.options.valid_tokens
             )
         return found.loss
+
+
+def _check_plain(model: Any) -> None:
+    """Raises ConfigError for a model with a cache plan: random sources are drawn among layers that store."""
+    if getattr(model.config, "cache_plan", None) is not None:
+        raise ConfigError(
+            f"random_sources must be 0 for a model with a cache plan, got plan {model.config.plan.name!r}; "
+            "train the plain model, then convert it"
+        )
 
 
 class UptrainRun(loop.Run):

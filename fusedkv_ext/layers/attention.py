@@ -156,6 +156,7 @@ class FusedKVAttention(nn.Module):
         last: int | None = None,
         document_ids: Tensor | Documents | None = None,
         fusion: FusionTensors | None = None,
+        read: KV | None = None,
     ) -> tuple[Tensor, KV]:
         """Computes attention for the S rows of x, which are the last S tokens of each sequence.
 
@@ -172,6 +173,8 @@ class FusedKVAttention(nn.Module):
             document_ids: (B, T) integers, see ``fused_kv_attn_func``. Positions from ``rope`` restart where
                 they change. Not supported with a cache.
             fusion: The result of ``kv_fusion()``, if the caller has it already.
+            read: KV of another layer to attend to instead of this layer's own, without a cache. Only for a
+                layer that reads nothing but its own (``training.random_sources``).
 
         Returns:
             out (B, S or last, hidden), and the KV that this layer stores of its S tokens. With a cache and
@@ -204,7 +207,7 @@ class FusedKVAttention(nn.Module):
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
         q = self._rotated(modules["q_proj"](x), modules.get("q_norm"), position_embeddings)
         if cache is None:
-            out = self._attend(q, kv, sources, fusion, document_ids)
+            out = self._attend(q, kv if read is None else read, sources, fusion, document_ids)
             return modules["o_proj"](out.flatten(2)), kv
         if rotary is None:
             cache.append(self.layer, kv.key, kv.value)

@@ -108,8 +108,9 @@ class DecoderLayer(nn.Module):
         last: int | None = None,
         document_ids: Tensor | Documents | None = None,
         fusion: FusionTensors | None = None,
+        read: KV | None = None,
     ) -> tuple[Tensor, KV, Tensor | None]:
-        inputs = (x, tuple(sources), fusion)
+        inputs = (x, tuple(sources), fusion, read)
         options: dict[str, Any] = {
             "position_embeddings": position_embeddings,
             "cache": cache,
@@ -126,9 +127,16 @@ class DecoderLayer(nn.Module):
         return x, KV(key, value), balance
 
     def _run(
-        self, x: Tensor, sources: Sequence[KV], fusion: FusionTensors | None, **options: Any
+        self,
+        x: Tensor,
+        sources: Sequence[KV],
+        fusion: FusionTensors | None,
+        read: KV | None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         last = options["last"]
+        if read is not None:
+            options["read"] = read
         out, kv = self.self_attn(self.input_layernorm(x), sources, fusion=fusion, **options)
         x = out + (x if last is None else x[:, -last:])
         mlp = self.mlp
@@ -142,6 +150,10 @@ class DecoderModel(nn.Module):
 
     The second result is the mean ``balance_loss`` of the layers with experts; None without experts. It is
     returned instead of stored on a module, which works with FSDP and activation checkpointing.
+
+    Attributes:
+        random_sources: In training mode, the layer whose keys and values each layer attends to; None: those
+            of the plan. Only for the plan "vanilla" (``training.random_sources``).
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -155,6 +167,7 @@ class DecoderModel(nn.Module):
         self.layers = cast("Sequence[DecoderLayer]", nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.context: Any = None  # a ContextParallel, from distributed.context.apply_cp
+        self.random_sources: list[int] | None = None
         self.exit_layer = plan.prefill_layers - 1
         self._needs_positions = any(layer.self_attn.needs_positions for layer in self.layers)
         # Layers whose KV each layer needs: here without a cache, below with one (only for layers that mix).
@@ -211,9 +224,11 @@ class DecoderModel(nn.Module):
             layer.self_attn.kv_fusion() if cache is None and layer.self_attn.kv_fusion is not None else None
             for layer in self.layers
         ]
+        drawn = self.random_sources if self.training and cache is None else None
         for i, layer in enumerate(self.layers):
             last = keep if i == self.exit_layer and 0 < keep < steps else None
             sources = [kvs[j] for j in wanted[i]]
+            read = None if drawn is None or drawn[i] == i else kvs[drawn[i]]
             x, kv, balance = layer(
                 x,
                 sources,
@@ -222,11 +237,15 @@ class DecoderModel(nn.Module):
                 last=last,
                 document_ids=documents,
                 fusion=fusions[i],
+                read=read,
             )
             if last is not None and position_embeddings is not None:
                 cos, sin = position_embeddings
                 position_embeddings = cos[..., -last:, :], sin[..., -last:, :]
-            kvs.append(self._taken(i, kv) if i in read_later else None)
+            if drawn is not None and i in drawn[i + 1 :]:
+                kvs.append(kv)
+            else:
+                kvs.append(self._taken(i, kv) if i in read_later else None)
             if balance is not None:
                 balances.append(balance)
         return self.norm(x), torch.stack(balances).mean() if balances else None

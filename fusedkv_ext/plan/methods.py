@@ -291,14 +291,20 @@ def _yoco_plus_plus(
     cache="1/factor, rounded up to whole layers",
     variants=({"factor": 3},),
 )
-def _cla(num_layers: int, *, factor: int = 2) -> list[LayerPlan]:
+def _cla(num_layers: int, *, factor: int = 2, storage_layers: int | None = None) -> list[LayerPlan]:
     """The first of every ``factor`` consecutive layers stores keys and values; the others reuse them.
 
     Args:
         factor: the number of consecutive layers with the same keys and values.
+        storage_layers: n groups of L/n layers each, rounded to whole layers; then factor is unused.
     """
     factor = whole_number(factor, "factor", minimum=1)
-    return [_take(i - i % factor, i - i % factor) for i in range(num_layers)]
+    if storage_layers is None:
+        return [_take(i - i % factor, i - i % factor) for i in range(num_layers)]
+    n = _middle(num_layers, storage_layers)
+    firsts = [group * num_layers // n for group in range(n)]
+    nearest = [max(j for j in firsts if j <= i) for i in range(num_layers)]
+    return [_take(j, j) for j in nearest]
 
 
 @method(

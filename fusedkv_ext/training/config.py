@@ -96,6 +96,8 @@ class RunSection:
     valid_batches: int = 16
     save_every: int = 200
     keep: int = 2  # checkpoints to keep
+    # Probability that a layer attends to an earlier layer's keys and values in a step (R-CLA); plan vanilla.
+    random_sources: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("optim.eps", lambda value: value > 0, "> 0"),
     ("optim.grad_clip", lambda value: value >= 0, ">= 0"),
     ("run.seed", lambda value: 0 <= value < 2**63, "from 0 to 2^63 - 1"),
+    ("run.random_sources", lambda value: 0 <= value <= 1, "from 0 to 1"),
     ("run.precision", lambda value: value in ("fp32", "bf16"), '"fp32" or "bf16"'),
     *((f"parallel.{name}", lambda value: value >= 1, ">= 1") for name in ("dp_replicate", "cp", "tp")),
     ("parallel.dp_shard", lambda value: value >= 0, ">= 0"),

@@ -38,6 +38,7 @@ from fusedkv_ext.training.data.tokens import (
     validation_batches,
 )
 from fusedkv_ext.training.metrics import Record, bits_per_byte
+from fusedkv_ext.training.random_sources import draw_sources
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class StepSettings:
     betas: tuple[float, float]
     grad_clip: float
     eps: float = 1e-8
+    random_sources: float = 0.0
     name: str = "training"
     advice: str = "try a lower lr"
 
@@ -314,6 +316,9 @@ class Trainer(ABC):
         means = {name: self.total(value) for name, value in means.items()}
         observed = self.observe(self.step + 1, self.model) if self.observe else None
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if settings.random_sources:  # a layer that nobody read: AdamW has a state for each parameter
+            for parameter in learning:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = nn.utils.clip_grad_norm_(learning, settings.grad_clip or math.inf)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         rate = self.rate()
@@ -347,6 +352,8 @@ class DecoderTrainer(Trainer):
 
     def __init__(self, model: nn.Module, data: TokenData, config: TrainConfig, device: torch.device) -> None:
         session.check_batch(config)
+        if config.run.random_sources:
+            _check_own_sources(model)
         self.config = config
         mesh = session.mesh(config, device)
         check_length(data.train, config.data.seq_len, "training")
@@ -364,9 +371,18 @@ class DecoderTrainer(Trainer):
             betas=(optim.beta1, optim.beta2),
             grad_clip=optim.grad_clip,
             eps=optim.eps,
+            random_sources=run.random_sources,
             advice="Try a lower optim.lr, more optim.warmup_steps or a smaller optim.grad_clip",
         )
         super().__init__(model, param_groups(model, optim.weight_decay), data, settings, device, mesh)
+
+    def begin_step(self) -> None:
+        """Training mode, and the step's random sources."""
+        super().begin_step()
+        settings, layers = self.settings, self.config.model.num_hidden_layers
+        if settings.random_sources:
+            drawn = draw_sources(layers, settings.random_sources, settings.seed, self.step)
+            self.model.model.random_sources = drawn
 
     @property
     def share(self) -> float:
@@ -412,6 +428,18 @@ class DecoderTrainer(Trainer):
                 targets += tokens
         self.model.train(was_training)
         return self.total(total) / max(self.total(targets), 1.0)
+
+
+def _check_own_sources(model: Any) -> None:
+    """Raises ConfigError unless every layer of a decoder reads its own keys and values alone."""
+    plan = getattr(model, "plan", None)
+    if plan is None or plan.layers != CachePlan.named("vanilla", plan.num_layers).layers:
+        raise ConfigError(
+            "run.random_sources must be 0 unless model.plan is vanilla, got plan "
+            f"{plan and plan.name!r}: sources are drawn among layers that all store"
+        )
+    if model.config.kv_lora_rank is not None:
+        raise ConfigError("run.random_sources must be 0 with latent attention (model.kv_lora_rank)")
 
 
 def _share(model: nn.Module, config: TrainConfig, mesh: Mesh | None) -> None:

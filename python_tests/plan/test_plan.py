@@ -134,6 +134,20 @@ def test_cla_factor():
     assert plan.cache_ratio == F(3, 8)
 
 
+@pytest.mark.parametrize(("layers", "n"), [(30, 24), (30, 20), (30, 1), (7, 3), (5, 5)])
+def test_cla_spreads_its_storage_layers_evenly(layers: int, n: int):
+    plan = CachePlan.named("cla", layers, storage_layers=n)
+    assert len(plan.storage_layers) == n and plan.storage_layers[0] == 0
+    ends = (*plan.storage_layers[1:], layers)
+    groups = [end - begin for begin, end in zip(plan.storage_layers, ends, strict=True)]
+    assert max(groups) - min(groups) <= 1
+    for i in range(layers):
+        nearest = max(j for j in plan.storage_layers if j <= i)
+        assert plan.key_sources(i) == plan.value_sources(i) == (nearest,)
+    if layers % n == 0:
+        assert plan.layers == CachePlan.named("cla", layers, factor=layers // n).layers
+
+
 def test_names_are_read_kindly():
     assert CachePlan.named("FusedKV_Lite", 4) == CachePlan.named("fusedkv-lite", 4)
 
