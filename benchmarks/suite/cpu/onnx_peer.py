@@ -31,6 +31,8 @@ def group_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tenso
     (B, _, H, D), (_, G, T, _) = q.shape, k.shape
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning between calls, on the cores of whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(_model(H, G, q.dtype), options, providers=["CPUExecutionProvider"])
     numbers = np.float32 if q.dtype == torch.float32 else np.float16
     new = [x[:, :, -1].reshape(B, 1, G * D).contiguous() for x in (k, v)]
