@@ -32,7 +32,10 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--lr", dict(type=float, help="highest learning rate (default: by what learns)")),
     ("--original-lr", dict(type=float, help="last rate of the original's training: take 1.5 times that")),
     ("--fusion-lr", dict(type=float, help="fusion weights learn at this times the rate (default: 1)")),
-    ("--random-sources", dict(type=float, metavar="P", help="attend to an earlier layer with probability P")),
+    (
+        "--random-sources",
+        dict(type=float, metavar="P", help="probability of reading an earlier layer (default: 0)"),
+    ),
     ("--schedule", dict(choices=("cosine", "linear"), help="cosine, or constant and then falling linearly")),
     ("--warmup", dict(type=float, help="share of the budget (default: 0.05)")),
     ("--weight-decay", dict(type=float, help="of matrices, not of fusion weights (default: 0.01)")),

@@ -310,7 +310,10 @@ class TestFolders:
                 "at most 1, with --search, got 0.5",
             ),
             (["--plan", "gqa"], "num_key_value_heads"),
-            (["--plan", "cla", "--storage-layers", "2"], "a plan with the option storage_layers, got cla"),
+            (
+                ["--plan", "cla-v", "--storage-layers", "2"],
+                "a plan with the option storage_layers, got cla-v",
+            ),
         ],
     )
     def test_options_that_do_not_go_together_are_refused(self, args, words, original, tmp_path, capsys):
