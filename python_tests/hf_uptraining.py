@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -14,6 +17,17 @@ from fusedkv_ext.plan import CachePlan
 
 WORDS = "the cache of a layer holds keys and values that another layer reads again".split()
 SMALL = dict(steps=6, batch_size=2, seq_len=32, valid_tokens=256, valid_window=64, validations=1, lr=3e-3)
+
+
+@contextmanager
+def one_thread_and_cache(folder: Path) -> Iterator[None]:
+    """Resuming bit for bit is promised for an equal number of threads. Token files go to ``folder``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
+    torch.set_num_threads(threads)
 
 
 def write_tokenizer(path: Path, size: int) -> None:

@@ -7,11 +7,10 @@ nearest storing layer below.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from fusedkv_ext.errors import ConfigError
+from fusedkv_ext.training.data.tokens import generator_of
 
 __all__ = ["check_probability", "draw_sources"]
 
@@ -38,8 +37,7 @@ def draw_sources(num_layers: int, probability: float, seed: int, step: int) -> l
     """
     if probability == 0:
         return None
-    digest = hashlib.sha256(f"sources:{seed}:{step}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = generator_of(f"sources:{seed}:{step}")
     coins, places = torch.rand(2, num_layers, generator=generator).tolist()
     return [
         int(place * i) if i and coin < probability else i

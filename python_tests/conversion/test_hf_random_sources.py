@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from hf_uptraining import SMALL, weights, write_model, write_text
+from hf_uptraining import SMALL, one_thread_and_cache, weights, write_model, write_text
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fusedkv_ext.conversion.convert import convert_model
@@ -40,12 +40,8 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    with one_thread_and_cache(tmp_path_factory.mktemp("cache")):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from hf_uptraining import SMALL, WORDS, weights, write_model, write_text, write_tokenizer
+from hf_uptraining import (
+    SMALL,
+    WORDS,
+    one_thread_and_cache,
+    weights,
+    write_model,
+    write_text,
+    write_tokenizer,
+)
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -32,15 +40,8 @@ from fusedkv_ext.training.metrics import read_metrics
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Resuming bit for bit is promised for an equal number of threads. Token files go to a folder of their
-    own.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    with one_thread_and_cache(tmp_path_factory.mktemp("cache")):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

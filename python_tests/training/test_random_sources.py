@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_run
 from torch import Tensor
 
 from fusedkv_ext.checkpoint.pretrained import load_pretrained
@@ -20,8 +20,6 @@ from fusedkv_ext.training import loop
 from fusedkv_ext.training.config import TrainConfig
 from fusedkv_ext.training.progress import SilentProgress
 from fusedkv_ext.training.random_sources import draw_sources
-
-LAYERS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -134,30 +132,9 @@ def test_evaluation_reads_the_plan():
 # Runs
 
 
-SMALL = {
-    "model.plan": "vanilla",
-    "model.num_hidden_layers": LAYERS,
-    "model.hidden_size": 32,
-    "model.num_attention_heads": 2,
-    "model.num_key_value_heads": 2,
-    "model.head_dim": 16,
-    "data.seq_len": 32,
-    "run.batch_size": 4,
-    "run.steps": 4,
-    "run.valid_batches": 2,
-    "run.device": "cpu",
-    "optim.warmup_steps": 1,
-}
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(8):
-        (text / f"{i}.txt").write_text(f"{i} the quick brown fox jumps over the lazy dog {i}\n" * 40)
-    paths = {"data.text": [str(text)], "data.cache_dir": str(tmp_path / "cache")}
-    return TrainConfig().updated({**SMALL, **paths}.items())
+    return tiny_run(tmp_path, **{"model.plan": "vanilla"})
 
 
 def trained(folder: Path, config: TrainConfig, probability: float, **options: int) -> dict[str, Tensor]:

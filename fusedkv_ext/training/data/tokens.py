@@ -255,6 +255,12 @@ def rows_of(rank: int, ranks: int, batch_size: int) -> slice:
     return slice(rank * share, (rank + 1) * share)
 
 
+def generator_of(name: str) -> torch.Generator:
+    """A random generator that is a pure function of ``name``."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def training_batch(
     tokens: Tensor, seed: int, step: int, batch_size: int, seq_len: int, rows: slice = slice(None)
 ) -> Tensor:
@@ -275,8 +281,7 @@ def training_batch(
         ValueError: The text is shorter than one window.
     """
     check_length(tokens, seq_len, "training")
-    digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = generator_of(f"{seed}:{step}")
     starts = torch.randint(tokens.numel() - seq_len + 1, (batch_size,), generator=generator)
     return _windows(tokens, starts[rows].tolist(), seq_len)
 
